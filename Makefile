@@ -1,0 +1,79 @@
+# One command for each habit. `make demo`, `make test` and `make lint` need only Python >= 3.10, pip and this repository:
+# they make .venv first. Settings, on the command line or in the environment:
+#   PYTHON=python3.12       the interpreter that .venv is made with
+#   TEST_WORKERS=4          processes of the main test run
+#   PYTEST_ARGS="-k int4"   further arguments for the main test run
+#   DEMO_ARGS=--check       further arguments for the demo
+
+PYTHON ?= python3
+VENV ?= .venv
+TEST_WORKERS ?= 2
+COMPAT_TRITONS ?= 3.4.0 3.6.0 3.9.0
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench compiled compat gpu clean
+
+help:
+	@sed -n 's/^#: //p' Makefile
+
+$(STAMP): pyproject.toml constraints-dev.txt
+	@echo "Setting up $(VENV): a few minutes the first time"
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Tilewright needs Python 3.10 or newer')"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+#: make demo       convert a pretrained sentence encoder and show size, speed and accuracy
+demo: $(STAMP)
+	$(BIN)/python examples/minilm_demo.py $(DEMO_ARGS)
+
+#: make test       the tests, then the timing tests alone, then the kernels in Triton's interpreter
+test: $(STAMP)
+	$(BIN)/python -m pytest tests -n $(TEST_WORKERS) -m "not slow and not perf" -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -m "perf and not slow" -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter -n $(TEST_WORKERS) -q
+
+#: make test-slow  the tests that take longer than a minute
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest tests -m slow -q
+
+#: make lint       ruff and mypy
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+#: make format     let ruff rewrite what it can
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+#: make bench      the benchmarks that need no GPU
+bench: $(STAMP)
+	$(BIN)/python -m bench
+
+#: make compiled   compile every kernel for every target and rewrite bench/results/compiled.csv
+compiled: $(STAMP)
+	$(BIN)/python -m bench.compiled
+
+#: make compat     the smoke test under other versions of Triton
+compat: $(STAMP) $(COMPAT_TRITONS:%=.compat/triton-%)
+	$(BIN)/python -m pytest tests/test_compat.py -q
+
+.compat/triton-%:
+	@mkdir -p .compat && rm -rf $@ $@.partial
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@.partial triton==$*
+	@mv $@.partial $@
+
+#: make gpu        the tests that need a GPU, with the Python that is there: installs nothing
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest tests -m gpu -q
+
+#: make clean      remove what these commands made
+clean:
+	rm -rf $(VENV) .compat .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

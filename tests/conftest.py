@@ -1,0 +1,39 @@
+"""Collection rules of the whole suite: what cannot run here is skipped or left out with its reason."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+OPTIONAL_TEST_PACKAGES = tuple(
+    name for name in ("hypothesis", "pytest_benchmark") if not importlib.util.find_spec(name)
+)
+left_out: list[str] = []
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out test files that need a test package this Python lacks, as on a bare GPU machine (`make gpu`)."""
+    if collection_path.suffix != ".py" or not OPTIONAL_TEST_PACKAGES:
+        return None
+    source = collection_path.read_text(encoding="utf-8")
+    if any(f"import {name}" in source or f"from {name}" in source for name in OPTIONAL_TEST_PACKAGES):
+        left_out.append(collection_path.name)
+        return True
+    return None
+
+
+def pytest_report_collectionfinish() -> list[str]:
+    if not left_out:
+        return []
+    return [f"left out for want of {' and '.join(OPTIONAL_TEST_PACKAGES)}: {', '.join(sorted(left_out))}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="torch.cuda.is_available() is False: no GPU here")
+        for item in gpu_items:
+            item.add_marker(skip)
