@@ -1,0 +1,74 @@
+"""What the Triton kernels share on the device: activations, the epilogue, and the order in which programs take tiles.
+
+Everything here is float32 arithmetic. The activations pass NaN on and neither overflow to NaN nor underflow for finite
+arguments; -inf becomes NaN under gelu and silu, as it does in PyTorch. ``activate`` is the device's side of
+``activation.apply_activation``, ``finish_tile`` of ``epilogue.finish``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """``x`` float32 of any shape through the activation named ``ACTIVATION`` (one of ``activation.ACTIVATIONS``)."""
+    if ACTIVATION == "relu":
+        # Not tl.maximum, which takes the number and drops the NaN.
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)): where exp overflows the quotient is 0, its limit.
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        x = x / (1.0 + tl.exp(-2.0 * u))
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    else:
+        tl.static_assert(ACTIVATION == "none", "unknown activation")
+    return x
+
+
+@triton.jit
+def finish_tile(
+    y,
+    out_ptr,
+    bias_ptr,
+    residual_ptr,
+    row,
+    column,
+    M,
+    N,
+    stride_residual_m,
+    stride_residual_n,
+    ACTIVATION: tl.constexpr,
+):
+    """out[row, column] = activation(y + bias[column]) + residual[row, column], in float32, with one cast at the end.
+
+    y: float32 tile. row, column: int32 indices that broadcast to its shape, so that a tile may lie either way: [BM, 1]
+    and [1, BN], or [1, BM] and [BN, 1]. out: contiguous [M, N]; its dtype is the dtype of the result. bias: [N] or
+    None. residual: [M, N] of any strides or None. Nothing outside [0, M) x [0, N) is read or written.
+    """
+    inside = (row < M) & (column < N)
+    wide_row = row.to(tl.int64)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    y = activate(y, ACTIVATION)
+    if residual_ptr is not None:
+        offset = wide_row * stride_residual_m + column.to(tl.int64) * stride_residual_n
+        y += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + wide_row * N + column, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row of tiles, column of tiles) of a program: ``GROUP_M`` rows of tiles are walked column by column.
+
+    Programs that run at the same time then share rows of both operands, which stay in the L2 cache.
+    """
+    group_size = GROUP_M * tiles_n
+    first = program // group_size * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    within = program % group_size
+    return first + within % rows, within // rows
