@@ -1,0 +1,45 @@
+"""Tilewright makes an existing PyTorch model smaller and faster in one line.
+
+import tilewright as tw
+
+model = tw.convert_model(model, "int8")
+print(tw.report(model))
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from tilewright import kernels, nn
+from tilewright.convert import (
+    CheckpointError,
+    Int4WeightOnly,
+    Int8ActInt4Weight,
+    Int8Dynamic,
+    Int8WeightOnly,
+    Recipe,
+    convert_model,
+    load_model,
+    report,
+    revert_model,
+    save_model,
+)
+
+try:
+    __version__ = version("tilewright")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "CheckpointError",
+    "Int4WeightOnly",
+    "Int8ActInt4Weight",
+    "Int8Dynamic",
+    "Int8WeightOnly",
+    "Recipe",
+    "convert_model",
+    "kernels",
+    "load_model",
+    "nn",
+    "report",
+    "revert_model",
+    "save_model",
+]

@@ -1,0 +1,1 @@
+"""Which launch configuration a kernel uses."""

@@ -1,0 +1,93 @@
+"""What the operators demand of their arguments, said in words that name the operator and the argument."""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.kernels.activation import check_activation
+from tilewright.kernels.formats import int4
+
+
+def check_input(op: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """``x`` has at least one dimension and is float, or of the dtype given."""
+    if dtype is None and not x.is_floating_point():
+        raise TypeError(f"{op}: x must be a float tensor, not {x.dtype}")
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(f"{op}: x must be {dtype}, not {x.dtype}")
+    if not x.dim():
+        raise ValueError(f"{op}: x must have at least one dimension")
+
+
+def check_device(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """x and the weight share a device."""
+    if x.device != weight.device:
+        raise ValueError(f"{op}: x is on {x.device}, but the weight is on {weight.device}")
+
+
+def check_vector(op: str, name: str, value: torch.Tensor | None, length: int) -> None:
+    """``value``, if given, is a vector of that length."""
+    if value is not None and (value.dim() != 1 or value.shape[0] != length):
+        raise ValueError(f"{op}: {name} must have shape [{length}], not {list(value.shape)}")
+
+
+def check_epilogue(
+    op: str, x: torch.Tensor, n: int, bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str
+) -> None:
+    """Bias [n], residual [..., n] as x leads, a known activation."""
+    check_activation(activation)
+    check_vector(op, "bias", bias, n)
+    if residual is not None and (residual.shape[:-1] != x.shape[:-1] or residual.shape[-1] != n):
+        raise ValueError(f"{op}: residual must have shape {[*x.shape[:-1], n]}, not {list(residual.shape)}")
+
+
+def check_int8_weight(op: str, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> int:
+    """The canonical int8 weight fits x; returns N."""
+    if weight.dtype != torch.int8:
+        raise TypeError(f"{op}: weight must be int8, not {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be a matrix [N, K], not of shape {list(weight.shape)}")
+    check_device(op, x, weight)
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"{op}: the last dimension of x is {x.shape[-1]}, but the weight takes {k}")
+    check_vector(op, "weight_scale", weight_scale, n)
+    return n
+
+
+def check_int4_weight(
+    op: str,
+    x: torch.Tensor,
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    group_size: int,
+) -> int:
+    """The canonical int4 weight fits x; returns N."""
+    if group_size <= 0:
+        raise ValueError(f"{op}: group_size must be positive, not {group_size}")
+    if weight_packed.dtype != torch.int32:
+        raise TypeError(f"{op}: weight_packed must be int32, not {weight_packed.dtype}")
+    if weight_packed.dim() != 2:
+        raise ValueError(
+            f"{op}: weight_packed must be a matrix [N, ceil(K / 8)], not of shape {list(weight_packed.shape)}"
+        )
+    check_device(op, x, weight_packed)
+    n, k = weight_packed.shape[0], x.shape[-1]
+    if weight_packed.shape[1] != int4.group_count(k, 8):
+        raise ValueError(
+            f"{op}: the last dimension of x is {k}, which needs {int4.group_count(k, 8)} words a row, "
+            f"but weight_packed has {weight_packed.shape[1]}"
+        )
+    groups = int4.group_count(k, group_size)
+    if weight_scale.shape != (n, groups):
+        raise ValueError(
+            f"{op}: weight_scale must have shape {[n, groups]} for group_size {group_size}, "
+            f"not {list(weight_scale.shape)}"
+        )
+    if weight_zero is not None:
+        shape = (int4.group_count(n, 8), groups)
+        if weight_zero.dtype != torch.int32:
+            raise TypeError(f"{op}: weight_zero must be int32, not {weight_zero.dtype}")
+        if weight_zero.shape != shape:
+            raise ValueError(f"{op}: weight_zero must have shape {list(shape)}, not {list(weight_zero.shape)}")
+    return n

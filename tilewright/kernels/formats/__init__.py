@@ -1,0 +1,1 @@
+"""How quantised weights are stored: pure functions on tensors, no device code."""

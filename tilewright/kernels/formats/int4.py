@@ -1,0 +1,141 @@
+"""int4 weights, eight to an int32 word, with a scale (and zero point) for each group of consecutive columns.
+
+    weight_packed  int32 [N, ceil(K / 8)]   nibble j of word i holds column 8 i + j, a value u in 0..15
+    weight_scale   float [N, G]             G = ceil(K / group_size)
+    weight_zero    int32 [ceil(N / 8), G]   nibble j of word i holds the zero point of row 8 i + j; absent: 8 everywhere
+
+    w = (u - z) * s
+
+Bit for bit this is compressed-tensors' ``pack-quantized`` layout (its signed value is u - 8), GPTQ's ``qweight``
+transposed, and, read as bytes, ``B`` of ONNX Runtime's ``MatMulNBits``. A last group may be short; unused nibbles hold
+0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tilewright.kernels.formats.int8 import check_weight
+from tilewright.kernels.formats.ranges import row_blocks, search_shrinkage
+
+MIDDLE = 8  # the zero point of a symmetric weight
+_SHIFTS = tuple(range(0, 32, 4))
+
+
+def group_count(k: int, group_size: int) -> int:
+    """Groups in a row of ``k`` columns."""
+    return -(-k // group_size)
+
+
+def resolve_group_size(k: int, group_size: int | None) -> int:
+    """``None``, -1 or anything past the row's end means one group for the whole row of ``k`` columns."""
+    if group_size is not None and group_size != -1 and group_size <= 0:
+        raise ValueError(f"group_size must be positive, -1 or None (whole row), not {group_size}")
+    whole = max(k, 1)
+    return whole if group_size in (None, -1) else min(group_size, whole)
+
+
+def pack(values: torch.Tensor) -> torch.Tensor:
+    """Integers 0..15 [R, C] -> int32 [R, ceil(C / 8)]."""
+    rows, columns = values.shape
+    words = group_count(columns, 8)
+    nibbles = F.pad(values.to(torch.int32), (0, -columns % 8)).reshape(rows, words, 8)
+    shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=values.device)
+    # The nibbles do not overlap, so the sum is their union; int32 wraps into the sign bit as it should.
+    return (nibbles << shifts).sum(-1, dtype=torch.int32)
+
+
+def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """int32 [R, ceil(columns / 8)] -> uint8 values 0..15 [R, columns]."""
+    shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=packed.device)
+    return (
+        ((packed.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).reshape(len(packed), packed.shape[1] * 8)[:, :columns]
+    )
+
+
+def pack_zero(zero: torch.Tensor) -> torch.Tensor:
+    """Zero points 0..15 [N, G] -> int32 [ceil(N / 8), G]."""
+    return pack(zero.t()).t().contiguous()
+
+
+def unpack_zero(packed: torch.Tensor, rows: int) -> torch.Tensor:
+    """int32 [ceil(rows / 8), G] -> uint8 zero points [rows, G]."""
+    return unpack(packed.t(), rows).t()
+
+
+def unpack_centred(
+    weight_packed: torch.Tensor, weight_zero: torch.Tensor | None, group_size: int, k: int
+) -> torch.Tensor:
+    """The integers u - z as int8 [N, K], in -15..15."""
+    centred = unpack(weight_packed, k).to(torch.int8)
+    if weight_zero is None:
+        return centred - MIDDLE
+    zero = unpack_zero(weight_zero, len(centred)).to(torch.int8)
+    return centred - zero.repeat_interleave(group_size, dim=1)[:, :k]
+
+
+def dequantize(
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The weight [N, K] in ``dtype``; the product is taken in float32 (float64 if that is asked for)."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = weight_scale.to(wide).repeat_interleave(group_size, dim=1)[:, :k]
+    return (unpack_centred(weight_packed, weight_zero, group_size, k).to(wide) * scale).to(dtype)
+
+
+def _quantize_rows(
+    weight: torch.Tensor, size: int, symmetric: bool, range_search: str, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(u uint8 [N, K], scale [N, G] in ``scale_dtype``, zero point uint8 [N, G])."""
+    weight = weight.float()
+    n, k = weight.shape
+    groups = group_count(k, size)
+    grouped = F.pad(weight, (0, groups * size - k)).reshape(n, groups, size)
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    extent = torch.maximum(-low, high) / 7.5 if symmetric else (high - low) / 15
+
+    def levels(fraction: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale = (extent * fraction).to(scale_dtype).float()
+        # A zero group, or one whose scale is below the dtype's smallest number, stores zeros.
+        scale = torch.where(scale == 0, 1.0, scale)
+        zero = torch.full_like(scale, MIDDLE) if symmetric else torch.round(-low * fraction / scale).clamp_(0, 15)
+        u = (torch.round(grouped / scale.unsqueeze(-1)) + zero.unsqueeze(-1)).clamp_(0, 15)
+        return u, scale, zero
+
+    def dequantized(fraction: float) -> torch.Tensor:
+        u, scale, zero = levels(fraction)
+        return (u - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
+
+    u, scale, zero = levels(search_shrinkage(grouped, dequantized, range_search))
+    return u.reshape(n, groups * size)[:, :k].to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8)
+
+
+def quantize(
+    weight: torch.Tensor,
+    group_size: int | None = 128,
+    symmetric: bool = True,
+    range_search: str = "minmax",
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Round to nearest (ties to even). ``weight`` float [N, K] -> (weight_packed, weight_scale, weight_zero or None).
+
+    Symmetric: s = max|w| / 7.5, so that the range is shared by -8..7 with at most half a step clipped at its upper end.
+    Asymmetric: the range is min(w, 0)..max(w, 0), so that zero is exact. Values are rounded against the scale as stored
+    in ``scale_dtype``. range_search: "minmax" or "mse" (see ``formats.ranges``). Raises TypeError or ValueError for a
+    weight that is not a finite float matrix, or whose scales overflow ``scale_dtype``.
+    """
+    check_weight(weight)
+    size = resolve_group_size(weight.shape[1], group_size)
+    blocks = [
+        _quantize_rows(block, size, symmetric, range_search, scale_dtype) for block in row_blocks(weight.detach())
+    ]
+    u, scale, zero = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    if not torch.isfinite(scale).all():
+        raise ValueError(f"scales of this weight overflow {scale_dtype}")
+    return pack(u), scale, None if symmetric else pack_zero(zero)

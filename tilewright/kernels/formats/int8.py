@@ -1,0 +1,60 @@
+"""int8 weights: ``weight`` int8 [N, K] and ``weight_scale`` float32 [N], symmetric, one scale for each output channel.
+
+w = q * s,   q in -127..127
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.kernels.formats.ranges import row_blocks, search_shrinkage
+
+
+def _round(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.round(weight / scale.unsqueeze(-1)).clamp_(-127, 127)
+
+
+def _quantize_rows(weight: torch.Tensor, range_search: str) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = weight.float()
+    largest = weight.abs().amax(-1) if weight.shape[1] else weight.new_zeros(len(weight))
+    full = largest / 127
+
+    def scale_at(fraction: torch.Tensor | float) -> torch.Tensor:
+        scale = full * fraction
+        return torch.where(scale == 0, 1.0, scale)
+
+    def dequantized(fraction: float) -> torch.Tensor:
+        scale = scale_at(fraction)
+        return _round(weight, scale) * scale.unsqueeze(-1)
+
+    scale = scale_at(search_shrinkage(weight, dequantized, range_search))
+    return _round(weight, scale).to(torch.int8), scale
+
+
+def quantize(weight: torch.Tensor, range_search: str = "minmax") -> tuple[torch.Tensor, torch.Tensor]:
+    """Round to nearest (ties to even). ``weight`` float [N, K] -> (int8 [N, K], float32 scale [N]).
+
+    range_search: "minmax" or "mse" (see ``formats.ranges``). Raises TypeError or ValueError for a weight that is not a
+    finite float matrix.
+    """
+    check_weight(weight)
+    q, scale = zip(*(_quantize_rows(block, range_search) for block in row_blocks(weight.detach())), strict=True)
+    return torch.cat(q), torch.cat(scale)
+
+
+def dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(int8 [N, K], scale [N]) -> ``dtype`` [N, K]; the product is taken in float32 (float64 if that is asked for)."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (q.to(wide) * scale.to(wide).unsqueeze(-1)).to(dtype)
+
+
+def check_weight(weight: torch.Tensor) -> None:
+    """Raise TypeError or ValueError unless ``weight`` is a finite float matrix."""
+    if not weight.is_floating_point():
+        raise TypeError(f"a weight to quantise must be float, not {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"a weight to quantise must be a matrix [N, K], not of shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("a weight to quantise must hold data, but is on the meta device")
+    if not torch.isfinite(weight).all():
+        raise ValueError("a weight to quantise must be finite, but holds NaN or Inf")

@@ -1,0 +1,66 @@
+"""Gradients of the quantised linear operators with respect to x, bias and residual, so that adapters train on a
+quantised base.
+
+Weights are constants. With z = x W^T + b and y = act(z) + r, for W the dequantised weight:
+
+    dr = dy        dz = dy * act'(z)        dx = dz W        db = sum over rows of dz
+
+Rounding of activations is passed straight through (the straight-through estimator, Bengio et al. 2013): its derivative
+is zero almost everywhere and of no use. z is recomputed in the backward pass, and only where an activation needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tilewright.kernels.formats import int4, int8
+
+
+def dequantized_weight(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """The weight [N, K] that an operator called with ``arguments`` multiplies x with, float32."""
+    if "weight_packed" in arguments:
+        weight = int4.dequantize(
+            arguments["weight_packed"],
+            arguments["weight_scale"],
+            arguments["weight_zero"],
+            arguments["group_size"],
+            arguments["x"].shape[-1],
+        )
+    else:
+        weight = int8.dequantize(arguments["weight"], arguments["weight_scale"])
+    channel_scale = arguments.get("channel_scale")
+    return weight if channel_scale is None else weight * channel_scale.float()
+
+
+def _through_activation(z: torch.Tensor, grad: torch.Tensor, activation: str) -> torch.Tensor:
+    """dy * act'(z)."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, z, 0)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, z)
+    return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def linear_gradients(
+    grad: torch.Tensor, arguments: Mapping[str, Any], wanted: frozenset[str]
+) -> dict[str, torch.Tensor | None]:
+    """Gradients by argument name. grad: of the output. wanted: those of "x", "bias" and "residual" that are needed."""
+    gradients: dict[str, torch.Tensor | None] = {}
+    if "residual" in wanted:
+        gradients["residual"] = grad.to(arguments["residual"].dtype)
+    if not wanted & {"x", "bias"}:
+        return gradients
+    x, bias, activation = arguments["x"], arguments["bias"], arguments["activation"]
+    weight = dequantized_weight(arguments).to(grad.dtype)
+    if activation != "none":
+        z = F.linear(x.to(grad.dtype), weight, None if bias is None else bias.to(grad.dtype))
+        grad = _through_activation(z, grad, activation)
+    if "x" in wanted:
+        gradients["x"] = (grad @ weight).to(x.dtype)
+    if "bias" in wanted:
+        gradients["bias"] = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+    return gradients

@@ -1,0 +1,1 @@
+"""W4A8 linear: int4 weights, int8 activations."""

@@ -1,0 +1,69 @@
+"""W4A8 linear on a CPU: one oneDNN u8 x s8 product for each group of columns, accumulated in float32.
+
+The centred integers u - z fit int8, so a group is an int8 weight whose scale for each output channel is the group's,
+and oneDNN's "sum" post-op adds the groups up in order without another pass over the result.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.kernels.cpu_support import finish_rows, qlinear, qlinear_add, why_no_qlinear
+from tilewright.kernels.formats import int4
+from tilewright.kernels.int8_linear.cpu import LARGEST_K
+from tilewright.kernels.packed import packed
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.quantize.cpu import quantize_u8
+
+_Groups = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why oneDNN does not take the problem, or None."""
+    if 0 in (problem.m, problem.n, problem.k):
+        return "nothing to multiply"
+    if min(problem.group_size or problem.k, problem.k) > LARGEST_K:
+        return f"int32 sums of u8 products may overflow in groups beyond {LARGEST_K}"
+    return why_no_qlinear()
+
+
+def _prepack(
+    weight_packed: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, group_size: int, k: int
+) -> _Groups:
+    """(prepacked int8 weight, float32 scale [N]) of each group."""
+    centred = int4.unpack_centred(weight_packed, weight_zero, group_size, k)
+    return tuple(
+        (torch.ops.onednn.qlinear_prepack(part.contiguous(), None), scale.contiguous())
+        for part, scale in zip(centred.split(group_size, 1), weight_scale.float().unbind(1), strict=True)
+    )
+
+
+def int4_int8_linear(
+    x: torch.Tensor,
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    group_size: int,
+    activation: str = "none",
+    channel_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See ``reference.int4_int8_linear``."""
+    n, k = len(weight_packed), x.shape[-1]
+    groups, zeros = packed(
+        weight_packed,
+        "onednn-groups",
+        lambda: (
+            _prepack(weight_packed, weight_scale, weight_zero, group_size, k),
+            torch.zeros(n, dtype=torch.int32),
+        ),
+    )
+    q, x_scale = quantize_u8(x.reshape(-1, k), channel_scale)
+    parts = q.split(group_size, 1)
+    y = qlinear(parts[0].contiguous(), *groups[0], zeros)
+    for part, group in zip(parts[1:], groups[1:], strict=True):
+        y = qlinear_add(part.contiguous(), *group, zeros, y)
+    y = finish_rows(y, x_scale, bias, residual, activation, x.dtype)
+    return y.view(*x.shape[:-1], n)

@@ -1,0 +1,1 @@
+"""W4A16 linear: int4 weights, float activations."""

@@ -1,0 +1,1 @@
+"""W8A8 linear: int8 weights and activations."""

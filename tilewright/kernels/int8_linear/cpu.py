@@ -1,0 +1,79 @@
+"""W8A8 linear on a CPU through oneDNN's u8 x s8 product, which is prepacked once for each weight."""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.kernels.cpu_support import finish_rows, qlinear, scratch, why_no_qlinear
+from tilewright.kernels.packed import packed
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.quantize.cpu import quantize_u8
+
+#: 255 * 127 * K must stay below 2^31.
+LARGEST_K = 66_000
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why oneDNN does not take the problem, or None."""
+    if 0 in (problem.m, problem.n, problem.k):
+        return "nothing to multiply"
+    if problem.k > LARGEST_K:
+        return f"int32 sums of u8 products may overflow beyond K = {LARGEST_K}"
+    return why_no_qlinear()
+
+
+def _prepack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), torch.zeros(len(weight), dtype=torch.int32)
+
+
+def _multiply(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """x uint8 [M, K] with zero point 128, x_scale [M, 1] -> [M, N]."""
+    prepacked, zeros = packed(weight, "onednn-int8", lambda: _prepack(weight))
+    y = qlinear(x, prepacked, weight_scale, zeros)
+    return finish_rows(y, x_scale, bias, residual, activation, out_dtype)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    channel_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See ``reference.int8_linear``."""
+    q, scale = quantize_u8(x.reshape(-1, x.shape[-1]), channel_scale)
+    y = _multiply(q, scale, weight, weight_scale, bias, residual, activation, x.dtype)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def int8_linear_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.int8_linear_quantized``."""
+    rows = x.reshape(-1, x.shape[-1])
+    # Flipping the top bit adds 128: int8 becomes u8 with zero point 128.
+    u8 = torch.bitwise_xor(
+        rows.contiguous().view(torch.uint8), 128, out=scratch(tuple(rows.shape), torch.uint8, "quantized")
+    )
+    y = _multiply(
+        u8, x_scale.reshape(-1, 1), weight, weight_scale, bias, residual, activation, out_dtype or torch.float32
+    )
+    return y.view(*x.shape[:-1], len(weight))

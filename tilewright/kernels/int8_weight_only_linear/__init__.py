@@ -1,0 +1,1 @@
+"""W8A16 linear: int8 weights, float activations."""

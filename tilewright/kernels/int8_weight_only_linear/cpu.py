@@ -1,0 +1,82 @@
+"""W8A16 linear on a CPU: ATen's int8 weight-only product for small batches, else dequantised blocks and a library
+product.
+
+ATen's product wants bfloat16 activations (with float32 it is a scalar loop) and reads the canonical weight as it is. It
+does the same work for every row, so from some batch on it is cheaper to widen a block of the weight once, while it is
+in cache, and to multiply it with all rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.kernels.cpu_support import BLOCK_ELEMENTS, finish_rows, scratch, why_no_int8pack
+from tilewright.kernels.packed import packed
+from tilewright.kernels.problem import Problem
+
+#: Rows up to which ATen's product is faster (4096 x 4096, two threads).
+SMALL_BATCH = 32
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why ATen's int8 weight-only product does not take the problem, or None."""
+    if 0 in (problem.m, problem.n, problem.k):
+        return "nothing to multiply"
+    if problem.multiply_dtype != torch.bfloat16:
+        return f"is fast in bfloat16 only, not in {problem.multiply_dtype}"
+    if problem.k % 16:
+        return "crashes when K is no multiple of 16"  # seen with torch 2.13: it reads past the end of the last row
+    if problem.m > SMALL_BATCH:
+        return f"dequantised blocks are faster above {SMALL_BATCH} rows"
+    return why_no_int8pack()
+
+
+def int8_weight_only_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.int8_weight_only_linear``; the scale is applied to the sums, in float32."""
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+    ones = packed(weight, "int8pack-ones", lambda: torch.ones(len(weight), dtype=torch.bfloat16))
+    y = torch._weight_int8pack_mm(rows, weight.contiguous(), ones).float().mul_(weight_scale)
+    y = finish_rows(y, None, bias, residual, activation, x.dtype)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def why_not_blocks(problem: Problem) -> str | None:
+    """Why dequantised blocks do not take the problem, or None."""
+    return "nothing to multiply" if 0 in (problem.m, problem.n, problem.k) else None
+
+
+def dequantized_blocks(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.int8_weight_only_linear``. The scale is applied to the sums, so the widened weight is exact."""
+    dtype = library_dtype(compute_dtype or x.dtype)
+    n, k = weight.shape
+    rows = x.reshape(-1, k).to(compute_dtype or x.dtype).to(dtype)
+    y = torch.empty(len(rows), n, dtype=dtype)
+    step = max(1, 4 * BLOCK_ELEMENTS // k)
+    block = scratch((min(step, n), k), dtype, "weight block")
+    for i in range(0, n, step):
+        part = block[: min(step, n - i)].copy_(weight[i : i + step])
+        torch.mm(rows, part.t(), out=y[:, i : i + step])
+    y = (y if dtype == torch.float64 else y.float()).mul_(weight_scale)
+    y = finish_rows(y, None, bias, residual, activation, x.dtype)
+    return y.view(*x.shape[:-1], n)
+
+
+def library_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to call a CPU library product in: float16 products are slower than float32 ones on a CPU."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -1,0 +1,1 @@
+"""Normalisation and int8 quantisation in one pass."""

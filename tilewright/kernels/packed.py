@@ -1,0 +1,60 @@
+"""Weights in the order a kernel likes, made from the canonical weight once and kept as long as it lives.
+
+The cache is keyed on the canonical tensor's memory, so it follows the module without being part of it: never saved,
+never copied by ``deepcopy``, never moved by ``.to``. Writing into the weight in place (``load_state_dict``) makes the
+next call repack.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+_entries: dict[tuple[Any, ...], tuple[int, Any]] = {}
+_lock = threading.Lock()
+
+
+def _version(weight: torch.Tensor) -> int:
+    # Tensors created in inference mode have no version counter.
+    return -1 if weight.is_inference() else weight._version
+
+
+def packed(weight: torch.Tensor, layout: str, make: Callable[[], T]) -> T:
+    """What ``make()`` returned for this ``weight`` and ``layout``, calling it only if that is not known yet.
+
+    ``make`` must not keep a reference to the weight's own memory, which would then never be freed.
+    """
+    key = (weight.data_ptr(), layout, weight.device, weight.shape)
+    entry = _entries.get(key)
+    version = _version(weight)
+    if entry is not None and entry[0] == version:
+        return entry[1]
+    with _lock:
+        entry = _entries.get(key)
+        if entry is not None and entry[0] == version:
+            return entry[1]
+        known = entry is not None
+        value = make()
+        _entries[key] = (version, value)
+        if not known and weight.numel():
+            # Memory that is freed may be handed out again: the entry must be gone before it is.
+            weakref.finalize(weight.untyped_storage(), _entries.pop, key, None).atexit = False
+    return value
+
+
+def packed_bytes() -> int:
+    """Bytes held by repacked weights at this moment."""
+    return sum(_nbytes(value) for _, value in list(_entries.values()))
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (tuple, list)):
+        return sum(_nbytes(item) for item in value)
+    return 0

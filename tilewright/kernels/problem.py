@@ -1,0 +1,63 @@
+"""What a router may look at: shapes, dtypes and the device, never a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an operator.
+
+    m, n, k: rows of activations, output features, input features. device: "cpu", "cuda", ... capability: (major, minor)
+    on NVIDIA, None elsewhere. gpu_arch: e.g. "gfx942" on AMD. compute_dtype: what a weight-only operator multiplies in
+    (None: x_dtype). group_size, symmetric, scale_dtype: of int4 weights.
+    """
+
+    op: str
+    m: int
+    n: int
+    k: int
+    x_dtype: torch.dtype
+    device: str = "cpu"
+    capability: tuple[int, int] | None = None
+    gpu_arch: str | None = None
+    multiprocessors: int | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype | None = None
+    activation: str = "none"
+    bias: bool = False
+    residual: bool = False
+
+    @property
+    def multiply_dtype(self) -> torch.dtype:
+        """The dtype that operands of a weight-only product are rounded to."""
+        return self.compute_dtype or self.x_dtype
+
+    def with_rows(self, m: int) -> Problem:
+        """The same problem at another batch."""
+        return replace(self, m=m)
+
+
+_device_facts: dict[torch.device, dict[str, Any]] = {}
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """The fields of ``Problem`` that describe ``device``; asks the driver once for each GPU."""
+    facts = _device_facts.get(device)
+    if facts is None:
+        facts = {"device": device.type}
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            facts["multiprocessors"] = properties.multi_processor_count
+            if torch.version.hip:
+                facts["gpu_arch"] = properties.gcnArchName.split(":")[0]
+            else:
+                facts["capability"] = (properties.major, properties.minor)
+        _device_facts[device] = facts
+    return facts

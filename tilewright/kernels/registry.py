@@ -1,0 +1,54 @@
+"""The implementations that come with the package, in order of preference for each operator."""
+
+from __future__ import annotations
+
+import importlib
+
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.router import Implementation, register
+
+_PACKAGE = "tilewright.kernels."
+_QUANTIZERS = ("quantize_per_row", "rms_norm_quantize", "layer_norm_quantize")
+_FOLDERS = {
+    "quantize_per_row": "quantize",
+    "rms_norm_quantize": "norm_quantize",
+    "layer_norm_quantize": "norm_quantize",
+    "int8_linear": "int8_linear",
+    "int8_linear_quantized": "int8_linear",
+    "int8_weight_only_linear": "int8_weight_only_linear",
+    "int4_linear": "int4_linear",
+    "int4_int8_linear": "int4_int8_linear",
+}
+
+
+def _cpu(op: str, name: str, function: str | None = None, reason: str = "why_not", module: str = "cpu") -> None:
+    """Register ``function`` (by default named like the operator) of a module in the operator's folder, which says
+    itself what it does not take.
+    """
+    path = f"{_PACKAGE}{_FOLDERS[op]}.{module}"
+
+    def why_not(problem: Problem) -> str | None:
+        if problem.device != "cpu":
+            return f"runs on the CPU, not on {problem.device}"
+        return getattr(importlib.import_module(path), reason)(problem)
+
+    register(Implementation(name, op, why_not, f"{path}:{function or op}"))
+
+
+def _always(problem: Problem) -> str | None:
+    return None
+
+
+def register_all() -> None:
+    """Called once, when the operators are defined."""
+    for op in ("int8_linear", "int8_linear_quantized"):
+        _cpu(op, "oneDNN")
+    _cpu("quantize_per_row", "blocked")
+    _cpu("int8_weight_only_linear", "ATen int8pack")
+    _cpu("int8_weight_only_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")
+    _cpu("int4_linear", "ATen int4pack")
+    _cpu("int4_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")
+    _cpu("int4_int8_linear", "oneDNN by group")
+    for op, folder in _FOLDERS.items():
+        # The definition itself: right everywhere, and slow.
+        register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))

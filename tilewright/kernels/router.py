@@ -1,0 +1,134 @@
+"""One router for every operator: from a ``Problem`` to the implementation that serves it.
+
+``route`` is a pure function of the problem and of what is registered. Implementations stand in order of preference; the
+first that has no reason against the problem serves it, and the reasons of those before it go into the report.
+
+Adding an implementation is one call of ``register``. A package can offer its own under the entry-point group
+``tilewright.kernels``: an entry point names a function without arguments that calls ``register``. It runs only when
+``load_plugin`` is given its name, never on import.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+
+from tilewright.kernels.problem import Problem, device_facts
+
+PLUGIN_GROUP = "tilewright.kernels"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator.
+
+    name: as the report prints it. op: the operator. why_not: the reason why it does not take a problem, or None if it
+    does. target: "module:function" of a function with the operator's signature, imported when it first serves a call.
+    """
+
+    name: str
+    op: str
+    why_not: Callable[[Problem], str | None]
+    target: str
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        """The function behind ``target``."""
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The implementation that serves a problem, and those preferred to it with their reasons against it."""
+
+    implementation: Implementation
+    declined: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """Name of the chosen implementation."""
+        return self.implementation.name
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.declined)
+        return f"{self.name} ({reasons})" if reasons else self.name
+
+
+_registered: dict[str, list[Implementation]] = {}
+
+
+def register(implementation: Implementation, before: str | None = None) -> None:
+    """Add an implementation as the least preferred one, or in front of the one called ``before``.
+
+    Raises ValueError if the operator already has one of that name, or none called ``before``.
+    """
+    known = _registered.setdefault(implementation.op, [])
+    names = [other.name for other in known]
+    if implementation.name in names:
+        raise ValueError(f"operator {implementation.op!r} already has an implementation called {implementation.name!r}")
+    if before is not None and before not in names:
+        raise ValueError(
+            f"operator {implementation.op!r} has no implementation called {before!r}, only {', '.join(names)}"
+        )
+    known.insert(len(known) if before is None else names.index(before), implementation)
+    _forget()
+
+
+def unregister(op: str, name: str) -> None:
+    """Remove an implementation. Raises ValueError if there is none of that name."""
+    kept = [other for other in _registered.get(op, []) if other.name != name]
+    if len(kept) == len(_registered.get(op, [])):
+        raise ValueError(f"operator {op!r} has no implementation called {name!r}")
+    _registered[op] = kept
+    _forget()
+
+
+def implementations(op: str) -> tuple[Implementation, ...]:
+    """All implementations of an operator, most preferred first."""
+    return tuple(_registered.get(op, ()))
+
+
+@functools.lru_cache(maxsize=4096)
+def route(problem: Problem) -> Decision:
+    """Which implementation serves ``problem``. Raises NotImplementedError that lists every reason if none does."""
+    declined: list[tuple[str, str]] = []
+    for implementation in _registered.get(problem.op, ()):
+        reason = implementation.why_not(problem)
+        if reason is None:
+            return Decision(implementation, tuple(declined))
+        declined.append((implementation.name, reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in declined) or "nothing is registered for it"
+    raise NotImplementedError(f"no implementation of {problem.op} takes {problem}: {reasons}")
+
+
+@functools.lru_cache(maxsize=8192)
+def serve(
+    op: str, m: int, n: int, k: int, x_dtype: torch.dtype, device: torch.device, **facts: Any
+) -> Callable[..., Any]:
+    """The function that serves a call on ``device``; ``facts`` are further fields of ``Problem``. Remembered, for
+    speed.
+    """
+    problem = Problem(op, m, n, k, x_dtype, **facts, **device_facts(device))
+    return route(problem).implementation.function
+
+
+def _forget() -> None:
+    route.cache_clear()
+    serve.cache_clear()
+
+
+def load_plugin(name: str) -> None:
+    """Run the entry point called ``name`` of the group ``tilewright.kernels``. Raises ValueError naming those
+    installed.
+    """
+    found = {point.name: point for point in entry_points(group=PLUGIN_GROUP)}
+    if name not in found:
+        raise ValueError(f"no kernel plugin is called {name!r}; installed: {', '.join(sorted(found)) or 'none'}")
+    found[name].load()()
