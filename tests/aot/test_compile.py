@@ -1,0 +1,96 @@
+"""Kernels compiled for chips that are not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton cannot be imported here")
+
+import triton
+from triton import language as tl
+
+from tests.aot.small_kernels import copy_kernel, product_kernel, spilling_kernel
+from tilewright.aot import compile as aot_compile
+from tilewright.aot.compile import compile_launch
+from tilewright.aot.launch import Launch
+from tilewright.aot.targets import TARGETS, find_target
+
+pytestmark = pytest.mark.aot
+MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compile anew, whatever was compiled before."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def product_launch(dtype: torch.dtype = torch.float16, block: int = 64, num_stages: int = 3) -> Launch:
+    a = torch.empty(block, 4096, dtype=dtype, device="meta")
+    c = torch.empty(block, block, dtype=torch.int32 if dtype == torch.int8 else torch.float32, device="meta")
+    constants = {"BLOCK": block, "BLOCK_K": 64, "SUM": tl.int32 if dtype == torch.int8 else tl.float32}
+    return Launch(
+        product_kernel, (1,), {"a_ptr": a, "b_ptr": a, "c_ptr": c, "K": 4096}, constants, block // 16, num_stages
+    )
+
+
+def copy_launch(count: int, offset: int = 0) -> Launch:
+    source = torch.empty(4096, device="meta")[offset:]
+    args = {"source_ptr": source, "target_ptr": source, "count": count, "stride": 1}
+    return Launch(copy_kernel, (4,), args, {"BLOCK": 1024})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_product_uses_the_matrix_instruction_of_each_target(target: str) -> None:
+    compiled = compile_launch(product_launch(), target)
+    assert compiled.instructions.matrix.get(MATRIX_INSTRUCTION[target], 0) > 0
+    assert compiled.instructions.loads.get(16, 0) > 0
+    assert 0 < compiled.registers <= compiled.target.registers
+    assert compiled.shared_bytes >= 2 * 64 * 64 * 2
+    assert compiled.spill_bytes == 0 and compiled.over_limits == []
+    assert compiled.triton_version == triton.__version__
+    assert compiled.num_warps == 4
+
+
+def test_loads_of_a_pipelined_product_are_asynchronous() -> None:
+    pipelined = compile_launch(product_launch(num_stages=3), "sm_80")
+    assert pipelined.instructions.async_copies >= 4
+    assert compile_launch(product_launch(num_stages=1), "sm_80").instructions.async_copies == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "launch, width",
+    [(copy_launch(4096), 16), (copy_launch(4095), 4), (copy_launch(4096, offset=1), 4)],
+    ids=["aligned", "ragged count", "misaligned pointer"],
+)
+def test_promises_of_alignment_reach_the_code(launch: Launch, width: int, target: str) -> None:
+    assert set(compile_launch(launch, target).instructions.loads) == {width}
+
+
+def test_too_much_shared_memory_is_said_in_words() -> None:
+    compiled = compile_launch(product_launch(block=128, num_stages=5), "sm_89")
+    assert compiled.shared_bytes > 99 * 1024
+    assert compiled.over_limits == [f"{compiled.shared_bytes} bytes of shared memory, sm_89 has 101376"]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_spills_are_counted(target: str) -> None:
+    source = torch.empty(128, 128, device="meta")
+    launch = Launch(spilling_kernel, (1,), {"source_ptr": source, "target_ptr": source}, {"SIZE": 128}, num_warps=1)
+    assert compile_launch(launch, target).spill_bytes > 0
+
+
+def test_an_unknown_target_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="no target is called 'sm_91'; known: sm_80, sm_89"):
+        find_target("sm_91")
+
+
+def test_a_missing_disassembler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(aot_compile.triton, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"cuobjdump is neither at .*nor on PATH"):
+        aot_compile.find_cuobjdump()
