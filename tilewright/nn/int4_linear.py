@@ -30,7 +30,7 @@ class _Int4Weight(QuantizedLinear):
         bias: bool = True,
         *,
         group_size: int | None = 128,
-        symmetric: bool = True,
+        symmetric: bool = False,
         scale_dtype: torch.dtype | str | None = None,
         **options: Any,
     ):
@@ -48,9 +48,9 @@ class _Int4Weight(QuantizedLinear):
         self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=scale_dtype, device=device))
         self.register_buffer("weight_zero", None if symmetric else words(int4.group_count(out_features, 8), groups))
 
-    def _set_weight(self, weight: torch.Tensor, range_search: str) -> None:
+    def _set_weight(self, weight: torch.Tensor, range_search: str, importance: torch.Tensor | None = None) -> None:
         self.weight_packed, self.weight_scale, self.weight_zero = int4.quantize(
-            weight, self.group_size, self.symmetric, range_search, self.weight_scale.dtype
+            weight, self.group_size, self.symmetric, range_search, self.weight_scale.dtype, importance
         )
 
     def dequantize_weight(self) -> torch.Tensor:
@@ -112,16 +112,18 @@ class Int4Linear(_Int4Weight):
         linear: nn.Linear,
         *,
         group_size: int | None = 128,
-        symmetric: bool = True,
+        symmetric: bool = False,
         range_search: str = "mse",
+        importance: torch.Tensor | None = None,
         scale_dtype: torch.dtype | str | None = None,
         compute_dtype: torch.dtype | str | None = "auto",
         activation: str = "none",
     ) -> Int4Linear:
         """The quantised twin of ``linear``, sharing its bias.
 
-        group_size: columns that share a scale; None or -1: the whole row. scale_dtype: by default the layer's dtype if
-        it has 16 bits, else bfloat16. compute_dtype "auto": bfloat16 for a float32 layer, else None.
+        group_size: columns that share a scale; None or -1: the whole row. importance: weights of the squared errors for
+        ``range_search="mse"``, float [in_features]. scale_dtype: by default the layer's dtype if it has 16 bits, else
+        bfloat16. compute_dtype "auto": bfloat16 for a float32 layer, else None.
         """
         check_linear(linear)
         module = cls(
@@ -132,7 +134,7 @@ class Int4Linear(_Int4Weight):
             compute_dtype=resolve_compute_dtype(compute_dtype, linear.weight.dtype),
             activation=activation,
         )
-        module._set_weight(linear.weight.detach(), range_search)
+        module._set_weight(linear.weight.detach(), range_search, importance)
         module.bias = linear.bias
         return module.train(linear.training)
 
@@ -182,7 +184,7 @@ class Int8ActInt4WeightLinear(_Int4Weight):
         linear: nn.Linear,
         *,
         group_size: int | None = 128,
-        symmetric: bool = True,
+        symmetric: bool = False,
         range_search: str = "mse",
         scale_dtype: torch.dtype | str | None = None,
         channel_scale: torch.Tensor | None = None,

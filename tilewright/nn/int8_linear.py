@@ -25,8 +25,8 @@ class _Int8Weight(QuantizedLinear):
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
 
-    def _set_weight(self, weight: torch.Tensor, range_search: str) -> None:
-        self.weight, self.weight_scale = int8.quantize(weight, range_search)
+    def _set_weight(self, weight: torch.Tensor, range_search: str, importance: torch.Tensor | None = None) -> None:
+        self.weight, self.weight_scale = int8.quantize(weight, range_search, importance)
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32 [out_features, in_features]."""
@@ -117,16 +117,19 @@ class Int8WeightOnlyLinear(_Int8Weight):
         linear: nn.Linear,
         *,
         range_search: str = "minmax",
+        importance: torch.Tensor | None = None,
         compute_dtype: torch.dtype | str | None = "auto",
         activation: str = "none",
     ) -> Int8WeightOnlyLinear:
-        """The quantised twin of ``linear``, sharing its bias. compute_dtype "auto": bfloat16 for a float32 layer,
-        else None.
+        """The quantised twin of ``linear``, sharing its bias.
+
+        importance: weights of the squared errors for ``range_search="mse"``, float [in_features]. compute_dtype "auto":
+        bfloat16 for a float32 layer, else None.
         """
         check_linear(linear)
         compute_dtype = resolve_compute_dtype(compute_dtype, linear.weight.dtype)
         module = cls(**common_options(linear), compute_dtype=compute_dtype, activation=activation)
-        module._set_weight(linear.weight.detach(), range_search)
+        module._set_weight(linear.weight.detach(), range_search, importance)
         module.bias = linear.bias
         return module.train(linear.training)
 

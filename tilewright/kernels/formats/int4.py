@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tilewright.kernels.formats.int8 import check_weight
+from tilewright.kernels.formats.int8 import check_importance, check_weight
 from tilewright.kernels.formats.ranges import row_blocks, search_shrinkage
 
 MIDDLE = 8  # the zero point of a symmetric weight
@@ -90,13 +90,21 @@ def dequantize(
 
 
 def _quantize_rows(
-    weight: torch.Tensor, size: int, symmetric: bool, range_search: str, scale_dtype: torch.dtype
+    weight: torch.Tensor,
+    size: int,
+    symmetric: bool,
+    range_search: str,
+    scale_dtype: torch.dtype,
+    importance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(u uint8 [N, K], scale [N, G] in ``scale_dtype``, zero point uint8 [N, G])."""
     weight = weight.float()
     n, k = weight.shape
     groups = group_count(k, size)
-    grouped = F.pad(weight, (0, groups * size - k)).reshape(n, groups, size)
+    padding = (0, groups * size - k)
+    grouped = F.pad(weight, padding).reshape(n, groups, size)
+    if importance is not None:
+        importance = F.pad(importance, padding).reshape(groups, size)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     extent = torch.maximum(-low, high) / 7.5 if symmetric else (high - low) / 15
 
@@ -112,7 +120,7 @@ def _quantize_rows(
         u, scale, zero = levels(fraction)
         return (u - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
 
-    u, scale, zero = levels(search_shrinkage(grouped, dequantized, range_search))
+    u, scale, zero = levels(search_shrinkage(grouped, dequantized, range_search, importance))
     return u.reshape(n, groups * size)[:, :k].to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8)
 
 
@@ -122,18 +130,22 @@ def quantize(
     symmetric: bool = True,
     range_search: str = "minmax",
     scale_dtype: torch.dtype = torch.float32,
+    importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Round to nearest (ties to even). ``weight`` float [N, K] -> (weight_packed, weight_scale, weight_zero or None).
 
     Symmetric: s = max|w| / 7.5, so that the range is shared by -8..7 with at most half a step clipped at its upper end.
     Asymmetric: the range is min(w, 0)..max(w, 0), so that zero is exact. Values are rounded against the scale as stored
-    in ``scale_dtype``. range_search: "minmax" or "mse" (see ``formats.ranges``). Raises TypeError or ValueError for a
-    weight that is not a finite float matrix, or whose scales overflow ``scale_dtype``.
+    in ``scale_dtype``. range_search: "minmax" or "mse", which importance [K] may weight (see ``formats.ranges``).
+    Raises TypeError or ValueError for a weight that is not a finite float matrix, or whose scales overflow
+    ``scale_dtype``.
     """
     check_weight(weight)
+    importance = check_importance(importance, weight)
     size = resolve_group_size(weight.shape[1], group_size)
     blocks = [
-        _quantize_rows(block, size, symmetric, range_search, scale_dtype) for block in row_blocks(weight.detach())
+        _quantize_rows(block, size, symmetric, range_search, scale_dtype, importance)
+        for block in row_blocks(weight.detach())
     ]
     u, scale, zero = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     if not torch.isfinite(scale).all():

@@ -14,7 +14,9 @@ def _round(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.round(weight / scale.unsqueeze(-1)).clamp_(-127, 127)
 
 
-def _quantize_rows(weight: torch.Tensor, range_search: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rows(
+    weight: torch.Tensor, range_search: str, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     weight = weight.float()
     largest = weight.abs().amax(-1) if weight.shape[1] else weight.new_zeros(len(weight))
     full = largest / 127
@@ -27,18 +29,22 @@ def _quantize_rows(weight: torch.Tensor, range_search: str) -> tuple[torch.Tenso
         scale = scale_at(fraction)
         return _round(weight, scale) * scale.unsqueeze(-1)
 
-    scale = scale_at(search_shrinkage(weight, dequantized, range_search))
+    scale = scale_at(search_shrinkage(weight, dequantized, range_search, importance))
     return _round(weight, scale).to(torch.int8), scale
 
 
-def quantize(weight: torch.Tensor, range_search: str = "minmax") -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    weight: torch.Tensor, range_search: str = "minmax", importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Round to nearest (ties to even). ``weight`` float [N, K] -> (int8 [N, K], float32 scale [N]).
 
-    range_search: "minmax" or "mse" (see ``formats.ranges``). Raises TypeError or ValueError for a weight that is not a
-    finite float matrix.
+    range_search: "minmax" or "mse", which importance [K] may weight (see ``formats.ranges``). Raises TypeError or
+    ValueError for a weight that is not a finite float matrix.
     """
     check_weight(weight)
-    q, scale = zip(*(_quantize_rows(block, range_search) for block in row_blocks(weight.detach())), strict=True)
+    importance = check_importance(importance, weight)
+    blocks = [_quantize_rows(block, range_search, importance) for block in row_blocks(weight.detach())]
+    q, scale = zip(*blocks, strict=True)
     return torch.cat(q), torch.cat(scale)
 
 
@@ -58,3 +64,16 @@ def check_weight(weight: torch.Tensor) -> None:
         raise ValueError("a weight to quantise must hold data, but is on the meta device")
     if not torch.isfinite(weight).all():
         raise ValueError("a weight to quantise must be finite, but holds NaN or Inf")
+
+
+def check_importance(importance: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+    """``importance`` as float32 beside the weight [N, K]. Raises ValueError unless it is finite, non-negative and
+    [K].
+    """
+    if importance is None:
+        return None
+    if importance.shape != weight.shape[1:]:
+        raise ValueError(f"importance must have shape {list(weight.shape[1:])}, not {list(importance.shape)}")
+    if not (torch.isfinite(importance) & (importance >= 0)).all():
+        raise ValueError("importance must be finite and non-negative")
+    return importance.to(weight.device, torch.float32)

@@ -1,7 +1,9 @@
 """Which range of values a quantiser spends its levels on.
 
 ``minmax`` covers every value. ``mse`` shrinks the range step by step and keeps, for each group, the shrinkage with the
-least squared error: a few clipped outliers often cost less than coarser steps for all the rest.
+least squared error: a few clipped outliers often cost less than coarser steps for all the rest. Errors can be weighted
+by how much each input channel matters: with the mean square of the activations, the sum is the expected squared error
+of the output when channels are uncorrelated.
 """
 
 from __future__ import annotations
@@ -21,11 +23,16 @@ def check_range_search(name: str) -> None:
         raise ValueError(f"range search {name!r} is unknown; the known ones are {', '.join(RANGE_SEARCHES)}")
 
 
-def search_shrinkage(weight: torch.Tensor, dequantized: Callable[[float], torch.Tensor], name: str) -> torch.Tensor:
+def search_shrinkage(
+    weight: torch.Tensor,
+    dequantized: Callable[[float], torch.Tensor],
+    name: str,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Best fraction of the range for each group.
 
-    weight: float [..., size of a group]. dequantized: maps a fraction to the weight as it would come back. Returns
-    float32 [...].
+    weight: float [..., size of a group]. dequantized: maps a fraction to the weight as it would come back. importance:
+    weights of the squared errors, non-negative, broadcast against ``weight``. Returns float32 [...].
     """
     check_range_search(name)
     best = weight.new_ones(weight.shape[:-1])
@@ -33,7 +40,8 @@ def search_shrinkage(weight: torch.Tensor, dequantized: Callable[[float], torch.
         return best
     least = torch.full_like(best, torch.inf)
     for fraction in SHRINKAGES:
-        error = (dequantized(fraction) - weight).square().sum(-1)
+        error = (dequantized(fraction) - weight).square_()
+        error = (error if importance is None else error.mul_(importance)).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better, fraction, best)
