@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-_entries: dict[tuple[Any, ...], tuple[int, Any]] = {}
+_entries: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 _lock = threading.Lock()
 
 
@@ -24,26 +24,27 @@ def _version(weight: torch.Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
-def packed(weight: torch.Tensor, layout: str, make: Callable[[], T]) -> T:
+def packed(weight: torch.Tensor, layout: str, make: Callable[[], T], *others: torch.Tensor | None) -> T:
     """What ``make()`` returned for this ``weight`` and ``layout``, calling it only if that is not known yet.
 
-    ``make`` must not keep a reference to the weight's own memory, which would then never be freed.
+    others: further tensors that ``make`` reads, such as scales; replacing or writing into one also makes it run again.
+    ``make`` must not keep a reference to memory of any of them, which would then never be freed.
     """
     key = (weight.data_ptr(), layout, weight.device, weight.shape)
+    state = (_version(weight), *(None if t is None else (t.data_ptr(), _version(t)) for t in others))
     entry = _entries.get(key)
-    version = _version(weight)
-    if entry is not None and entry[0] == version:
+    if entry is not None and entry[0] == state:
         return entry[1]
     with _lock:
         entry = _entries.get(key)
-        if entry is not None and entry[0] == version:
+        if entry is not None and entry[0] == state:
             return entry[1]
-        known = entry is not None
         value = make()
-        _entries[key] = (version, value)
-        if not known and weight.numel():
-            # Memory that is freed may be handed out again: the entry must be gone before it is.
-            weakref.finalize(weight.untyped_storage(), _entries.pop, key, None).atexit = False
+        _entries[key] = (state, value)
+        for tensor in (weight, *others):
+            if tensor is not None and tensor.numel():
+                # Memory that is freed may be handed out again: the entry must be gone before it is.
+                weakref.finalize(tensor.untyped_storage(), _entries.pop, key, None).atexit = False
     return value
 
 

@@ -43,6 +43,7 @@ def register_all() -> None:
     """Called once, when the operators are defined."""
     for op in ("int8_linear", "int8_linear_quantized"):
         _cpu(op, "oneDNN")
+        _cpu(op, "exact float32", f"float_{op}", "why_not_float")
     _cpu("quantize_per_row", "blocked")
     _cpu("int8_weight_only_linear", "ATen int8pack")
     _cpu("int8_weight_only_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")

@@ -59,6 +59,8 @@ def int4_int8_linear(
             _prepack(weight_packed, weight_scale, weight_zero, group_size, k),
             torch.zeros(n, dtype=torch.int32),
         ),
+        weight_scale,
+        weight_zero,
     )
     q, x_scale = quantize_u8(x.reshape(-1, k), channel_scale)
     parts = q.split(group_size, 1)

@@ -77,7 +77,11 @@ def int4_linear(
     """See ``reference.int4_linear``; scales and offsets are rounded to bfloat16 in place of the dequantised weight."""
     n, k = len(weight_packed), x.shape[-1]
     weight, pairs, group = packed(
-        weight_packed, "int4pack", lambda: _prepack(weight_packed, weight_scale, weight_zero, group_size, k)
+        weight_packed,
+        "int4pack",
+        lambda: _prepack(weight_packed, weight_scale, weight_zero, group_size, k),
+        weight_scale,
+        weight_zero,
     )
     rows = F.pad(x.reshape(-1, k).to(torch.bfloat16), (0, -k % group)).contiguous()
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, pairs)[:, :n].float()

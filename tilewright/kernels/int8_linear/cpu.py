@@ -7,7 +7,7 @@ import torch
 from tilewright.kernels.cpu_support import finish_rows, qlinear, scratch, why_no_qlinear
 from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
-from tilewright.kernels.quantize.cpu import quantize_u8
+from tilewright.kernels.quantize.cpu import quantize_per_row, quantize_u8
 
 #: 255 * 127 * K must stay below 2^31.
 LARGEST_K = 66_000
@@ -77,3 +77,49 @@ def int8_linear_quantized(
         u8, x_scale.reshape(-1, 1), weight, weight_scale, bias, residual, activation, out_dtype or torch.float32
     )
     return y.view(*x.shape[:-1], len(weight))
+
+
+#: Sums of this many products of int8 values are exact in float32: 1040 * 127 * 127 < 2^24.
+EXACT_FLOAT_COLUMNS = 1024
+
+
+def why_not_float(problem: Problem) -> str | None:
+    """Why exact float32 products do not take the problem, or None."""
+    return "nothing to multiply" if 0 in (problem.m, problem.n, problem.k) else None
+
+
+def float_int8_linear_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.int8_linear_quantized``: float32 products of few enough columns to be exact, added up as int32.
+
+    For CPUs without a usable integer product.
+    """
+    rows, n = x.reshape(-1, x.shape[-1]), len(weight)
+    total = torch.zeros(len(rows), n, dtype=torch.int32)
+    for x_part, w_part in zip(rows.split(EXACT_FLOAT_COLUMNS, 1), weight.split(EXACT_FLOAT_COLUMNS, 1), strict=True):
+        total += (x_part.float() @ w_part.float().t()).to(torch.int32)
+    y = total.float().mul_(weight_scale)
+    y = finish_rows(y, x_scale.reshape(-1, 1), bias, residual, activation, out_dtype or torch.float32)
+    return y.view(*x.shape[:-1], n)
+
+
+def float_int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    channel_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See ``reference.int8_linear`` and ``float_int8_linear_quantized``."""
+    q, scale = quantize_per_row(x, channel_scale)
+    return float_int8_linear_quantized(q, scale, weight, weight_scale, bias, residual, activation, x.dtype)
