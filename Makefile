@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TEST_WORKERS ?= 2
-COMPAT_TRITONS ?= 3.4.0 3.6.0 3.9.0
+COMPAT_TRITONS ?= 3.5.1 3.6.0 3.9.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
