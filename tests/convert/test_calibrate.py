@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tilewright.convert import calibrate, convert_model, report
+from tilewright.convert.calibrate import RowSample, relative_error, search_smoothing, smoothing_scale
+from tilewright.convert.schemes import Int8Dynamic
+from tilewright.nn import Int8Linear
+
+
+def outlier_inputs(rows: int = 256, k: int = 64) -> torch.Tensor:
+    """Activations as transformers have them: a few channels are far larger than all others."""
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(1))
+    x[:, [3, 17]] *= 60
+    return x
+
+
+def test_a_sample_is_uniform_over_the_stream_and_bounded() -> None:
+    sample = RowSample(limit=100, seed=0)
+    for start in range(0, 10_000, 250):
+        sample.add(torch.arange(start, start + 250).float().unsqueeze(-1))
+    assert sample.rows is not None and sample.rows.shape == (100, 1)
+    assert len(sample.rows.unique()) == 100
+    # 100 draws from a uniform distribution on 0..10000: the mean is within four standard errors (289) of its centre.
+    assert abs(sample.rows.mean().item() - 5000) < 4 * 289
+    assert sample.largest is not None and sample.largest.item() == 9999  # of every row, not only of those kept
+
+
+def test_rows_that_are_not_finite_are_left_out() -> None:
+    sample = RowSample()
+    sample.add(torch.tensor([[1.0, torch.nan], [2.0, 3.0], [torch.inf, 0.0]]))
+    assert sample.rows is not None and sample.rows.tolist() == [[2.0, 3.0]]
+
+
+def test_smoothing_scale_is_the_formula() -> None:
+    x, w = torch.tensor([8.0, 2.0, 1.0]), torch.tensor([0.5, 1.0, 2.0])
+    scale = smoothing_scale(x, w, 0.75)
+    expected = w**0.25 / x**0.75
+    torch.testing.assert_close(scale / scale[0], expected / expected[0])
+    torch.testing.assert_close(scale.log().mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_smoothing_scale_survives_dead_channels() -> None:
+    for x, w in [([0.0, 2.0], [1.0, 1.0]), ([1.0, 2.0], [0.0, 1.0]), ([0.0, 0.0], [0.0, 0.0])]:
+        scale = smoothing_scale(torch.tensor(x), torch.tensor(w), 0.5)
+        assert torch.isfinite(scale).all() and (scale > 0).all()
+
+
+def test_relative_error() -> None:
+    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])) == 0
+    assert relative_error(torch.tensor([3.0, 0.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.8)
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(torch.ones(2), torch.zeros(2)) is None
+    assert relative_error(torch.tensor([torch.nan]), torch.ones(1)) is None
+
+
+def test_the_search_helps_where_there_are_outliers_and_harms_nowhere() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32)
+    for x, helps in [(outlier_inputs(), True), (torch.randn(256, 64), False)]:
+        sample = RowSample()
+        sample.add(x)
+        found = search_smoothing(linear, sample, lambda **options: Int8Linear.from_float(linear, **options))
+        plain = calibrate.output_error(linear, Int8Linear.from_float(linear), sample)
+        smoothed = calibrate.output_error(linear, Int8Linear.from_float(linear, **found.options), sample)
+        assert plain is not None and smoothed is not None
+        assert smoothed <= plain
+        if helps:
+            assert found.exponent is not None and smoothed < 0.5 * plain
+
+
+def test_no_scale_is_chosen_if_none_is_best() -> None:
+    linear = nn.Linear(8, 8)
+    sample = RowSample()
+    sample.add(torch.randn(16, 8))
+
+    class Worse(nn.Module):
+        def __init__(self, error: float):
+            super().__init__()
+            self.error = error
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return linear(x) + self.error
+
+    found = search_smoothing(linear, sample, lambda channel_scale=None: Worse(0.0 if channel_scale is None else 1.0))
+    assert found == calibrate.Found()
+
+
+@pytest.mark.parametrize("range_search", ["minmax", "mse"])
+def test_scheme_search_never_loses_to_plain(range_search: str) -> None:
+    torch.manual_seed(0)
+    linear, scheme, sample = nn.Linear(64, 32), Int8Dynamic(range_search), RowSample()
+    sample.add(outlier_inputs())
+    found = scheme.search(linear, sample)
+    errors = [calibrate.output_error(linear, scheme.build(linear, **o), sample) for o in ({}, found.options)]
+    assert errors[1] < errors[0]
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 32)
+        self.unused = nn.Linear(64, 32)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | float = 0.0) -> torch.Tensor:
+        return self.dropout(self.fc(input=x)) + y
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "list", "dict"])
+def test_forms_of_calibration_data(form: str) -> None:
+    x = outlier_inputs()
+    item = {"tensor": x, "tuple": (x, 1.0), "list": [x], "dict": {"x": x, "y": 2.0}}[form]
+    torch.manual_seed(0)
+    model = Keywords().train()
+    converted = convert_model(model, "int8", calibration_data=iter([item]))
+    assert converted.fc.channel_scale is not None
+    assert converted.unused.channel_scale is None
+    by_name = {layer.name: layer for layer in report(converted).layers}
+    assert by_name["fc"].output_error is not None and by_name["fc"].smoothing is not None
+    assert by_name["unused"].output_error is None
+    assert by_name["unused"].reason == "the calibration data did not reach it"
+
+
+def test_calibration_leaves_the_model_as_it_was() -> None:
+    model = Keywords().train()
+    model.dropout.eval()
+    convert_model(model, "int8", calibration_data=[outlier_inputs()])
+    assert model.training and model.fc.training and not model.dropout.training
+    assert not model.fc._forward_pre_hooks
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_calibration_that_fails_cleans_up() -> None:
+    model = Keywords().train()
+    with pytest.raises(RuntimeError):
+        convert_model(model, "int8", calibration_data=[torch.randn(2, 5)], inplace=True)
+    assert model.training and not model.fc._forward_pre_hooks
+    assert type(model.fc) is nn.Linear
+    assert torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(ValueError, match="calibration_data is empty"):
+        convert_model(model, "int8", calibration_data=[])
+
+
+def test_calibration_reaches_the_layers_of_the_native_encoder() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    data = {"src": torch.randn(3, 7, 32), "src_key_padding_mask": torch.arange(7) >= torch.tensor([[7], [4], [2]])}
+    converted = convert_model(model, "int8", calibration_data=[data])
+    assert all(layer.output_error is not None for layer in report(converted).converted)
+
+
+def test_data_that_no_scheme_uses_still_measures(caplog: pytest.LogCaptureFixture) -> None:
+    converted = convert_model(nn.Sequential(nn.Linear(64, 32)), "int4", calibration_data=[outlier_inputs()])
+    assert "no scheme of this recipe makes use of calibration_data" in caplog.text
+    assert report(converted).layers[0].output_error > 0

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from torch import nn
+
+from tilewright.convert.recipes import PRESETS, Recipe, Rule, matches, names_explicitly
+from tilewright.convert.schemes import Int4WeightOnly, Int8Dynamic
+
+
+@pytest.mark.parametrize(
+    "pattern, name, expected",
+    [
+        ("*", "encoder.0.attn.q", True),
+        ("*", "", True),  # a root that is itself a layer
+        ("encoder.*.q", "encoder.0.attn.q", True),  # `*` crosses dots
+        ("encoder.*.q", "encoder.0.attn.qk", False),
+        ("Encoder.*", "encoder.0", False),  # case matters on every system
+        ("encoder", "encoder.0", False),
+        ("layers.[01].*", "layers.1.fc", True),
+        ("re:layers\\.[0-3]\\..*", "layers.2.fc", True),
+        ("re:layers", "layers.2.fc", False),  # the whole name must match
+        ("type:Linear", "anything", True),
+        ("type:Module", "anything", True),  # base classes count
+        ("type:torch.nn.modules.linear.Linear", "anything", True),
+        ("type:Conv2d", "anything", False),
+    ],
+)
+def test_patterns(pattern: str, name: str, expected: bool) -> None:
+    assert matches(pattern, name, nn.Linear(1, 1)) is expected
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("lm_head", True),
+        ("*.lm_head", True),
+        ("*", False),
+        ("*head", False),
+        ("lm_head.*", False),
+        ("type:Linear", False),
+        ("re:lm_head", False),
+    ],
+)
+def test_what_spells_out_a_name(pattern: str, expected: bool) -> None:
+    assert names_explicitly(pattern) is expected
+
+
+def test_forms_of_a_recipe() -> None:
+    assert Recipe.of("int8").rules == (Rule("*", Int8Dynamic()),)
+    assert Recipe.of(Int8Dynamic()) == Recipe.of("int8")
+    given = {"lm_head": None, nn.Linear: "int8", "*": Int4WeightOnly(group_size=32)}
+    assert Recipe.of(given).rules == (
+        Rule("lm_head", None),
+        Rule("type:torch.nn.modules.linear.Linear", Int8Dynamic()),
+        Rule("*", Int4WeightOnly(group_size=32)),
+    )
+    recipe = Recipe([("*", "int8")], exclude="a.*")
+    assert Recipe.of(recipe) is recipe
+    assert recipe.excluding(["b", nn.Embedding]).exclude == ("a.*", "b", "type:torch.nn.modules.sparse.Embedding")
+
+
+def test_json_round_trip() -> None:
+    recipe = Recipe([("a.*", None), (nn.Linear, "int4-g32"), ("re:x+", "int8")], exclude=["b.*"])
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_recipe(name: str) -> None:
+    assert Recipe.from_json(Recipe.of(name).to_json()) == Recipe.of(name)
+
+
+@pytest.mark.parametrize(
+    "recipe, error, message",
+    [
+        ("in8", ValueError, "preset 'in8' is unknown, did you mean 'int8'.*known: int8, int8-weight-only"),
+        ({"*": "int5"}, ValueError, "preset 'int5' is unknown"),
+        ({}, ValueError, "at least one rule"),
+        ({"re:(": "int8"}, ValueError, "'re:\\(' is no regular expression"),
+        ({"type:": "int8"}, ValueError, "names no class"),
+        ({"*": 8}, TypeError, "not 8"),
+        ({3: "int8"}, TypeError, "a string or a class of modules, not 3"),
+        (None, TypeError, "not None"),
+    ],
+)
+def test_what_is_no_recipe(recipe: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Recipe.of(recipe)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"version": 7}, "version 7 came"),
+        ({"rule": []}, "has the keys version, rules and exclude"),
+        ({"rules": [{"pattern": "*"}]}, "a rule in JSON has the keys pattern and scheme"),
+        ({"rules": [{"pattern": "*", "scheme": {"scheme": "No", "version": 1}}]}, "scheme 'No' is unknown"),
+    ],
+)
+def test_json_that_is_no_recipe(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_json({**Recipe.of("int8").to_json(), **change})

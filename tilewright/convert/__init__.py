@@ -1,0 +1,34 @@
+"""From a model to a smaller, faster one: recipes, the converter, calibration, the report, save and load."""
+
+from tilewright.convert.checkpoint import load_model, save_model
+from tilewright.convert.converter import convert_model, revert_model
+from tilewright.convert.recipes import PRESETS, Recipe, Rule
+from tilewright.convert.report import Report, report
+from tilewright.convert.safetensors_file import CheckpointError
+from tilewright.convert.schemes import (
+    Int4WeightOnly,
+    Int8ActInt4Weight,
+    Int8Dynamic,
+    Int8WeightOnly,
+    Scheme,
+    register_scheme,
+)
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "Int4WeightOnly",
+    "Int8ActInt4Weight",
+    "Int8Dynamic",
+    "Int8WeightOnly",
+    "Recipe",
+    "Report",
+    "Rule",
+    "Scheme",
+    "convert_model",
+    "load_model",
+    "register_scheme",
+    "report",
+    "revert_model",
+    "save_model",
+]

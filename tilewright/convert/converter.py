@@ -1,0 +1,178 @@
+"""``convert_model`` and ``revert_model``: swap the layers of a model for quantised ones, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewright.convert import calibrate, layers, structure
+from tilewright.convert.plan import FilterFunction, Plan, Planned, layers_of, make_plan, nothing_to_convert
+from tilewright.convert.progress import track
+from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
+from tilewright.convert.record import LayerRecord, Record, detach, record_of, remember_original
+from tilewright.convert.text import shown_name, size
+from tilewright.nn import QuantizedLinear
+
+logger = logging.getLogger("tilewright")
+
+
+def convert_model(
+    model: nn.Module,
+    recipe: RecipeLike = "int8",
+    *,
+    exclude: Pattern | Iterable[Pattern] = (),
+    filter_fn: FilterFunction | None = None,
+    heads: bool = False,
+    calibration_data: Iterable[Any] | None = None,
+    inplace: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Replace the layers of ``model`` by quantised ones and return the converted model.
+
+    recipe: the name of a preset ("int8", "int4", ... see ``recipes.PRESETS``), a scheme, {pattern: scheme, preset or
+        None}, or a ``Recipe``.
+    exclude: patterns of layers to leave alone. filter_fn: called as ``filter_fn(module, name)``; False leaves the
+    layer alone. heads: convert output heads as well. They are left alone by default, as their errors go straight into
+        the answer; a head is what ``get_output_embeddings()`` returns or a direct child of the root called lm_head,
+        head, score, classifier, ... A rule that spells out its name converts it too.
+    calibration_data: sample inputs, each a mapping (keyword arguments), a tuple or list (positional) or one tensor,
+        for schemes that quantise activations: they then search a scale for each input channel, which lowers the error
+        (``convert.calibrate``). It also gives the report an output error for every layer.
+    inplace: change ``model`` itself and free each float weight as soon as its replacement exists. Otherwise ``model``
+        is left as it was, and the result shares every parameter and buffer that was not converted with it.
+    progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.
+
+    Layers that cannot be converted, tied weights and heads are left alone; ``report`` lists them with the reason.
+    Raises ValueError for a pattern that matches nothing and if nothing would be converted; TypeError if ``model`` is
+    no ``nn.Module`` or compiled.
+
+    >>> import tilewright as tw
+    >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    >>> small = tw.convert_model(model, {"0": "int4-g32", "*": "int8"})
+    """
+    _check_model(model)
+    recipe = Recipe.of(recipe).excluding(exclude)
+    plan = make_plan(model, recipe, filter_fn, heads)
+    known, original = record_of(model), model
+    if not inplace:
+        model = structure.copy_structure(original)
+    samples = _observe(model, plan, calibration_data)
+    record = Record([*known.recipes, recipe.to_json()], dict(known.layers), plan.skipped)
+    try:
+        model = _swap(model, plan, samples, record, progress)
+    finally:
+        # Also if a layer failed in place: what was converted until then must keep working and be reported.
+        structure.FastPaths.close(model, layers.is_converted)
+        record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
+        record.attach(model)
+    if not any(name in record.layers for name in plan.convert):
+        known.attach(model)
+        raise ValueError(nothing_to_convert(model, record.skipped))
+    if not inplace:
+        remember_original(model, original)
+    before = sum(layer.bytes_before for layer in record.layers.values())
+    after = sum(layer.bytes_after for layer in record.layers.values())
+    count, left = len(record.layers), len(record.skipped)
+    logger.info("converted %d layers, %s to %s; %d left alone", count, size(before), size(after), left)
+    return model
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a scripted model cannot be converted: convert the module it was scripted from")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("the model is compiled: convert first, then torch.compile the result")
+
+
+def _observe(model: nn.Module, plan: Plan, data: Iterable[Any] | None) -> dict[str, calibrate.RowSample]:
+    if data is None:
+        return {}
+    if not any(planned.scheme.calibrated for planned in plan.convert.values()):
+        logger.warning("no scheme of this recipe makes use of calibration_data; it only measures output errors")
+    return calibrate.observe(model, {name: model.get_submodule(name) for name in plan.convert}, data)
+
+
+def _swap(
+    model: nn.Module, plan: Plan, samples: dict[str, calibrate.RowSample], record: Record, progress: bool | None
+) -> nn.Module:
+    """Replace every planned layer, one at a time, and write down what became of it. Returns the root."""
+    slots = structure.slots_of(model)
+    for name in track(plan.convert, "Converting", progress):
+        old = model.get_submodule(name)
+        with torch.no_grad():
+            try:
+                new, made = _convert_layer(old, plan.convert[name], samples.pop(name, None))
+            except Exception as error:
+                raise RuntimeError(f"converting the layer {shown_name(name)!r} failed: {error}") from error
+        if made.bytes_after >= made.bytes_before and not plan.convert[name].explicit:
+            record.skipped[name] = f"too small to pay: {made.bytes_before} bytes would become {made.bytes_after}"
+            continue
+        layers.carry_over(old, new)
+        new.layer_name = name  # type: ignore[assignment]
+        model = structure.replace(model, old, new, slots)
+        record.layers[name] = made
+        logger.debug("converted %s to %s", shown_name(name), plan.convert[name].scheme)
+        # The float weight must be gone before the next layer is made, so nothing may keep hold of the old module.
+        del old, new
+    return model
+
+
+def _convert_layer(
+    old: nn.Module, planned: Planned, sample: calibrate.RowSample | None
+) -> tuple[nn.Module, LayerRecord]:
+    """The replacement of one layer, and its record."""
+    scheme = planned.scheme
+    found = calibrate.Found() if sample is None else scheme.search(old, sample)
+    new = scheme.build(old, **found.options)
+    made = LayerRecord(
+        scheme=scheme.to_json(),
+        label=str(scheme),
+        bytes_before=tensor_bytes(old),
+        bytes_after=tensor_bytes(new),
+        weight_error=scheme.weight_error(old, new),
+        output_error=calibrate.output_error(old, new, sample),
+        smoothing=found.exponent,
+    )
+    if sample is not None and sample.rows is None:
+        made.note = "the calibration data did not reach it"
+    return new, made
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a module, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Give the plain layers back, with dequantised weights in the original dtype.
+
+    The values are those that the quantised layers stood for, not the ones from before the conversion. inplace: change
+    ``model`` itself. Raises ValueError if the model holds no converted layer.
+
+    >>> import tilewright as tw
+    >>> model = tw.revert_model(tw.convert_model(nn.Sequential(nn.Linear(64, 64)), "int8"))
+    >>> type(model[0]).__name__
+    'Linear'
+    """
+    _check_model(model)
+    if not any(map(layers.is_converted, model.modules())):
+        raise ValueError(f"{type(model).__name__} holds no converted layer, so there is nothing to revert")
+    if not inplace:
+        model = structure.copy_structure(model)
+    slots = structure.slots_of(model)
+    for old, names in layers_of(model).items():
+        if isinstance(old, QuantizedLinear):
+            new = layers.to_float(old)
+            layers.carry_over(old, new)
+            model = structure.replace(model, old, new, slots)
+            logger.debug("reverted %s", shown_name(names[0]))
+    structure.FastPaths.open(model)
+    detach(model)
+    return model

@@ -1,0 +1,154 @@
+"""Single layers: which are linear, why one must be left alone, what of it moves to its replacement."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from tilewright.nn import QuantizedLinear
+
+#: Dtypes of float weights that the operators work in.
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_STANDARD_ATTRIBUTES = frozenset(vars(nn.Linear(1, 1, device="meta")))
+
+
+def conv1d_class() -> type[nn.Module] | None:
+    """The ``Conv1D`` of Hugging Face transformers (GPT-2's linear layer, weight [in, out]), if that module is loaded.
+
+    A model that holds one has loaded it, so there is no need to import transformers in order to look.
+    """
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is the linear layer with a transposed weight described at ``conv1d_class``."""
+    conv1d = conv1d_class()
+    return conv1d is not None and isinstance(module, conv1d)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a float linear layer of any kind, convertible or not."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether ``module`` is the result of a conversion."""
+    return isinstance(module, QuantizedLinear)
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """The layer as ``nn.Linear`` (weight [out, in]) over the same memory; ``module`` itself if it is one."""
+    if not is_conv1d(module):
+        return module  # type: ignore[return-value]
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    linear = nn.Linear(
+        weight.shape[0], weight.shape[1], bias=module.bias is not None, device="meta", dtype=weight.dtype
+    )
+    linear.weight = nn.Parameter(weight.detach().t(), requires_grad=weight.requires_grad)
+    linear.bias = module.bias  # type: ignore[assignment]
+    return linear
+
+
+def as_conv1d(linear: nn.Linear) -> nn.Module:
+    """The reverse of ``as_linear``: a Hugging Face ``Conv1D`` with a weight [in, out] of its own."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        conv1d = Conv1D(linear.out_features, linear.in_features)
+    requires_grad = linear.weight.requires_grad
+    conv1d.weight = nn.Parameter(linear.weight.detach().t().contiguous(), requires_grad=requires_grad)
+    conv1d.bias = linear.bias
+    return conv1d
+
+
+def to_float(module: QuantizedLinear) -> nn.Module:
+    """The plain layer with dequantised weights, of the type that was converted."""
+    linear = module.to_float()
+    return as_conv1d(linear) if module.origin == "Conv1D" else linear
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """Why a linear layer cannot be replaced by a quantised one; None if it can."""
+    kind = type(module).__name__
+    plain: type[nn.Module] = nn.Linear
+    if is_conv1d(module):
+        plain = conv1d_class() or nn.Linear
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight instead of calling it"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized: remove the parametrization first"
+    if type(module).forward is not plain.forward:
+        return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
+    extra = sorted({*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"})
+    weight = module._parameters.get("weight")
+    if extra or weight is None:
+        held = ", ".join(extra) or "none"
+        return f"its weight is not a plain parameter (it holds {held}), as after pruning or weight_norm"
+    if reason := why_not_weight(weight):
+        return reason
+    if any(vars(module).get(name) for name in _STATE_HOOKS):
+        return "hooks on its state_dict expect the float weight"
+    return None
+
+
+def why_not_weight(weight: torch.Tensor) -> str | None:
+    """Why a weight cannot be quantised; None if it can."""
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "it is lazy and has not seen an input yet"
+    if type(weight) not in (nn.Parameter, torch.Tensor) or type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
+    if weight.dtype not in WEIGHT_DTYPES:
+        return f"its weight is {_dtype_name(weight.dtype)}, not float32, float16 or bfloat16"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device and has no values"
+    if not weight.numel():
+        return "its weight is empty"
+    if not torch.isfinite(weight.detach()).all():
+        return "its weight holds NaN or Inf"
+    return None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` what the user had put on ``old``: hooks, training flag, bias, and attributes that are not a layer's
+    own.
+
+    The hook dictionaries themselves move, so that handles returned by ``register_forward_hook`` still remove their
+    hook.
+    """
+    new.train(old.training)
+    for name in _HOOKS:
+        if name in vars(old):
+            vars(new)[name] = vars(old)[name]
+    if old._parameters.get("bias") is not None:
+        new.bias = old.bias
+    own = _STANDARD_ATTRIBUTES
+    if isinstance(old, QuantizedLinear):
+        own = frozenset(vars(type(old)(**old.config(), device="meta")))
+    for name, value in vars(old).items():
+        if name not in own and name not in vars(new) and not hasattr(type(new), name):
+            vars(new)[name] = value

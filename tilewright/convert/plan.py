@@ -1,0 +1,146 @@
+"""Which layers of a model a recipe converts, and why it leaves the others alone. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tilewright.convert import structure
+from tilewright.convert.layers import is_converted
+from tilewright.convert.recipes import Recipe, Rule, matches, names_explicitly
+from tilewright.convert.schemes import Scheme, registered_schemes
+from tilewright.convert.text import listed, nearest, shown_name
+
+FilterFunction = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One layer to convert. explicit: the rule spells out its name, so it is converted even where that does not pay."""
+
+    scheme: Scheme
+    explicit: bool
+
+
+@dataclass
+class Plan:
+    """convert: by name of the layer, in the model's order. skipped: name -> reason."""
+
+    convert: dict[str, Planned] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def layers_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module that a scheme could be about or has been applied to, with all its names."""
+    kinds = registered_schemes().values()
+    found: dict[nn.Module, list[str]] = {}
+    for module, names in structure.names_of_modules(model).items():
+        if is_converted(module) or any(kind.takes(module) for kind in kinds):
+            found[module] = names
+    return found
+
+
+def make_plan(model: nn.Module, recipe: Recipe, filter_fn: FilterFunction | None = None, heads: bool = False) -> Plan:
+    """Go through the layers of ``model`` in order.
+
+    Raises ValueError if a pattern matches nothing, naming the nearest layers, or if nothing is left to convert, with
+    the reasons.
+    """
+    layers = layers_of(model)
+    if not layers:
+        raise ValueError(nothing_to_convert(model, {}))
+    _check_patterns(model, layers, recipe)
+    tied, head_of = structure.tied_to(model), structure.output_heads(model)
+    plan = Plan()
+    for module, names in layers.items():
+        decided = _decide(module, names, recipe, filter_fn, None if heads else head_of.get(module), tied)
+        if isinstance(decided, Planned):
+            plan.convert[names[0]] = decided
+        else:
+            plan.skipped[names[0]] = decided
+    if not plan.convert:
+        raise ValueError(nothing_to_convert(model, plan.skipped))
+    return plan
+
+
+def _decide(
+    module: nn.Module,
+    names: list[str],
+    recipe: Recipe,
+    filter_fn: FilterFunction | None,
+    head: str | None,
+    tied: dict[int, str],
+) -> Planned | str:
+    """What happens to one layer: converted, or left alone for the reason returned."""
+    if is_converted(module):
+        return f"already converted ({type(module).__name__})"
+    for pattern in recipe.exclude:
+        if any(matches(pattern, name, module) for name in names):
+            return f"excluded by {pattern!r}"
+    if filter_fn is not None and not all(filter_fn(module, name) for name in names):
+        return "left out by filter_fn"
+    rule = _rule_for(module, names, recipe)
+    if isinstance(rule, str):
+        return rule
+    if rule.scheme is None:
+        return f"left alone by the rule {rule.pattern!r}"
+    explicit = names_explicitly(rule.pattern)
+    if reason := rule.scheme.why_not(module):
+        return reason
+    if other := next(
+        (tied[id(parameter)] for parameter in module._parameters.values() if _is_tied(parameter, tied)), None
+    ):
+        return f"its weight is tied to {other}"
+    if any(part.startswith("lora_") for part in names[0].split(".")) and not explicit:
+        return "a LoRA adapter, which is small and meant to be trained"
+    if head is not None and not explicit:
+        return f"output head ({head}); heads=True or a rule with its name converts it"
+    return Planned(rule.scheme, explicit)
+
+
+def _is_tied(parameter: nn.Parameter | None, tied: dict[int, str]) -> bool:
+    """A shared bias is no obstacle: it stays what it is. Only matrices are replaced."""
+    return parameter is not None and parameter.dim() > 1 and id(parameter) in tied
+
+
+def _rule_for(module: nn.Module, names: list[str], recipe: Recipe) -> Rule | str:
+    """The first rule that matches and whose scheme is about such a module, or why there is none."""
+    passed_over = ""
+    for rule in recipe.rules:
+        if any(matches(rule.pattern, name, module) for name in names):
+            if rule.scheme is None or rule.scheme.takes(module):
+                return rule
+            passed_over = f"{type(rule.scheme).__name__} takes {rule.scheme.about}, not {type(module).__name__}"
+    return passed_over or "no rule of the recipe matches it"
+
+
+def _check_patterns(model: nn.Module, layers: dict[nn.Module, list[str]], recipe: Recipe) -> None:
+    """Refuse patterns that match nothing. One that leaves layers alone may name any module, not only layers."""
+    patterns = [(rule.pattern, rule.scheme is None) for rule in recipe.rules]
+    patterns += [(pattern, True) for pattern in recipe.exclude]
+    modules = structure.names_of_modules(model)
+    for pattern, leaves_alone in patterns:
+        candidates = modules if leaves_alone else layers
+        if any(matches(pattern, name, module) for module, names in candidates.items() for name in names):
+            continue
+        message = f"the pattern {pattern!r} matches no layer of {type(model).__name__}"
+        if any(matches(pattern, name, module) for module, names in modules.items() for name in names):
+            message += f"; it names a module that holds layers: did you mean {pattern + '.*'!r}?"
+        else:
+            layer_names = [shown_name(name) for names in layers.values() for name in names]
+            message += f"; the nearest layer names are {listed(nearest(pattern, layer_names))}"
+        raise ValueError(message)
+
+
+def nothing_to_convert(model: nn.Module, skipped: dict[str, str]) -> str:
+    """What to say about a conversion that would change nothing: every reason, with the layers it holds for."""
+    if not skipped:
+        about = "; ".join(sorted({kind.about for kind in registered_schemes().values()}))
+        return f"nothing to convert in {type(model).__name__}: it has no layer that a scheme takes ({about})"
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(shown_name(name))
+    reasons = "\n".join(f"  {reason}: {listed(names, 3)}" for reason, names in by_reason.items())
+    return f"nothing to convert in {type(model).__name__}; every layer is left alone:\n{reasons}"

@@ -1,0 +1,164 @@
+"""What the converter knows about a whole model: copying its structure, swapping modules, tied memory, output heads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewright.convert.text import shown_name
+
+#: Direct children of the root with one of these names count as output heads.
+HEAD_NAMES = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "output_projection")
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """A copy of the model with modules of its own that hold the *same* parameters, buffers and tensor attributes.
+
+    Raises TypeError if the model holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(f"{type(model).__name__} cannot be copied ({error}); inplace=True needs no copy") from error
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor that a module of the model holds, in containers of its attributes too."""
+    for module in model.modules():
+        stack = list(vars(module).values())
+        while stack:
+            value = stack.pop()
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, dict):
+                stack.extend(value.values())
+            elif isinstance(value, (list, tuple)):
+                stack.extend(value)
+
+
+def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module with all names it goes by; a shared module has more than one."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+Slots = dict[nn.Module, list[tuple[nn.Module, str]]]
+
+
+def slots_of(model: nn.Module) -> Slots:
+    """Where each module is registered: (parent, attribute) pairs. The root has none."""
+    slots: Slots = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                slots.setdefault(child, []).append((parent, name))
+    return slots
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module, slots: Slots) -> nn.Module:
+    """Put ``new`` wherever ``old`` stands. Returns the root, which is ``new`` if ``old`` is the root itself."""
+    for parent, name in slots.pop(old, []):
+        setattr(parent, name, new)
+    return new if old is model else model
+
+
+def tied_to(model: nn.Module) -> dict[int, str]:
+    """Parameters and buffers that share memory with one of another name: ``id`` of the tensor -> that other name.
+
+    The same tensor in two modules counts, and so do two tensors whose memory overlaps, such as a view and its base. A
+    module that is registered twice is not tied to itself.
+    """
+    extents: list[tuple[tuple[str, int], int, int, str, torch.Tensor, nn.Module]] = []
+    for module_name, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            extent = memory_extent(tensor)
+            if tensor is not None and extent is not None:
+                extents.append((*extent, f"{module_name}.{name}".lstrip("."), tensor, module))
+    extents.sort(key=lambda entry: (entry[0], entry[1], -entry[2]))
+    tied: dict[int, str] = {}
+    widest = None
+    for entry in extents:
+        storage, begin, end, name, tensor, module = entry
+        if widest is not None and widest[0] == storage and begin < widest[2]:
+            if module is not widest[5]:
+                tied.setdefault(id(tensor), widest[3])
+                tied.setdefault(id(widest[4]), name)
+            if end <= widest[2]:
+                continue
+        widest = entry
+    return tied
+
+
+def memory_extent(tensor: torch.Tensor | None) -> tuple[tuple[str, int], int, int] | None:
+    """Where a tensor's elements lie: (device and storage, first byte, byte after the last). None without memory."""
+    if tensor is None or nn.parameter.is_lazy(tensor) or not tensor.numel():
+        return None
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or type(tensor.data) is not torch.Tensor:
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = int(tensor.storage_offset()) * tensor.element_size()
+    storage = (str(tensor.device), tensor.untyped_storage().data_ptr())
+    return storage, begin, begin + (int(last) + 1) * tensor.element_size()
+
+
+def output_heads(model: nn.Module) -> dict[nn.Module, str]:
+    """Output heads, each with how it was recognised.
+
+    A head is what ``get_output_embeddings()`` of the model or of a part of it returns (Hugging Face), or a direct
+    child of the root called as in ``HEAD_NAMES``.
+    """
+    heads: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if not callable(getter):
+            continue
+        try:
+            head = getter()
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+        if isinstance(head, nn.Module):
+            heads.setdefault(head, f"get_output_embeddings() of {shown_name(name)} returns it")
+    for name in HEAD_NAMES:
+        child = model._modules.get(name)
+        if child is not None:
+            heads.setdefault(child, f"it is the root's {name!r}")
+    return heads
+
+
+class FastPaths:
+    """PyTorch's native encoder layer, which reads the weights of ``linear1`` and ``linear2`` instead of calling them.
+
+    ``nn.TransformerEncoderLayer`` decides by its attribute ``activation_relu_or_gelu`` (0: no native path),
+    ``nn.TransformerEncoder`` by ``use_nested_tensor``. Both are plain attributes: they follow the module through
+    deepcopy and pickling. What they were is kept beside them under ``saved``.
+    """
+
+    saved = "_tilewright_fast_path"
+    switches: Mapping[type[nn.Module], tuple[str, Any]] = {
+        nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+        nn.TransformerEncoder: ("use_nested_tensor", False),
+    }
+
+    @classmethod
+    def close(cls, model: nn.Module, converted: Callable[[nn.Module], bool]) -> None:
+        """Switch the native path off wherever a converted layer lies inside."""
+        for module in model.modules():
+            for kind, (attribute, off) in cls.switches.items():
+                if isinstance(module, kind) and hasattr(module, attribute) and any(map(converted, module.modules())):
+                    vars(module).setdefault(cls.saved, getattr(module, attribute))
+                    setattr(module, attribute, off)
+
+    @classmethod
+    def open(cls, model: nn.Module) -> None:
+        """Undo ``close``."""
+        for module in model.modules():
+            for kind, (attribute, _) in cls.switches.items():
+                if isinstance(module, kind) and cls.saved in vars(module):
+                    setattr(module, attribute, vars(module).pop(cls.saved))
