@@ -30,7 +30,8 @@ def packed(weight: torch.Tensor, layout: str, make: Callable[[], T], *others: to
     others: further tensors that ``make`` reads, such as scales; replacing or writing into one also makes it run again.
     ``make`` must not keep a reference to memory of any of them, which would then never be freed.
     """
-    key = (weight.data_ptr(), layout, weight.device, weight.shape)
+    # A square matrix and its transpose differ in nothing but strides.
+    key = (weight.data_ptr(), layout, weight.device, weight.shape, weight.stride())
     state = (_version(weight), *(None if t is None else (t.data_ptr(), _version(t)) for t in others))
     entry = _entries.get(key)
     if entry is not None and entry[0] == state:
@@ -46,6 +47,12 @@ def packed(weight: torch.Tensor, layout: str, make: Callable[[], T], *others: to
                 # Memory that is freed may be handed out again: the entry must be gone before it is.
                 weakref.finalize(tensor.untyped_storage(), _entries.pop, key, None).atexit = False
     return value
+
+
+def forget(weight: torch.Tensor) -> None:
+    """Drop what was made from ``weight``, after a write that no version counter saw (inference tensors have none)."""
+    for key in [key for key in list(_entries) if key[0] == weight.data_ptr()]:
+        _entries.pop(key, None)
 
 
 def packed_bytes() -> int:

@@ -54,7 +54,7 @@ def int4_int8_linear(
     n, k = len(weight_packed), x.shape[-1]
     groups, zeros = packed(
         weight_packed,
-        "onednn-groups",
+        f"onednn-groups of {group_size} in {k} columns",
         lambda: (
             _prepack(weight_packed, weight_scale, weight_zero, group_size, k),
             torch.zeros(n, dtype=torch.int32),

@@ -78,7 +78,7 @@ def int4_linear(
     n, k = len(weight_packed), x.shape[-1]
     weight, pairs, group = packed(
         weight_packed,
-        "int4pack",
+        f"int4pack of {k} columns in groups of {group_size}",
         lambda: _prepack(weight_packed, weight_scale, weight_zero, group_size, k),
         weight_scale,
         weight_zero,
@@ -137,11 +137,12 @@ def dequantized_blocks(
         zero = int4.unpack_zero(weight_zero, n).to(dtype).reshape(n, 1, groups, 1)
     y = torch.empty(len(rows), n, dtype=dtype)
     step = max(1, 4 * BLOCK_ELEMENTS // (2 * columns))
-    block = scratch((min(step, n), 2, columns), dtype, "weight block").zero_()
+    block = scratch((min(step, n), 2, columns), dtype, "weight block")
     nibble = scratch((min(step, n), stored), torch.uint8, "nibble block")
     for i in range(0, n, step):
         j = min(i + step, n)
         part, low = block[: j - i], nibble[: j - i]
+        part[:, :, stored:] = 0
         part[:, 0, :stored] = torch.bitwise_and(nibbles[i:j], 15, out=low)
         part[:, 1, :stored] = torch.bitwise_right_shift(nibbles[i:j], 4, out=low)
         part.view(j - i, 2, groups, -1).sub_(zero[i:j]).mul_(scale[i:j])
