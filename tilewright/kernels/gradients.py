@@ -11,6 +11,7 @@ is zero almost everywhere and of no use. z is recomputed in the backward pass, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,5 +63,6 @@ def linear_gradients(
     if "x" in wanted:
         gradients["x"] = (grad @ weight).to(x.dtype)
     if "bias" in wanted:
-        gradients["bias"] = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+        rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+        gradients["bias"] = rows.sum(0, dtype=torch.float32).to(bias.dtype)
     return gradients

@@ -35,7 +35,7 @@ def int4_int8_linear(
     q, x_scale = quantize_per_row(x, channel_scale)
     centred = int4.unpack_centred(weight_packed, weight_zero, group_size, k)
     pad = groups * group_size - k
-    q_groups = F.pad(q.reshape(-1, k), (0, pad)).reshape(-1, groups, group_size)
+    q_groups = F.pad(q.reshape(x_scale.numel(), k), (0, pad)).reshape(x_scale.numel(), groups, group_size)
     w_groups = F.pad(centred, (0, pad)).reshape(n, groups, group_size)
     partial = torch.einsum("mgk,ngk->mng", q_groups.double(), w_groups.double()).float()
     y = (partial * weight_scale.float()).sum(-1).reshape(*x.shape[:-1], n) * x_scale.unsqueeze(-1)
