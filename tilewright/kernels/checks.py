@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from tilewright.kernels.activation import check_activation
 from tilewright.kernels.formats import int4
 
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INPUT_DTYPES = (*SCALE_DTYPES, torch.float64)
+
 
 def check_input(op: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> None:
     """``x`` has at least one dimension and is float, or of the dtype given."""
-    if dtype is None and not x.is_floating_point():
-        raise TypeError(f"{op}: x must be a float tensor, not {x.dtype}")
+    if dtype is None and x.dtype not in INPUT_DTYPES:
+        raise TypeError(f"{op}: x must be a float tensor of 16, 32 or 64 bits, not {x.dtype}")
     if dtype is not None and x.dtype != dtype:
         raise TypeError(f"{op}: x must be {dtype}, not {x.dtype}")
     if not x.dim():
         raise ValueError(f"{op}: x must have at least one dimension")
 
 
-def check_device(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """x and the weight share a device."""
-    if x.device != weight.device:
-        raise ValueError(f"{op}: x is on {x.device}, but the weight is on {weight.device}")
+def check_devices(op: str, arguments: Mapping[str, Any]) -> None:
+    """All tensors are where x is: kernels read memory and cannot tell."""
+    device = arguments["x"].device
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.device != device:
+            raise ValueError(f"{op}: x is on {device}, but {name} is on {value.device}")
 
 
 def check_vector(op: str, name: str, value: torch.Tensor | None, length: int) -> None:
-    """``value``, if given, is a vector of that length."""
-    if value is not None and (value.dim() != 1 or value.shape[0] != length):
+    """``value``, if given, is a float vector of that length."""
+    if value is None:
+        return
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a float tensor, not {value.dtype}")
+    if value.dim() != 1 or value.shape[0] != length:
         raise ValueError(f"{op}: {name} must have shape [{length}], not {list(value.shape)}")
 
 
@@ -36,7 +48,11 @@ def check_epilogue(
     """Bias [n], residual [..., n] as x leads, a known activation."""
     check_activation(activation)
     check_vector(op, "bias", bias, n)
-    if residual is not None and (residual.shape[:-1] != x.shape[:-1] or residual.shape[-1] != n):
+    if residual is None:
+        return
+    if not residual.is_floating_point():
+        raise TypeError(f"{op}: residual must be a float tensor, not {residual.dtype}")
+    if residual.dim() != x.dim() or residual.shape[:-1] != x.shape[:-1] or residual.shape[-1] != n:
         raise ValueError(f"{op}: residual must have shape {[*x.shape[:-1], n]}, not {list(residual.shape)}")
 
 
@@ -46,10 +62,11 @@ def check_int8_weight(op: str, x: torch.Tensor, weight: torch.Tensor, weight_sca
         raise TypeError(f"{op}: weight must be int8, not {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be a matrix [N, K], not of shape {list(weight.shape)}")
-    check_device(op, x, weight)
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"{op}: the last dimension of x is {x.shape[-1]}, but the weight takes {k}")
+    if weight_scale.dtype != torch.float32:
+        raise TypeError(f"{op}: weight_scale must be float32, not {weight_scale.dtype}")
     check_vector(op, "weight_scale", weight_scale, n)
     return n
 
@@ -71,7 +88,6 @@ def check_int4_weight(
         raise ValueError(
             f"{op}: weight_packed must be a matrix [N, ceil(K / 8)], not of shape {list(weight_packed.shape)}"
         )
-    check_device(op, x, weight_packed)
     n, k = weight_packed.shape[0], x.shape[-1]
     if weight_packed.shape[1] != int4.group_count(k, 8):
         raise ValueError(
@@ -79,6 +95,8 @@ def check_int4_weight(
             f"but weight_packed has {weight_packed.shape[1]}"
         )
     groups = int4.group_count(k, group_size)
+    if weight_scale.dtype not in SCALE_DTYPES:
+        raise TypeError(f"{op}: weight_scale must be float16, bfloat16 or float32, not {weight_scale.dtype}")
     if weight_scale.shape != (n, groups):
         raise ValueError(
             f"{op}: weight_scale must have shape {[n, groups]} for group_size {group_size}, "

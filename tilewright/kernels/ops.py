@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from tilewright.kernels import gradients, registry
-from tilewright.kernels.checks import check_epilogue, check_input, check_int4_weight, check_int8_weight, check_vector
+from tilewright.kernels.checks import (
+    check_devices,
+    check_epilogue,
+    check_input,
+    check_int4_weight,
+    check_int8_weight,
+    check_vector,
+)
 from tilewright.kernels.router import serve
 
 NAMESPACE = "tilewright"
@@ -39,6 +46,7 @@ class Operator:
 # ---- quantisers
 def _check_quantizer(op: str, arguments: Arguments) -> int:
     check_input(op, arguments["x"])
+    check_devices(op, arguments)
     k = arguments["x"].shape[-1]
     for name in ("weight", "bias", "channel_scale"):
         check_vector(op, name, arguments.get(name), k)
@@ -58,10 +66,15 @@ def _no_facts(arguments: Arguments) -> dict[str, Any]:
 def _check_int8_linear(op: str, arguments: Arguments) -> int:
     x = arguments["x"]
     check_input(op, x, torch.int8 if "x_scale" in arguments else None)
+    check_devices(op, arguments)
     n = check_int8_weight(op, x, arguments["weight"], arguments["weight_scale"])
     check_epilogue(op, x, n, arguments["bias"], arguments["residual"], arguments["activation"])
     check_vector(op, "channel_scale", arguments.get("channel_scale"), x.shape[-1])
-    if "x_scale" in arguments and arguments["x_scale"].shape != x.shape[:-1]:
+    if "x_scale" not in arguments:
+        return n
+    if arguments["x_scale"].dtype != torch.float32:
+        raise TypeError(f"{op}: x_scale must be float32, not {arguments['x_scale'].dtype}")
+    if arguments["x_scale"].shape != x.shape[:-1]:
         raise ValueError(f"{op}: x_scale must have shape {list(x.shape[:-1])}, not {list(arguments['x_scale'].shape)}")
     return n
 
@@ -69,6 +82,7 @@ def _check_int8_linear(op: str, arguments: Arguments) -> int:
 def _check_int4_linear(op: str, arguments: Arguments) -> int:
     x = arguments["x"]
     check_input(op, x)
+    check_devices(op, arguments)
     weight = (arguments["weight_packed"], arguments["weight_scale"], arguments["weight_zero"])
     n = check_int4_weight(op, x, *weight, arguments["group_size"])
     check_epilogue(op, x, n, arguments["bias"], arguments["residual"], arguments["activation"])
