@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.packed import forget
 from tilewright.kernels.problem import Problem, device_facts
 
 
@@ -172,6 +173,9 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        for buffer in self.buffers(recurse=False):
+            if buffer.is_inference():
+                forget(buffer)
 
 
 def check_linear(linear: nn.Module) -> None:
