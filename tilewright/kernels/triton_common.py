@@ -1,14 +1,36 @@
-"""What the Triton kernels share on the device: activations, the epilogue, and the order in which programs take tiles.
+"""What the Triton kernels share: activations, the epilogue, the order of tiles, and what all of them decline.
 
-Everything here is float32 arithmetic. The activations pass NaN on and neither overflow to NaN nor underflow for finite
-arguments; -inf becomes NaN under gelu and silu, as it does in PyTorch. ``activate`` is the device's side of
+Everything on the device is float32 arithmetic. The activations pass NaN on and make none of a finite argument; -inf
+becomes NaN under gelu and silu, as it does in PyTorch. ``activate`` is the device's side of
 ``activation.apply_activation``, ``finish_tile`` of ``epilogue.finish``.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+
+from tilewright.kernels.problem import Problem
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not_on_gpu(problem: Problem) -> str | None:
+    """Why no Triton kernel of ours runs on the problem's device, or None."""
+    if problem.device != "cuda":
+        return f"runs on a GPU, the tensors are on {problem.device!r}"
+    if problem.capability is not None and problem.capability < (8, 0):
+        major, minor = problem.capability
+        return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    return None
+
+
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [..., K] as [M, K], also where M or K is 0; a view wherever strides allow one."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 @triton.jit

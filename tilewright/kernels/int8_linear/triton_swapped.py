@@ -1,0 +1,230 @@
+"""W8A8 linear layer for small and middle batches in Triton: the operands are swapped, and K may be split.
+
+    y[m, n] = activation(s_x[m] * s_w[n] * sum_k x[m, k] * w[n, k] + b[n]) + r[m, n]
+
+x int8 [M, K] and w int8 [N, K], rows contiguous; s_x float32 [M]; s_w [N]; b [N]; r [M, N] of any strides; y [M, N].
+
+Here the weight is read once and everything waits for it. A program computes a tile of y transposed, w_tile @ x_tile^T,
+so that the features fill the 64 rows which a warp group's matrix instruction wants, and the batch need only fill its
+columns, 16 at the least. Where N alone gives too few programs to keep the memory busy, K is split: each part writes its
+int32 sums, and a second kernel adds them in order of K and applies the epilogue. Integer sums are exact, so
+neither the split nor the batch changes a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from tilewright.aot.launch import Launch
+from tilewright.kernels.int8_linear.triton_launch import run_quantized, why_not_int8_product
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.quantize.triton_quantize import quantize_per_row
+from tilewright.kernels.triton_common import finish_tile
+from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+
+MAX_M = 128
+SMALL_M = 16
+BLOCK_K = 128
+AMD_STAGES = 2  # 64 KB of shared memory
+
+
+@dataclass(frozen=True)
+class SwappedConfig:
+    """block_m: rows of the batch (16 to 128), block_n: features (64 or 128), split_k: parts that K is cut into."""
+
+    block_m: int
+    block_n: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def for_problem(cls, problem: Problem) -> SwappedConfig:
+        """One tile over the batch, and as many parts of K as keep every multiprocessor reading.
+
+        Small batches: four programs fit on a multiprocessor and two are asked for, each with four steps along K or
+        more. Larger ones: one, because each part costs another M x N int32 written and read.
+        """
+        small = problem.m <= SMALL_M
+        multiprocessors = problem.multiprocessors or 132
+        block_m = min(max(triton.next_power_of_2(problem.m), 16), MAX_M)
+        wide = block_m >= 64 and triton.cdiv(problem.n, 128) >= multiprocessors
+        block_n = 128 if wide else 64
+        programs = (2 if small else 1) * multiprocessors
+        split_k = choose_split(programs, triton.cdiv(problem.n, block_n), triton.cdiv(problem.k, BLOCK_K))
+        if problem.gpu_arch is not None:
+            num_stages = AMD_STAGES
+        else:
+            num_stages = 5 if small else 4 if block_m < 128 else 3
+        return cls(block_m, block_n, split_k, num_warps=8 if wide else 4, num_stages=num_stages)
+
+    def suits(self, problem: Problem) -> bool:
+        """Whether ``for_problem`` may choose this config on the device of ``problem``."""
+        return (self.num_stages == AMD_STAGES) == (problem.gpu_arch is not None)
+
+
+_CONFIGS = [
+    SwappedConfig(16, 64, split_k=1, num_warps=4, num_stages=5),
+    SwappedConfig(16, 64, split_k=4, num_warps=4, num_stages=5),
+    SwappedConfig(32, 64, split_k=1, num_warps=4, num_stages=4),
+    SwappedConfig(32, 64, split_k=2, num_warps=4, num_stages=4),
+    SwappedConfig(64, 64, split_k=2, num_warps=4, num_stages=4),
+    SwappedConfig(64, 128, split_k=1, num_warps=8, num_stages=4),
+    SwappedConfig(128, 64, split_k=2, num_warps=4, num_stages=3),
+    SwappedConfig(128, 128, split_k=1, num_warps=8, num_stages=3),
+]
+#: Every tile that the heuristic chooses, with and without a split, on NVIDIA and on AMD.
+CONFIGS = [*_CONFIGS, *(replace(config, num_stages=AMD_STAGES) for config in _CONFIGS)]
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason why this implementation does not take ``problem``, or None."""
+    if problem.m > MAX_M:
+        return f"a batch of {problem.m} is bound by arithmetic, not by reading the weight: larger tiles are faster"
+    return why_not_int8_product(problem)
+
+
+@triton.jit(do_not_specialize=["M"])
+def swapped_kernel(
+    x_ptr,
+    x_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    part_k,
+    stride_xm,
+    stride_wn,
+    stride_residual_m,
+    stride_residual_n,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """out: [M, N] in the dtype of the result, or int32 [SPLIT_K, M, N] that ``reduce_parts_kernel`` finishes."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    part = tl.program_id(2)
+    first = part * part_k
+    x_tile = x_ptr + m[:, None].to(tl.int64) * stride_xm + (first + k)[None, :]
+    w_tile = w_ptr + n[:, None].to(tl.int64) * stride_wn + (first + k)[None, :]
+    m_mask = m[:, None] < M
+    n_mask = n[:, None] < N
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for start in range(first, tl.minimum(first + part_k, K), BLOCK_K):
+        if EVEN_K:
+            w = tl.load(w_tile, mask=n_mask, other=0)
+            x = tl.load(x_tile, mask=m_mask, other=0)
+        else:
+            k_mask = (start + k)[None, :] < K
+            w = tl.load(w_tile, mask=n_mask & k_mask, other=0)
+            x = tl.load(x_tile, mask=m_mask & k_mask, other=0)
+        acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.int32)
+        w_tile += BLOCK_K
+        x_tile += BLOCK_K
+    row = m[None, :]
+    column = n[:, None]
+    if SPLIT_K == 1:
+        x_scale = tl.load(x_scale_ptr + row, mask=row < M, other=0.0)
+        w_scale = tl.load(w_scale_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+        y = acc.to(tl.float32) * x_scale * w_scale
+        finish_tile(
+            y, out_ptr, bias_ptr, residual_ptr, row, column, M, N, stride_residual_m, stride_residual_n, ACTIVATION
+        )
+    else:
+        sums = out_ptr + (part * M + row).to(tl.int64) * N + column
+        tl.store(sums, acc, mask=(row < M) & (column < N))
+
+
+def plan_swapped(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    out: torch.Tensor,
+    config: SwappedConfig | None = None,
+) -> list[Launch]:
+    """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] int8 with contiguous rows."""
+    (m, k), n = x.shape, weight.shape[0]
+    if config is None:
+        facts = device_facts(x.device)
+        config = SwappedConfig.for_problem(Problem("int8_linear_quantized", m=m, n=n, k=k, x_dtype=x.dtype, **facts))
+    split_k = config.split_k
+    sums = None if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.int32, device=x.device)
+    epilogue = {
+        "x_scale_ptr": x_scale,
+        "w_scale_ptr": weight_scale,
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "out_ptr": out,
+        "M": m,
+        "N": n,
+        "stride_residual_m": 0 if residual is None else residual.stride(0),
+        "stride_residual_n": 0 if residual is None else residual.stride(1),
+    }
+    product = {
+        **epilogue,
+        "x_ptr": x,
+        "w_ptr": weight,
+        "out_ptr": out if sums is None else sums,
+        "K": k,
+        "part_k": triton.cdiv(k, split_k * BLOCK_K) * BLOCK_K,
+        "stride_xm": x.stride(0),
+        "stride_wn": weight.stride(0),
+    }
+    tile = {
+        "ACTIVATION": activation,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": BLOCK_K,
+        "SPLIT_K": split_k,
+        "EVEN_K": k % BLOCK_K == 0,
+    }
+    tiles = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), split_k)
+    launches = [Launch(swapped_kernel, tiles, product, tile, config.num_warps, config.num_stages)]
+    if sums is not None:
+        launches.append(plan_reduce_parts(sums, epilogue, activation))
+    return launches
+
+
+def int8_linear_quantized(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """x int8 [..., K], x_scale float32 [...], weight int8 [N, K], weight_scale float32 [N] -> out_dtype [..., N]."""
+    return run_quantized(plan_swapped, x, x_scale, weight, weight_scale, bias, residual, activation, out_dtype)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    channel_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x float [..., K], weight int8 [N, K], weight_scale [N], bias [N], residual [..., N] -> x.dtype [..., N]."""
+    q, scale = quantize_per_row(x, channel_scale)
+    return int8_linear_quantized(q, scale, weight, weight_scale, bias, residual, activation, x.dtype)

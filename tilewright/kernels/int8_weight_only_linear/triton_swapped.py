@@ -1,0 +1,238 @@
+"""W8A16 linear layer for small and middle batches in Triton: the operands are swapped, and K may be split.
+
+    y[m, n] = activation(s_w[n] * sum_k x[m, k] * w[n, k] + b[n]) + r[m, n]
+
+x fp16, bf16 or fp32 [M, K] with contiguous rows, rounded to the compute dtype; w int8 [N, K], rows contiguous; s_w [N];
+b [N]; r [M, N] of any strides; y [M, N]. Sums are float32.
+
+A program computes a tile of y transposed, w_tile @ x_tile^T, with the weight as the left operand: there the tensor
+cores of 9.x take it from registers, where int8 becomes the compute dtype (exactly: 127 has seven bits), and it never
+returns to shared memory. Its scale multiplies the sums. Where N alone gives too few programs, K is split
+(``triton_split_k``). Within a family (M <= 16, or more) K is cut alike for every batch: no row depends on the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from tilewright.aot.launch import Launch
+from tilewright.kernels.activation import check_activation
+from tilewright.kernels.int8_linear.triton_launch import inner_contiguous
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+
+SMALL_M = 16
+MAX_M = 256
+AMD_STAGES = 2  # 64 KB of shared memory
+COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True)
+class SwappedConfig:
+    """block_m rows of the batch (16 to 128) x block_n features, block_k of the sum; split_k: parts of K."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def for_problem(cls, problem: Problem) -> SwappedConfig:
+        """Up to 128 rows in one tile, and enough parts of K to keep every multiprocessor reading.
+
+        Small batches want two programs for each multiprocessor, larger ones one: every part costs another M x N float32
+        written and read.
+        """
+        multiprocessors = problem.multiprocessors or 132
+        if problem.multiply_dtype == torch.float32:
+            config, programs = FLOAT32, 2 * multiprocessors
+        elif problem.m <= SMALL_M:
+            config, programs = SMALL, 2 * multiprocessors
+        elif problem.m > 64:
+            wide = triton.cdiv(problem.n, WIDE.block_n) >= multiprocessors
+            config, programs = WIDE if wide else MIDDLE_128, multiprocessors
+        else:
+            config, programs = MIDDLE_32 if problem.m <= 32 else MIDDLE_64, multiprocessors
+        # From tiles of 64 features, whatever the config has: the split may not depend on the batch.
+        split_k = choose_split(programs, triton.cdiv(problem.n, 64), triton.cdiv(problem.k, config.block_k))
+        num_stages = config.num_stages if problem.gpu_arch is None else AMD_STAGES
+        return replace(config, split_k=split_k, num_stages=num_stages)
+
+    def suits(self, problem: Problem) -> bool:
+        """Whether ``for_problem`` may choose this config for the device and compute dtype of ``problem``."""
+        float32 = self.block_k == FLOAT32.block_k
+        amd = self.num_stages == AMD_STAGES
+        return float32 == (problem.multiply_dtype == torch.float32) and amd == (problem.gpu_arch is not None)
+
+
+SMALL = SwappedConfig(16, 64, 128, split_k=1, num_warps=4, num_stages=5)
+MIDDLE_32 = SwappedConfig(32, 64, 64, split_k=1, num_warps=4, num_stages=4)
+MIDDLE_64 = SwappedConfig(64, 64, 64, split_k=1, num_warps=4, num_stages=4)
+MIDDLE_128 = SwappedConfig(128, 64, 64, split_k=1, num_warps=4, num_stages=3)
+WIDE = SwappedConfig(128, 128, 64, split_k=1, num_warps=8, num_stages=3)
+# No tensor core multiplies float32 exactly: the products are unrolled into FMAs, so the step is short.
+FLOAT32 = SwappedConfig(16, 64, 32, split_k=1, num_warps=4, num_stages=4)
+_TILES = [SMALL, MIDDLE_32, MIDDLE_64, MIDDLE_128, WIDE, FLOAT32]
+_CONFIGS = [*_TILES, *(replace(config, split_k=4) for config in _TILES if config != WIDE)]
+#: Every tile that the heuristic chooses, with and without a split, on NVIDIA and on AMD.
+CONFIGS = [*_CONFIGS, *(replace(config, num_stages=AMD_STAGES) for config in _CONFIGS)]
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason why this implementation does not take ``problem``, or None."""
+    if problem.x_dtype not in FLOAT_DTYPES or problem.multiply_dtype not in FLOAT_DTYPES:
+        return f"takes float16, bfloat16 and float32, not {problem.x_dtype} computed in {problem.multiply_dtype}"
+    if problem.multiply_dtype == torch.float32 and problem.m > SMALL_M:
+        return f"{problem.m} rows of float32 are bound by arithmetic: a library's float32 product is faster"
+    if problem.m > MAX_M:
+        return f"{problem.m} rows are bound by arithmetic: to dequantise once and call the library is faster"
+    return why_not_on_gpu(problem)
+
+
+@triton.jit(do_not_specialize=["M"])
+def weight_only_kernel(
+    x_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    part_k,
+    stride_xm,
+    stride_wn,
+    stride_residual_m,
+    stride_residual_n,
+    ACTIVATION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """out: [M, N] in the dtype of the result, or float32 [SPLIT_K, M, N] that ``reduce_parts_kernel`` finishes."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    part = tl.program_id(2)
+    first = part * part_k
+    x_tile = x_ptr + m[:, None].to(tl.int64) * stride_xm + (first + k)[None, :]
+    w_tile = w_ptr + n[:, None].to(tl.int64) * stride_wn + (first + k)[None, :]
+    m_mask = m[:, None] < M
+    n_mask = n[:, None] < N
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(first, tl.minimum(first + part_k, K), BLOCK_K):
+        if EVEN_K:
+            w = tl.load(w_tile, mask=n_mask, other=0)
+            x = tl.load(x_tile, mask=m_mask, other=0.0)
+        else:
+            k_mask = (start + k)[None, :] < K
+            w = tl.load(w_tile, mask=n_mask & k_mask, other=0)
+            x = tl.load(x_tile, mask=m_mask & k_mask, other=0.0)
+        acc = tl.dot(w.to(COMPUTE), tl.trans(x.to(COMPUTE)), acc, input_precision="ieee")
+        w_tile += BLOCK_K
+        x_tile += BLOCK_K
+    row = m[None, :]
+    column = n[:, None]
+    if SPLIT_K == 1:
+        y = acc * tl.load(w_scale_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+        finish_tile(
+            y, out_ptr, bias_ptr, residual_ptr, row, column, M, N, stride_residual_m, stride_residual_n, ACTIVATION
+        )
+    else:
+        sums = out_ptr + (part * M + row).to(tl.int64) * N + column
+        tl.store(sums, acc, mask=(row < M) & (column < N))
+
+
+def plan_swapped(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    compute_dtype: torch.dtype,
+    out: torch.Tensor,
+    config: SwappedConfig | None = None,
+) -> list[Launch]:
+    """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] with contiguous rows."""
+    (m, k), n = x.shape, weight.shape[0]
+    if config is None:
+        problem = Problem("int8_weight_only_linear", m=m, n=n, k=k, x_dtype=x.dtype, compute_dtype=compute_dtype)
+        config = SwappedConfig.for_problem(replace(problem, **device_facts(x.device)))
+    split_k = config.split_k
+    sums = None if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
+    epilogue = {
+        "w_scale_ptr": weight_scale,
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "out_ptr": out,
+        "M": m,
+        "N": n,
+        "stride_residual_m": 0 if residual is None else residual.stride(0),
+        "stride_residual_n": 0 if residual is None else residual.stride(1),
+    }
+    product = {
+        **epilogue,
+        "x_ptr": x,
+        "w_ptr": weight,
+        "out_ptr": out if sums is None else sums,
+        "K": k,
+        "part_k": triton.cdiv(k, split_k * config.block_k) * config.block_k,
+        "stride_xm": x.stride(0),
+        "stride_wn": weight.stride(0),
+    }
+    tile = {
+        "ACTIVATION": activation,
+        "COMPUTE": COMPUTE[compute_dtype],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "SPLIT_K": split_k,
+        "EVEN_K": k % config.block_k == 0,
+    }
+    tiles = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), split_k)
+    launches = [Launch(weight_only_kernel, tiles, product, tile, config.num_warps, config.num_stages)]
+    if sums is not None:
+        launches.append(plan_reduce_parts(sums, {**epilogue, "x_scale_ptr": None}, activation))
+    return launches
+
+
+def int8_weight_only_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x float [..., K], weight int8 [N, K], weight_scale [N], bias [N], residual [..., N] -> x.dtype [..., N]."""
+    check_activation(activation)
+    n = weight.shape[0]
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    launches = plan_swapped(
+        inner_contiguous(as_matrix(x)),
+        inner_contiguous(weight),
+        weight_scale.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else as_matrix(residual.expand(out.shape)),
+        activation,
+        compute_dtype or x.dtype,
+        out.view(-1, n),
+    )
+    for launch in launches:
+        launch.run()
+    return out
