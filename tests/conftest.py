@@ -37,3 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="torch.cuda.is_available() is False: no GPU here")
         for item in gpu_items:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same random numbers whatever ran before it."""
+    torch.manual_seed(0)
