@@ -101,13 +101,17 @@ def kernel_order(
     Raises ValueError for groups that are neither a multiple of 32 nor the whole row.
     """
     quarters = quarters_per_group(k, group_size)
-    n, name = len(weight_packed), f"int4 spans of rows of {k}, {quarters} quarters a group"
+    n, groups = len(weight_packed), f"of rows of {k} in groups of {quarters} quarters"
     zero = None
     if weight_zero is not None:
-        zero = packed(weight_zero, name, lambda: pack_groups(int4.unpack_zero(weight_zero, n), quarters, k))
+        zero = packed(
+            weight_zero,
+            f"int4 zero points {groups}",
+            lambda: pack_groups(int4.unpack_zero(weight_zero, n), quarters, k),
+        )
     return SpanWeight(
-        packed(weight_packed, name, lambda: pack_words(weight_packed, k)),
-        packed(weight_scale, name, lambda: pack_groups(weight_scale, quarters, k)),
+        packed(weight_packed, f"int4 spans of rows of {k}", lambda: pack_words(weight_packed, k)),
+        packed(weight_scale, f"int4 scales {groups}", lambda: pack_groups(weight_scale, quarters, k)),
         zero,
         quarters,
         k,

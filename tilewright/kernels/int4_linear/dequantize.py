@@ -1,0 +1,75 @@
+"""Linear layer on int4 weights as "dequantise, then the library's product", on any device PyTorch knows.
+
+The weight is dequantised some rows at a time, so that no more than ``SCRATCH_BYTES`` of it exist at once (or ``ROWS``
+rows). Beyond some batch this is also the fastest way on a GPU: the weight is widened once instead of once for each tile
+of the batch, and the product runs at the library's speed. There a kernel feeds it, see ``triton_dequantize.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tilewright.kernels.epilogue import finish
+from tilewright.kernels.formats import int4
+
+SCRATCH_BYTES = 128 * 2**20
+#: Rows come in multiples of this many: eight share a word of zero points, and a kernel that finishes a block of
+#: columns must not reach into the next one.
+ROWS = 512
+
+
+def row_blocks(n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """(first, past the last) row of each block of a weight [n, k] in ``dtype``."""
+    fitting = SCRATCH_BYTES // (max(k, 1) * dtype.itemsize)
+    step = max(ROWS, fitting // ROWS * ROWS)
+    for first in range(0, n, step):
+        yield first, min(first + step, n)
+
+
+def wide_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [M, K] times the transpose of ``weight`` [N, K] of the same dtype, as float32 sums (float64 for float64)."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x @ weight.t()
+    if x.device.type == "cuda":
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return x.float() @ weight.float().t()
+
+
+def int4_linear(
+    x: torch.Tensor,
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    group_size: int,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See the reference, which this equals but for the order of sums."""
+    n, k = len(weight_packed), x.shape[-1]
+    narrow = compute_dtype or x.dtype
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    rows = x.reshape(out[..., 0].numel() if n else 0, k).to(narrow)
+    residual = None if residual is None else residual.expand(out.shape)
+    for first, last in row_blocks(n, k, narrow):
+        weight = int4.dequantize(
+            weight_packed[first:last],
+            weight_scale[first:last],
+            None if weight_zero is None else weight_zero[first // 8 : -(-last // 8)],
+            group_size,
+            k,
+            dtype=narrow,
+        )
+        block = wide_product(rows, weight).reshape(*x.shape[:-1], last - first)
+        out[..., first:last] = finish(
+            block,
+            None if bias is None else bias[first:last],
+            None if residual is None else residual[..., first:last],
+            activation,
+            x.dtype,
+        )
+    return out

@@ -1,0 +1,277 @@
+"""What W4A16 and W4A8 share on the device: the product of one tile, and the sum over the parts of a split K.
+
+A tile is held transposed, T[n, m] = sum_k w[n, k] * x[m, k]: the weight is the left operand. On sm_90 that is the one
+``wgmma`` takes from registers, so widened weights never travel through shared memory, and the batch is the operand
+whose tile may be as small as 16.
+
+    P_g[n, m] = sum over the columns k of group g of (u[n, k] - z[n, g]) * x[m, k]    tensor cores, float32 or int32
+    T[n, m]   = sum_g s[n, g] * P_g[n, m]                                             float32
+
+The weight lies in the order of ``layout.py``; a step of the loop takes a span of 128 columns, so a longer group is a
+sum of several P. A group's scale multiplies its sum instead of its weights: fewer instructions while the batch tile is
+narrower than half a group, and one rounding less for each weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+
+from tilewright.aot.launch import Launch
+from tilewright.kernels.int4_linear.layout import QUARTER, SPAN, SpanWeight, span_count
+from tilewright.kernels.int4_linear.triton_nibbles import nibble_number, offset_of
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.triton_common import as_matrix, finish_tile
+
+WHOLE_ROW = tl.constexpr(0)  # value of QUARTERS_PER_GROUP when one group is the whole row
+_QUARTER = tl.constexpr(QUARTER)
+_SPAN = tl.constexpr(SPAN)
+REDUCE_BLOCK = 512
+_Config = TypeVar("_Config", bound="TileConfig")
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """block_n, block_m: output features and rows of x of a tile. splits: parts that K is cut into, at most."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+    def within_limits(self: _Config, problem: Problem) -> _Config:
+        """Two stages on AMD, whose 64 KiB of local memory hold no more."""
+        return self if problem.gpu_arch is None else replace(self, num_stages=2)
+
+
+@triton.jit
+def _transposed_quarter(x_rows, start, K, DTYPE: tl.constexpr, EVEN_K: tl.constexpr):
+    """Columns start .. start + 31 of a tile of x, as [32, BM]."""
+    column = start + tl.arange(0, _QUARTER)[None, :]
+    if EVEN_K:
+        x = tl.load(x_rows + column)
+    else:
+        x = tl.load(x_rows + column, mask=column < K, other=0)
+    return x.to(DTYPE).trans()
+
+
+@triton.jit
+def multiply_spans(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    row,
+    column,
+    first,
+    last,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_weight,
+    QUARTERS_PER_GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INLINE_PTX: tl.constexpr,
+):
+    """float32 T[n, m] over the spans first <= span < last.
+
+    row, column: int32 [BM] and [BN], indices m and n of the tile; those past the end repeat the last row or column.
+    DTYPE: what both operands are widened to, and int8 multiplies into int32. x [M, K] has unit stride along K.
+    """
+    BLOCK_M: tl.constexpr = row.shape[0]
+    BLOCK_N: tl.constexpr = column.shape[0]
+    SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
+    # Consecutive quarters of a span that lie in one group.
+    RUN: tl.constexpr = 4 if QUARTERS_PER_GROUP % 4 == 0 else (2 if QUARTERS_PER_GROUP % 2 == 0 else 1)
+    x_rows = x_ptr + tl.minimum(row, M - 1).to(tl.int64)[:, None] * stride_xm
+    column = tl.minimum(column, N - 1).to(tl.int64)
+    word = tl.arange(0, _QUARTER)[None, :]
+    weight_rows = weight_ptr + column[:, None] * stride_weight + word
+    zero = tl.full((BLOCK_N,), 8, tl.uint8)
+    if QUARTERS_PER_GROUP == WHOLE_ROW:
+        total = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+        if zero_ptr is not None:
+            zero = tl.load(zero_ptr + column)
+    else:
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for span in range(first, last):
+        words = tl.load(weight_rows + span * _QUARTER)
+        for start in tl.static_range(0, 4, RUN):
+            if QUARTERS_PER_GROUP == WHOLE_ROW:
+                part = total
+            else:
+                part = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+                group = (span * 4 + start) // QUARTERS_PER_GROUP * N + column
+                scale = tl.load(scale_ptr + group).to(tl.float32)
+                if zero_ptr is not None:
+                    zero = tl.load(zero_ptr + group)
+            offset = tl.broadcast_to(offset_of(zero, DTYPE)[:, None], words.shape)
+            for quarter in tl.static_range(start, start + RUN):
+                w = nibble_number(words, quarter, offset, DTYPE, INLINE_PTX)
+                x = _transposed_quarter(x_rows, span * _SPAN + quarter * _QUARTER, K, DTYPE, EVEN_K)
+                part = tl.dot(w, x, part, input_precision="ieee", out_dtype=SUM)
+            if QUARTERS_PER_GROUP == WHOLE_ROW:
+                total = part
+            else:
+                total += part.to(tl.float32) * scale[:, None]
+    if QUARTERS_PER_GROUP == WHOLE_ROW:
+        return total.to(tl.float32) * tl.load(scale_ptr + column).to(tl.float32)[:, None]
+    else:
+        return total
+
+
+@triton.jit
+def store_part(total, workspace_ptr, part, row, column, M, N):
+    """T of one part of K into ``workspace`` float32 [parts, M, N]."""
+    offset = (part.to(tl.int64) * M + row[None, :]) * N + column[:, None]
+    tl.store(workspace_ptr + offset, total, mask=(row[None, :] < M) & (column[:, None] < N))
+
+
+@triton.jit(do_not_specialize=["M"])
+def sum_parts_kernel(
+    workspace_ptr,
+    x_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    width,
+    first_column,
+    parts,
+    stride_residual_m,
+    stride_residual_n,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[m, n] = activation(s_x[m] * sum_p workspace[p, m, n] + b[n]) + r[m, n], p in ascending order, s_x optional.
+
+    workspace: float32 [parts, M, width], the columns from ``first_column`` on; width is N - first_column or a multiple
+    of BLOCK.
+    """
+    row = tl.program_id(0)
+    local = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = workspace_ptr + row.to(tl.int64) * width + local
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(parts):
+        total += tl.load(source, mask=local < width, other=0.0)
+        source += M.to(tl.int64) * width
+    if x_scale_ptr is not None:
+        total *= tl.load(x_scale_ptr + row)
+    finish_tile(
+        total[None, :],
+        out_ptr,
+        bias_ptr,
+        residual_ptr,
+        tl.full((1, 1), 0, tl.int32) + row,
+        (first_column + local)[None, :],
+        M,
+        N,
+        stride_residual_m,
+        stride_residual_n,
+        ACTIVATION,
+    )
+
+
+def plan_sum_parts(
+    workspace: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    first_column: int = 0,
+) -> Launch:
+    """The launch that adds up ``workspace`` float32 [parts, M, width] and finishes as many columns of ``out`` [M, N].
+
+    x_scale: float32 [M] or None. width: up to the last column of ``out``, or a multiple of ``REDUCE_BLOCK``.
+    """
+    parts, m, width = workspace.shape
+    if first_column + width != out.shape[1] and width % REDUCE_BLOCK:
+        raise ValueError(f"{width} columns in the middle of {out.shape[1]} are no multiple of {REDUCE_BLOCK}")
+    args = {
+        "workspace_ptr": workspace,
+        "x_scale_ptr": x_scale,
+        **finish_arguments(bias, residual, out),
+        "M": m,
+        "N": out.shape[1],
+        "width": width,
+        "first_column": first_column,
+        "parts": parts,
+    }
+    grid = (m, triton.cdiv(width, REDUCE_BLOCK))
+    return Launch(sum_parts_kernel, grid, args, {"ACTIVATION": activation, "BLOCK": REDUCE_BLOCK}, num_warps=4)
+
+
+def finish_arguments(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> dict[str, Any]:
+    """Arguments that every kernel hands on to ``finish_tile``."""
+    return {
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "out_ptr": out,
+        "stride_residual_m": 0 if residual is None else residual.stride(0),
+        "stride_residual_n": 0 if residual is None else residual.stride(1),
+    }
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Programs of a fused kernel: ``parts`` parts of K for each tile, each of ``spans_per_part`` spans."""
+
+    tiles_m: int
+    tiles_n: int
+    parts: int
+    spans_per_part: int
+
+    @classmethod
+    def of(cls, m: int, weight: SpanWeight, config: TileConfig) -> Tiling:
+        """No part is empty, so there may be fewer than ``config.splits``."""
+        spans = max(span_count(weight.k), 1)
+        spans_per_part = triton.cdiv(spans, config.splits)
+        return cls(
+            triton.cdiv(m, config.block_m),
+            triton.cdiv(len(weight.weight), config.block_n),
+            triton.cdiv(spans, spans_per_part),
+            spans_per_part,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles that share weights are neighbours, so that the second one finds them in the L2 cache."""
+        return self.tiles_m * self.tiles_n, self.parts
+
+
+def span_arguments(weight: SpanWeight) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run-time arguments and constants that describe ``weight`` to ``multiply_spans``."""
+    args = {
+        "weight_ptr": weight.weight,
+        "scale_ptr": weight.scale,
+        "zero_ptr": weight.zero,
+        "N": len(weight.weight),
+        "K": weight.k,
+        "stride_weight": weight.weight.shape[1],
+        "spans": span_count(weight.k),
+    }
+    constants = {
+        "QUARTERS_PER_GROUP": weight.quarters_per_group or WHOLE_ROW.value,
+        "EVEN_K": weight.k % SPAN == 0,
+    }
+    return args, constants
+
+
+def inline_ptx_by_default(device: torch.device) -> bool:
+    """Inline PTX on NVIDIA; elsewhere, and in the interpreter, the same arithmetic in plain Triton."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [..., K] as [M, K] with unit stride along K, copied only if its strides do not allow that."""
+    rows = as_matrix(x)
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
