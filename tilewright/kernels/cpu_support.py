@@ -18,8 +18,11 @@ import torch
 
 from tilewright.kernels.activation import apply_activation
 
-#: Elements of a float32 temporary that stay in the second-level cache of one or two cores.
-BLOCK_ELEMENTS = 1 << 18
+#: Elements of the float32 temporary that activations are quantised in. Blocks that fit a second-level cache would need
+#: more parallel regions, whose barriers cost more than the cache saves.
+BLOCK_ELEMENTS = 1 << 22
+#: Elements of a block of dequantised weights.
+WEIGHT_BLOCK_ELEMENTS = 1 << 20
 _KEPT_BYTES = 64 << 20
 _local = threading.local()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tilewright.kernels.cpu_support import BLOCK_ELEMENTS, finish_rows, scratch, why_no_int4pack
+from tilewright.kernels.cpu_support import WEIGHT_BLOCK_ELEMENTS, finish_rows, scratch, why_no_int4pack
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int8_weight_only_linear.cpu import library_dtype
 from tilewright.kernels.packed import packed
@@ -136,7 +136,7 @@ def dequantized_blocks(
     if weight_zero is not None:
         zero = int4.unpack_zero(weight_zero, n).to(dtype).reshape(n, 1, groups, 1)
     y = torch.empty(len(rows), n, dtype=dtype)
-    step = max(1, 4 * BLOCK_ELEMENTS // (2 * columns))
+    step = max(1, WEIGHT_BLOCK_ELEMENTS // (2 * columns))
     block = scratch((min(step, n), 2, columns), dtype, "weight block")
     nibble = scratch((min(step, n), stored), torch.uint8, "nibble block")
     for i in range(0, n, step):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from tilewright.kernels.cpu_support import BLOCK_ELEMENTS, finish_rows, scratch, why_no_int8pack
+from tilewright.kernels.cpu_support import WEIGHT_BLOCK_ELEMENTS, finish_rows, scratch, why_no_int8pack
 from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
 
@@ -67,7 +67,7 @@ def dequantized_blocks(
     n, k = weight.shape
     rows = x.reshape(-1, k).to(compute_dtype or x.dtype).to(dtype)
     y = torch.empty(len(rows), n, dtype=dtype)
-    step = max(1, 4 * BLOCK_ELEMENTS // k)
+    step = max(1, WEIGHT_BLOCK_ELEMENTS // k)
     block = scratch((min(step, n), k), dtype, "weight block")
     for i in range(0, n, step):
         part = block[: min(step, n - i)].copy_(weight[i : i + step])
