@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.router import Implementation, register
 
 _PACKAGE = "tilewright.kernels."
-_QUANTIZERS = ("quantize_per_row", "rms_norm_quantize", "layer_norm_quantize")
 _FOLDERS = {
     "quantize_per_row": "quantize",
     "rms_norm_quantize": "norm_quantize",
@@ -35,21 +35,51 @@ def _cpu(op: str, name: str, function: str | None = None, reason: str = "why_not
     register(Implementation(name, op, why_not, f"{path}:{function or op}"))
 
 
+def _gpu(op: str, name: str, module: str) -> None:
+    """Register the function named like the operator of a module that needs Triton."""
+    path = f"{_PACKAGE}{_FOLDERS[op]}.{module}"
+
+    def why_not(problem: Problem) -> str | None:
+        # The module imports Triton, so it must not be touched where there is none.
+        if problem.device != "cuda":
+            return f"runs on a GPU, not on {problem.device}"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        return importlib.import_module(path).why_not(problem)
+
+    register(Implementation(name, op, why_not, f"{path}:{op}"))
+
+
 def _always(problem: Problem) -> str | None:
     return None
 
 
 def register_all() -> None:
     """Called once, when the operators are defined."""
+    _gpu("quantize_per_row", "Triton", "triton_quantize")
+    _gpu("rms_norm_quantize", "Triton", "triton_norm_quantize")
+    _gpu("layer_norm_quantize", "Triton", "triton_norm_quantize")
     for op in ("int8_linear", "int8_linear_quantized"):
+        _gpu(op, "Triton, operands swapped", "triton_swapped")
+        _gpu(op, "Triton, tiles", "triton_tile")
         _cpu(op, "oneDNN")
         _cpu(op, "exact float32", f"float_{op}", "why_not_float")
-    _cpu("quantize_per_row", "blocked")
+    _gpu("int8_weight_only_linear", "Triton, operands swapped", "triton_swapped")
+    _gpu("int8_weight_only_linear", "dequantise and multiply", "dequantize")
+    _gpu("int4_linear", "Triton, fused", "triton_fused")
+    _gpu("int4_linear", "Triton, dequantise and multiply", "triton_dequantize")
+    _gpu("int4_int8_linear", "Triton, fused", "triton_fused")
+    _cpu("quantize_per_row", "blocks of rows")
     _cpu("int8_weight_only_linear", "ATen int8pack")
     _cpu("int8_weight_only_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")
     _cpu("int4_linear", "ATen int4pack")
     _cpu("int4_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")
     _cpu("int4_int8_linear", "oneDNN by group")
+    register(
+        Implementation(
+            "dequantise and multiply", "int4_linear", _always, f"{_PACKAGE}int4_linear.dequantize:int4_linear"
+        )
+    )
     for op, folder in _FOLDERS.items():
         # The definition itself: right everywhere, and slow.
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))
