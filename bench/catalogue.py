@@ -1,0 +1,263 @@
+"""Every Triton kernel of the package with the configurations that it is launched with.
+
+A ``Family`` knows how the arguments of an operator become launches. ``launches_for`` makes those that the heuristics
+choose on a target for a range of problems, over tensors without memory: they are compiled ahead of time.
+``Family.plan`` over real tensors makes launches to emulate or to run, with any configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.problems import Shape, make_arguments
+from tilewright.aot.launch import Launch
+from tilewright.aot.specialize import specialize
+from tilewright.aot.targets import Target
+from tilewright.kernels.int4_int8_linear import triton_fused as int4_int8_fused
+from tilewright.kernels.int4_int8_linear.triton_fused import Int4Int8Config
+from tilewright.kernels.int4_linear import triton_dequantize
+from tilewright.kernels.int4_linear import triton_fused as int4_fused
+from tilewright.kernels.int4_linear.layout import kernel_order
+from tilewright.kernels.int8_linear import triton_swapped as int8_swapped
+from tilewright.kernels.int8_linear import triton_tile as int8_tile
+from tilewright.kernels.int8_weight_only_linear import triton_swapped as int8_weight_only_swapped
+from tilewright.kernels.norm_quantize import triton_norm_quantize
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.quantize import triton_quantize
+from tilewright.kernels.quantize.reference import quantize_per_row
+from tilewright.kernels.quantize.triton_quantize import QuantizeConfig
+
+Arguments = dict[str, Any]
+Outputs = tuple[torch.Tensor, ...]
+
+#: Multiprocessors of a chip of each target: A100, L40S, H200, B200, MI300X. The heuristics count them.
+MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The kernels of one implementation of one operator.
+
+    name: folder and file. op: the operator whose arguments ``plan_with`` takes, with the outputs to fill, a config and
+    whether to use inline PTX. configs, why_not, choose: the implementation's CONFIGS and functions of a ``Problem``.
+    allocate: outputs for the arguments, poisoned.
+    """
+
+    name: str
+    op: str
+    configs: list[Any]
+    choose: Callable[[Problem], Any]
+    why_not: Callable[[Problem], str | None]
+    plan_with: Callable[[Arguments, Outputs, Any, bool], list[Launch]]
+    allocate: Callable[[Arguments], Outputs]
+
+    def plan(self, arguments: Arguments, config: Any, inline_ptx: bool = True) -> tuple[list[Launch], Outputs]:
+        """Launches for 2-D ``arguments``, and the outputs they fill: NaN, or the largest integer, until then."""
+        outputs = self.allocate(arguments)
+        return self.plan_with(arguments, outputs, config, inline_ptx), outputs
+
+    def problem(self, shape: Shape, target: Target) -> Problem:
+        """The problem that ``shape`` poses on ``target``."""
+        major, minor = divmod(int(target.arch), 10) if target.backend == "cuda" else (0, 0)
+        return Problem(
+            self.op,
+            m=shape.m,
+            n=shape.n,
+            k=shape.k,
+            x_dtype=torch.int8 if self.op == "int8_linear_quantized" else shape.dtype,
+            device="cuda",
+            capability=(major, minor) if target.backend == "cuda" else None,
+            gpu_arch=str(target.arch) if target.backend == "hip" else None,
+            multiprocessors=MULTIPROCESSORS[target.name],
+            group_size=shape.group_size or shape.k,
+            symmetric=shape.symmetric,
+            scale_dtype=shape.dtype,
+            compute_dtype=shape.compute_dtype,
+            activation=shape.activation,
+            bias=shape.bias,
+            residual=shape.residual,
+        )
+
+
+def _rows_and_scales(a: Arguments) -> Outputs:
+    x = a["x"]
+    return x.new_full(x.shape, 127, dtype=torch.int8), x.new_full(x.shape[:1], torch.nan, dtype=torch.float32)
+
+
+def _result(a: Arguments) -> Outputs:
+    weight = a["weight_packed"] if "weight_packed" in a else a["weight"]
+    return (
+        torch.full((len(a["x"]), len(weight)), torch.nan, dtype=a.get("out_dtype", a["x"].dtype), device=weight.device),
+    )
+
+
+def _dense_weight(a: Arguments) -> Outputs:
+    packed = a["weight_packed"]
+    dtype = a["compute_dtype"] or a["x"].dtype
+    return (torch.full((len(packed), 8 * packed.shape[1]), torch.nan, dtype=dtype, device=packed.device),)
+
+
+def _plan_quantize(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+    return triton_quantize.plan_quantize_per_row(a["x"], a["channel_scale"], *out, config)
+
+
+def _plan_norm(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+    layer = "bias" in a
+    return triton_norm_quantize.plan_norm_quantize(
+        a["x"], a["weight"], a.get("bias"), 1e-5 if layer else 1e-6, layer, *out, config
+    )
+
+
+def _plan_int8(plan: Callable[..., list[Launch]]) -> Callable[[Arguments, Outputs, Any, bool], list[Launch]]:
+    def plan_with(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+        names = ("x", "x_scale", "weight", "weight_scale", "bias", "residual", "activation")
+        return plan(*(a[name] for name in names), *out, config)
+
+    return plan_with
+
+
+def _plan_int8_weight_only(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+    names = ("x", "weight", "weight_scale", "bias", "residual", "activation")
+    compute_dtype = a["compute_dtype"] or a["x"].dtype
+    return int8_weight_only_swapped.plan_swapped(*(a[name] for name in names), compute_dtype, *out, config)
+
+
+def _plan_dequantize(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+    weight = (a[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
+    return triton_dequantize.plan_dequantize(*weight, *out, first_row=0, group_size=a["group_size"], config=config)
+
+
+def _span_weight(a: Arguments) -> Any:
+    return kernel_order(a["weight_packed"], a["weight_scale"], a["weight_zero"], a["group_size"], a["x"].shape[1])
+
+
+def _plan_int4(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+    return int4_fused.plan_int4_linear(
+        a["x"],
+        _span_weight(a),
+        a["bias"],
+        a["residual"],
+        *out,
+        activation=a["activation"],
+        compute_dtype=a["compute_dtype"] or a["x"].dtype,
+        config=config,
+        inline_ptx=inline_ptx,
+    )
+
+
+def _plan_int4_int8(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+    q, scale = quantize_per_row(a["x"])
+    return int4_int8_fused.plan_int4_int8_linear(
+        q,
+        scale,
+        _span_weight(a),
+        a["bias"],
+        a["residual"],
+        *out,
+        activation=a["activation"],
+        config=config,
+        inline_ptx=inline_ptx,
+    )
+
+
+def _family(name: str, op: str, module: Any, config: Any, plan_with: Callable, allocate: Callable = _result) -> Family:
+    return Family(name, op, list(module.CONFIGS), config.for_problem, module.why_not, plan_with, allocate)
+
+
+_NORM = (triton_norm_quantize, QuantizeConfig, _plan_norm, _rows_and_scales)
+_INT8_SWAPPED = (int8_swapped, int8_swapped.SwappedConfig, _plan_int8(int8_swapped.plan_swapped))
+_INT8_TILE = (int8_tile, int8_tile.TileConfig, _plan_int8(int8_tile.plan_tile))
+_INT8_WEIGHT_ONLY = (int8_weight_only_swapped, int8_weight_only_swapped.SwappedConfig, _plan_int8_weight_only)
+_DEQUANTIZE = (triton_dequantize, triton_dequantize.DequantizeConfig, _plan_dequantize, _dense_weight)
+FAMILIES = (
+    _family("quantize", "quantize_per_row", triton_quantize, QuantizeConfig, _plan_quantize, _rows_and_scales),
+    _family("norm_quantize rms", "rms_norm_quantize", *_NORM),
+    _family("norm_quantize layer", "layer_norm_quantize", *_NORM),
+    _family("int8_linear swapped", "int8_linear_quantized", *_INT8_SWAPPED),
+    _family("int8_linear tile", "int8_linear_quantized", *_INT8_TILE),
+    _family("int8_weight_only_linear swapped", "int8_weight_only_linear", *_INT8_WEIGHT_ONLY),
+    _family("int4_linear dequantize", "int4_linear", *_DEQUANTIZE),
+    _family("int4_linear fused", "int4_linear", int4_fused, int4_fused.FusedConfig, _plan_int4),
+    _family("int4_int8_linear fused", "int4_int8_linear", int4_int8_fused, Int4Int8Config, _plan_int4_int8),
+)
+
+_BATCHES = (1, 32, 64, 128, 256, 4096)
+_FEATURES = ((4096, 4096), (28672, 4096))
+
+
+def _shapes(op: str) -> Iterator[tuple[str, Shape]]:
+    """Named problems. "ragged" ones are multiples of nothing: no 16-byte load is to be expected there."""
+    full = {"bias": True, "residual": True, "activation": "gelu"}
+    if op.endswith("_quantize") or op == "quantize_per_row":
+        for k in (64, 512, 2048, 4096, 16384, 28672):
+            yield "bf16", Shape(1024, 0, k)
+        yield "fp16", Shape(1024, 0, 4096, torch.float16)
+        yield "fp32", Shape(1024, 0, 4096, torch.float32)
+        yield "bf16 ragged", Shape(77, 0, 1001)
+        return
+    groups: tuple[tuple[str, dict[str, Any]], ...] = (("", {}),)
+    ragged: dict[str, Any] = {}
+    if op.startswith("int4"):
+        groups = (
+            (" g128", {"group_size": 128}),
+            (" g32 zero", {"group_size": 32, "symmetric": False}),
+            (" row", {}),
+        )
+        ragged = {"group_size": 32, "symmetric": False}
+    for group, options in groups:
+        for n, k in _FEATURES:
+            for m in _BATCHES:
+                yield f"bf16{group}", Shape(m, n, k, torch.bfloat16, **options)
+    for m in (16, 128, 4096):
+        yield f"fp16{groups[0][0]} epilogue", Shape(m, 4096, 4096, torch.float16, **groups[0][1], **full)
+    yield f"fp32{groups[0][0]}", Shape(64, 4096, 4096, torch.float32, **groups[0][1])
+    yield f"bf16{groups[min(1, len(groups) - 1)][0]} ragged", Shape(77, 1001, 1003, torch.bfloat16, **ragged, **full)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel to compile: its row in the table is named by family, kernel, variant and config."""
+
+    family: str
+    kernel: str
+    variant: str
+    config: str
+    launch: Launch
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells it from the other entries of one target."""
+        return self.family, self.kernel, self.variant, self.config
+
+
+def describe(config: Any) -> str:
+    """A config in one word for each field that says something."""
+    values = dataclasses.asdict(config)
+    return " ".join(f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in values.items())
+
+
+def launches_for(target: Target) -> Iterator[Entry]:
+    """Every kernel that the catalogue's problems need on ``target``, each variant and config once.
+
+    Batches share a binary but for whether a count of tiles is 1 or divisible by 16: the first batch stands for all.
+    """
+    for family in FAMILIES:
+        seen: set[tuple] = set()
+        for variant, shape in _shapes(family.op):
+            problem = family.problem(shape, target)
+            if family.why_not(problem) is not None:
+                continue
+            config = family.choose(problem)
+            arguments = make_arguments(family.op, shape, device="meta")
+            launches, _ = family.plan(arguments, config, inline_ptx=target.backend == "cuda")
+            for launch in launches:
+                entry = Entry(family.name, launch.kernel.__name__, variant, describe(config), launch)
+                binary = (entry.kernel, str(specialize(launch, target)), launch.num_warps, launch.num_stages)
+                if entry.key not in seen and binary not in seen:
+                    seen |= {entry.key, binary}
+                    yield entry

@@ -1,0 +1,155 @@
+"""The table of compiled kernels: what each becomes on each target, as data that a change to a kernel shows up in.
+
+    python -m bench.compiled             compile all, print what differs from the committed table, write the table
+    python -m bench.compiled --check     the same without writing; exit status 1 if anything differs
+    python -m bench.compiled --sample 40 compile 40 rows spread over the table, and compare these
+
+Needs no GPU. "compiled" says nothing about results or speed: only what the compiler made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.catalogue import Entry, launches_for
+from tilewright.aot.compile import compile_launch
+from tilewright.aot.targets import TARGETS, Target
+
+TABLE = Path(__file__).parent / "results" / "compiled.csv"
+Key = tuple[str, str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    spills, shared: bytes, for each thread and each block. matrix: kind of matrix instruction, of which there are
+    ``matrix_count`` in the code. loads_16: 16-byte loads from global memory. async_copies: ``cp.async`` of any width.
+    """
+
+    family: str
+    kernel: str
+    variant: str
+    config: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: str
+    matrix_count: int
+    loads_16: int
+    async_copies: int
+    triton: str
+
+    @property
+    def key(self) -> Key:
+        """What names the row; the rest is what was found."""
+        return self.family, self.kernel, self.variant, self.config, self.target
+
+    def difference(self, new: Row) -> str | None:
+        """What ``new`` has otherwise, in words, or None."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        changed = [name for name in fields if getattr(self, name) != getattr(new, name)]
+        return ", ".join(f"{name} {getattr(self, name)} -> {getattr(new, name)}" for name in changed) or None
+
+
+def entries() -> Iterator[tuple[Target, Entry]]:
+    """Everything the table has a row for."""
+    for target in TARGETS.values():
+        for entry in launches_for(target):
+            yield target, entry
+
+
+def sample(everything: list[tuple[Target, Entry]], size: int) -> list[tuple[Target, Entry]]:
+    """``size`` entries at equal distances, so that every family and target has its share."""
+    if size >= len(everything):
+        return everything
+    return [everything[i * len(everything) // size] for i in range(size)]
+
+
+def compute(target: Target, entry: Entry) -> Row:
+    """Compile one entry."""
+    compiled = compile_launch(entry.launch, target)
+    found = compiled.instructions
+    return Row(
+        *entry.key,
+        target=target.name,
+        registers=compiled.registers,
+        spills=compiled.spill_bytes,
+        shared=compiled.shared_bytes,
+        matrix=" ".join(sorted(found.matrix)),
+        matrix_count=sum(found.matrix.values()),
+        loads_16=found.loads.get(16, 0),
+        async_copies=found.async_copies,
+        triton=compiled.triton_version,
+    )
+
+
+def read_table(path: Path = TABLE) -> dict[Key, Row]:
+    """The rows of a table by key; empty where there is no file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        numbers = {field.name for field in dataclasses.fields(Row) if field.type == "int"}
+        lines = csv.DictReader(file)
+        rows = [Row(**{k: int(v) if k in numbers else v for k, v in line.items()}) for line in lines]
+    return {row.key: row for row in rows}
+
+
+def write_table(rows: Iterable[Row], path: Path = TABLE) -> None:
+    """Write ``rows`` as they come."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(dataclasses.asdict(row) for row in rows)
+
+
+def differences(old: dict[Key, Row], new: Iterable[Row], whole: bool) -> list[str]:
+    """Each difference in a line. whole: ``new`` is everything, so that a row it lacks is gone."""
+    new = {row.key: row for row in new}
+    lines = []
+    for key, row in new.items():
+        change = old[key].difference(row) if key in old else "new"
+        if change is not None:
+            lines.append(f"{' | '.join(key)}: {change}")
+    if whole:
+        lines += [f"{' | '.join(key)}: gone" for key in old if key not in new]
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line above; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only, do not write the table")
+    parser.add_argument("--sample", type=int, metavar="N", help="compile N rows only and compare them; implies --check")
+    options = parser.parse_args(arguments)
+    wanted = list(entries())
+    chosen = sample(wanted, options.sample or len(wanted))
+    rows, failed = [], []
+    for number, (target, entry) in enumerate(chosen, 1):
+        try:
+            rows.append(compute(target, entry))
+        # A compiler may fail in any way; what failed is listed, and the status says so.
+        except Exception as error:
+            failed.append(f"{' | '.join(entry.key)} | {target.name}: {type(error).__name__}: {str(error)[:300]}")
+        if sys.stderr.isatty():
+            print(f"\r{number}/{len(chosen)}", end="", file=sys.stderr)
+    changed = differences(read_table(), rows, whole=options.sample is None)
+    print(*changed, sep="\n")
+    print(*(f"DOES NOT COMPILE {line}" for line in failed), sep="\n")
+    print(f"{len(rows)} rows compiled, {len(changed)} differ from {TABLE.name}, {len(failed)} do not compile")
+    if options.check or options.sample is not None:
+        return int(bool(changed or failed))
+    if not failed:
+        write_table(rows)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
