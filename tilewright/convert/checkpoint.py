@@ -204,7 +204,8 @@ def load_model(
     _put_in(places, manifest, loaded)
     if hidden := hidden_meta_tensors(model):
         raise CheckpointError(
-            f"{type(model).__name__} keeps tensors in containers that no checkpoint can fill: {listed(hidden)}"
+            f"{type(model).__name__} keeps tensors in containers that no checkpoint can fill: {listed(hidden)}; "
+            "make them on an explicit device"
         )
     other_mode = set(manifest.differing)
     for name, module in model.named_modules():
@@ -225,7 +226,9 @@ def _open_shard(stack: ExitStack, path: Path, names: list[str], manifest: Manife
     if missing := [name for name in names if name not in entries]:
         raise CheckpointError(f"{path}: lacks the tensors {listed(missing)} that the manifest places there")
     if unexpected := sorted(set(entries) - set(names)):
-        raise CheckpointError(f"{path}: holds the tensors {listed(unexpected)}, which the manifest does not know")
+        raise CheckpointError(
+            f"{path}: holds the tensors {listed(unexpected)}, which the manifest does not place there"
+        )
     for name in names:
         if reason := manifest.tensors[name].why_not(entries[name]):
             raise CheckpointError(f"{path}: tensor {name!r} {reason}")
