@@ -108,17 +108,20 @@ def test_the_router_is_asked_and_its_reasons_are_shown() -> None:
     def why_not(problem: router.Problem) -> str | None:
         return "takes one row only" if problem.m > 1 else None
 
-    preferred = router.implementations("int8_linear")[0].name
+    converted = convert_model(model(), "int8")
+    preferred = router.route(converted.get_submodule(NAME).problem(m=256)).name
     router.register(Implementation("first choice", "int8_linear", why_not, "nowhere:nothing"), before=preferred)
     try:
-        made = report(convert_model(model(), "int8"))
+        made = report(converted)
     finally:
         router.unregister("int8_linear", "first choice")
     layer = made.converted[0]
-    assert layer.implementations[1] == "first choice" and layer.declined[1] == []
-    assert layer.implementations[256] == preferred
-    assert layer.declined[256] == ["first choice: takes one row only"]
-    assert f"M=256: not served by first choice: takes one row only ('{NAME}')" in made.to_markdown()
+    assert layer.implementations == {1: "first choice", 256: preferred}
+    assert layer.declined[256][-1] == "first choice: takes one row only"
+    assert f"M=256: not by first choice: takes one row only ('{NAME}')" in made.to_markdown()
+    # Kernels for another device are in the JSON form only.
+    assert all(reason.endswith("not on cpu") for reason in layer.declined[1])
+    assert "not on cpu" not in made.to_markdown() + str(made)
 
 
 def test_models_that_were_not_converted() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,14 +30,15 @@ BATCHES = (1, 256)
 class ReportedLayer:
     """One layer.
 
-    scheme: what was done, "" if nothing. implementations: for each of ``BATCHES`` what the router chooses on the
-    device where the layer is. declined: implementations that are preferred to the chosen one but do not take the
-    layer, with the reason. bytes: of weight, scales and bias. weight_error, output_error: relative, ||y' - y|| /
-    ||y||; None if not known. reason: why it was left alone.
+    kind: class of the module. device: "cpu", "cuda", ... scheme: what was done, "" if nothing. implementations: for
+    each of ``BATCHES`` what the router chooses on the device where the layer is. declined: implementations that are
+    preferred to the chosen one but do not take the layer, with the reason. bytes: of weight, scales and bias.
+    weight_error, output_error: relative, ||y' - y|| / ||y||; None if not known. reason: why it was left alone.
     """
 
     name: str
     kind: str
+    device: str
     scheme: str
     implementations: dict[int, str]
     declined: dict[int, list[str]]
@@ -103,6 +105,8 @@ class Report:
             for part, label in (("layer", "converted layers"), ("model", "whole model")):
                 before, after, ratio = (totals[f"{part}_{key}"] for key in ("bytes_before", "bytes_after", "ratio"))
                 lines.append(f"{label}: {size(before)} -> {size(after)} ({ratio:.3f}x)")
+            counts = Counter(layer.scheme for layer in self.converted)
+            lines += [f"{scheme} ({count} layers)" for scheme, count in counts.items()]
         return lines
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
@@ -110,21 +114,33 @@ class Report:
         has_output = any(layer.output_error is not None for layer in self.converted)
         header = ["layer", "scheme", *(f"M={m}" for m in BATCHES), "before", "after", "weight err."]
         header += ["output err."] if has_output else []
+        # The headlines spell the options out. In the table they would only take room, unless two layers differ in them.
+        names = Counter(scheme.partition(":")[0] for scheme in {layer.scheme for layer in self.converted})
         rows = []
         for layer in self.converted:
-            row = [shown_name(layer.name), layer.scheme, *(layer.implementations[m] for m in BATCHES)]
+            name = layer.scheme.partition(":")[0]
+            scheme = name if names[name] == 1 else layer.scheme
+            row = [shown_name(layer.name), scheme, *(layer.implementations[m] for m in BATCHES)]
             row += [size(layer.bytes_before), size(layer.bytes_after), _percent(layer.weight_error)]
             rows.append(row + ([_percent(layer.output_error)] if has_output else []))
         return header, rows
 
     def _notes(self) -> list[str]:
-        """Why the router passed over faster implementations, each reason once."""
-        found: dict[str, list[str]] = {}
+        """Why the router passed over implementations that are preferred to the chosen one, each reason once."""
+        found: dict[str, tuple[set[int], list[str]]] = {}
         for layer in self.converted:
             for m, reasons in layer.declined.items():
                 for reason in reasons:
-                    found.setdefault(f"M={m}: not served by {reason}", []).append(shown_name(layer.name))
-        return [f"{reason} ({listed(names, 2)})" for reason, names in found.items()]
+                    # What is made for another kind of device is no loss here. The JSON form has it all the same.
+                    if not reason.endswith(f"not on {layer.device}"):
+                        batches, names = found.setdefault(reason, (set(), []))
+                        batches.add(m)
+                        if shown_name(layer.name) not in names:
+                            names.append(shown_name(layer.name))
+        return [
+            f"M={', '.join(map(str, sorted(batches)))}: not by {reason} ({listed(names, 2)})"
+            for reason, (batches, names) in found.items()
+        ]
 
     def to_markdown(self) -> str:
         """The totals, a table of the converted layers and a table of those left alone, with reasons."""
@@ -143,18 +159,20 @@ class Report:
         from rich.console import Console, RenderableType
         from rich.table import Table
 
+        terminal = sys.stdout.isatty()
+        width = shutil.get_terminal_size((100, 24)).columns
+
         def table(header: list[str], rows: list[list[str]]) -> RenderableType:
             made = Table(box=None, pad_edge=False, header_style="bold")
             for title in header:
                 # A cut name or reason helps nobody: cells fold instead. Numbers stay whole.
                 numeric = title in ("before", "after") or title.endswith("err.")
-                made.add_column(title, overflow="fold", no_wrap=numeric, justify="right" if numeric else "left")
+                whole = numeric or (title == "scheme" and width >= 80 and all(":" not in row[1] for row in rows))
+                made.add_column(title, overflow="fold", no_wrap=whole, justify="right" if numeric else "left")
             for row in rows:
                 made.add_row(*row)
             return made
 
-        terminal = sys.stdout.isatty()
-        width = shutil.get_terminal_size((100, 24)).columns
         console = Console(
             file=io.StringIO(), force_terminal=terminal, width=width, highlight=False, markup=False, emoji=False
         )
@@ -214,9 +232,10 @@ def report(
 
 def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, float | None]) -> ReportedLayer:
     kind, held = type(module).__name__, tensor_bytes(module)
+    device = next((tensor.device.type for tensor in [*module.parameters(), *module.buffers()]), "")
     if not isinstance(module, QuantizedLinear):
         reason = record.skipped.get(name) or ("not converted" if record.layers else "the model was not converted")
-        return ReportedLayer(name, kind, "", {}, {}, held, held, reason=reason)
+        return ReportedLayer(name, kind, device, "", {}, {}, held, held, reason=reason)
     decisions = {m: _decision(module, m) for m in BATCHES}
     implementations = {m: d if isinstance(d, str) else d.name for m, d in decisions.items()}
     declined = {
@@ -228,10 +247,13 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
         # Built by hand or taken out of a larger model: what can be seen is reported.
         float_bytes = module.in_features * module.out_features * module.dtype.itemsize
         bias = module.bias.numel() * module.bias.element_size() if module.bias is not None else 0
-        return ReportedLayer(name, kind, module.scheme_name, implementations, declined, float_bytes + bias, held)
+        return ReportedLayer(
+            name, kind, device, module.scheme_name, implementations, declined, float_bytes + bias, held
+        )
     return ReportedLayer(
         name,
         kind,
+        device,
         made.label,
         implementations,
         declined,

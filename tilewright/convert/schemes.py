@@ -64,8 +64,8 @@ class Scheme(ABC):
     def __str__(self) -> str:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         changed = {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
-        options = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-        return f"{type(self).__name__}({options})" if options else type(self).__name__
+        options = ", ".join(f"{name}={value}" for name, value in changed.items())
+        return f"{type(self).__name__}: {options}" if options else type(self).__name__
 
 
 SchemeClass = TypeVar("SchemeClass", bound=type[Scheme])
