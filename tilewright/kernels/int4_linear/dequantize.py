@@ -7,6 +7,7 @@ of the batch, and the product runs at the library's speed. There a kernel feeds 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -53,7 +54,7 @@ def int4_linear(
     n, k = len(weight_packed), x.shape[-1]
     narrow = compute_dtype or x.dtype
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    rows = x.reshape(out[..., 0].numel() if n else 0, k).to(narrow)
+    rows = x.reshape(math.prod(x.shape[:-1]), k).to(narrow)
     residual = None if residual is None else residual.expand(out.shape)
     for first, last in row_blocks(n, k, narrow):
         weight = int4.dequantize(

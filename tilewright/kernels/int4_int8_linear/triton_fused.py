@@ -1,0 +1,245 @@
+"""Linear layer on int4 weights and int8 activations (W4A8): a launch that quantises the rows of x, then the product.
+
+    y[m, n] = activation(s_x[m] * sum_g s[n, g] * P_g[n, m] + b[n]) + r[m, n]
+    P_g[n, m] = sum over the columns k of group g of (u[n, k] - z[n, g]) * q[m, k]
+
+q int8 [M, K] and s_x float32 [M] from ``quantize_per_row``; weight, scale and zero in the order of ``layout.py``; b
+[N]; r [M, N] of any strides; y [M, N] fp16, bf16 or fp32. u - z is widened to int8 in registers and every P is an
+exact int32: 128 columns add up to at most 243,840, and a whole row, which is one P, may have a million columns.
+
+    small   M <= 16   K is cut into parts until the programs fill the GPU; a second kernel adds the parts in ascending
+    order middle  M <= 256  wider batch tiles; K is cut where the tiles of one batch tile would leave multiprocessors
+    idle large             batch tiles of 128, K whole
+
+How K is cut depends on N, K and the GPU, never on M, so within a family a row's result is the same whatever the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from tilewright.aot.launch import Launch
+from tilewright.kernels.activation import check_activation
+from tilewright.kernels.int4_linear.layout import SpanWeight, kernel_order, span_count, why_no_spans
+from tilewright.kernels.int4_linear.triton_tiles import (
+    TileConfig,
+    Tiling,
+    finish_arguments,
+    inline_ptx_by_default,
+    multiply_spans,
+    plan_sum_parts,
+    span_arguments,
+    store_part,
+)
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.quantize.triton_quantize import quantize_per_row
+from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton_split_k import choose_split
+
+SMALL_M, MIDDLE_M = 16, 256
+#: A product of a signed byte and u - z is at most 127 * 15 = 1905 in magnitude: a whole row of these stays inside
+#: int32.
+LARGEST_WHOLE_ROW = (2**31 - 1) // 1905
+
+
+@dataclass(frozen=True)
+class Int4Int8Config(TileConfig):
+    """One way to launch the kernel, see ``TileConfig``."""
+
+    @classmethod
+    def for_problem(cls, problem: Problem) -> Int4Int8Config:
+        """Batch tile by M; parts of K by N, K and the GPU alone, and none in the large family."""
+        config = next((c for c in TILES if problem.m <= c.block_m), TILES[-1])
+        if problem.m > MIDDLE_M:
+            return config.within_limits(problem)
+        programs = (2 if problem.m <= SMALL_M else 1) * (problem.multiprocessors or 132)
+        splits = choose_split(programs, triton.cdiv(problem.n, config.block_n), span_count(problem.k))
+        return replace(config, splits=splits).within_limits(problem)
+
+
+#: By batch tile: the small family, then the others.
+TILES = (
+    Int4Int8Config(block_n=128, block_m=16, num_warps=4, num_stages=4),
+    Int4Int8Config(block_n=128, block_m=32, num_warps=4, num_stages=4),
+    Int4Int8Config(block_n=128, block_m=64, num_warps=8, num_stages=4),
+    Int4Int8Config(block_n=128, block_m=128, num_warps=8, num_stages=4),
+)
+#: Every kernel the heuristic can choose: each tile, with K whole and cut.
+CONFIGS = [replace(config, splits=splits) for config in TILES for splits in (1, 2)]
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason why this implementation does not take ``problem``, or None."""
+    group_size = problem.group_size or problem.k
+    reason = why_not_on_gpu(problem) or why_no_spans(problem.k, group_size)
+    if reason is not None:
+        return reason
+    if problem.x_dtype not in FLOAT_DTYPES:
+        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
+    if group_size >= problem.k > LARGEST_WHOLE_ROW:
+        return f"a group of {problem.k} columns can pass int32; the longest that cannot has {LARGEST_WHOLE_ROW}"
+    return None
+
+
+@triton.jit(do_not_specialize=["M"])
+def int4_int8_linear_kernel(
+    x_ptr,
+    x_scale_ptr,
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    workspace_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_weight,
+    stride_residual_m,
+    stride_residual_n,
+    spans,
+    spans_per_part,
+    tiles_m,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    QUARTERS_PER_GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INLINE_PTX: tl.constexpr,
+):
+    """One tile of out, or with a workspace one part of its sum before s_x."""
+    part = tl.program_id(1)
+    row = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = part * spans_per_part
+    total = multiply_spans(
+        x_ptr,
+        weight_ptr,
+        scale_ptr,
+        zero_ptr,
+        row,
+        column,
+        first,
+        tl.minimum(first + spans_per_part, spans),
+        M,
+        N,
+        K,
+        stride_xm,
+        stride_weight,
+        QUARTERS_PER_GROUP,
+        tl.int8,
+        EVEN_K,
+        INLINE_PTX,
+    )
+    if workspace_ptr is not None:
+        store_part(total, workspace_ptr, part, row, column, M, N)
+    else:
+        x_scale = tl.load(x_scale_ptr + row, mask=row < M, other=0.0)
+        finish_tile(
+            total * x_scale[None, :],
+            out_ptr,
+            bias_ptr,
+            residual_ptr,
+            row[None, :],
+            column[:, None],
+            M,
+            N,
+            stride_residual_m,
+            stride_residual_n,
+            ACTIVATION,
+        )
+
+
+def plan_int4_int8_linear(
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: SpanWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    activation: str,
+    config: Int4Int8Config,
+    inline_ptx: bool,
+) -> list[Launch]:
+    """The launches that fill ``out`` [M, N]: the product, and the sum over parts where K is cut.
+
+    x_q int8 [M, K] with unit stride along K, x_scale float32 [M] and bias [N] contiguous, residual [M, N].
+    """
+    tiling = Tiling.of(len(x_q), weight, config)
+    workspace = None
+    if tiling.parts > 1:
+        workspace = torch.empty((tiling.parts, *out.shape), dtype=torch.float32, device=out.device)
+    weight_args, weight_constants = span_arguments(weight)
+    args = {
+        "x_ptr": x_q,
+        "x_scale_ptr": x_scale,
+        "workspace_ptr": workspace,
+        "M": len(x_q),
+        "stride_xm": x_q.stride(0),
+        "spans_per_part": tiling.spans_per_part,
+        "tiles_m": tiling.tiles_m,
+        **weight_args,
+        **finish_arguments(bias, residual, out),
+    }
+    constants = {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "ACTIVATION": activation,
+        "INLINE_PTX": inline_ptx,
+        **weight_constants,
+    }
+    product = Launch(int4_int8_linear_kernel, tiling.grid, args, constants, config.num_warps, config.num_stages)
+    if workspace is None:
+        return [product]
+    return [product, plan_sum_parts(workspace, x_scale, bias, residual, out, activation)]
+
+
+def int4_int8_linear(
+    x: torch.Tensor,
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    group_size: int,
+    activation: str = "none",
+    channel_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See the reference. Raises ValueError for groups that are neither a multiple of 32 nor the whole row."""
+    check_activation(activation)
+    n, k = len(weight_packed), x.shape[-1]
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    x_q, x_scale = quantize_per_row(x, channel_scale)
+    problem = Problem(
+        "int4_int8_linear",
+        m=out.numel() // n,
+        n=n,
+        k=k,
+        x_dtype=x.dtype,
+        group_size=group_size,
+        **device_facts(x.device),
+    )
+    launches = plan_int4_int8_linear(
+        as_matrix(x_q),
+        x_scale.reshape(-1),
+        kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else as_matrix(residual.expand(out.shape)),
+        as_matrix(out),
+        activation=activation,
+        config=Int4Int8Config.for_problem(problem),
+        inline_ptx=inline_ptx_by_default(x.device),
+    )
+    for launch in launches:
+        launch.run()
+    return out
