@@ -24,20 +24,35 @@ BLOCK_ELEMENTS = 1 << 22
 #: Elements of a block of dequantised weights.
 WEIGHT_BLOCK_ELEMENTS = 1 << 20
 _KEPT_BYTES = 64 << 20
+_KEPT_VIEWS = 256
 _local = threading.local()
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, slot: str) -> torch.Tensor:
-    """Uninitialised memory that this thread's next request for ``slot`` overwrites."""
-    areas = _local.__dict__.setdefault("areas", {})
-    count = math.prod(shape)
-    area = areas.get((slot, dtype))
-    if area is None or area.numel() < count:
-        with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
-            area = torch.empty(count, dtype=dtype)
-        if count * dtype.itemsize <= _KEPT_BYTES:
-            areas[slot, dtype] = area
-    return area[:count].view(shape)
+    """Uninitialised memory that this thread's next request for ``slot`` overwrites.
+
+    Two dtypes of one slot are two views of the same memory.
+    """
+    views = _local.__dict__.setdefault("views", {})
+    key = (slot, dtype, shape)
+    view = views.get(key)
+    if view is None:
+        count = math.prod(shape) * dtype.itemsize
+        areas = _local.__dict__.setdefault("areas", {})
+        area = areas.get(slot)
+        if area is None or area.numel() < count:
+            with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
+                area = torch.empty(count, dtype=torch.uint8)
+            if count <= _KEPT_BYTES:
+                areas[slot] = area
+                views.clear()  # they may hold memory that is not used any more
+        with torch.inference_mode(False):
+            view = area[:count].view(dtype).view(shape)
+        if areas.get(slot) is area:
+            if len(views) >= _KEPT_VIEWS:
+                views.clear()
+            views[key] = view
+    return view
 
 
 def finish_rows(
@@ -51,16 +66,19 @@ def finish_rows(
     """Epilogue in place: ``y`` float32 [M, N] times ``row_scale`` [M, 1], plus bias, activation, plus residual, one
     cast.
     """
+    if bias is not None and bias.dtype != y.dtype:
+        bias = bias.to(y.dtype)
     if row_scale is not None and bias is not None:
-        torch.addcmul(bias.float(), y, row_scale, out=y)
+        torch.addcmul(bias, y, row_scale, out=y)
     elif row_scale is not None:
         y.mul_(row_scale)
     elif bias is not None:
         y.add_(bias)
-    apply_activation(y, activation, inplace=True)
+    if activation != "none":
+        apply_activation(y, activation, inplace=True)
     if residual is not None:
         y.add_(residual.reshape(y.shape))
-    return y.to(out_dtype)
+    return y if y.dtype == out_dtype else y.to(out_dtype)
 
 
 def _seconds(run: Callable[[], object], repeats: int = 3) -> float:

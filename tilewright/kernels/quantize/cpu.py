@@ -6,6 +6,8 @@ division, one addition and one narrowing copy replace division, rounding, clamp 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tilewright.kernels.cpu_support import BLOCK_ELEMENTS, scratch
@@ -25,19 +27,25 @@ def _quantize_block(
     x: torch.Tensor, channel_scale: torch.Tensor | None, zero_point: int, q: torch.Tensor
 ) -> torch.Tensor:
     """Fill ``q`` [M, K] (int8, or uint8 with a zero point) and return the scale [M, 1]."""
-    t = scratch(tuple(x.shape), torch.float32, "quantize")
+    shape = tuple(x.shape)
+    t, bits = scratch(shape, torch.float32, "quantize"), scratch(shape, torch.int32, "quantize")
     if channel_scale is not None:
         x = torch.mul(x, channel_scale, out=t)
-    scale = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).float().div_(127)
-    scale.masked_fill_(scale == 0, 1)
+        magnitude = x.abs()
+    else:
+        magnitude = torch.abs(x, out=t) if x.dtype == torch.float32 else x.abs()
+    scale = magnitude.amax(-1, keepdim=True).float().div_(127)
     low, high = torch.aminmax(scale)
-    if not (low >= _SMALLEST_NORMAL and high < torch.inf):  # NaN, Inf, or quotients that need the clamp
+    if low.item() == 0:
+        scale.masked_fill_(scale == 0, 1)
+        low, high = torch.aminmax(scale)
+    if not (low.item() >= _SMALLEST_NORMAL and high.item() < math.inf):  # NaN, Inf, or quotients that need the clamp
         exact, scale = reference.quantize_per_row(x)
-        torch.add(exact.to(torch.int32), zero_point, out=t.view(torch.int32))
-        q.copy_(t.view(torch.int32))
+        torch.add(exact.to(torch.int32), zero_point, out=bits)
+        q.copy_(bits)
         return scale.unsqueeze(-1)
     torch.div(x, scale, out=t).add_(_ROUNDER + zero_point)
-    q.copy_(t.view(torch.int32))
+    q.copy_(bits)
     return scale
 
 
