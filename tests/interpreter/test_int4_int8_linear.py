@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tests.interpreter.guard_page import guarded, survives
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.activation import ACTIVATIONS, apply_activation
 from tilewright.kernels.formats import int4
@@ -135,6 +138,27 @@ def test_strides_and_leading_dimensions(name):
 def test_empty_and_tiny(m, n, k):
     x, weight, bias = torch.randn(m, k), make_weight(n, k, None, symmetric=False), torch.randn(n)
     check(int4_int8_linear(x, **weight, bias=bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("shape", [(3, 37, 133), (17, 130, 256), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("config", triton_fused.CONFIGS, ids=config_id)
+def test_the_product_reads_nothing_past_its_tensors(config, shape):
+    m, n, k = shape
+    weight = make_weight(n, k, 32, symmetric=False)
+    order = kernel_order(weight["weight_packed"], weight["weight_scale"], weight["weight_zero"], 32, k)
+    order = replace(order, weight=guarded(order.weight), scale=guarded(order.scale), zero=guarded(order.zero))
+    launches = triton_fused.plan_int4_int8_linear(
+        guarded(torch.ones(m, k, dtype=torch.int8)),
+        guarded(torch.ones(m)),
+        order,
+        guarded(torch.randn(n)),
+        guarded(torch.randn(m, n)),
+        guarded(torch.empty(m, n)),
+        activation="none",
+        config=config,
+        inline_ptx=False,
+    )
+    assert survives(lambda: [launch.run() for launch in launches])
 
 
 def test_a_zero_row_is_zero():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.interpreter.guard_page import guarded, survives
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.activation import ACTIVATIONS
 from tilewright.kernels.formats import int4
@@ -46,7 +47,7 @@ def config_id(config):
 @pytest.mark.parametrize("group_size, symmetric", [(32, False), (64, True), (128, False), (None, True)])
 @pytest.mark.parametrize("config", triton_fused.CONFIGS, ids=config_id)
 def test_every_config_on_ragged_shapes(config, group_size, symmetric):
-    dtype = torch.float32 if config.block_m == 16 and config.block_n == 64 else torch.float16
+    dtype = torch.float32 if config == replace(triton_fused.FLOAT32, splits=config.splits) else torch.float16
     m, n, k = config.block_m + 3, config.block_n + 7, 200
     x, weight = torch.randn(m, k).to(dtype), make_weight(n, k, group_size, symmetric)
     out = torch.empty(m, n, dtype=dtype)
@@ -132,9 +133,7 @@ def test_strides_and_leading_dimensions(int4_linear, name):
     check(actual, x, weight, residual=residual)
 
 
-@pytest.mark.parametrize(
-    "m, n, k", [(0, 5, 64), (3, 0, 64), (3, 5, 0), (0, 0, 0), (1, 1, 1), (2, 1, 9), (17, 9, 8)]
-)
+@pytest.mark.parametrize("m, n, k", [(0, 5, 64), (3, 0, 64), (3, 5, 0), (0, 0, 0), (1, 1, 1), (2, 1, 9), (17, 9, 8)])
 @both_ways
 def test_empty_and_tiny(int4_linear, m, n, k):
     x, weight = torch.randn(m, k).half(), make_weight(n, k, None, symmetric=False)
@@ -198,6 +197,39 @@ def test_rows_further_apart_than_32_bits_count():
     x.copy_(torch.randn(2, 64))
     weight = make_weight(9, 64, 32)
     check(FUSED(x, **weight), x.clone(), weight)
+
+
+@pytest.mark.parametrize("shape", [(3, 37, 133), (17, 130, 256), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("config", triton_fused.CONFIGS, ids=config_id)
+def test_the_product_reads_nothing_past_its_tensors(config, shape):
+    m, n, k = shape
+    dtype = torch.float32 if config == replace(triton_fused.FLOAT32, splits=config.splits) else torch.float16
+    weight = make_weight(n, k, 32, symmetric=False)
+    order = kernel_order(weight["weight_packed"], weight["weight_scale"], weight["weight_zero"], 32, k)
+    order = replace(order, weight=guarded(order.weight), scale=guarded(order.scale), zero=guarded(order.zero))
+    launches = triton_fused.plan_int4_linear(
+        guarded(torch.randn(m, k).to(dtype)),
+        order,
+        guarded(torch.randn(n)),
+        guarded(torch.randn(m, n).to(dtype)),
+        guarded(torch.empty(m, n, dtype=dtype)),
+        activation="none",
+        compute_dtype=dtype,
+        config=config,
+        inline_ptx=False,
+    )
+    assert survives(lambda: [launch.run() for launch in launches])
+
+
+@pytest.mark.parametrize("group_size", [7, 32])
+def test_dequantising_reads_nothing_past_its_tensors(group_size):
+    weight = make_weight(19, 117, group_size, symmetric=False)
+    tensors = [guarded(weight[name]) for name in ("weight_packed", "weight_scale", "weight_zero")]
+    out = guarded(torch.empty(11, 120, dtype=torch.float16))
+    (launch,) = triton_dequantize.plan_dequantize(
+        *tensors, out, first_row=8, group_size=group_size, config=triton_dequantize.CONFIGS[0]
+    )
+    assert survives(launch.run)
 
 
 def test_groups_without_a_kernel_order_are_refused():

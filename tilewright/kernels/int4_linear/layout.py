@@ -111,7 +111,9 @@ def kernel_order(
         )
     return SpanWeight(
         packed(weight_packed, f"int4 spans of rows of {k}", lambda: pack_words(weight_packed, k)),
-        packed(weight_scale, f"int4 scales {groups}", lambda: pack_groups(weight_scale, quarters, k)),
+        packed(
+            weight_scale, f"int4 scales {weight_scale.dtype} {groups}", lambda: pack_groups(weight_scale, quarters, k)
+        ),
         zero,
         quarters,
         k,
