@@ -2,10 +2,10 @@
 
     python -m bench.cpu_linear [--shape N K ...] [--batches 1 16 128 512] [--csv FILE]
 
-Every layer is made from the same float32 layer and fed the same random float32 input; its output is checked first. The
-variants of a row are timed in turn in one process and the medians compared, so that a machine that slows down slows all of
-them. Baselines: ``F.linear`` in float32 and bfloat16, and oneDNN's prepacked float32 product, which PyTorch uses under
-``torch.compile`` with frozen weights only.
+Every layer is made from the same float32 layer and fed the same random float32 input; its output is checked first.
+The variants of a row are timed in turn in one process and the medians compared, so that a machine that slows down
+slows all of them. Baselines: ``F.linear`` in float32 and bfloat16, and oneDNN's prepacked float32 product, which
+PyTorch uses under ``torch.compile`` with frozen weights only.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def measure(n: int, k: int, batches: tuple[int, ...]) -> list[dict[str, object]]
                 error = ((layer(x).double() - expected).norm() / expected.norm()).item()
                 if error > ERRORS.get(name, 1e-5):
                     raise ValueError(f"{name} at M={m}, N={n}, K={k} has a relative error of {error:.2g}")
-            medians = interleaved_medians({name: (lambda layer=layer: layer(x)) for name, layer in layers.items()})
+            medians = interleaved_medians({name: (lambda layer=layer, x=x: layer(x)) for name, layer in layers.items()})
             rows += [
                 {
                     "n": n,
