@@ -41,9 +41,9 @@ def assert_as_good(out: torch.Tensor, case: tuple, activation: str, compute: tor
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda c: f"{c.block_m}x{c.block_n}x{c.block_k}-split{c.split_k}")
-@pytest.mark.parametrize("aligned", [True, False], ids=["even", "ragged"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_every_config(config, aligned, dtype):
+@pytest.mark.parametrize("aligned", [True, False], ids=["even-fp16", "ragged-fp32"])
+def test_every_config(config, aligned):
+    dtype = torch.float16 if aligned else torch.float32
     compute = torch.float32 if config.block_k == triton_swapped.FLOAT32.block_k else torch.float16
     m, n, k = (config.block_m, config.block_n, 256) if aligned else (config.block_m - 3, config.block_n + 5, 99)
     case = make_case(m, n, k, dtype)
@@ -61,9 +61,10 @@ def test_every_activation(function, dtype, activation):
     assert_as_good(function(*case, activation), case, activation, dtype)
 
 
+@pytest.mark.parametrize("m", [5, triton_swapped.CAST_ON_LOAD_M + 1])
 @pytest.mark.parametrize("compute", [torch.float16, torch.float32], ids=str)
-def test_a_float32_model_computes_in_the_compute_dtype(compute):
-    case = make_case(5, 37, 50, torch.float32)
+def test_a_float32_model_computes_in_the_compute_dtype(compute, m):
+    case = make_case(m, 37, 50, torch.float32)
     out = int8_weight_only_linear(*case, compute_dtype=compute)
     assert out.dtype == torch.float32
     assert_as_good(out, case, "none", compute)

@@ -28,6 +28,9 @@ from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
 
 SMALL_M = 16
 MAX_M = 256
+# Every tile of features rounds x to the compute dtype for itself; where x is more than this, that is done once before.
+# A float32 tile of 128 rows would also not fit into the registers of 8.x.
+CAST_ON_LOAD_M = 64
 AMD_STAGES = 2  # 64 KB of shared memory
 COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -223,14 +226,17 @@ def int8_weight_only_linear(
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
+    rows, compute = as_matrix(x), compute_dtype or x.dtype
+    if rows.shape[0] > CAST_ON_LOAD_M:
+        rows = rows.to(compute)
     launches = plan_swapped(
-        inner_contiguous(as_matrix(x)),
+        inner_contiguous(rows),
         inner_contiguous(weight),
         weight_scale.contiguous(),
         None if bias is None else bias.contiguous(),
         None if residual is None else as_matrix(residual.expand(out.shape)),
         activation,
-        compute_dtype or x.dtype,
+        compute,
         out.view(-1, n),
     )
     for launch in launches:
