@@ -25,10 +25,16 @@ def why_not(problem: Problem) -> str | None:
     if problem.multiply_dtype != torch.bfloat16:
         return f"is fast in bfloat16 only, not in {problem.multiply_dtype}"
     if problem.k % 16:
-        return "crashes when K is no multiple of 16"  # seen with torch 2.13: it reads past the end of the last row
+        return "crashes when K is no multiple of 16"  # seen with torch 2.13: it takes every row to be aligned
     if problem.m > SMALL_BATCH:
         return f"dequantised blocks are faster above {SMALL_BATCH} rows"
     return why_no_int8pack()
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    """``matrix`` contiguous and at a multiple of 32 bytes, copied where it is not: ATen's product crashes elsewhere."""
+    matrix = matrix.contiguous()
+    return matrix if matrix.data_ptr() % 32 == 0 else matrix.clone()
 
 
 def int8_weight_only_linear(
@@ -41,9 +47,9 @@ def int8_weight_only_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See ``reference.int8_weight_only_linear``; the scale is applied to the sums, in float32."""
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+    rows = _aligned(x.reshape(-1, x.shape[-1]).to(torch.bfloat16))
     ones = packed(weight, "int8pack-ones", lambda: torch.ones(len(weight), dtype=torch.bfloat16))
-    y = torch._weight_int8pack_mm(rows, weight.contiguous(), ones).float().mul_(weight_scale)
+    y = torch._weight_int8pack_mm(rows, _aligned(weight), ones).float().mul_(weight_scale)
     y = finish_rows(y, None, bias, residual, activation, x.dtype)
     return y.view(*x.shape[:-1], len(weight))
 
