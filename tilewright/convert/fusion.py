@@ -1,0 +1,146 @@
+"""Activations that follow a quantised linear layer move into its epilogue, which saves a pass over the layer's output.
+
+Whether an activation really follows, and nothing else reads what it reads, is not guessed from names: the ``forward``
+of the module that holds both is traced with its children as opaque calls. What cannot be traced is left as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from torch import fx, nn
+
+from tilewright.convert.record import join
+from tilewright.nn import FusedActivation, QuantizedLinear
+
+logger = logging.getLogger("tilewright")
+
+
+class _ShallowTracer(fx.Tracer):
+    """Traces one module's own ``forward``; every child is a call."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The epilogue's name of what ``module`` computes, or None if no epilogue does that."""
+    if type(module) is nn.ReLU:
+        return "relu"
+    if type(module) is nn.SiLU:
+        return "silu"
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    # transformers wraps its own; each class is one function, known by its name without importing the package.
+    if type(module).__module__ == "transformers.activations":
+        if type(module).__name__ == "GELUActivation":
+            return "gelu" if getattr(module, "act", None) is nn.functional.gelu else None
+        return {"NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh", "SiLUActivation": "silu"}.get(
+            type(module).__name__
+        )
+    return None
+
+
+def fuse_activations(model: nn.Module) -> list[str]:
+    """Fuse every activation that can be, in place. Returns the names of the activation modules that were fused."""
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values() if child is not None)
+    fused = []
+    for prefix, parent in model.named_modules():
+        children = parent._modules
+        candidates = {name for name, child in children.items() if child is not None and _can_move(child, places)}
+        if candidates and any(_can_take(child, places) for child in children.values()):
+            fused += [join(prefix, name) for name in _fuse_in(parent, candidates, places)]
+    if fused:
+        logger.debug("fused %d activations into the linear layers before them", len(fused))
+    return fused
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _can_move(module: nn.Module, places: Counter[int]) -> bool:
+    return activation_name(module) is not None and places[id(module)] == 1 and not _has_hooks(module)
+
+
+def _can_take(module: nn.Module | None, places: Counter[int]) -> bool:
+    return (
+        isinstance(module, QuantizedLinear)
+        and module.activation == "none"
+        and places[id(module)] == 1
+        and not _has_hooks(module)
+    )
+
+
+def _fuse_in(parent: nn.Module, candidates: set[str], places: Counter[int]) -> list[str]:
+    graph = _trace(parent)
+    if graph is None:
+        return []
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    fused = []
+    for node in graph.nodes:
+        if node.op != "call_module" or node.target not in candidates or calls[node.target] != 1:
+            continue
+        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        linear = parent._modules.get(str(source.target))
+        if calls[source.target] == 1 and _can_take(linear, places):
+            activation = parent._modules[node.target]
+            linear.activation = activation_name(activation)  # type: ignore[union-attr, arg-type, assignment]
+            parent._modules[node.target] = FusedActivation(activation)  # type: ignore[arg-type]
+            fused.append(str(node.target))
+    return fused
+
+
+def _trace(parent: nn.Module) -> fx.Graph | None:
+    """The graph of ``parent.forward``, or None if it cannot be traced."""
+    # A forward may write to its module; it must not leave tracing objects in the user's.
+    twin: Any = object.__new__(type(parent))
+    twin.__dict__.update(
+        {key: value.copy() if isinstance(value, dict) else value for key, value in vars(parent).items()}
+    )
+    try:
+        return _ShallowTracer().trace(twin)
+    except Exception as error:  # whatever the user's forward raises on a symbolic input
+        logger.debug("%s cannot be traced, so no activation in it is fused: %s", type(parent).__name__, error)
+        return None
+
+
+def fuse_named(model: nn.Module, names: list[str]) -> None:
+    """Put ``FusedActivation`` where a checkpoint says that there is one; the layers before know their activation
+    already.
+
+    Raises ValueError if there is no activation of that name.
+    """
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        try:
+            parent = model.get_submodule(owner)
+        except AttributeError:
+            parent = None
+        activation = parent._modules.get(attribute) if parent is not None else None
+        if parent is None or activation is None or activation_name(activation) is None:
+            raise ValueError(f"the model has no activation module {name!r}")
+        parent._modules[attribute] = FusedActivation(activation)
+
+
+def unfuse_activations(model: nn.Module) -> None:
+    """Put every fused activation back and take it from the layers that had it, in place."""
+    found = False
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, FusedActivation):
+                module._modules[name] = child.original
+                found = True
+    if found:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.activation = "none"
+
+
+def fused_names(model: nn.Module) -> list[str]:
+    """Names of the places where an activation was fused."""
+    return [name for name, module in model.named_modules() if isinstance(module, FusedActivation)]
