@@ -68,9 +68,12 @@ def test_the_heuristic_stays_among_the_configs(m, facts):
         assert (chosen.block_n, chosen.block_m, chosen.num_warps) in listed
 
 
-def test_tensor_memory_limits_the_batch_tile_and_local_memory_the_stages():
-    assert w4a16.FusedConfig.for_problem(problem(m=256)).block_m == 128
-    assert w4a16.FusedConfig.for_problem(problem(m=256, **B200)).block_m == 64
+def test_a_ragged_k_has_a_smaller_batch_tile():
+    assert w4a8.Int4Int8Config.for_problem(problem(m=256)).block_m == 128
+    assert w4a8.Int4Int8Config.for_problem(problem(m=256, k=4100)).block_m == 64
+
+
+def test_local_memory_limits_the_stages():
     assert w4a16.FusedConfig.for_problem(problem(m=256, capability=None, **MI300)).num_stages == 2
     assert w4a8.Int4Int8Config.for_problem(problem(m=4096, capability=None, **MI300)).num_stages == 2
 

@@ -7,9 +7,9 @@ q int8 [M, K] and s_x float32 [M] from ``quantize_per_row``; weight, scale and z
 [N]; r [M, N] of any strides; y [M, N] fp16, bf16 or fp32. u - z is widened to int8 in registers and every P is an
 exact int32: 128 columns add up to at most 243,840, and a whole row, which is one P, may have a million columns.
 
-    small   M <= 16   K is cut into parts until the programs fill the GPU; a second kernel adds the parts in ascending
-    order middle  M <= 256  wider batch tiles; K is cut where the tiles of one batch tile would leave multiprocessors
-    idle large             batch tiles of 128, K whole
+    small   M <= 16   K is cut into parts until the programs fill the GPU; a second kernel adds the parts in order
+    middle  M <= 256  wider batch tiles; K is cut where the tiles of one batch tile would leave multiprocessors idle
+    large             batch tiles of 128 (of 64 where K is no multiple of 128), K whole
 
 How K is cut depends on N, K and the GPU, never on M, so within a family a row's result is the same whatever the batch.
 """
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
-from tilewright.kernels.int4_linear.layout import SpanWeight, kernel_order, span_count, why_no_spans
+from tilewright.kernels.int4_linear.layout import SPAN, SpanWeight, kernel_order, span_count, why_no_spans
 from tilewright.kernels.int4_linear.triton_tiles import (
     TileConfig,
     Tiling,
@@ -53,7 +53,9 @@ class Int4Int8Config(TileConfig):
     @classmethod
     def for_problem(cls, problem: Problem) -> Int4Int8Config:
         """Batch tile by M; parts of K by N, K and the GPU alone, and none in the large family."""
-        config = next((c for c in TILES if problem.m <= c.block_m), TILES[-1])
+        # The masks of a ragged K take the registers that a batch tile of 128 needs for its sums.
+        tiles = TILES if problem.k % SPAN == 0 else TILES[:-1]
+        config = next((c for c in tiles if problem.m <= c.block_m), tiles[-1])
         if problem.m > MIDDLE_M:
             return config.within_limits(problem)
         programs = (2 if problem.m <= SMALL_M else 1) * (problem.multiprocessors or 132)

@@ -58,23 +58,21 @@ class FusedConfig(TileConfig):
         if problem.multiply_dtype == torch.float32:
             config = FLOAT32
         else:
-            # On sm_100 a step's sums lie side by side in tensor memory: a batch tile of 128 exceeds its 512 columns.
-            tiles = TENSOR_CORE[:3] if problem.capability is not None and problem.capability[0] == 10 else TENSOR_CORE
-            config = next((c for c in tiles if problem.m <= c.block_m), tiles[-1])
+            config = next((c for c in TENSOR_CORE if problem.m <= c.block_m), TENSOR_CORE[-1])
         waves = 2 if config.block_m == 16 else 1
         programs = waves * (problem.multiprocessors or 132)
         splits = choose_split(programs, triton.cdiv(problem.n, config.block_n), span_count(problem.k))
         return replace(config, splits=splits).within_limits(problem)
 
 
-#: By batch tile: the small family, then the middle one. 128 output features to a tile, because every row of tiles
-#: reads all of x again from the L2 cache: at M = 64 tiles of 64 would move more bytes of x there than bytes of
-#: weights from memory.
+#: By batch tile: the small family, then the middle one. 128 output features to a tile, because every row of tiles reads
+#: all of x again from the L2 cache: at M = 64, tiles of 64 would move more bytes of x there than bytes of weights from
+#: memory. A batch tile of 128 spills registers on sm_80 to sm_90, and on sm_100 its four sums of a step, side by side,
+#: exceed the 512 columns of tensor memory.
 TENSOR_CORE = (
     FusedConfig(block_n=128, block_m=16, num_warps=4, num_stages=4),
     FusedConfig(block_n=128, block_m=32, num_warps=4, num_stages=4),
     FusedConfig(block_n=128, block_m=64, num_warps=8, num_stages=3),
-    FusedConfig(block_n=128, block_m=128, num_warps=8, num_stages=3),
 )
 #: Without tensor cores both operands go through shared memory; of nine shapes this one had the fewest bank conflicts.
 FLOAT32 = FusedConfig(block_n=64, block_m=16, num_warps=2, num_stages=2)
