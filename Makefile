@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TEST_WORKERS ?= 2
-COMPAT_TRITONS ?= 3.5.1 3.6.0 3.9.0
+COMPAT_TRITONS ?= 3.4.0 3.6.0 3.9.0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -69,9 +69,10 @@ compat: $(STAMP) $(COMPAT_TRITONS:%=.compat/triton-%)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@.partial triton==$*
 	@mv $@.partial $@
 
-#: make gpu        the tests that need a GPU, with the Python that is there: installs nothing
+#: make gpu        the tests and the table that need a GPU, with the Python that is there: installs nothing
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest tests -m gpu -q
+	PYTHONPATH=. $(PYTHON) -m bench.gpu
 
 #: make clean      remove what these commands made
 clean:
