@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "tilewright").rglob("*.py"))
-OTHER_TRITONS = ("3.5.1", "3.6.0", "3.9.0")
+OTHER_TRITONS = ("3.4.0", "3.6.0", "3.9.0")
 OTHER_PYTHONS = [path for path in os.environ.get("TILEWRIGHT_COMPAT_PYTHONS", "").split(os.pathsep) if path]
 OLDEST_PYTHON = "python3.10"
 

@@ -77,51 +77,22 @@ def why_not(problem: Problem) -> str | None:
 
 
 @triton.jit
-def finish_parts(
-    acc,
-    x_scale,
-    w_scale_ptr,
-    out_ptr,
-    bias_ptr,
-    residual_ptr,
-    row,
-    first_column,
-    M,
-    N,
-    stride_residual_m,
-    stride_residual_n,
-    ACTIVATION: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Scale ``acc`` int32 [BM, BN] and apply the epilogue, in ``PARTS`` slices of columns one after another."""
-    BLOCK_M: tl.constexpr = acc.shape[0]
-    COLUMNS: tl.constexpr = acc.shape[1]
-    if PARTS == 1:
-        column = first_column + tl.arange(0, COLUMNS)[None, :]
-        w_scale = tl.load(w_scale_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-        y = acc.to(tl.float32) * x_scale * w_scale
-        finish_tile(
-            y, out_ptr, bias_ptr, residual_ptr, row, column, M, N, stride_residual_m, stride_residual_n, ACTIVATION
-        )
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, COLUMNS // 2)), (0, 2, 1)))
-        for half in tl.static_range(2):
-            finish_parts(
-                left if half == 0 else right,
-                x_scale,
-                w_scale_ptr,
-                out_ptr,
-                bias_ptr,
-                residual_ptr,
-                row,
-                first_column + half * (COLUMNS // 2),
-                M,
-                N,
-                stride_residual_m,
-                stride_residual_n,
-                ACTIVATION,
-                PARTS // 2,
-            )
+def halves(acc):
+    """The left and the right half of the columns of ``acc`` [BM, BN]."""
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def slice_of(acc, INDEX: tl.constexpr, PARTS: tl.constexpr):
+    """Slice ``INDEX`` of ``PARTS`` equal slices of the columns. Unrolled by hand: Triton 3.4 takes no recursion."""
+    tl.static_assert(PARTS <= 4, "the epilogue takes 1, 2 or 4 parts")
+    if PARTS > 1:
+        left, right = halves(acc)
+        acc = left if INDEX < PARTS // 2 else right
+    if PARTS > 2:
+        left, right = halves(acc)
+        acc = left if INDEX % 2 == 0 else right
+    return acc
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -171,22 +142,15 @@ def tile_kernel(
         w_tile += BLOCK_K
     row = m[:, None]
     x_scale = tl.load(x_scale_ptr + row, mask=row < M, other=0.0)
-    finish_parts(
-        acc,
-        x_scale,
-        w_scale_ptr,
-        out_ptr,
-        bias_ptr,
-        residual_ptr,
-        row,
-        tile_n * BLOCK_N,
-        M,
-        N,
-        stride_residual_m,
-        stride_residual_n,
-        ACTIVATION,
-        EPILOGUE_PARTS,
-    )
+    # In slices one after another: scaling, activating and adding a residual to the whole tile at once spills.
+    WIDTH: tl.constexpr = BLOCK_N // EPILOGUE_PARTS
+    for part in tl.static_range(EPILOGUE_PARTS):
+        column = tile_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)[None, :]
+        w_scale = tl.load(w_scale_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+        y = slice_of(acc, part, EPILOGUE_PARTS).to(tl.float32) * x_scale * w_scale
+        finish_tile(
+            y, out_ptr, bias_ptr, residual_ptr, row, column, M, N, stride_residual_m, stride_residual_n, ACTIVATION
+        )
 
 
 def plan_tile(

@@ -19,7 +19,9 @@ def quantize_per_row(x: torch.Tensor, channel_scale: torch.Tensor | None = None)
         v = v * channel_scale.float()
     if v.shape[-1] == 0:
         return v.to(torch.int8), v.new_ones(v.shape[:-1])
-    scale = v.abs().amax(dim=-1) / 127
+    largest = v.abs().amax(dim=-1)
+    # Divided by a tensor: on CUDA, PyTorch multiplies by the reciprocal of a number, which rounds otherwise.
+    scale = largest / torch.full_like(largest, 127)
     scale = torch.where(scale == 0, 1.0, scale)
     finite = torch.isfinite(scale).unsqueeze(-1)
     q = torch.where(finite, torch.round(v / scale.unsqueeze(-1)).clamp(-127, 127), 0.0)
