@@ -24,7 +24,10 @@ from tests.tolerance import assert_close_as_plain, ulp
 ROOT = Path(__file__).resolve().parents[2]
 
 TESTS = {
-    1: ("tests/interpreter/",),
+    1: (
+        "tests/interpreter/test_int4_linear.py::test_rows_further_apart_than_32_bits_count",
+        "tests/gpu/test_operators.py::test_offsets_past_2_to_the_31",
+    ),
     2: (
         "tests/kernels/test_cpu.py::test_leading_dimensions_and_strides",
         "tests/kernels/test_cpu.py::test_a_weight_is_not_taken_for_its_transpose",
@@ -45,6 +48,7 @@ TESTS = {
         "tests/contracts/test_forward.py::test_smallest_layers",
     ),
     6: (
+        "tests/gpu/test_operators.py::test_tensors_on_another_device_than_the_current_one",
         "tests/kernels/test_ops.py::test_bad_arguments_are_named",
         "tests/contracts/test_forward.py::test_errors_name_the_layer",
     ),

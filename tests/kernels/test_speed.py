@@ -1,0 +1,77 @@
+"""What the CPU path owes to a float32 model: each ratio at 4096 x 4096, with float32 input, in eager mode.
+
+Both sides run in turns in one process, after the result has been found right, and their medians are compared. The
+machines that run this are shared, so a ratio may be measured up to three times; a slow implementation misses it each
+time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from tilewright.kernels.cpu_support import why_no_int4pack, why_no_qlinear
+from tilewright.nn import Int4Linear, Int8Linear, QuantizedLinear
+
+SIZE, ATTEMPTS = 4096, 3
+pytestmark = pytest.mark.perf
+
+
+@pytest.fixture(scope="module")
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(SIZE, SIZE)
+
+
+@pytest.fixture(scope="module")
+def int8(linear: nn.Linear) -> QuantizedLinear:
+    return Int8Linear.from_float(linear)
+
+
+@pytest.fixture(scope="module")
+def int4(linear: nn.Linear) -> QuantizedLinear:
+    return Int4Linear.from_float(linear, group_size=128)
+
+
+def ratio(theirs: Callable[[], object], ours: Callable[[], object], seconds: float = 1.5) -> float:
+    """Median time of ``theirs`` over that of ``ours``, taken in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in (theirs, ours):
+        run()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 7:
+        for run, taken in zip((theirs, ours), times, strict=True):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
+
+
+def check(linear: nn.Linear, module: QuantizedLinear, m: int, wanted: float, error: float) -> None:
+    x = torch.randn(m, SIZE)
+    with torch.inference_mode():
+        expected = linear(x)
+        assert (module(x) - expected).norm() < error * expected.norm()
+        found = []
+        for _ in range(ATTEMPTS):
+            found.append(ratio(lambda: linear(x), lambda: module(x)))
+            if found[-1] >= wanted:
+                return
+    pytest.fail(f"{module.scheme_name} at {m} rows: {max(found):.2f} times float32, not {wanted} ({ATTEMPTS} attempts)")
+
+
+@pytest.mark.skipif(why_no_qlinear() is not None, reason=f"no fast int8 path here: {why_no_qlinear()}")
+@pytest.mark.parametrize("m", [1, 16, 128, 512])
+def test_int8_is_five_times_as_fast_as_float32(linear: nn.Linear, int8: QuantizedLinear, m: int) -> None:
+    check(linear, int8, m, 5.0, 0.02)
+
+
+@pytest.mark.skipif(why_no_int4pack() is not None, reason=f"no fast int4 path here: {why_no_int4pack()}")
+@pytest.mark.parametrize("m, wanted", [(1, 8.0), (16, 1.5), (128, 1.5), (512, 1.5)])
+def test_int4_is_faster_than_float32(linear: nn.Linear, int4: QuantizedLinear, m: int, wanted: float) -> None:
+    check(linear, int4, m, wanted, 0.15)
