@@ -1,8 +1,9 @@
 """The table of compiled kernels: what each becomes on each target, as data that a change to a kernel shows up in.
 
-    python -m bench.compiled             compile all, print what differs from the committed table, write the table
-    python -m bench.compiled --check     the same without writing; exit status 1 if anything differs
-    python -m bench.compiled --sample 40 compile 40 rows spread over the table, and compare these
+    python -m bench.compiled              compile all, print what differs from the committed table, write the table
+    python -m bench.compiled --only TEXT  the same for the rows whose name contains TEXT; the others stay as they are
+    python -m bench.compiled --check      only print; exit status 1 if anything differs
+    python -m bench.compiled --sample 40  the same for 40 rows spread over the table
 
 Needs no GPU. "compiled" says nothing about results or speed: only what the compiler made.
 """
@@ -128,8 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare only, do not write the table")
     parser.add_argument("--sample", type=int, metavar="N", help="compile N rows only and compare them; implies --check")
+    parser.add_argument("--only", metavar="TEXT", default="", help="compile only rows whose name contains TEXT")
     options = parser.parse_args(arguments)
-    wanted = list(entries())
+    everything = list(entries())
+    wanted = [(target, entry) for target, entry in everything if options.only in f"{' '.join(entry.key)} {target.name}"]
     chosen = sample(wanted, options.sample or len(wanted))
     rows, failed = [], []
     for number, (target, entry) in enumerate(chosen, 1):
@@ -140,14 +143,17 @@ def main(arguments: list[str] | None = None) -> int:
             failed.append(f"{' | '.join(entry.key)} | {target.name}: {type(error).__name__}: {str(error)[:300]}")
         if sys.stderr.isatty():
             print(f"\r{number}/{len(chosen)}", end="", file=sys.stderr)
-    changed = differences(read_table(), rows, whole=options.sample is None)
+    table = read_table()
+    changed = differences(table, rows, whole=options.sample is None and not options.only)
     print(*changed, sep="\n")
     print(*(f"DOES NOT COMPILE {line}" for line in failed), sep="\n")
     print(f"{len(rows)} rows compiled, {len(changed)} differ from {TABLE.name}, {len(failed)} do not compile")
     if options.check or options.sample is not None:
         return int(bool(changed or failed))
     if not failed:
-        write_table(rows)
+        table.update({row.key: row for row in rows})
+        order = [(*entry.key, target.name) for target, entry in everything]
+        write_table(table[key] for key in order if key in table)
     return int(bool(failed))
 
 

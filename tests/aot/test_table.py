@@ -1,0 +1,143 @@
+"""The committed table of compiled kernels: what it must show, and that it is what compiling gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton cannot be imported here")
+
+import triton
+
+from bench.compiled import TABLE, Row, compute, differences, entries, main, read_table, sample, write_table
+from tilewright.aot.targets import TARGETS
+
+pytestmark = pytest.mark.aot
+ROWS = list(read_table().values())
+SAMPLE = 40
+#: Kernels that multiply nothing: they quantise rows, or add up the parts of a product.
+WITHOUT_PRODUCT = (
+    "quantize_per_row_kernel",
+    "norm_quantize_kernel",
+    "reduce_parts_kernel",
+    "sum_parts_kernel",
+    "dequantize_kernel",
+)
+#: Families that multiply floats.
+FLOAT = ("int4_linear", "int8_weight_only_linear")
+#: Triton has no tcgen05 for int8 operands.
+MATRIX_INSTRUCTION = {
+    "int8": {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma", "sm_100": "mma.sync", "gfx942": "mfma"},
+    "float": {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"},
+}
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> list:
+    return list(entries())
+
+
+def in_words(rows: list[Row]) -> str:
+    return "\n".join(str(row) for row in rows)
+
+
+def test_every_kernel_of_the_catalogue_has_its_row(catalogue: list) -> None:
+    wanted = {(*entry.key, target.name) for target, entry in catalogue}
+    assert {row.key for row in ROWS} == wanted, "the catalogue has changed: `make compiled` makes the table anew"
+
+
+def test_no_kernel_breaks_a_limit_of_its_target() -> None:
+    over = [row for row in ROWS if row.shared > TARGETS[row.target].shared_bytes]
+    over += [row for row in ROWS if row.registers > TARGETS[row.target].registers]
+    assert not over, in_words(over)
+
+
+def test_no_kernel_spills_where_loads_are_aligned() -> None:
+    spilling = [row for row in ROWS if row.spills and "ragged" not in row.variant]
+    assert not spilling, in_words(spilling)
+
+
+def test_ragged_rows_spill_in_the_known_families_alone() -> None:
+    """A K that is no multiple of 16 makes int8 loads of single bytes, whose pointers and masks fill the registers."""
+    spilling = {row.family for row in ROWS if row.spills}
+    assert spilling <= {"int8_linear swapped", "int8_linear tile", "int8_weight_only_linear swapped"}
+
+
+def test_products_use_the_matrix_instruction_of_their_target() -> None:
+    wrong = []
+    for row in ROWS:
+        if row.kernel in WITHOUT_PRODUCT:
+            continue
+        # IEEE float32 products have no matrix instruction on NVIDIA.
+        ieee = row.family.startswith(FLOAT) and row.variant.startswith("fp32") and row.target != "gfx942"
+        kind = "float" if row.family.startswith(FLOAT) else "int8"
+        if row.matrix != ("" if ieee else MATRIX_INSTRUCTION[kind][row.target]):
+            wrong.append(row)
+    assert not wrong, in_words(wrong)
+
+
+def test_products_and_quantisers_load_16_bytes_at_a_time() -> None:
+    # These write as much as they read or more, and a block of 64-wide warps has fewer than 16 bytes for each thread.
+    others = ("reduce_parts_kernel", "sum_parts_kernel", "dequantize_kernel")
+    narrow = [row for row in ROWS if not row.loads_16 and "ragged" not in row.variant and row.kernel not in others]
+    assert not narrow, in_words(narrow)
+
+
+def test_a_sample_compiles_to_what_the_table_says(
+    catalogue: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    check_against_table(sample(catalogue, SAMPLE))
+
+
+@pytest.mark.slow
+def test_everything_compiles_to_what_the_table_says(
+    catalogue: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    check_against_table(catalogue)
+
+
+def check_against_table(chosen: list) -> None:
+    """Under the table's Triton nothing may differ. Under another everything must compile, and figures are left open."""
+    rows = [compute(target, entry) for target, entry in chosen]
+    made_by = {row.triton for row in ROWS}
+    if made_by != {triton.__version__}:
+        pytest.skip(f"all compiled; {TABLE.name} is of Triton {', '.join(made_by)} and this is {triton.__version__}")
+    changed = differences(read_table(), rows, whole=False)
+    assert not changed, "\n".join(changed)
+
+
+A_ROW = Row("family", "kernel", "bf16", "block=1", "sm_90", 40, 0, 1024, "wgmma", 4, 8, 8, "3.7.1")
+
+
+def test_differences_name_the_row_and_the_figure() -> None:
+    worse = dataclasses.replace(A_ROW, registers=48, spills=8)
+    assert differences({A_ROW.key: A_ROW}, [A_ROW], whole=True) == []
+    assert differences({A_ROW.key: A_ROW}, [worse], whole=True) == [
+        "family | kernel | bf16 | block=1 | sm_90: registers 40 -> 48, spills 0 -> 8"
+    ]
+    assert differences({}, [A_ROW], whole=True) == ["family | kernel | bf16 | block=1 | sm_90: new"]
+    assert differences({A_ROW.key: A_ROW}, [], whole=True) == ["family | kernel | bf16 | block=1 | sm_90: gone"]
+    assert differences({A_ROW.key: A_ROW}, [], whole=False) == []
+
+
+def test_a_table_reads_back_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    write_table([A_ROW], path)
+    assert read_table(path) == {A_ROW.key: A_ROW}
+    assert read_table(tmp_path / "none.csv") == {}
+
+
+def test_samples_are_spread_and_no_larger_than_the_whole() -> None:
+    assert sample(list(range(10)), 5) == [0, 2, 4, 6, 8]
+    assert sample(list(range(3)), 5) == [0, 1, 2]
+
+
+def test_checking_leaves_the_table_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    before = TABLE.read_bytes()
+    main(["--sample", "1"])
+    assert TABLE.read_bytes() == before
+    assert "1 rows compiled" in capsys.readouterr().out
