@@ -154,6 +154,14 @@ def test_calibration_reaches_the_layers_of_the_native_encoder() -> None:
 
 
 def test_data_that_no_scheme_uses_still_measures(caplog: pytest.LogCaptureFixture) -> None:
-    converted = convert_model(nn.Sequential(nn.Linear(64, 32)), "int4", calibration_data=[outlier_inputs()])
+    converted = convert_model(nn.Sequential(nn.Linear(64, 32)), "int8-weight-only", calibration_data=[outlier_inputs()])
     assert "no scheme of this recipe makes use of calibration_data" in caplog.text
     assert report(converted).layers[0].output_error > 0
+
+
+def test_importance_lowers_the_output_error_of_int4() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(64, 48)), [outlier_inputs()]
+    weighed = report(convert_model(model, "int4-g32", calibration_data=data)).layers[0]
+    plain = report(convert_model(model, "int4-g32"), example_inputs=data, original=model).layers[0]
+    assert weighed.output_error < 0.9 * plain.output_error

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilewright.kernels.activation import apply_activation
+
 #: Exponents that the search tries.
 EXPONENTS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
 #: Input rows that are kept for each layer.
@@ -154,11 +156,29 @@ class Found:
 
 
 def output_error(layer: nn.Module, replacement: nn.Module, sample: RowSample | None) -> float | None:
-    """Relative error of the replacement's output on the sampled rows, or None. Hooks of ``layer`` do not run."""
+    """Relative error of the replacement's output on the sampled rows, or None. Hooks of ``layer`` do not run.
+
+    A replacement that has taken over the activation after it is compared with layer and activation.
+    """
     if sample is None or sample.rows is None:
         return None
     with torch.no_grad():
-        return relative_error(replacement.forward(sample.rows), layer.forward(sample.rows))
+        expected = apply_activation(layer.forward(sample.rows), getattr(replacement, "activation", "none"))
+        return relative_error(replacement.forward(sample.rows), expected)
+
+
+def search_importance(module: nn.Module, sample: RowSample, build: Callable[..., nn.Module]) -> Found:
+    """Whether to weigh the errors of a weight by the mean square of the input channel it multiplies.
+
+    build: makes the quantised layer, with ``importance=`` float32 [K] or without. The weighing is kept if it lowers the
+    error of the output on the sampled rows.
+    """
+    if sample.rows is None:
+        return Found()
+    options = {"importance": sample.rows.float().square().mean(0)}
+    plain, weighed = (output_error(module, build(**given), sample) for given in ({}, options))
+    better = weighed is not None and (plain is None or weighed < plain)
+    return Found(options) if better else Found()
 
 
 def search_smoothing(

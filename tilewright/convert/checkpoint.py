@@ -22,6 +22,7 @@ from torch import nn
 
 import tilewright.nn as quantized
 from tilewright.convert import layers, structure
+from tilewright.convert.fusion import fuse_named, fused_activations
 from tilewright.convert.manifest import FILE_NAME, Layer, Manifest, Stored, read_manifest
 from tilewright.convert.record import record_of
 from tilewright.convert.safetensors_file import (
@@ -99,7 +100,8 @@ def _describe(
         if isinstance(module, QuantizedLinear)
     }
     differing = [name for name, module in model.named_modules() if module.training != model.training]
-    return Manifest(record_of(model), converted, tensors, tied, model.training, differing)
+    fused = fused_activations(model)
+    return Manifest(record_of(model), converted, tensors, tied, model.training, differing, fused)
 
 
 def _check_storable(model: nn.Module, places: dict[str, Slot]) -> dict[str, str]:
@@ -256,6 +258,10 @@ def _swap_in(model: nn.Module, manifest: Manifest, path: Path) -> nn.Module:
         layers.carry_over(old, new)
         new.layer_name = name
         model = structure.replace(model, old, new, parents)
+    try:
+        fuse_named(model, manifest.fused)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return model
 
 

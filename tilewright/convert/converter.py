@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tilewright.convert import calibrate, layers, structure
+from tilewright.convert.fusion import fuse_activations, unfuse_activations
 from tilewright.convert.plan import FilterFunction, Plan, Planned, layers_of, make_plan, nothing_to_convert
 from tilewright.convert.progress import track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
@@ -28,6 +29,7 @@ def convert_model(
     filter_fn: FilterFunction | None = None,
     heads: bool = False,
     calibration_data: Iterable[Any] | None = None,
+    fuse: bool = True,
     inplace: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -42,6 +44,8 @@ def convert_model(
     calibration_data: sample inputs, each a mapping (keyword arguments), a tuple or list (positional) or one tensor,
         for schemes that quantise activations: they then search a scale for each input channel, which lowers the error
         (``convert.calibrate``). It also gives the report an output error for every layer.
+    fuse: let a layer apply the activation module that follows it, where tracing shows that nothing else reads what lies
+        between (``convert.fusion``); the activation is then taken in float32, before the only cast.
     inplace: change ``model`` itself and free each float weight as soon as its replacement exists. Otherwise ``model``
         is left as it was, and the result shares every parameter and buffer that was not converted with it.
     progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.
@@ -64,6 +68,9 @@ def convert_model(
     record = Record([*known.recipes, recipe.to_json()], dict(known.layers), plan.skipped)
     try:
         model = _swap(model, plan, samples, record, progress)
+        if fuse:
+            for source in fuse_activations(model).values():
+                record.layers[source].label += f" + {model.get_submodule(source).activation}"
     finally:
         # Also if a layer failed in place: what was converted until then must keep working and be reported.
         structure.FastPaths.close(model, layers.is_converted)
@@ -166,6 +173,7 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ValueError(f"{type(model).__name__} holds no converted layer, so there is nothing to revert")
     if not inplace:
         model = structure.copy_structure(model)
+    unfuse_activations(model)
     slots = structure.slots_of(model)
     for old, names in layers_of(model).items():
         if isinstance(old, QuantizedLinear):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -43,15 +44,16 @@ def activation_name(module: nn.Module) -> str | None:
     return None
 
 
-def fuse_activations(model: nn.Module) -> list[str]:
-    """Fuse every activation that can be, in place. Returns the names of the activation modules that were fused."""
+def fuse_activations(model: nn.Module) -> dict[str, str]:
+    """Fuse every activation that can be, in place. Returns the name of each such activation and of its layer."""
     places = Counter(id(child) for module in model.modules() for child in module._modules.values() if child is not None)
-    fused = []
+    fused = {}
     for prefix, parent in model.named_modules():
         children = parent._modules
         candidates = {name for name, child in children.items() if child is not None and _can_move(child, places)}
         if candidates and any(_can_take(child, places) for child in children.values()):
-            fused += [join(prefix, name) for name in _fuse_in(parent, candidates, places)]
+            for name, source in _fuse_in(parent, candidates, places).items():
+                fused[join(prefix, name)] = join(prefix, source)
     if fused:
         logger.debug("fused %d activations into the linear layers before them", len(fused))
     return fused
@@ -74,12 +76,12 @@ def _can_take(module: nn.Module | None, places: Counter[int]) -> bool:
     )
 
 
-def _fuse_in(parent: nn.Module, candidates: set[str], places: Counter[int]) -> list[str]:
+def _fuse_in(parent: nn.Module, candidates: set[str], places: Counter[int]) -> dict[str, str]:
     graph = _trace(parent)
     if graph is None:
-        return []
+        return {}
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    fused = []
+    fused = {}
     for node in graph.nodes:
         if node.op != "call_module" or node.target not in candidates or calls[node.target] != 1:
             continue
@@ -87,11 +89,13 @@ def _fuse_in(parent: nn.Module, candidates: set[str], places: Counter[int]) -> l
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
         linear = parent._modules.get(str(source.target))
-        if calls[source.target] == 1 and _can_take(linear, places):
-            activation = parent._modules[node.target]
-            linear.activation = activation_name(activation)  # type: ignore[union-attr, arg-type, assignment]
-            parent._modules[node.target] = FusedActivation(activation)  # type: ignore[arg-type]
-            fused.append(str(node.target))
+        if isinstance(linear, QuantizedLinear) and calls[source.target] == 1 and _can_take(linear, places):
+            activation = parent._modules[str(node.target)]
+            name = None if activation is None else activation_name(activation)
+            if activation is not None and name is not None:
+                linear.activation = name
+                parent._modules[str(node.target)] = FusedActivation(activation, str(source.target))
+                fused[str(node.target)] = str(source.target)
     return fused
 
 
@@ -109,38 +113,42 @@ def _trace(parent: nn.Module) -> fx.Graph | None:
         return None
 
 
-def fuse_named(model: nn.Module, names: list[str]) -> None:
-    """Put ``FusedActivation`` where a checkpoint says that there is one; the layers before know their activation
-    already.
+def fuse_named(model: nn.Module, fused: Mapping[str, str]) -> None:
+    """Put ``FusedActivation`` where a checkpoint says that there is one. Its layer knows the activation already.
 
-    Raises ValueError if there is no activation of that name.
+    fused: as ``fuse_activations`` returns it. Raises ValueError if the model has no such activation or layer.
     """
-    for name in names:
+    modules = dict(model.named_modules())
+    for name, source in fused.items():
         owner, _, attribute = name.rpartition(".")
-        try:
-            parent = model.get_submodule(owner)
-        except AttributeError:
-            parent = None
-        activation = parent._modules.get(attribute) if parent is not None else None
-        if parent is None or activation is None or activation_name(activation) is None:
-            raise ValueError(f"the model has no activation module {name!r}")
-        parent._modules[attribute] = FusedActivation(activation)
+        source_owner, _, source_attribute = source.rpartition(".")
+        activation, linear = modules.get(name), modules.get(source)
+        if activation is None or activation_name(activation) is None:
+            raise ValueError(f"the model has no activation {name!r} that a layer could take over")
+        if owner != source_owner or not isinstance(linear, QuantizedLinear):
+            raise ValueError(f"the model has no converted layer {source!r} beside the activation {name!r}")
+        if linear.activation != activation_name(activation):
+            raise ValueError(
+                f"layer {source!r} ends in {linear.activation}, but {name!r} is {activation_name(activation)}"
+            )
+        modules[owner]._modules[attribute] = FusedActivation(activation, source_attribute)
 
 
 def unfuse_activations(model: nn.Module) -> None:
-    """Put every fused activation back and take it from the layers that had it, in place."""
-    found = False
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
+    """Put every fused activation back and take it from the layer that had it, in place."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
             if isinstance(child, FusedActivation):
-                module._modules[name] = child.original
-                found = True
-    if found:
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.activation = "none"
+                parent._modules[name] = child.original.train(child.training)
+                linear = parent._modules.get(child.source)
+                if isinstance(linear, QuantizedLinear):
+                    linear.activation = "none"
 
 
-def fused_names(model: nn.Module) -> list[str]:
-    """Names of the places where an activation was fused."""
-    return [name for name, module in model.named_modules() if isinstance(module, FusedActivation)]
+def fused_activations(model: nn.Module) -> dict[str, str]:
+    """The name of each fused activation in ``model``, and of its layer."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FusedActivation):
+            found[name] = join(name.rpartition(".")[0], module.source)
+    return found

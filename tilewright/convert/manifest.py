@@ -64,7 +64,7 @@ class Stored:
 class Manifest:
     """layers, tensors: by name. tied: alias -> name in ``tensors``. training: the root's mode.
 
-    differing: names of the modules in the other mode.
+    differing: names of the modules in the other mode. fused: activation -> the layer that applies it.
     """
 
     record: Record
@@ -73,6 +73,7 @@ class Manifest:
     tied: dict[str, str] = field(default_factory=dict)
     training: bool = False
     differing: list[str] = field(default_factory=list)
+    fused: dict[str, str] = field(default_factory=dict)
 
     def shards(self) -> dict[str, list[str]]:
         """Names of the tensors in each data file."""
@@ -90,6 +91,7 @@ class Manifest:
             "differing": self.differing,
             "layers": {name: vars(layer) for name, layer in self.layers.items()},
             "record": self.record.to_json(),
+            "fused": self.fused,
             "tied": self.tied,
             "tensors": {
                 name: {**vars(stored), "dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape)}
@@ -122,20 +124,21 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _manifest(data: dict[str, Any]) -> Manifest:
-    tables = {name: data[name] for name in ("layers", "tensors", "tied", "record")}
+    tables = {name: data[name] for name in ("layers", "tensors", "tied", "fused", "record")}
     for name, table in tables.items():
         _require(isinstance(table, dict), f"{name!r} is not an object")
     _require(len(tables["tensors"]) + len(tables["tied"]) <= MAX_TENSORS, f"more than {MAX_TENSORS} tensors")
     _require(type(data["training"]) is bool, "'training' is not true or false")
     _require(_strings(data["differing"]), "'differing' is not a list of names")
-    _require(_strings(list(tables["tied"].values())), "'tied' does not map names to names")
+    for name in ("tied", "fused"):
+        _require(_strings(list(tables[name].values())), f"{name!r} does not map names to names")
     tensors = {name: _stored(name, fields) for name, fields in tables["tensors"].items()}
     for alias, name in tables["tied"].items():
         _require(name in tensors, f"{alias!r} is tied to {name!r}, which is not stored")
         _require(alias not in tensors, f"{alias!r} is both stored and tied")
     layers = {name: _layer(name, fields) for name, fields in tables["layers"].items()}
     record = Record.from_json(tables["record"])
-    return Manifest(record, layers, tensors, tables["tied"], data["training"], data["differing"])
+    return Manifest(record, layers, tensors, tables["tied"], data["training"], data["differing"], tables["fused"])
 
 
 def _stored(name: str, fields: Any) -> Stored:

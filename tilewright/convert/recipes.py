@@ -33,17 +33,17 @@ RecipeLike = Union["Recipe", Scheme, str, Mapping[Pattern, Scheme | str | None]]
 FORMAT_VERSION = 1
 
 #: What a string stands for. int4 weights get zero points where that costs no time: on a sentence encoder they lower the
-#: error as much as a group half the size does. Multiplied with int8 activations they cost time, so there they are
-# symmetric.
+#: error as much as a group half the size does. Multiplied with int8 activations they cost a GPU time, so there they are
+#: symmetric.
 PRESETS: dict[str, Scheme] = {
     "int8": Int8Dynamic(),
     "int8-weight-only": Int8WeightOnly(),
-    "int4": Int4WeightOnly(range_search="mse", symmetric=False),
-    "int4-g64": Int4WeightOnly(range_search="mse", group_size=64, symmetric=False),
-    "int4-g32": Int4WeightOnly(range_search="mse", group_size=32, symmetric=False),
-    "int4-symmetric": Int4WeightOnly(range_search="mse"),
-    "int8-int4": Int8ActInt4Weight(range_search="mse"),
-    "int8-int4-g32": Int8ActInt4Weight(range_search="mse", group_size=32),
+    "int4": Int4WeightOnly(),
+    "int4-g64": Int4WeightOnly(group_size=64),
+    "int4-g32": Int4WeightOnly(group_size=32),
+    "int4-symmetric": Int4WeightOnly(symmetric=True),
+    "int8-int4": Int8ActInt4Weight(),
+    "int8-int4-g32": Int8ActInt4Weight(group_size=32),
 }
 PRESETS |= {
     "w8a8": PRESETS["int8"],

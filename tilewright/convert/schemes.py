@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from tilewright.convert import layers
-from tilewright.convert.calibrate import Found, RowSample, output_error, relative_error, search_smoothing
+from tilewright.convert.calibrate import (
+    Found,
+    RowSample,
+    output_error,
+    relative_error,
+    search_importance,
+    search_smoothing,
+)
 from tilewright.convert.text import closest
 from tilewright.kernels.formats.int4 import resolve_group_size
 from tilewright.kernels.formats.ranges import check_range_search
@@ -28,13 +35,16 @@ COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class Scheme(ABC):
     """Base of all schemes.
 
-    version: of the JSON form; it grows when a field changes its meaning. calibrated: whether ``build`` can make use of
-    what calibration data tells. about: the layers it takes, in words.
+    version: of the JSON form; it grows when a field changes its meaning. about: the layers it takes, in words.
     """
 
     version: ClassVar[int] = 1
-    calibrated: ClassVar[bool] = False
     about: ClassVar[str]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether ``build`` can make use of what calibration data tells."""
+        return False
 
     @classmethod
     @abstractmethod
@@ -176,6 +186,21 @@ def _check_group_size(group_size: object) -> None:
     resolve_group_size(1, group_size)
 
 
+class _ImportanceSearch(_LinearScheme):
+    """What the weight-only schemes do with calibration data: see ``calibrate.search_importance``."""
+
+    @property
+    def calibrated(self) -> bool:
+        """If the range is searched."""
+        return self.range_search == "mse"
+
+    def search(self, module: nn.Module, sample: RowSample) -> Found:
+        """Weigh the errors of the weight by its inputs, if the range is searched at all and the output gains."""
+        if not self.calibrated:
+            return Found()
+        return search_importance(module, sample, lambda **options: self.build(module, **options))
+
+
 @register_scheme
 @dataclass(frozen=True)
 class Int8Dynamic(_LinearScheme):
@@ -186,12 +211,16 @@ class Int8Dynamic(_LinearScheme):
     """
 
     module: ClassVar[Any] = Int8Linear
-    calibrated: ClassVar[bool] = True
+
+    @property
+    def calibrated(self) -> bool:
+        """Always: for the input scales."""
+        return True
 
 
 @register_scheme
 @dataclass(frozen=True)
-class Int8WeightOnly(_LinearScheme):
+class Int8WeightOnly(_ImportanceSearch):
     """W8A16: int8 weights with a scale per output channel, multiplied in a 16-bit float type.
 
     compute_dtype: what weight and activation are rounded to for the product: "bfloat16", "float16", None (the dtype of
@@ -231,12 +260,14 @@ class _Int4Scheme(_LinearScheme):
 
 @register_scheme
 @dataclass(frozen=True)
-class Int4WeightOnly(_Int4Scheme):
+class Int4WeightOnly(_Int4Scheme, _ImportanceSearch):
     """W4A16: int4 weights with a scale (and zero point) for each group of columns, multiplied in a 16-bit float type.
 
     compute_dtype: as of ``Int8WeightOnly``.
     """
 
+    range_search: str = "mse"
+    symmetric: bool = False
     compute_dtype: str | None = "auto"
 
     module: ClassVar[Any] = Int4Linear
@@ -255,5 +286,11 @@ class Int4WeightOnly(_Int4Scheme):
 class Int8ActInt4Weight(_Int4Scheme):
     """W4A8: int4 weights in groups, activations quantised to int8 per row; calibrated as ``Int8Dynamic`` is."""
 
+    range_search: str = "mse"
+
     module: ClassVar[Any] = Int8ActInt4WeightLinear
-    calibrated: ClassVar[bool] = True
+
+    @property
+    def calibrated(self) -> bool:
+        """Always: for the input scales."""
+        return True

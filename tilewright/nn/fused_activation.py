@@ -9,12 +9,14 @@ from torch import nn
 class FusedActivation(nn.Module):
     """Passes its input on. ``original`` is the activation module that stood here, for the way back.
 
-    It is kept out of the module tree, so that nothing that walks the model takes it for a part that runs.
+    It is kept out of the module tree, so that nothing that walks the model takes it for a part that runs. source: the
+    name, in the same parent, of the layer that applies the activation.
     """
 
-    def __init__(self, original: nn.Module):
+    def __init__(self, original: nn.Module, source: str):
         super().__init__()
         self._original = (original,)
+        self.source = source
 
     @property
     def original(self) -> nn.Module:
@@ -26,5 +28,5 @@ class FusedActivation(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        """What was fused."""
-        return repr(self.original)
+        """What was fused, and where."""
+        return f"{self.original!r} in {self.source}"

@@ -1,0 +1,166 @@
+"""Activations that move into the layer before them, and those that must not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import tilewright as tw
+from tilewright.convert.fusion import fuse_activations, fused_activations
+from tilewright.nn import FusedActivation
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+
+
+def mlp(activation: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), activation, nn.Linear(64, 32)).eval()
+
+
+class Gated(nn.Module):
+    """The MLP of a Llama: the activation is on one of two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.act = nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Twice(nn.Module):
+    """What the activation reads is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.act = nn.Linear(32, 32), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return self.act(y) + y
+
+
+class SharedActivation(nn.Module):
+    """One activation module for two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(32, 32), nn.Linear(32, 32), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.second(self.act(self.first(x))))
+
+
+class LayerTwice(nn.Module):
+    """One layer, once with and once without the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.act = nn.Linear(32, 32), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.act(self.linear(x)))
+
+
+class DataDependent(nn.Module):
+    """Cannot be traced; remembers what it saw, which tracing must not leave behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.act, self.seen = nn.Linear(32, 32), nn.ReLU(), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = x
+        return self.act(self.linear(x)) if x.sum() > 0 else self.linear(x)
+
+
+@pytest.mark.parametrize(
+    "activation, name",
+    [(nn.ReLU(), "relu"), (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"), (nn.SiLU(), "silu")],
+    ids=["relu", "gelu", "gelu_tanh", "silu"],
+)
+@pytest.mark.parametrize("recipe", ["int8", "int8-weight-only", "int4-g32", "int8-int4-g32"])
+def test_fused_and_unfused_agree(activation: nn.Module, name: str, recipe: str, x: torch.Tensor) -> None:
+    model = mlp(activation)
+    fused, apart = tw.convert_model(model, recipe), tw.convert_model(model, recipe, fuse=False)
+    assert fused_activations(fused) == {"1": "0"} and fused[0].activation == name
+    assert not fused_activations(apart) and apart[0].activation == "none"
+    torch.testing.assert_close(fused(x), apart(x), rtol=1e-5, atol=1e-5)
+    assert type(model[1]) is type(activation)
+    assert tw.report(fused).layers[0].scheme.endswith(f" + {name}")
+
+
+def test_the_gate_of_a_gated_mlp_is_fused(x: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = Gated().eval()
+    fused = tw.convert_model(model, "int8")
+    assert fused_activations(fused) == {"act": "gate"}
+    torch.testing.assert_close(fused(x), tw.convert_model(model, "int8", fuse=False)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Twice, SharedActivation, LayerTwice, DataDependent])
+def test_left_alone(kind: type[nn.Module], x: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    converted = tw.convert_model(model, "int8")
+    assert not fused_activations(converted)
+    assert getattr(converted, "seen", None) is None
+    error = (converted(x) - model(x)).norm() / model(x).norm()
+    assert error < 0.05
+
+
+def test_hooks_keep_what_they_watch_apart(x: torch.Tensor) -> None:
+    seen: list[torch.Tensor] = []
+    model = mlp(nn.ReLU())
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    converted = tw.convert_model(model, "int8")
+    assert not fused_activations(converted)
+    converted(x)
+    assert (seen[0] < 0).any()
+
+
+def test_revert_copy_and_second_conversion(x: torch.Tensor) -> None:
+    fused = tw.convert_model(mlp(nn.GELU()), "int8")
+    twin = copy.deepcopy(fused)
+    assert torch.equal(twin(x), fused(x))
+    plain = tw.revert_model(fused)
+    assert [type(module).__name__ for module in plain] == ["Linear", "GELU", "Linear"]
+    assert isinstance(fused[1], FusedActivation)
+    torch.testing.assert_close(plain(x), fused(x), rtol=0.05, atol=0.02)
+    assert fused_activations(tw.convert_model(plain, "int8")) == {"1": "0"}
+    assert not fuse_activations(fused)
+
+
+def test_save_and_load(tmp_path: Path, x: torch.Tensor) -> None:
+    fused = tw.convert_model(mlp(nn.GELU()), "int4-g32")
+    tw.save_model(fused, tmp_path)
+    loaded = tw.load_model(tmp_path, lambda: mlp(nn.GELU()))
+    assert torch.equal(loaded(x), fused(x))
+    assert [type(module).__name__ for module in tw.revert_model(loaded)] == ["Linear", "GELU", "Linear"]
+
+
+@pytest.mark.parametrize(
+    "fused, message",
+    [({"7": "0"}, "no activation '7'"), ({"1": "7"}, "no converted layer '7'"), ({"1": "2"}, "ends in none")],
+)
+def test_a_manifest_of_another_model(tmp_path: Path, fused: dict[str, str], message: str) -> None:
+    tw.save_model(tw.convert_model(mlp(nn.GELU()), "int8"), tmp_path)
+    manifest = json.loads((tmp_path / "tilewright.json").read_text())
+    (tmp_path / "tilewright.json").write_text(json.dumps({**manifest, "fused": fused}))
+    with pytest.raises(tw.CheckpointError, match=message):
+        tw.load_model(tmp_path, lambda: mlp(nn.GELU()))
+
+
+def test_another_activation_in_the_factory(tmp_path: Path) -> None:
+    tw.save_model(tw.convert_model(mlp(nn.GELU()), "int8"), tmp_path)
+    with pytest.raises(tw.CheckpointError, match="ends in gelu, but '1' is relu"):
+        tw.load_model(tmp_path, lambda: mlp(nn.ReLU()))
