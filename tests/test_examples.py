@@ -71,21 +71,34 @@ def test_a_tensor_with_two_names_is_counted_once() -> None:
     assert demo.stored_bytes(model) == 8 * 4 * 4
 
 
-def test_models_take_turns_and_warm_up_rounds_are_dropped() -> None:
-    calls: list[str] = []
+def test_warm_up_runs_are_not_counted() -> None:
+    calls: list[int] = []
 
     class Recorder(nn.Module):
+        def forward(self) -> None:
+            calls.append(1)
+
+    seconds = demo.timed_block(Recorder(), {}, runs=4)
+    assert len(seconds) == 4 and min(seconds) > 0
+    assert len(calls) == demo.WARM_UP_RUNS + 4
+
+
+def test_variants_take_turns() -> None:
+    asked: list[tuple[str, object]] = []
+
+    class Worker:
         def __init__(self, name: str) -> None:
-            super().__init__()
             self.name = name
 
-        def forward(self) -> None:
-            calls.append(self.name)
+        def send(self, request: object) -> None:
+            asked.append((self.name, request))
 
-    rounds = list(demo.timed_rounds({name: Recorder(name) for name in "ab"}, {}, rounds=4))
-    assert len(rounds) == 4
-    assert all(set(seconds) == {"a", "b"} and min(seconds.values()) > 0 for seconds in rounds)
-    assert calls == ["a", "b"] * (demo.WARM_UP_ROUNDS + 4)
+        def recv(self) -> list[float]:
+            return [1.0, 2.0]
+
+    rounds = list(demo.timed_rounds({name: Worker(name) for name in "ab"}, {}, rounds=3))
+    assert rounds == [{"a": [1.0, 2.0], "b": [1.0, 2.0]}] * 3
+    assert asked == [("a", ({}, demo.RUNS_IN_A_ROW)), ("b", ({}, demo.RUNS_IN_A_ROW))] * 3
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from tilewright.kernels.activation import apply_activation
 
 #: Exponents that the search tries.
 EXPONENTS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
+#: What is left of the error where a scale is worth having: it costs a pass over the input at every call.
+WORTHWHILE = 0.7
 #: Input rows that are kept for each layer.
 MAX_ROWS = 512
 
@@ -187,7 +189,7 @@ def search_smoothing(
     build: Callable[..., nn.Module],
     exponents: Iterable[float] = EXPONENTS,
 ) -> Found:
-    """Try every exponent on the sampled rows, and no scale, and keep what comes nearest to the float layer's output.
+    """Try every exponent on the sampled rows and keep what comes nearest to the float layer's output, if that is worth it.
 
     build: makes the quantised layer, with ``channel_scale=`` float32 [K] or without.
     """
@@ -195,7 +197,8 @@ def search_smoothing(
         return Found()
     with torch.no_grad():
         largest_w = linear.weight.detach().abs().amax(0)
-        least, best = output_error(linear, build(), sample), Found()
+        plain, best = output_error(linear, build(), sample), Found()
+        least = None if plain is None else WORTHWHILE * plain
         for exponent in exponents:
             scale = smoothing_scale(sample.largest, largest_w, exponent)
             error = output_error(linear, build(channel_scale=scale), sample)

@@ -37,6 +37,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, slot: str) -> torch.Tens
     key = (slot, dtype, shape)
     view = views.get(key)
     if view is None:
+        _keep_freed_memory()
         count = math.prod(shape) * dtype.itemsize
         areas = _local.__dict__.setdefault("areas", {})
         area = areas.get(slot)
@@ -53,6 +54,17 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, slot: str) -> torch.Tens
                 views.clear()
             views[key] = view
     return view
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of a few MiB, which layers of this size allocate and free at every call.
+
+    It returns freed memory to the system beyond a threshold, and the next call pays a page fault for every 4 KiB of its
+    output: as much time as the product of 800 x 384 x 1536 itself. The threshold follows the largest block that was
+    freed (mallopt(3), M_MMAP_THRESHOLD), up to 32 MiB. Other allocators do not mind.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def finish_rows(

@@ -31,10 +31,8 @@ def _quantize_block(
     t, bits = scratch(shape, torch.float32, "quantize"), scratch(shape, torch.int32, "quantize")
     if channel_scale is not None:
         x = torch.mul(x, channel_scale, out=t)
-        magnitude = x.abs()
-    else:
-        magnitude = torch.abs(x, out=t) if x.dtype == torch.float32 else x.abs()
-    scale = magnitude.amax(-1, keepdim=True).float().div_(127)
+    largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
+    scale = largest.float().div_(127)
     low, high = torch.aminmax(scale)
     if low.item() == 0:
         scale.masked_fill_(scale == 0, 1)
