@@ -165,3 +165,10 @@ def test_importance_lowers_the_output_error_of_int4() -> None:
     weighed = report(convert_model(model, "int4-g32", calibration_data=data)).layers[0]
     plain = report(convert_model(model, "int4-g32"), example_inputs=data, original=model).layers[0]
     assert weighed.output_error < 0.9 * plain.output_error
+
+
+def test_a_scale_that_gains_little_is_not_worth_its_pass() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32))
+    converted = convert_model(model, "int8", calibration_data=[torch.randn(256, 64)])
+    assert converted[0].channel_scale is None

@@ -189,7 +189,7 @@ def search_smoothing(
     build: Callable[..., nn.Module],
     exponents: Iterable[float] = EXPONENTS,
 ) -> Found:
-    """Try every exponent on the sampled rows and keep what comes nearest to the float layer's output, if that is worth it.
+    """Try every exponent on the sampled rows and keep what comes nearest to the float layer, if that is worth a pass.
 
     build: makes the quantised layer, with ``channel_scale=`` float32 [K] or without.
     """
