@@ -1,10 +1,10 @@
 """What the CPU path owes to a float32 model: each ratio at 4096 x 4096, with float32 input, in eager mode.
 
 Both sides run in turns in one process, after the result has been found right, and their medians are compared. A turn is
-a block of calls, of which the first is not counted: each side has the cache to itself, as a layer that is called again
-and again has. (Called once in a while, both must fetch their weight, and no int8 layer can be more than four times as
-fast at one row; ``bench/cpu_linear.py`` measures that.) The machines that run this are shared, so a ratio may be
-measured up to three times; a slow implementation misses it each time.
+a block of calls, of which the first quarter is not counted: each side has the cache to itself, as a layer that is
+called again and again has. (Called once in a while, both must fetch their weight, and no int8 layer can be more than
+four times as fast at one row; ``bench/cpu_linear.py`` measures that.) The machines that run this are shared, so a ratio
+may be measured up to three times; a slow implementation misses it each time.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def int4(linear: nn.Linear) -> QuantizedLinear:
     return Int4Linear.from_float(linear, group_size=128)
 
 
-def ratio(theirs: Callable[[], object], ours: Callable[[], object], seconds: float = 1.5, block: int = 5) -> float:
-    """Median time of ``theirs`` over that of ``ours``, taken in turns of ``block`` counted calls."""
+def ratio(theirs: Callable[[], object], ours: Callable[[], object], seconds: float = 1.5, block: int = 20) -> float:
+    """Median time of ``theirs`` over that of ``ours``, taken in turns of ``block`` calls."""
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 2 * block:
+    while time.perf_counter() < end or not times[0]:
         for run, taken in zip((theirs, ours), times, strict=True):
-            run()
-            for _ in range(block):
+            for i in range(block):
                 start = time.perf_counter()
                 run()
-                taken.append(time.perf_counter() - start)
+                if i >= block // 4:
+                    taken.append(time.perf_counter() - start)
     return statistics.median(times[0]) / statistics.median(times[1])
 
 
