@@ -86,7 +86,7 @@ def dequantize(
     """The weight [N, K] in ``dtype``; the product is taken in float32 (float64 if that is asked for)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale = weight_scale.to(wide).repeat_interleave(group_size, dim=1)[:, :k]
-    return (unpack_centred(weight_packed, weight_zero, group_size, k).to(wide) * scale).to(dtype)
+    return unpack_centred(weight_packed, weight_zero, group_size, k).to(wide).mul_(scale).to(dtype)
 
 
 def _quantize_rows(

@@ -11,7 +11,7 @@ from tilewright.kernels.formats.ranges import row_blocks, search_shrinkage
 
 
 def _round(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.round(weight / scale.unsqueeze(-1)).clamp_(-127, 127)
+    return (weight / scale.unsqueeze(-1)).round_().clamp_(-127, 127)
 
 
 def _quantize_rows(
@@ -51,7 +51,7 @@ def quantize(
 def dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """(int8 [N, K], scale [N]) -> ``dtype`` [N, K]; the product is taken in float32 (float64 if that is asked for)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (q.to(wide) * scale.to(wide).unsqueeze(-1)).to(dtype)
+    return q.to(wide).mul_(scale.to(wide).unsqueeze(-1)).to(dtype)
 
 
 def check_weight(weight: torch.Tensor) -> None:

@@ -48,7 +48,7 @@ def search_shrinkage(
     return best
 
 
-def row_blocks(weight: torch.Tensor, elements: int = 1 << 22) -> Iterator[torch.Tensor]:
+def row_blocks(weight: torch.Tensor, elements: int = 1 << 20) -> Iterator[torch.Tensor]:
     """``weight`` [N, K] in blocks of rows that bound the memory a search needs; at least one block, even if it is
     empty.
     """
