@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ def test_full_graph_and_changing_batches(llama: Any, recipe: str) -> None:
     assert graphs <= 2
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
 def test_inductor_gives_the_same_output(llama: Any) -> None:
     torch._dynamo.reset()
     model = tw.convert_model(llama, "int8")
