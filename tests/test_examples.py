@@ -71,6 +71,11 @@ def test_a_tensor_with_two_names_is_counted_once() -> None:
     assert demo.stored_bytes(model) == 8 * 4 * 4
 
 
+def test_the_timed_batch_is_of_median_length() -> None:
+    assert demo.middle("abcdefg", 3) == "cde"
+    assert demo.middle("abcd", 1) == "b"
+
+
 def test_warm_up_runs_are_not_counted() -> None:
     calls: list[int] = []
 
