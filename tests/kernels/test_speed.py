@@ -4,7 +4,7 @@ Both sides run in turns in one process, after the result has been found right, a
 a block of calls, of which the first quarter is not counted: each side has the cache to itself, as a layer that is
 called again and again has. (Called once in a while, both must fetch their weight, and no int8 layer can be more than
 four times as fast at one row; ``bench/cpu_linear.py`` measures that.) The machines that run this are shared, so a ratio
-may be measured up to three times; a slow implementation misses it each time.
+may be measured up to six times; a slow implementation misses it each time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from tilewright.kernels.cpu_support import why_no_int4pack, why_no_qlinear
 from tilewright.nn import Int4Linear, Int8Linear, QuantizedLinear
 
-SIZE, ATTEMPTS = 4096, 3
+SIZE, ATTEMPTS = 4096, 6
 pytestmark = pytest.mark.perf
 
 
@@ -40,7 +40,7 @@ def int4(linear: nn.Linear) -> QuantizedLinear:
     return Int4Linear.from_float(linear, group_size=128)
 
 
-def ratio(theirs: Callable[[], object], ours: Callable[[], object], seconds: float = 1.5, block: int = 20) -> float:
+def ratio(theirs: Callable[[], object], ours: Callable[[], object], seconds: float = 1.5, block: int = 40) -> float:
     """Median time of ``theirs`` over that of ``ours``, taken in turns of ``block`` calls."""
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
