@@ -38,12 +38,12 @@ def run_quantized(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     activation: str,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """Allocate the result of ``int8_linear_quantized`` [..., N] and run the launches that ``plan`` makes for it."""
     check_activation(activation)
     n = weight.shape[0]
-    out = torch.empty((*x.shape[:-1], n), dtype=out_dtype, device=x.device)
+    out = torch.empty((*x.shape[:-1], n), dtype=out_dtype or torch.float32, device=x.device)
     if not out.numel():
         return out
     launches = plan(

@@ -210,9 +210,9 @@ def int8_linear_quantized(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     activation: str = "none",
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x int8 [..., K], x_scale float32 [...], weight int8 [N, K], weight_scale float32 [N] -> out_dtype [..., N]."""
+    """x int8 [..., K], x_scale float32 [...], weight int8 [N, K], weight_scale [N] -> out_dtype (or float32) [..., N]."""
     return run_quantized(plan_swapped, x, x_scale, weight, weight_scale, bias, residual, activation, out_dtype)
 
 
