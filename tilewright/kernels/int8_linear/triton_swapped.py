@@ -212,7 +212,7 @@ def int8_linear_quantized(
     activation: str = "none",
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x int8 [..., K], x_scale float32 [...], weight int8 [N, K], weight_scale [N] -> out_dtype (or float32) [..., N]."""
+    """x int8 [..., K], x_scale float32 [...], weight int8 [N, K], weight_scale [N] -> out_dtype or float32 [..., N]."""
     return run_quantized(plan_swapped, x, x_scale, weight, weight_scale, bias, residual, activation, out_dtype)
 
 
