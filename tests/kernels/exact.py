@@ -52,6 +52,12 @@ def activate(z: np.ndarray, name: str) -> np.ndarray:
         return np.where(np.isnan(z), z, np.maximum(z, 0.0))
     if name == "silu":
         return z / (1.0 + np.exp(-z))
+    if name == "relu6":
+        return np.where(np.isnan(z), z, np.minimum(np.maximum(z, 0.0), 6.0))
+    if name == "hardswish":
+        return z * np.minimum(np.maximum(z + 3.0, 0.0), 6.0) / 6.0
+    if name == "leaky_relu":
+        return np.where(z < 0, 0.01 * z, z)
     if name == "gelu_tanh":
         return 0.5 * z * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
     return 0.5 * z * (1.0 + np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2.0)))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.activation import activation_gradient
 from tilewright.kernels.formats import int4, int8
 
 
@@ -37,15 +38,6 @@ def dequantized_weight(arguments: Mapping[str, Any]) -> torch.Tensor:
     return weight if channel_scale is None else weight * channel_scale.float()
 
 
-def _through_activation(z: torch.Tensor, grad: torch.Tensor, activation: str) -> torch.Tensor:
-    """dy * act'(z)."""
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, z, 0)
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, z)
-    return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
 def linear_gradients(
     grad: torch.Tensor, arguments: Mapping[str, Any], wanted: frozenset[str]
 ) -> dict[str, torch.Tensor | None]:
@@ -59,7 +51,7 @@ def linear_gradients(
     weight = dequantized_weight(arguments).to(grad.dtype)
     if activation != "none":
         z = F.linear(x.to(grad.dtype), weight, None if bias is None else bias.to(grad.dtype))
-        grad = _through_activation(z, grad, activation)
+        grad = activation_gradient(z, grad, activation)
     if "x" in wanted:
         gradients["x"] = (grad @ weight).to(x.dtype)
     if "bias" in wanted:

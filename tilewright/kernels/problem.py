@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.conv_geometry import ConvGeometry
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -15,6 +17,9 @@ class Problem:
     m, n, k: rows of activations, output features, input features. device: "cpu", "cuda", ... capability: (major, minor)
     on NVIDIA, None elsewhere. gpu_arch: e.g. "gfx942" on AMD. compute_dtype: what a weight-only operator multiplies in
     (None: x_dtype). group_size, symmetric, scale_dtype: of int4 weights.
+
+    conv: sizes of a convolution, whose m, n and k are those of the product it amounts to: pixels of the result, output
+    channels, values in the window of one group. out_dtype: what it returns. residual_dtype: None without a residual.
     """
 
     op: str
@@ -33,6 +38,10 @@ class Problem:
     activation: str = "none"
     bias: bool = False
     residual: bool = False
+    conv: ConvGeometry | None = None
+    out_dtype: torch.dtype | None = None
+    residual_dtype: torch.dtype | None = None
+    allow_tf32: bool = False
 
     @property
     def multiply_dtype(self) -> torch.dtype:

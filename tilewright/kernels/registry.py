@@ -19,13 +19,18 @@ _FOLDERS = {
     "int4_linear": "int4_linear",
     "int4_int8_linear": "int4_int8_linear",
 }
+_CONV_FOLDERS = {
+    "conv2d_fused": "conv2d",
+    "quantize_per_tensor": "int8_conv2d",
+    "int8_conv2d_fused": "int8_conv2d",
+}
 
 
 def _cpu(op: str, name: str, function: str | None = None, reason: str = "why_not", module: str = "cpu") -> None:
     """Register ``function`` (by default named like the operator) of a module in the operator's folder, which says
     itself what it does not take.
     """
-    path = f"{_PACKAGE}{_FOLDERS[op]}.{module}"
+    path = f"{_PACKAGE}{(_FOLDERS | _CONV_FOLDERS)[op]}.{module}"
 
     def why_not(problem: Problem) -> str | None:
         if problem.device != "cpu":
@@ -37,7 +42,7 @@ def _cpu(op: str, name: str, function: str | None = None, reason: str = "why_not
 
 def _gpu(op: str, name: str, module: str) -> None:
     """Register the function named like the operator of a module that needs Triton."""
-    path = f"{_PACKAGE}{_FOLDERS[op]}.{module}"
+    path = f"{_PACKAGE}{(_FOLDERS | _CONV_FOLDERS)[op]}.{module}"
 
     def why_not(problem: Problem) -> str | None:
         # The module imports Triton, so it must not be touched where there is none.
@@ -82,4 +87,10 @@ def register_all() -> None:
     )
     for op, folder in _FOLDERS.items():
         # The definition itself: right everywhere, and slow.
+        register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))
+
+
+def register_convolutions() -> None:
+    """Called once, when the convolutions are defined."""
+    for op, folder in _CONV_FOLDERS.items():
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))

@@ -119,9 +119,19 @@ def serve(
     return route(problem).implementation.function
 
 
+_when_forgotten: list[Callable[[], None]] = []
+
+
+def when_forgotten(clear: Callable[[], None]) -> None:
+    """Have ``clear`` called whenever what is registered changes: for those who remember what ``route`` said."""
+    _when_forgotten.append(clear)
+
+
 def _forget() -> None:
     route.cache_clear()
     serve.cache_clear()
+    for clear in _when_forgotten:
+        clear()
 
 
 def load_plugin(name: str) -> None:

@@ -34,8 +34,8 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """``x`` float32 of any shape through the activation named ``ACTIVATION`` (one of ``activation.ACTIVATIONS``)."""
+def activate(x, ACTIVATION: tl.constexpr, negative_slope=0.01):
+    """``x`` float32 of any shape through the activation named ``ACTIVATION`` (of ``activation.CONV_ACTIVATIONS``)."""
     if ACTIVATION == "relu":
         # Not tl.maximum, which takes the number and drops the NaN.
         x = tl.where(x < 0, 0.0, x)
@@ -47,6 +47,12 @@ def activate(x, ACTIVATION: tl.constexpr):
         x = x / (1.0 + tl.exp(-2.0 * u))
     elif ACTIVATION == "silu":
         x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "relu6":
+        x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
+    elif ACTIVATION == "hardswish":
+        x = x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) / 6.0
+    elif ACTIVATION == "leaky_relu":
+        x = tl.where(x < 0, x * negative_slope, x)
     else:
         tl.static_assert(ACTIVATION == "none", "unknown activation")
     return x

@@ -1,0 +1,1 @@
+"""Float convolution with bias, residual and activation fused."""

@@ -1,0 +1,73 @@
+"""Gradients of the float convolution with respect to x, weight, bias and residual.
+
+With z = conv(x, w) + b + r and y = act(z):
+
+    dz = dy * act'(z)        dr = dz        db = sum of dz over images and pixels
+
+and dx, dw are those of a plain convolution. z is recomputed in the backward pass, and only where an activation needs
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tilewright.kernels.activation import activation_gradient
+from tilewright.kernels.conv2d.reference import convolve
+from tilewright.kernels.conv_geometry import oihw, pad_image
+
+
+def conv_gradients(
+    grad: torch.Tensor, arguments: Mapping[str, Any], wanted: frozenset[str]
+) -> dict[str, torch.Tensor | None]:
+    """Gradients by argument name, in the dtype of the argument. grad: of the output. wanted: those that are needed."""
+    x, weight = arguments["x"].to(grad.dtype), arguments["weight"].to(grad.dtype)
+    bias, residual = arguments["bias"], arguments["residual"]
+    window = (arguments["stride"], arguments["padding"], arguments["dilation"], arguments["groups"])
+    if arguments["activation"] != "none":
+        z = convolve(x, weight, *window)
+        if bias is not None:
+            z = z + bias.to(z.dtype).view(-1, 1, 1)
+        if residual is not None:
+            z = z + residual.to(z.dtype)
+        grad = activation_gradient(z, grad, arguments["activation"], arguments["negative_slope"])
+    gradients: dict[str, torch.Tensor | None] = {}
+    if "residual" in wanted:
+        gradients["residual"] = grad.to(residual.dtype)
+    if "bias" in wanted:
+        gradients["bias"] = grad.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
+    if wanted & {"x", "weight"}:
+        found = _through_window(grad, x, weight, *window, wanted)
+        gradients |= {name: value.to(arguments[name].dtype) for name, value in found.items() if name in wanted}
+    return gradients
+
+
+def _through_window(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wanted: frozenset[str],
+) -> dict[str, torch.Tensor]:
+    if 0 in (grad.shape[1], x.shape[1]):
+        return {"x": torch.zeros_like(x), "weight": torch.zeros_like(weight)}
+    image, symmetric = pad_image(x, padding)
+    mask = ["x" in wanted, "weight" in wanted, False]
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        grad, image, oihw(weight), None, stride, list(symmetric), dilation, False, [0, 0], groups, mask
+    )
+    found = {}
+    if dx is not None:
+        if image is not x:
+            top, _, left, _ = padding
+            dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+        found["x"] = dx
+    if dw is not None:
+        found["weight"] = dw.permute(0, 2, 3, 1)
+    return found

@@ -1,0 +1,75 @@
+"""Two-dimensional convolution of int8 by int8, W8A8 with one static scale for all activations (the definition).
+
+    y[n, o, p, q] = activation(sum[n, o, p, q] * (s_x * s_w[o]) + b[o] + r[n, o, p, q] * s_r)
+
+The sum of products of integers, as in ``conv2d.reference``, is exact; the rest is float32. With a scale s_y for the
+result, it is q = clamp(round_half_even(y / s_y), -127, 127) by an IEEE division; else one cast.
+
+Integers are symmetric: int8 is its own value; uint8 stands for value + 128.
+
+A static scale leaves no place for what is not finite: in a quantised tensor NaN becomes 0 and an infinity the largest
+integer of its sign. (Whoever must notice a NaN looks at the float that is quantised; calibration does.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.conv2d.reference import convolve
+from tilewright.kernels.conv_geometry import to_channels_last
+
+
+def integers(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values that an int8 or offset uint8 tensor stands for, in a float dtype."""
+    return x.to(dtype) - 128 if x.dtype == torch.uint8 else x.to(dtype)
+
+
+def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``x`` float of any shape -> int8 (or uint8 = value + 128) clamp(round_half_even(x / scale), -127, 127), by an
+    IEEE float32 division; channels-last if it has four dimensions. NaN becomes 0.
+    """
+    v = x.float()
+    # Divided by a tensor: on CUDA, PyTorch multiplies by the reciprocal of a number, which rounds otherwise.
+    steps = torch.round(v / torch.full((), scale, device=x.device)).clamp(-127, 127).nan_to_num(0.0)
+    q = (steps + 128).to(torch.uint8) if out_dtype == torch.uint8 else steps.to(torch.int8)
+    return to_channels_last(q) if q.dim() == 4 else q.contiguous()
+
+
+def int8_conv2d_fused(
+    x: torch.Tensor,
+    x_scale: float,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    out_scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
+    x_nonnegative: bool = False,
+) -> torch.Tensor:
+    """x int8 or uint8 [N, C, H, W], weight int8 [Co, R, S, C / groups], weight_scale float32 [Co], bias float32 [Co],
+    residual int8, uint8 or float [N, Co, P, Q] -> [N, Co, P, Q] in channels-last order.
+
+    With out_scale the result is int8, or uint8 if out_dtype says so; without, out_dtype, or float32. padding: top,
+    bottom, left, right. x_nonnegative: promises that an int8 x holds 0 to 127, for implementations that can use it.
+    """
+    total = convolve(integers(x, torch.float64), weight.double(), stride, padding, dilation, groups)
+    scale = torch.full((), x_scale, device=x.device) * weight_scale.float()
+    y = total.float() * scale.view(-1, 1, 1)
+    if bias is not None:
+        y = y + bias.float().view(-1, 1, 1)
+    if residual is not None:
+        y = y + integers(residual, torch.float32) * torch.full((), residual_scale, device=x.device)
+    y = apply_activation(y, activation, negative_slope=negative_slope)
+    if out_scale is not None:
+        return quantize_per_tensor(y, out_scale, out_dtype)
+    return to_channels_last(y.to(out_dtype or torch.float32))
