@@ -40,9 +40,9 @@ def _cpu(op: str, name: str, function: str | None = None, reason: str = "why_not
     register(Implementation(name, op, why_not, f"{path}:{function or op}"))
 
 
-def _gpu(op: str, name: str, module: str) -> None:
+def _gpu(op: str, name: str, module: str, folder: str | None = None) -> None:
     """Register the function named like the operator of a module that needs Triton."""
-    path = f"{_PACKAGE}{(_FOLDERS | _CONV_FOLDERS)[op]}.{module}"
+    path = f"{_PACKAGE}{folder or (_FOLDERS | _CONV_FOLDERS)[op]}.{module}"
 
     def why_not(problem: Problem) -> str | None:
         # The module imports Triton, so it must not be touched where there is none.
@@ -67,6 +67,8 @@ def register_all() -> None:
     for op in ("int8_linear", "int8_linear_quantized"):
         _gpu(op, "Triton, operands swapped", "triton_swapped")
         _gpu(op, "Triton, tiles", "triton_tile")
+        if op == "int8_linear":
+            _cpu(op, "C kernel", "native_int8_linear", "why_not_native")
         _cpu(op, "oneDNN")
         _cpu(op, "exact float32", f"float_{op}", "why_not_float")
     _gpu("int8_weight_only_linear", "Triton, operands swapped", "triton_swapped")
@@ -91,6 +93,12 @@ def register_all() -> None:
 
 
 def register_convolutions() -> None:
-    """Called once, when the convolutions are defined."""
+    """Called once, when the convolutions are defined. One kernel of a family serves float and int8."""
+    for op in ("conv2d_fused", "int8_conv2d_fused"):
+        _gpu(op, "Triton, 1 x 1", "triton_pointwise", "conv2d")
+        _gpu(op, "Triton, depthwise", "triton_depthwise", "conv2d")
+        _gpu(op, "Triton, few channels", "triton_stem", "conv2d")
+        _gpu(op, "Triton, implicit product", "triton_implicit", "conv2d")
+    _gpu("quantize_per_tensor", "Triton", "triton_quantize")
     for op, folder in _CONV_FOLDERS.items():
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))

@@ -1,0 +1,99 @@
+"""What the convolution kernels share on the device: positions of pixels, products, and the end of a tile.
+
+Operands are float, int8, or uint8 that stands for value + 128. ``finish_conv_tile`` is the device's side of what the
+references do after the sum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tilewright.kernels.triton_common import activate
+
+
+@triton.jit
+def pixel(m, P, Q):
+    """(image, row, column) of pixels ``m`` of the result."""
+    return m // (P * Q), m // Q % P, m % Q
+
+
+@triton.jit
+def load_signed(pointers, mask):
+    """Values at ``pointers``, 0 where ``mask`` is false; offset uint8 become int8."""
+    if pointers.dtype.element_ty == tl.uint8:
+        x = (tl.load(pointers, mask=mask, other=128) ^ 128).to(tl.int8, bitcast=True)
+    else:
+        x = tl.load(pointers, mask=mask, other=0)
+    return x
+
+
+@triton.jit
+def multiply(x, w, acc, INTEGER: tl.constexpr, PRECISION: tl.constexpr):
+    """acc [BM, BN] + x [BM, BK] times w [BN, BK] transposed. PRECISION: of float32 operands, "ieee" or "tf32"."""
+    if INTEGER:
+        acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+    else:
+        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def requantize(y, scale):
+    """clamp(round_half_even(y / scale), -127, 127) of float32 ``y`` as float32; NaN becomes 0."""
+    steps = tl.minimum(tl.maximum(tl.math.div_rn(y, scale + tl.zeros_like(y)), -127.0), 127.0)
+    # Adding 1.5 * 2^23 leaves no bits for a fraction: the addition itself rounds, half to even.
+    return tl.where(y == y, (steps + 12582912.0) - 12582912.0, 0.0)
+
+
+@triton.jit
+def store_quantized(pointers, steps, mask):
+    """Write integers held as float32 to int8, or to uint8 as value + 128."""
+    if pointers.dtype.element_ty == tl.uint8:
+        steps += 128.0
+    tl.store(pointers, steps.to(tl.int32).to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_conv_tile(
+    acc,
+    out_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    x_scale,
+    residual_scale,
+    out_scale,
+    negative_slope,
+    row,
+    column,
+    row_mask,
+    column_mask,
+    N,
+    ACTIVATION: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):
+    """out[row, column] = activation(acc * (x_scale * w_scale[column]) + bias[column] + residual[row, column] *
+    residual_scale), in float32, then divided by out_scale and rounded if QUANTIZE, and cast.
+
+    acc: int32 or float32 tile. row [BM, 1], column [1, BN] int32. out, residual: contiguous [., N]; w_scale_ptr,
+    bias_ptr, residual_ptr may be None. Nothing outside the masks is read or written.
+    """
+    inside = row_mask & column_mask
+    offset = row.to(tl.int64) * N + column
+    y = acc.to(tl.float32)
+    if w_scale_ptr is not None:
+        y *= x_scale * tl.load(w_scale_ptr + column, mask=column_mask, other=0.0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offset, mask=inside, other=0)
+        if residual_ptr.dtype.element_ty == tl.uint8:
+            y += (residual.to(tl.float32) - 128.0) * residual_scale
+        else:
+            y += residual.to(tl.float32) * residual_scale
+    y = activate(y, ACTIVATION, negative_slope)
+    if QUANTIZE:
+        store_quantized(out_ptr + offset, requantize(y, out_scale), inside)
+    else:
+        tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,304 @@
+"""From the signatures of the two convolutions to what their kernels take: layouts, tiles, and what all of them decline.
+
+Every family of kernels serves both operators: float and int8 differ in the dtype of the sums and in the epilogue alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from tilewright.aot.launch import Launch
+from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
+from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry, empty_channels_last, to_channels_last
+from tilewright.kernels.int8_linear.triton_launch import MAX_K
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.triton_common import FLOAT_DTYPES, why_not_on_gpu
+
+INTEGERS = (torch.int8, torch.uint8)
+MAX_ROWS = 2**31 - 1024
+MAX_GROUPS = 65535
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """One convolution as the kernels take it. M = N P Q pixels of the result, K = values in the window of one group.
+
+    x [N, H, W, C], channels contiguous. weight OHWI, contiguous. out, residual [M, Co] contiguous. weight_scale: None
+    for a float convolution. out_scale: None unless the result is requantised.
+    """
+
+    geometry: ConvGeometry
+    x: torch.Tensor
+    weight: torch.Tensor
+    out: torch.Tensor
+    bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    activation: str = "none"
+    negative_slope: float = 0.01
+    weight_scale: torch.Tensor | None = None
+    x_scale: float = 1.0
+    residual_scale: float = 1.0
+    out_scale: float | None = None
+    allow_tf32: bool = False
+
+    @property
+    def integer(self) -> bool:
+        """Whether integers are multiplied."""
+        return self.weight_scale is not None
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return self.out.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Output channels of one group."""
+        return self.geometry.out_channels // self.geometry.groups
+
+    def problem(self) -> Problem:
+        """What a heuristic looks at."""
+        geometry = self.geometry
+        return Problem(
+            "int8_conv2d_fused" if self.integer else "conv2d_fused",
+            m=self.rows,
+            n=geometry.out_channels,
+            k=geometry.taps * geometry.group_channels,
+            x_dtype=self.x.dtype,
+            conv=geometry,
+            allow_tf32=self.allow_tf32,
+            **device_facts(self.x.device),
+        )
+
+    def epilogue(self) -> dict[str, Any]:
+        """The run-time arguments of ``triton_epilogue.finish_conv_tile``."""
+        return {
+            "out_ptr": self.out,
+            "w_scale_ptr": self.weight_scale,
+            "bias_ptr": self.bias,
+            "residual_ptr": self.residual,
+            "x_scale": float(self.x_scale),
+            "residual_scale": float(self.residual_scale),
+            "out_scale": 1.0 if self.out_scale is None else float(self.out_scale),
+            "negative_slope": float(self.negative_slope),
+        }
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments of every kernel but the depthwise one."""
+        return {
+            "ACTIVATION": self.activation,
+            "QUANTIZE": self.out_scale is not None,
+            "INTEGER": self.integer,
+            "PRECISION": "tf32" if self.allow_tf32 else "ieee",
+        }
+
+
+def unit(*sizes: int) -> int:
+    """The largest power of two up to 16 that divides all ``sizes``.
+
+    Triton promises its compiler only multiples of 16. Sizes are given to a kernel in these units and multiplied there,
+    so that 24 channels are known to be a multiple of 8 and still load 16 bytes at a time.
+    """
+    return math.gcd(16, *sizes)
+
+
+def why_not_any_kernel(problem: Problem) -> str | None:
+    """Why no convolution kernel of ours takes ``problem`` (dtypes, sizes, device), or None."""
+    if problem.conv is None:
+        return "is for convolutions"
+    if problem.x_dtype not in (*FLOAT_DTYPES, *INTEGERS):
+        return f"takes float16, bfloat16, float32 and int8, not {problem.x_dtype}"
+    if not problem.k:
+        return "there are no input channels to add up"
+    if problem.x_dtype in INTEGERS and problem.k > MAX_K:
+        return f"sums of {problem.k} products may leave int32, which holds {MAX_K}"
+    if problem.m > MAX_ROWS:
+        return f"counts pixels in 32 bits, {problem.m} are too many"
+    if problem.conv.groups > MAX_GROUPS:
+        return f"takes up to {MAX_GROUPS} groups, not {problem.conv.groups}"
+    return why_not_on_gpu(problem)
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """block_m pixels x block_n output channels, block_k values of the sum at a time.
+
+    epilogue_parts: slices of the tile that the epilogue takes one after another, since scaling, activating and adding a
+    residual to all of a large tile at once spills.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    epilogue_parts: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def for_problem(cls, problem: Problem, depth: int) -> ConvTile:
+        """The largest tile that still gives every multiprocessor one. depth: contiguous values of the sum, e.g.
+        channels.
+
+        128 bytes of each row at a time where there are as many, so that a warp reads whole cache lines.
+        """
+        groups = 1 if problem.conv is None else problem.conv.groups
+        columns = problem.n // groups
+        size = problem.x_dtype.itemsize
+        multiprocessors = problem.multiprocessors or 132
+        block_n = min(max(triton.next_power_of_2(columns), 16), 128)
+        block_k = min(max(triton.next_power_of_2(depth), 32 // size, 16), 128 // size)
+
+        def programs(block_m: int, block_n: int) -> int:
+            return triton.cdiv(problem.m, block_m) * triton.cdiv(columns, block_n) * groups
+
+        block_m = 128 if programs(128, block_n) >= multiprocessors else 64
+        if block_n == 128 and programs(block_m, block_n) < multiprocessors:
+            block_n = 64
+        if size == 4:  # no room for more float32 operands
+            block_m, block_n, block_k = 64, min(block_n, 64), 16
+        large = block_m * block_n == 128 * 128
+        if problem.gpu_arch is not None:
+            return cls(block_m, block_n, min(block_k, 64 // size), 1, 8 if large else 4, 2)
+        return cls(block_m, block_n, block_k, 2 if large else 1, 8 if large else 4, 3 if large else 4)
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments of a kernel with tiles."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "EPILOGUE_PARTS": self.epilogue_parts,
+        }
+
+
+def nhwc(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [N, C, H, W] as [N, H, W, C] with contiguous channels; a view unless channels lie apart."""
+    view = x.permute(0, 2, 3, 1)
+    return view if view.stride(3) == 1 or view.shape[3] == 1 else view.contiguous()
+
+
+def _as_rows(y: torch.Tensor) -> torch.Tensor:
+    """[N, Co, P, Q] -> [M, Co] contiguous; a view where ``y`` is channels-last."""
+    y = to_channels_last(y)
+    return y.permute(0, 2, 3, 1).view(-1, y.shape[1])
+
+
+Plan = Callable[[ConvCall], "list[Launch]"]
+
+
+def run_conv(
+    plan: Plan,
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    window: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    out_dtype: torch.dtype,
+    weight_scale: torch.Tensor | None = None,
+    **others: Any,
+) -> torch.Tensor:
+    """Allocate the result [N, Co, P, Q] and run the launches that ``plan`` makes for it.
+
+    window: stride, padding, dilation, groups. others: further fields of ``ConvCall``.
+    """
+    check_activation(others["activation"], CONV_ACTIVATIONS)
+    geometry = check_geometry(op, x, weight, *window)
+    out = empty_channels_last(geometry.out_shape, out_dtype, x.device)
+    if not out.numel():
+        return out
+    call = ConvCall(
+        geometry,
+        nhwc(x),
+        weight.contiguous(),
+        _as_rows(out),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else _as_rows(residual),
+        weight_scale=None if weight_scale is None else weight_scale.contiguous(),
+        **others,
+    )
+    for launch in plan(call):
+        launch.run()
+    return out
+
+
+def float_operator(plan: Plan) -> Callable[..., torch.Tensor]:
+    """``conv2d_fused`` through the kernel that ``plan`` launches."""
+
+    def conv2d_fused(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0, 0, 0),
+        dilation: Sequence[int] = (1, 1),
+        groups: int = 1,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        allow_tf32: bool = False,
+    ) -> torch.Tensor:
+        """See ``conv2d.reference.conv2d_fused``."""
+        return run_conv(
+            plan,
+            "conv2d_fused",
+            x,
+            weight,
+            bias,
+            residual,
+            (stride, padding, dilation, groups),
+            x.dtype,
+            activation=activation,
+            negative_slope=negative_slope,
+            allow_tf32=allow_tf32,
+        )
+
+    return conv2d_fused
+
+
+def int8_operator(plan: Plan) -> Callable[..., torch.Tensor]:
+    """``int8_conv2d_fused`` through the kernel that ``plan`` launches."""
+
+    def int8_conv2d_fused(
+        x: torch.Tensor,
+        x_scale: float,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        residual_scale: float = 1.0,
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0, 0, 0),
+        dilation: Sequence[int] = (1, 1),
+        groups: int = 1,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        out_scale: float | None = None,
+        out_dtype: torch.dtype | None = None,
+        x_nonnegative: bool = False,
+    ) -> torch.Tensor:
+        """See ``int8_conv2d.reference.int8_conv2d_fused``."""
+        return run_conv(
+            plan,
+            "int8_conv2d_fused",
+            x,
+            weight,
+            bias,
+            residual,
+            (stride, padding, dilation, groups),
+            out_dtype or (torch.float32 if out_scale is None else torch.int8),
+            weight_scale,
+            activation=activation,
+            negative_slope=negative_slope,
+            x_scale=x_scale,
+            residual_scale=residual_scale,
+            out_scale=out_scale,
+        )
+
+    return int8_conv2d_fused

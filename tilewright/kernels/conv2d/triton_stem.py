@@ -1,0 +1,177 @@
+"""Convolution of an image with few channels in Triton, as networks begin: the whole window is one axis of the sum.
+
+    y[m, o] = finish(sum_k x[window(m), k] * w[o, k]),  k = (i, j, c) in the order of memory
+
+x [N, H, W, C] with C <= 4 channels, float, int8 or uint8; w OHWI [Co, R, S, C], read as [Co, R S C] padded with zeros
+to a multiple of 32, which is made once for each weight; y [M, Co]. A tap has too few channels to fill a matrix
+instruction: taken one by one they would leave 13/16 of it empty. All 27 values of a 3 x 3 window of three channels are
+one step of 32, and the 147 of 7 x 7 are five. The image itself is not padded: values outside it, and those past the
+window, read 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from tilewright.aot.launch import Launch
+from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_signed, multiply, pixel
+from tilewright.kernels.conv2d.triton_implicit import window_args, window_constants
+from tilewright.kernels.conv2d.triton_launch import (
+    ConvCall,
+    ConvTile,
+    float_operator,
+    int8_operator,
+    unit,
+    why_not_any_kernel,
+)
+from tilewright.kernels.packed import packed
+from tilewright.kernels.problem import Problem
+
+MAX_CHANNELS = 4
+BLOCK_K = 32
+
+
+def choose(problem: Problem) -> ConvTile:
+    """The tile for ``problem``. Loads of single values are not copied asynchronously, so two stages are enough."""
+    tile = ConvTile.for_problem(problem, BLOCK_K)
+    return replace(tile, block_k=BLOCK_K, num_stages=2)
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason why this implementation does not take ``problem``, or None."""
+    if problem.conv is not None and problem.conv.groups > 1:
+        return "takes one group"
+    if problem.conv is not None and problem.conv.in_channels > MAX_CHANNELS:
+        return f"is for up to {MAX_CHANNELS} input channels, not {problem.conv.in_channels}"
+    return why_not_any_kernel(problem)
+
+
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "pad_top", "pad_left"])
+def stem_kernel(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    x_scale,
+    residual_scale,
+    out_scale,
+    negative_slope,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    pad_top,
+    pad_left,
+    n_units,
+    x_image_units,
+    x_row_units,
+    x_pixel_units,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    UNIT_C: tl.constexpr,
+    UNIT_N: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    INTEGER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EPILOGUE_PARTS: tl.constexpr,
+):
+    """One tile of out [M, N]; w [N, PADDED_K]. x_*_units: elements from one image, row, pixel to the next, / UNIT_C."""
+    tl.static_assert(EPILOGUE_PARTS <= 2, "no tile of the stem is larger")
+    N = n_units * UNIT_N
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    image, p, q = pixel(m, P, Q)
+    h0 = p * STRIDE_H - pad_top
+    w0 = q * STRIDE_W - pad_left
+    first = image.to(tl.int64) * x_image_units + h0.to(tl.int64) * x_row_units + w0.to(tl.int64) * x_pixel_units
+    x_window = x_ptr + (first * UNIT_C)[:, None]
+    n_mask = n[:, None] < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
+    for start in range(0, PADDED_K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        down = k // (S * C) * DILATION_H
+        right = k // C % S * DILATION_W
+        h = h0[:, None] + down[None, :]
+        w = w0[:, None] + right[None, :]
+        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & (m < M)[:, None] & (k < R * S * C)[None, :]
+        offset = (down.to(tl.int64) * x_row_units + right.to(tl.int64) * x_pixel_units) * UNIT_C + k % C
+        x_tile = load_signed(x_window + offset[None, :], inside)
+        w_tile = tl.load(w_ptr + n[:, None].to(tl.int64) * PADDED_K + k[None, :], mask=n_mask, other=0)
+        acc = multiply(x_tile, w_tile, acc, INTEGER, PRECISION)
+    column = n[None, :]
+    finish_conv_tile(
+        acc,
+        out_ptr,
+        w_scale_ptr,
+        bias_ptr,
+        residual_ptr,
+        x_scale,
+        residual_scale,
+        out_scale,
+        negative_slope,
+        m[:, None],
+        column,
+        m[:, None] < M,
+        column < N,
+        N,
+        ACTIVATION,
+        QUANTIZE,
+    )
+
+
+def padded_weight(weight: torch.Tensor) -> torch.Tensor:
+    """OHWI [Co, R, S, C] as [Co, R S C] with zeros up to a multiple of ``BLOCK_K``; made once for each weight."""
+
+    def make() -> torch.Tensor:
+        rows = weight.detach().reshape(len(weight), -1)
+        return F.pad(rows, (0, -rows.shape[1] % BLOCK_K))
+
+    return packed(weight, f"conv stem {weight.dtype}", make)
+
+
+def plan_stem(call: ConvCall, config: ConvTile | None = None) -> list[Launch]:
+    """The launch that writes ``call.out``."""
+    config = config or choose(call.problem())
+    n, c = call.columns, call.geometry.in_channels
+    weight = padded_weight(call.weight)
+    unit_c, unit_n = unit(c, *call.x.stride()[:3]), unit(n)
+    args = {
+        "x_ptr": call.x,
+        "w_ptr": weight,
+        **call.epilogue(),
+        **window_args(call, unit_c),
+        "n_units": n // unit_n,
+    }
+    constants = {
+        "C": c,
+        **window_constants(call),
+        "UNIT_C": unit_c,
+        "UNIT_N": unit_n,
+        "PADDED_K": weight.shape[1],
+        **call.constants(),
+        **config.constants(),
+    }
+    grid = (triton.cdiv(call.rows, config.block_m), triton.cdiv(n, config.block_n))
+    return [Launch(stem_kernel, grid, args, constants, config.num_warps, config.num_stages)]
+
+
+conv2d_fused = float_operator(plan_stem)
+int8_conv2d_fused = int8_operator(plan_stem)

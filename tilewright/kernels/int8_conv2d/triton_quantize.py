@@ -1,0 +1,110 @@
+"""Static int8 quantisation of activations, one scale for the whole tensor, in Triton.
+
+    q = clamp(round_half_even(x / s), -127, 127), or that + 128 as uint8; NaN becomes 0
+
+x fp16, bf16 or fp32 of any shape and strides; q contiguous, channels-last if there are four dimensions. Agrees with the
+reference to the bit: the division is an IEEE division. An image that comes as NCHW is turned on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from tilewright.aot.launch import Launch
+from tilewright.kernels.conv2d.triton_epilogue import requantize, store_quantized
+from tilewright.kernels.conv_geometry import empty_channels_last
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.triton_common import FLOAT_DTYPES, why_not_on_gpu
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """block: values of one program, 16 for each thread."""
+
+    block: int = 2048
+    num_warps: int = 4
+
+    @classmethod
+    def for_problem(cls, problem: Problem) -> QuantizeConfig:
+        """The same for all: it reads once and writes once."""
+        return cls()
+
+
+CONFIGS = [QuantizeConfig()]
+choose = QuantizeConfig.for_problem
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason why this implementation does not take ``problem``, or None."""
+    if problem.x_dtype not in FLOAT_DTYPES:
+        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
+    return why_not_on_gpu(problem)
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def quantize_per_tensor_kernel(
+    x_ptr,
+    q_ptr,
+    scale,
+    count,
+    H,
+    W,
+    C,
+    stride_n,
+    stride_h,
+    stride_w,
+    stride_c,
+    DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK of the ``count`` values of q, in the order of q's memory: NHWC, of which x has these strides unless
+    DENSE.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if DENSE:
+        offset = i
+    else:
+        row = i // C
+        line = row // W
+        offset = i % C * stride_c + row % W * stride_w + line % H * stride_h + line // H * stride_n
+    v = tl.load(x_ptr + offset, mask=i < count, other=0.0).to(tl.float32)
+    store_quantized(q_ptr + i, requantize(v, scale), i < count)
+
+
+def plan_quantize_per_tensor(
+    x: torch.Tensor, scale: float, q: torch.Tensor, config: QuantizeConfig | None = None
+) -> list[Launch]:
+    """The launch that fills ``q``, which has the shape of ``x`` and the layout above."""
+    config = config or QuantizeConfig()
+    if x.dim() == 4:
+        nhwc = x.permute(0, 2, 3, 1)
+    else:
+        nhwc = x.reshape(1, 1, 1, -1)
+    args = {
+        "x_ptr": x if x.dim() == 4 else nhwc,
+        "q_ptr": q,
+        "scale": float(scale),
+        "count": x.numel(),
+        **dict(zip(("H", "W", "C"), nhwc.shape[1:], strict=True)),
+        **dict(zip(("stride_n", "stride_h", "stride_w", "stride_c"), nhwc.stride(), strict=True)),
+    }
+    constants = {"DENSE": nhwc.is_contiguous(), "BLOCK": config.block}
+    grid = (triton.cdiv(x.numel(), config.block),)
+    return [Launch(quantize_per_tensor_kernel, grid, args, constants, num_warps=config.num_warps)]
+
+
+def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """See ``reference.quantize_per_tensor``."""
+    dtype = out_dtype or torch.int8
+    if x.dim() == 4:
+        q = empty_channels_last(x.shape, dtype, x.device)
+    else:
+        q = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if q.numel():
+        for launch in plan_quantize_per_tensor(x, scale, q):
+            launch.run()
+    return q
