@@ -162,10 +162,12 @@ class ConvTile:
             block_n = 64
         if size == 4:  # no room for more float32 operands
             block_m, block_n, block_k = 64, min(block_n, 64), 16
-        large = block_m * block_n == 128 * 128
+        # With four warps the addresses and sums of 128 x 64 take all 255 registers on 8.x.
+        num_warps = 8 if block_m == 128 and block_n >= 64 else 4
         if problem.gpu_arch is not None:
-            return cls(block_m, block_n, min(block_k, 64 // size), 1, 8 if large else 4, 2)
-        return cls(block_m, block_n, block_k, 2 if large else 1, 8 if large else 4, 3 if large else 4)
+            return cls(block_m, block_n, min(block_k, 64 // size), 1, num_warps, 2)
+        num_stages = 3 if block_m * block_n == 128 * 128 else 4
+        return cls(block_m, block_n, block_k, 2 if block_n == 128 else 1, num_warps, num_stages)
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments of a kernel with tiles."""
