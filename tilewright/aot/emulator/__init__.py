@@ -1,34 +1,45 @@
-"""A PTX emulator on numpy: runs the PTX that Triton emits on a machine without a GPU and checks memory accesses and races.
+"""A PTX emulator on numpy: runs compiled Triton kernels on a machine without a GPU, and checks what a GPU does not.
 
-    stats = emulate(kernel.asm["ptx"], grid=(4,), num_warps=4, args=[x, y, n], arch=80, shared=kernel.metadata.shared)
+    stats = emulate(ptx, grid=(4,), num_warps=4, args=[x, y, n], arch=80, shared=shared_bytes)
 
-Tensors are CPU tensors, changed in place; see ``emulate`` for the options and the errors, ``Stats`` for what is counted.
+Tensors are CPU tensors, changed in place. ``emulate`` documents the options and the errors, ``Stats`` what is counted,
+and docs/emulator.md what is checked, what cannot be known this way and how the emulator itself was checked.
 
-parser     text to instructions           ops     arithmetic and data movement of single threads
-machine    registers, control flow        access  loads, stores, atomics, cp.async, ldmatrix
-memory     global and shared memory       warp    shuffles, votes, barriers
-numerics   number formats                 mma     mma, mma.sp, wgmma
-stats      counters                       tma     bulk tensor copies and mbarriers
-
-What it cannot tell: time; the hardware's order of accumulation in tensor cores (sums are float64, rounded once); races inside a
-warp; the last bits of approximate functions; anything undefined beyond what is checked. Not supported: device function calls
-(printf, assert), clusters, warp specialisation (partial barriers), tcgen05, textures.
+launch, machine, control          the run of a grid; registers; blocks
+program, parser                   what the text says
+registry                          how instructions are implemented
+arithmetic, bits, comparison, conversion, movement, numerics      single threads
+addresses, loads, atomics, async_copies, bulk_copies, matrix_moves      memory accesses
+global_memory, shared_memory, views      the memories and their checks
+warp, barriers, special           threads together
+fragments, mma, wgmma             tensor cores
+stats, errors                     what comes out
 """
 
-# ruff: noqa: E501
 from __future__ import annotations
 
-from .machine import emulate
-from .memory import AsyncHazard, Misaligned, OutOfBounds, PTXError, RaceError, UninitializedRead
-from .ops import Unsupported
-from .stats import Stats
+from tilewright.aot.emulator.errors import (
+    AsyncHazard,
+    Misaligned,
+    OutOfBounds,
+    PTXError,
+    PTXSyntaxError,
+    RaceError,
+    UninitializedRead,
+    Unsupported,
+)
+from tilewright.aot.emulator.launch import Argument, emulate
+from tilewright.aot.emulator.stats import Site, Stats
 
 __all__ = [
+    "Argument",
     "AsyncHazard",
     "Misaligned",
     "OutOfBounds",
     "PTXError",
+    "PTXSyntaxError",
     "RaceError",
+    "Site",
     "Stats",
     "UninitializedRead",
     "Unsupported",

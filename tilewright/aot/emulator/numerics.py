@@ -1,73 +1,114 @@
-"""Bit patterns <-> numbers for PTX types, and conversions between them.
+"""Bit patterns <-> numbers for PTX types, and the roundings between them.
 
-Registers hold unsigned words (bool for predicates). ``decode(raw, type)`` gives numpy numbers; ``encode(number, type)`` the
-words again. A packed type (f16x2, bf16x2) decodes to an array twice as long, so element-wise code needs no special case.
+Registers hold unsigned words (bool for predicates). ``decode(raw, kind)`` gives numpy numbers, ``encode(number, kind)``
+the words again. A packed type (f16x2, s16x2, ...) decodes to an array twice as long, low half first, so element-wise
+code needs no special case.
 """
 
-# mypy: ignore-errors
-# ruff: noqa: D102, D103, E501, B007
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-U16, U32, U64 = np.uint16, np.uint32, np.uint64
-WORD = {16: U16, 32: U32, 64: U64, "pred": np.bool_}
-_NATIVE = {
-    "u16": U16,
+import numpy as np
+import numpy.typing as npt
+
+from tilewright.aot.emulator.program import Width
+
+Array = npt.NDArray[Any]
+U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
+WORD: dict[Width, Any] = {8: U8, 16: U16, 32: U32, 64: U64, "pred": np.bool_}
+_NATIVE: dict[str, Any] = {
+    **{f"{sign}{bits}": WORD[bits] for sign in "ub" for bits in (16, 32, 64)},
     "s16": np.int16,
-    "b16": U16,
-    "u32": U32,
     "s32": np.int32,
-    "b32": U32,
-    "u64": U64,
     "s64": np.int64,
-    "b64": U64,
+    "u16x2": U16,
+    "s16x2": np.int16,
     "f32": np.float32,
     "f64": np.float64,
     "tf32": np.float32,
 }
 _HALF = {"f16": U16, "f16x2": U32}
 _BRAIN = {"bf16": U16, "bf16x2": U32}
+_TINY = {"f32": 2.0**-126, "f16": 2.0**-14, "f16x2": 2.0**-14}
+#: Largest finite number of each type.
+LARGEST = {
+    "f16": 65504.0,
+    "f16x2": 65504.0,
+    "bf16": 2.0**127 * (2 - 2.0**-7),
+    "bf16x2": 2.0**127 * (2 - 2.0**-7),
+    "tf32": 2.0**127 * (2 - 2.0**-10),
+}
 FLOATS = {"f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "tf32"}
+_SIGN_EXPONENT = U32(0x7F800000)
 
 
 def bits_of(kind: str) -> int:
-    """Width of a scalar PTX type in bits (packed types are 32)."""
+    """Width of a PTX type in bits (32 for a packed one)."""
     if kind.endswith("x2"):
         return 32
     return 32 if kind == "tf32" else int(kind.lstrip("bfsu"))
 
 
-def bf16_to_f32(raw: np.ndarray) -> np.ndarray:
+def bf16_to_f32(raw: Array) -> Array:
+    """Float32 numbers of bfloat16 words."""
     return (raw.astype(U32) << U32(16)).view(np.float32)
 
 
-def f32_to_bf16(value: np.ndarray, rounding: str = "rn") -> np.ndarray:
-    word = np.ascontiguousarray(value, np.float32).view(U32)
-    if rounding == "rn":
-        kept = (word + U32(0x7FFF) + ((word >> U32(16)) & U32(1))) >> U32(16)
+def to_f32(value: Array, rounding: str = "rn") -> Array:
+    """Float32 nearest to ``value`` ("rn"), or next to it toward zero ("rz"), down ("rm") or up ("rp")."""
+    near = value.astype(np.float32)
+    if rounding == "rn" or value.dtype == np.float32:
+        return near
+    wide = near.astype(np.float64)
+    if rounding == "rz":
+        beyond, toward = np.abs(wide) > np.abs(value), 0.0
+    elif rounding == "rm":
+        beyond, toward = wide > value, -np.inf
     else:
-        kept = word >> U32(16)
-    return np.where((word & U32(0x7FFFFFFF)) > U32(0x7F800000), U32(0x7FFF), kept).astype(U16)
+        beyond, toward = wide < value, np.inf
+    return np.where(beyond, np.nextafter(near, np.float32(toward)), near)
 
 
-def f32_to_f16_toward_zero(value: np.ndarray) -> np.ndarray:
-    """Float16 words of float32 numbers cut toward zero (too large a number becomes the largest finite one)."""
-    word = value.astype(np.float16).view(U16)
+def round_to_odd(value: Array) -> Array:
+    """Float32 words of float64 numbers, inexact ones with an odd last bit: rounding those once more is then exact.
+
+    Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd" (2008).
+    """
+    near = value.astype(np.float32)
+    wide, word = near.astype(np.float64), near.view(U32)
+    adjust = (wide != value) & ((word & U32(1)) == 0) & ~np.isnan(value)
+    step = np.where(np.abs(wide) > np.abs(value), U32(0xFFFFFFFF), U32(1))
+    return np.where(adjust, word + step, word)
+
+
+def to_bf16(value: Array, rounding: str = "rn") -> Array:
+    """Bfloat16 words of float32 or float64 numbers, nearest even ("rn") or toward zero ("rz")."""
+    word = round_to_odd(value) if value.dtype == np.float64 else np.ascontiguousarray(value, np.float32).view(U32)
+    kept = word >> U32(16) if rounding == "rz" else (word + U32(0x7FFF) + ((word >> U32(16)) & U32(1))) >> U32(16)
+    return np.where((word & U32(0x7FFFFFFF)) > _SIGN_EXPONENT, U32(0x7FFF), kept).astype(U16)
+
+
+def to_f16(value: Array, rounding: str = "rn") -> Array:
+    """Float16 words of float32 or float64 numbers, nearest even ("rn") or toward zero ("rz")."""
+    word = np.ascontiguousarray(value.astype(np.float16)).view(U16)
+    if rounding == "rn":
+        return word
     beyond = np.abs(word.view(np.float16).astype(np.float64)) > np.abs(value.astype(np.float64))
     return word - beyond.astype(U16)
 
 
-def tf32(word: np.ndarray, away: bool = False) -> np.ndarray:
-    """Float32 bits cut to tf32's 10 mantissa bits; ``away`` rounds to nearest, ties away from zero."""
-    if away:
-        finite = (word & U32(0x7F800000)) != U32(0x7F800000)
-        word = np.where(finite, word + U32(0x1000), word)
-    return word & U32(0xFFFFE000)
+def to_tf32(word: Array, rounding: str = "rz") -> Array:
+    """Float32 words cut to tf32's 10 mantissa bits: toward zero, nearest even ("rn") or nearest away ("rna")."""
+    nan = (word & U32(0x7FFFFFFF)) > _SIGN_EXPONENT
+    if rounding != "rz":
+        half = U32(0x1000) if rounding == "rna" else U32(0xFFF) + ((word >> U32(13)) & U32(1))
+        word = np.where((word & _SIGN_EXPONENT) != _SIGN_EXPONENT, word + half, word)
+    return np.where(nan, word | U32(0x400000), word) & U32(0xFFFFE000)
 
 
-def decode(raw: np.ndarray, kind: str) -> np.ndarray:
-    """Numbers held by ``raw``; 16-bit floats come as float32 (exact)."""
+def decode(raw: Array, kind: str) -> Array:
+    """Numbers held by ``raw``; 16-bit floats come as float32, which is exact."""
     if kind in _NATIVE:
         return raw.view(_NATIVE[kind])
     if kind in _HALF:
@@ -77,30 +118,56 @@ def decode(raw: np.ndarray, kind: str) -> np.ndarray:
     raise KeyError(kind)
 
 
-def encode(value: np.ndarray, kind: str) -> np.ndarray:
-    """Words holding ``value`` rounded to nearest even."""
+def encode(value: Array, kind: str, rounding: str = "rn") -> Array:
+    """Words holding ``value``, rounded once."""
+    if kind == "f32" and rounding != "rn":
+        value = to_f32(value, rounding)
     if kind in _NATIVE:
         return np.ascontiguousarray(value, _NATIVE[kind]).view(WORD[bits_of(kind)])
     if kind in _HALF:
-        return np.ascontiguousarray(value, np.float16).view(_HALF[kind])
+        return to_f16(value, rounding).view(_HALF[kind])
     if kind in _BRAIN:
-        return f32_to_bf16(value).view(_BRAIN[kind])
+        return to_bf16(value, rounding).view(_BRAIN[kind])
     raise KeyError(kind)
 
 
-def flush(value: np.ndarray) -> np.ndarray:
-    """Float32 subnormals replaced by zeros of the same sign (``.ftz``)."""
-    tiny = np.abs(value) < np.float32(1.1754943508222875e-38)
-    return np.where(tiny, np.copysign(np.float32(0), value), value)
+def odd_sum(product: Array, addend: Array) -> Array:
+    """Float64 sum whose later rounding to float32 or less is as if the sum had been exact.
+
+    Wherever the rounded sum might be a tie or a number of the narrow type, its last bit is made to say that something
+    was lost (``round_to_odd``'s idea; the loss is that of Knuth's TwoSum).
+    """
+    total = product + addend
+    doubtful = (total.view(U64) & U64(0x0FFFFFFF)) == 0
+    if not doubtful.any():
+        return total
+    part = total - product
+    lost = (product - (total - part)) + (addend - part)
+    adjust = doubtful & (lost != 0) & np.isfinite(total)
+    if not adjust.any():
+        return total
+    step = np.where((lost > 0) == (total > 0), np.int64(1), np.int64(-1))
+    return np.where(adjust, total.view(np.int64) + step, total.view(np.int64)).view(np.float64)
+
+
+def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of float32 numbers in float64, such that rounding it to float32 or less is rounding once."""
+    return odd_sum(a.astype(np.float64) * b, c.astype(np.float64))
+
+
+def flush(value: Array, kind: str = "f32") -> Array:
+    """Subnormals of ``kind`` replaced by zeros of the same sign (``.ftz``)."""
+    return np.where(np.abs(value) < _TINY[kind], np.copysign(np.float32(0), value), value)
 
 
 def limits(kind: str) -> tuple[int, int]:
+    """Least and largest value of an integer type."""
     width = bits_of(kind)
     return (-(1 << width - 1), (1 << width - 1) - 1) if kind[0] == "s" else (0, (1 << width) - 1)
 
 
-def low_integer(raw: np.ndarray, kind: str) -> np.ndarray:
-    """The low bits of a (possibly wider) register as the signed or unsigned integer type ``kind``, in int64 or uint64."""
+def low_integer(raw: Array, kind: str) -> Array:
+    """The low bits of a possibly wider register as the integer type ``kind``, in int64 or uint64."""
     width = bits_of(kind)
     word = raw.astype(U64)
     if width < 64:
@@ -111,13 +178,59 @@ def low_integer(raw: np.ndarray, kind: str) -> np.ndarray:
     return (word.view(np.int64) << shift) >> shift
 
 
-def to_integer(value: np.ndarray, kind: str, rounding: str) -> np.ndarray:
-    """Float -> integer as ``cvt`` does: round, clamp to the type's range, NaN becomes 0. Gives int64 or uint64."""
-    rounder = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding]
-    whole = rounder(value.astype(np.float64))
+_WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+
+
+def to_whole(value: Array, rounding: str) -> Array:
+    """Floats rounded to whole numbers as one of rni, rzi, rmi, rpi says."""
+    rounded: Array = _WHOLE[rounding](value)
+    return rounded
+
+
+def to_integer(value: Array, kind: str, rounding: str) -> Array:
+    """Float -> integer as ``cvt`` does: round, clamp to the type's range. Gives int64 or uint64.
+
+    NaN becomes 0, but the lone top bit where source or destination has 64 bits (PTX ISA, "cvt", integer notes).
+    """
+    whole = to_whole(value.astype(np.float64), rounding)
     low, high = limits(kind)
-    whole = np.where(np.isnan(whole), 0.0, whole)
     target = np.int64 if kind[0] == "s" else U64
-    inside = np.clip(whole, float(low), float(high))
+    wide = value.dtype == np.float64 or bits_of(kind) == 64
+    missing = (low if kind[0] == "s" else high // 2 + 1) if wide else 0
+    inside = np.clip(np.where(np.isnan(whole), 0.0, whole), float(low), float(high))
     top = inside >= float(high)
-    return np.where(top, target(high), np.where(top, 0.0, inside).astype(target))
+    number = np.where(top, target(high), np.where(top, 0.0, inside).astype(target))
+    return np.where(np.isnan(whole), target(missing), number)
+
+
+def _float8_table(exponent_bits: int, infinities: bool) -> Array:
+    """Values of the 256 codes of an 8-bit float."""
+    mantissa_bits = 7 - exponent_bits
+    code = np.arange(256)
+    exponent = (code & 0x7F) >> mantissa_bits
+    mantissa = (code & (1 << mantissa_bits) - 1) / (1 << mantissa_bits)
+    bias = (1 << exponent_bits - 1) - 1
+    value = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
+    if infinities:
+        top = exponent == (1 << exponent_bits) - 1
+        value = np.where(top, np.where(mantissa == 0, np.inf, np.nan), value)
+    else:
+        value = np.where((code & 0x7F) == 0x7F, np.nan, value)
+    return np.where(code >= 128, -value, value)
+
+
+#: Float64 values of every code of the two 8-bit floats.
+FLOAT8 = {"e4m3": _float8_table(4, infinities=False), "e5m2": _float8_table(5, infinities=True)}
+
+
+def to_float8(value: Array, kind: str) -> Array:
+    """Codes (uint8) nearest to float32 numbers, ties to even; what is too large becomes the largest finite number."""
+    table = FLOAT8[kind]
+    positive = table[:128][np.isfinite(table[:128])]
+    mantissa_bits, least = (3, -6) if kind == "e4m3" else (2, -14)
+    magnitude = np.minimum(np.abs(value.astype(np.float64)), positive[-1])
+    exponent = np.maximum(np.frexp(np.where(magnitude == 0, 1.0, magnitude))[1] - 1, least)
+    quantum = np.ldexp(1.0, exponent - mantissa_bits)
+    code = np.searchsorted(positive, np.minimum(np.rint(magnitude / quantum) * quantum, positive[-1])).astype(U8)
+    code = np.where(np.signbit(value), code | U8(0x80), code)
+    return np.where(np.isnan(value), U8(0x7F), code)

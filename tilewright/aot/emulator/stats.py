@@ -1,104 +1,226 @@
 """What a run counted."""
 
-# mypy: ignore-errors
-# ruff: noqa: D102, D103, E501, B007
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tilewright.aot.emulator.numerics import Array
+from tilewright.aot.emulator.program import Instruction
+from tilewright.aot.emulator.registry import Mask
 
-def _distinct(rows: np.ndarray) -> int:
-    """Sum over rows of the number of distinct non-negative values."""
-    ordered = np.sort(rows, axis=1)
+if TYPE_CHECKING:
+    from tilewright.aot.emulator.control import Block
+    from tilewright.aot.emulator.machine import Machine
+
+
+def _distinct(grid: Array) -> Array:
+    """Distinct non-negative values in each row."""
+    ordered = np.sort(grid, axis=1)
     fresh = ordered >= 0
     fresh[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-    return int(fresh.sum())
+    counts: Array = fresh.sum(axis=1)
+    return counts
+
+
+@dataclass
+class Site:
+    """What one instruction of the kernel did to memory.
+
+    opcode, line, source: the instruction, its line in the PTX text and, where known, "file.py:12". space: "global" or
+    "shared". direction: "read" or "written". accesses: executions by a warp with at least one active thread (a bulk
+    copy counts once). bytes: asked for by active threads. Global memory: sectors, of 32 bytes, that the accesses
+    touched; ideal_sectors: the fewest that hold the distinct bytes of each access. Shared memory: wavefronts taken,
+    with conflicts between the 32 banks of 4 bytes, and ideal_wavefronts without. What ``wgmma`` and bulk copies do in
+    shared memory takes no wavefronts here.
+    """
+
+    opcode: str
+    line: int
+    source: str
+    space: str
+    direction: str
+    accesses: int = 0
+    bytes: int = 0
+    sectors: int = 0
+    ideal_sectors: int = 0
+    wavefronts: int = 0
+    ideal_wavefronts: int = 0
+    profile: bool = True
+
+    def count_global(self, machine: Machine, lanes: Array, size: int, mask: Mask) -> None:
+        """Count accesses of ``size`` bytes at addresses ``lanes`` of the active threads."""
+        self.bytes += size * len(lanes)
+        if self.profile:
+            self.count_rows(_by_warp(machine, lanes, mask), size)
+
+    def count_rows(self, grid: Array, size: int) -> None:
+        """Count the sectors of accesses, one in each row of byte addresses (negative: inactive)."""
+        self.accesses += int((grid >= 0).any(axis=1).sum())
+        self.sectors += int(_distinct(grid >> 5).sum())
+        distinct = _distinct(grid >> (size.bit_length() - 1)) * size
+        self.ideal_sectors += int((-(-distinct // 32)).sum())
+
+    def count_shared(self, machine: Machine, lanes: Array, size: int, mask: Mask) -> None:
+        """Count accesses of ``size`` bytes at shared addresses ``lanes`` of the active threads."""
+        self.bytes += size * len(lanes)
+        if self.profile:
+            grid = _by_warp(machine, lanes, mask)
+            self.accesses += int((grid >= 0).any(axis=1).sum())
+            self.count_phases(grid.reshape(-1, min(32, 128 // size)), size)
+
+    def count_phases(self, grid: Array, size: int) -> None:
+        """Count wavefronts; a row of ``grid`` holds the byte addresses that could be served together."""
+        if not self.profile:
+            return
+        grid = grid.astype(np.int64)
+        grid = grid[(grid >= 0).any(axis=1)]
+        if not len(grid):
+            return
+        word = (grid >> 2)[:, :, None] + np.arange(max(size // 4, 1))
+        word = np.where(grid[:, :, None] < 0, -1, word).reshape(len(grid), -1)
+        word = np.sort(word, axis=1)
+        fresh = word >= 0
+        fresh[:, 1:] &= word[:, 1:] != word[:, :-1]
+        key = np.arange(len(grid))[:, None] * 32 + (word & 31)
+        hits = np.bincount(key[fresh], minlength=len(grid) * 32).reshape(-1, 32)
+        self.wavefronts += int(hits.max(axis=1).sum())
+        self.ideal_wavefronts += len(grid)
+
+
+def _by_warp(machine: Machine, lanes: Array, mask: Mask) -> Array:
+    values = lanes.astype(np.int64)
+    if mask is not None:
+        full = np.full(machine.lanes, -1, np.int64)
+        full[mask] = values
+        values = full
+    return values.reshape(-1, 32)
 
 
 class Stats:
     """Dynamic counts of one launch.
 
-    opcodes: warp-level executions by opcode (guarded-off ones included). global_bytes, sectors: {"read", "written"}, bytes asked
-    for by active threads and 32-byte sectors touched by warp accesses. accesses: warp-level global accesses. wavefronts and
-    phases: shared-memory cycles taken, and taken without bank conflicts. mma: tensor-core instructions (per warp, or per
-    warp group for wgmma) and their operations ``mma_flops``.
+    opcodes: executions by a warp, by opcode; those whose guard was false everywhere count too, as on a GPU they issue.
+    matrix: executions of matrix instructions by kind, "mma.sync" and "mma.sp" by a warp, "wgmma" by a warp group of
+    four. matrix_flops: their multiplications and additions, on a sparse operand as if it were dense. sites: what each
+    instruction did to memory. ctas: how many ran. seconds: that emulation took, which says nothing about a GPU. races:
+    what ``races="report"`` found. warnings: asynchronous work left over at the end.
+    Sectors and wavefronts stay 0 with ``profile=False``.
     """
 
-    def __init__(self, profile=True):
+    def __init__(self, profile: bool = True) -> None:
         self.profile = profile
-        self.opcodes = Counter()
-        self.global_bytes = Counter()
-        self.sectors = Counter()
-        self.accesses = Counter()
-        self.wavefronts = Counter()
-        self.phases = Counter()
-        self.mma = self.mma_flops = 0
-        self.races, self.warnings = [], set()
-        self.ctas, self.seconds = 0, 0.0
+        self.opcodes: Counter[str] = Counter()
+        self.matrix: Counter[str] = Counter()
+        self.matrix_flops = 0
+        self.sites: list[Site] = []
+        self.races: list[str] = []
+        self.warnings: set[str] = set()
+        self.ctas = 0
+        self.seconds = 0.0
+
+    def site(self, instruction: Instruction, space: str, direction: str) -> Site:
+        """A new counter for one instruction."""
+        place = instruction.opcode, instruction.line, instruction.source
+        self.sites.append(Site(*place, space, direction, profile=self.profile))
+        return self.sites[-1]
+
+    def _total(self, space: str, what: str) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for site in self.sites:
+            if site.space == space:
+                total[site.direction] += getattr(site, what)
+        return total
 
     @property
     def instructions(self) -> int:
+        """Executions by a warp of any instruction."""
         return sum(self.opcodes.values())
 
     @property
-    def bank_conflicts(self) -> int:
-        """Extra shared-memory wavefronts."""
-        return sum(self.wavefronts.values()) - sum(self.phases.values())
+    def global_bytes(self) -> Counter[str]:
+        """Bytes of global memory asked for: "read", "written"."""
+        return self._total("global", "bytes")
 
-    def sectors_per_byte(self, direction="read") -> float:
-        """32 * sectors / bytes: 1.0 is perfectly coalesced."""
+    @property
+    def sectors(self) -> Counter[str]:
+        """32-byte sectors of global memory touched, summed over accesses: "read", "written"."""
+        return self._total("global", "sectors")
+
+    @property
+    def ideal_sectors(self) -> Counter[str]:
+        """Fewest sectors that hold the distinct bytes of each access to global memory: "read", "written"."""
+        return self._total("global", "ideal_sectors")
+
+    @property
+    def accesses(self) -> Counter[str]:
+        """Accesses of a warp to global memory: "read", "written"."""
+        return self._total("global", "accesses")
+
+    @property
+    def shared_bytes(self) -> Counter[str]:
+        """Bytes of shared memory asked for: "read", "written"."""
+        return self._total("shared", "bytes")
+
+    @property
+    def wavefronts(self) -> Counter[str]:
+        """Wavefronts of shared memory: "read", "written"."""
+        return self._total("shared", "wavefronts")
+
+    @property
+    def ideal_wavefronts(self) -> Counter[str]:
+        """Wavefronts of shared memory if no banks conflicted: "read", "written"."""
+        return self._total("shared", "ideal_wavefronts")
+
+    @property
+    def bank_conflicts(self) -> int:
+        """Wavefronts of shared memory beyond the ideal."""
+        return sum(self.wavefronts.values()) - sum(self.ideal_wavefronts.values())
+
+    @property
+    def wavefronts_over_ideal(self) -> float:
+        """Wavefronts of shared memory by the ideal number; 1.0 without conflicts, and without accesses."""
+        ideal = sum(self.ideal_wavefronts.values())
+        return sum(self.wavefronts.values()) / ideal if ideal else 1.0
+
+    def sectors_per_byte(self, direction: str = "read") -> float:
+        """32 * sectors / bytes asked for: 1.0 is perfectly coalesced, less means that threads shared bytes."""
         return 32 * self.sectors[direction] / max(self.global_bytes[direction], 1)
 
-    def finish(self, blocks, ctas):
+    def sectors_over_ideal(self, direction: str = "read") -> float:
+        """Sectors by the ideal number; 1.0 is perfectly coalesced, and no access at all."""
+        ideal = self.ideal_sectors[direction]
+        return self.sectors[direction] / ideal if ideal else 1.0
+
+    @property
+    def matrix_instructions(self) -> int:
+        """Matrix instructions of any kind, each in its unit: a warp or a warp group."""
+        return sum(self.matrix.values())
+
+    @property
+    def instructions_per_matrix_instruction(self) -> float:
+        """Instructions of any kind executed by a warp for each of its matrix instructions; infinite without any.
+
+        A ``wgmma`` counts as one instruction of each of its four warps.
+        """
+        by_warp = sum(count * (4 if kind == "wgmma" else 1) for kind, count in self.matrix.items())
+        return self.instructions / by_warp if by_warp else float("inf")
+
+    def finish(self, blocks: Iterable[Block], ctas: int) -> None:
+        """Add up the instructions of the blocks that ran."""
         self.ctas = ctas
         for block in blocks:
             for opcode, count in block.opcodes.items():
                 if block.runs:
                     self.opcodes[opcode] += count * block.runs
 
-    def _by_warp(self, machine, lanes, mask):
-        values = lanes.astype(np.int64)
-        if mask is not None:
-            full = np.full(machine.lanes, -1, np.int64)
-            full[mask] = values
-            values = full
-        return values.reshape(-1, 32)
-
-    def note_global(self, machine, lanes, size, mask, direction):
-        self.global_bytes[direction] += size * len(lanes)
-        if self.profile:
-            grid = self._by_warp(machine, lanes, mask)
-            self.sectors[direction] += _distinct(grid >> 5)
-            self.accesses[direction] += int((grid >= 0).any(1).sum())
-
-    def note_shared(self, machine, lanes, size, mask, direction):
-        if self.profile:
-            at_once = min(32, 128 // size)
-            self.note_phases(self._by_warp(machine, lanes, mask).reshape(-1, at_once), size, direction)
-
-    def note_phases(self, rows, size, direction):
-        """``rows`` [phases, lanes] of byte addresses served together (-1: inactive): count the cycles by bank."""
-        if not self.profile:
-            return
-        rows = rows.astype(np.int64)
-        rows = rows[(rows >= 0).any(1)]
-        if not len(rows):
-            return
-        word = np.where(rows < 0, -1, rows >> 2)[:, :, None] + np.arange(max(size // 4, 1))
-        word = np.where(rows[:, :, None] < 0, -1, word).reshape(len(rows), -1)
-        word = np.sort(word, axis=1)
-        fresh = word >= 0
-        fresh[:, 1:] &= word[:, 1:] != word[:, :-1]
-        key = np.arange(len(rows))[:, None] * 32 + (word & 31)
-        hits = np.bincount(key[fresh], minlength=len(rows) * 32).reshape(-1, 32)
-        self.wavefronts[direction] += int(hits.max(1).sum())
-        self.phases[direction] += len(rows)
-
-    def __str__(self):
+    def __str__(self) -> str:
         return (
-            f"{self.ctas} CTAs, {self.instructions} warp instructions in {self.seconds:.3f} s, {self.mma} mma, "
-            f"global {dict(self.global_bytes)} bytes in {dict(self.sectors)} sectors, "
-            f"{self.bank_conflicts} bank conflicts in {sum(self.phases.values())} shared phases"
+            f"{self.ctas} CTAs, {self.instructions} warp instructions in {self.seconds:.3f} s, {dict(self.matrix)} "
+            f"matrix instructions, global {dict(self.global_bytes)} bytes in {dict(self.sectors)} sectors, "
+            f"{self.bank_conflicts} bank conflicts in {sum(self.wavefronts.values())} shared wavefronts"
         )

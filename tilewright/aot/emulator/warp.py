@@ -1,168 +1,186 @@
-"""Instructions in which the threads of a warp or a CTA act together: shuffles, votes, barriers, fences."""
+"""Instructions in which the threads of a warp exchange values: shuffles, votes, matches, reductions.
 
-# mypy: ignore-errors
-# ruff: noqa: D102, D103, E501, B007
+The threads that execute one must be those that its member mask names; anything else is undefined on a GPU.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .memory import PTXError
-from .numerics import U32, decode, encode
-from .ops import Unsupported, builds
-from .parser import Pair, Sym
+from tilewright.aot.emulator.errors import PTXError, Unsupported
+from tilewright.aot.emulator.numerics import U32, Array, bits_of, decode, encode, limits
+from tilewright.aot.emulator.program import SINK, Instruction, Operand
+from tilewright.aot.emulator.registry import Function, Mask, Run, allow, both, builds, one_of
+
+if TYPE_CHECKING:
+    from tilewright.aot.emulator.machine import Machine
+
+_LANE = np.arange(32)
+_WEIGHT = U32(1) << np.arange(32, dtype=U32)
+
+
+def _members(instruction: Instruction, machine: Machine, operand: Operand) -> Callable[[Mask], Array]:
+    """A function from the mask to the active threads [warps, 32], checked against the member mask."""
+    slot, values = machine.source(operand, 32), machine.values
+    name = instruction.parts[0]
+
+    def active(mask: Mask) -> Array:
+        here = np.ones((machine.lanes // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
+        named = values[slot].reshape(-1, 32)
+        word = (here * _WEIGHT).sum(axis=1, dtype=U32)
+        wrong = here & (named != word[:, None])
+        if wrong.any():
+            warp, lane = np.argwhere(wrong)[0]
+            machine.effective = None
+            raise PTXError(
+                f"{name} executed by some threads of its warp only: {int(word[warp]):#010x}, member mask "
+                f"{int(named[warp, lane]):#010x}",
+                int(32 * warp + lane),
+            )
+        return here
+
+    return active
 
 
 @builds("shfl")
-def _shfl(ins, machine):
-    if ins.parts[1] != "sync" or ins.parts[-1] != "b32":
-        raise Unsupported(ins.opcode)
-    mode = ins.parts[2]
-    first = ins.operands[0].first if isinstance(ins.operands[0], Pair) else ins.operands[0]
-    slot = None if first == Sym("_") else machine.target(first)
-    inside = machine.target(ins.operands[0].second) if isinstance(ins.operands[0], Pair) else None
-    a, b, c = (machine.source(op, 32) for op in ins.operands[1:4])
-    R = machine.registers
-    lane = np.arange(32)
+def _shuffle(instruction: Instruction, machine: Machine) -> Run:
+    allow(instruction, "sync", "up", "down", "bfly", "idx")
+    mode = instruction.parts[2]
+    if instruction.parts[1] != "sync" or instruction.kind != "b32":
+        raise Unsupported(instruction.opcode)
+    destination, flag = both(instruction.operands[0])
+    slot = None if destination == SINK else machine.target(destination)
+    inside = None if flag is None or flag == SINK else machine.target(flag)
+    a, b, c = (machine.source(op, 32) for op in instruction.operands[1:4])
+    members, values = _members(instruction, machine, instruction.operands[4]), machine.values
 
-    def run(mask):
-        warps = machine.full_warps(mask, "shfl.sync")
-        value, amount, control = (R[s].reshape(-1, 32)[warps].astype(np.int64) for s in (a, b, c))
+    def run(mask: Mask) -> None:
+        here = members(mask)
+        value = values[a].reshape(-1, 32)
+        amount, control = (values[s].reshape(-1, 32).astype(np.int64) for s in (b, c))
         amount = amount & 31
         clamp, segment = control & 31, (control >> 8) & 31
-        low = lane & segment
+        low = _LANE & segment
         limit = low | clamp & ~segment
         if mode == "up":
-            source = lane - amount
+            source = _LANE - amount
             valid = source >= limit
-        elif mode == "down":
-            source = lane + amount
-            valid = source <= limit
-        elif mode == "bfly":
-            source = lane ^ amount
-            valid = source <= limit
         else:
-            source = low | amount & ~segment
+            source = {"down": _LANE + amount, "bfly": _LANE ^ amount, "idx": low | amount & ~segment}[mode]
             valid = source <= limit
-        source = np.where(valid, source, lane)
+        source = np.where(valid, source, _LANE)
+        if mask is not None and (here & ~np.take_along_axis(here, source, axis=1)).any():
+            raise PTXError("shfl reads from a thread that does not take part")
         if slot is not None:
-            machine.write_warps(slot, np.take_along_axis(value, source, axis=1).astype(U32), mask, warps)
+            machine.write(slot, np.take_along_axis(value, source, axis=1).astype(U32).reshape(-1), mask)
         if inside is not None:
-            machine.write_warps(inside, valid, mask, warps)
+            machine.write(inside, valid.reshape(-1), mask)
 
     return run
 
 
 @builds("vote")
-def _vote(ins, machine):
-    mode = next((p for p in ins.parts if p in ("ballot", "any", "all", "uni")), None)
-    if mode is None:
-        raise Unsupported(ins.opcode)
-    slot, source = machine.target(ins.operands[0]), machine.source(ins.operands[1], "pred")
-    R = machine.registers
-    weight = U32(1) << np.arange(32, dtype=U32)
+def _vote(instruction: Instruction, machine: Machine) -> Run:
+    allow(instruction, "sync", "ballot", "any", "all", "uni")
+    mode = instruction.parts[2]
+    slot, source = machine.target(instruction.operands[0]), machine.predicate(instruction.operands[1])
+    members = _members(instruction, machine, instruction.operands[2])
 
-    def run(mask):
-        warps = machine.full_warps(mask, "vote.sync")
-        p = R[source].reshape(-1, 32)[warps]
-        result = {
-            "ballot": lambda: (p * weight).sum(1, dtype=U32),
-            "any": lambda: p.any(1),
-            "all": lambda: p.all(1),
-            "uni": lambda: p.all(1) | ~p.any(1),
-        }[mode]()
-        machine.write_warps(slot, np.repeat(result[:, None], 32, axis=1), mask, warps)
+    def run(mask: Mask) -> None:
+        here, said = members(mask), source().reshape(-1, 32)
+        some, every = (here & said).any(axis=1), (~here | said).all(axis=1)
+        if mode == "ballot":
+            result = ((here & said) * _WEIGHT).sum(axis=1, dtype=U32)
+        else:
+            result = {"any": some, "all": every, "uni": every | ~some}[mode]
+        machine.write(slot, np.repeat(result, 32), mask)
+
+    return run
+
+
+@builds("match")
+def _match(instruction: Instruction, machine: Machine) -> Run:
+    """``any``: the threads with my value. ``all``: every thread if all have the same value, and whether so."""
+    allow(instruction, "any", "all", "sync")
+    every = "all" in instruction.parts
+    destination, flag = both(instruction.operands[0])
+    slot = None if destination == SINK else machine.target(destination)
+    agree = None if flag is None or flag == SINK else machine.target(flag)
+    source, values = machine.source(instruction.operands[1], bits_of(instruction.kind)), machine.values
+    members = _members(instruction, machine, instruction.operands[2])
+
+    def run(mask: Mask) -> None:
+        here, value = members(mask), values[source].reshape(-1, 32)
+        same = (value[:, :, None] == value[:, None, :]) & here[:, None, :]
+        if every:
+            agreed = (same.sum(axis=2) == here.sum(axis=1)[:, None]) & here
+            same = same & agreed[:, :, None]
+            if agree is not None:
+                machine.write(agree, agreed.reshape(-1), mask)
+        if slot is not None:
+            machine.write(slot, (same * _WEIGHT).sum(axis=2, dtype=U32).reshape(-1), mask)
 
     return run
 
 
 @builds("activemask")
-def _activemask(ins, machine):
-    slot = machine.target(ins.operands[0])
-    weight = U32(1) << np.arange(32, dtype=U32)
+def _activemask(instruction: Instruction, machine: Machine) -> Run:
+    slot = machine.target(instruction.operands[0])
 
-    def run(mask):
+    def run(mask: Mask) -> None:
         on = np.ones(machine.lanes, bool) if mask is None else mask
-        word = (on.reshape(-1, 32) * weight).sum(1, dtype=U32)
-        machine.write(slot, np.repeat(word, 32), mask)
+        machine.write(slot, np.repeat((on.reshape(-1, 32) * _WEIGHT).sum(axis=1, dtype=U32), 32), mask)
 
     return run
 
 
-@builds("redux")
-def _redux(ins, machine):
-    operation, kind = ins.parts[2], ins.parts[-1]
-    reduce = {
-        "add": np.add,
-        "min": np.minimum,
-        "max": np.maximum,
-        "and": np.bitwise_and,
-        "or": np.bitwise_or,
-        "xor": np.bitwise_xor,
-    }.get(operation)
-    if reduce is None:
-        raise Unsupported(ins.opcode)
-    slot, source = machine.target(ins.operands[0]), machine.source(ins.operands[1], 32)
-    R = machine.registers
+_REDUCTIONS: dict[str, Any] = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
 
-    def run(mask):
-        warps = machine.full_warps(mask, "redux.sync")
-        values = decode(R[source], kind).reshape(-1, 32)[warps]
-        result = encode(reduce.reduce(values, axis=1), kind)
-        machine.write_warps(slot, np.repeat(result[:, None], 32, axis=1), mask, warps)
+
+@builds("redux")
+def _reduce(instruction: Instruction, machine: Machine) -> Run:
+    allow(instruction, "sync", *_REDUCTIONS)
+    operation, kind = one_of(instruction, _REDUCTIONS), instruction.kind
+    if not operation or kind not in ("s32", "u32", "b32"):
+        raise Unsupported(instruction.opcode)
+    reduce: Function = _REDUCTIONS[operation].reduce
+    neutral = {"min": limits(kind)[1], "max": limits(kind)[0], "and": (1 << 32) - 1}.get(operation, 0)
+    slot, source = machine.target(instruction.operands[0]), machine.source(instruction.operands[1], 32)
+    members, values = _members(instruction, machine, instruction.operands[2]), machine.values
+
+    def run(mask: Mask) -> None:
+        numbers = decode(values[source], kind).reshape(-1, 32)
+        numbers = np.where(members(mask), numbers.astype(np.int64), neutral)
+        result = encode((reduce(numbers, axis=1) & 0xFFFFFFFF).astype(U32), "u32")
+        machine.write(slot, np.repeat(result, 32), mask)
 
     return run
 
 
 @builds("elect")
-def _elect(ins, machine):
-    pair = ins.operands[0]
-    leader, chosen = pair.first, pair.second
-    slot = None if leader == Sym("_") else machine.target(leader)
-    flag = machine.target(chosen)
+def _elect(instruction: Instruction, machine: Machine) -> Run:
+    """The first thread that takes part leads."""
+    destination, flag = both(instruction.operands[0])
+    if flag is None:
+        raise Unsupported(instruction.opcode)
+    slot = None if destination == SINK else machine.target(destination)
+    chosen = machine.target(flag)
+    members = _members(instruction, machine, instruction.operands[1])
 
-    def run(mask):
-        warps = machine.full_warps(mask, "elect.sync")
-        count = len(np.arange(machine.lanes // 32)[warps])
+    def run(mask: Mask) -> None:
+        first = members(mask).argmax(axis=1)
         if slot is not None:
-            machine.write_warps(slot, np.zeros((count, 32), U32), mask, warps)
-        machine.write_warps(flag, np.tile(np.arange(32) == 0, (count, 1)), mask, warps)
+            machine.write(slot, np.repeat(first, 32).astype(U32), mask)
+        machine.write(chosen, (first[:, None] == _LANE).reshape(-1), mask)
 
     return run
-
-
-@builds("bar", "barrier")
-def _bar(ins, machine):
-    if ins.parts[1] == "warp":
-        return lambda mask: None
-    form = [p for p in ins.parts[1:] if p != "cta"]
-    if form[0] not in ("sync",) or ins.operands[0] != ins.operands[0].__class__(0) or len(ins.operands) > 2:
-        raise Unsupported(f"{ins.text}: only the CTA-wide barrier 0")
-    if len(ins.operands) == 2 and ins.operands[1].value != machine.threads:
-        raise Unsupported(f"{ins.text}: barrier of part of a CTA")
-
-    def run(mask):
-        if mask is None:
-            machine.shared.barrier()
-            return
-        here = mask.reshape(-1, machine.threads)
-        if (here.any(1) & ~here.all(1)).any():
-            raise PTXError("bar.sync reached by some threads of a CTA only")
-        machine.shared.barrier(np.flatnonzero(here.any(1)))
-
-    return run
-
-
-@builds("fence")
-def _fence(ins, machine):
-    if ins.parts[1:3] != ["proxy", "async"]:
-        return lambda mask: None
-
-    def run(mask):
-        machine.shared.fence_proxy(None if mask is None else np.unique(machine.cta_of[mask]))
-
-    return run
-
-
-@builds("membar", "griddepcontrol", "nanosleep", "setmaxnreg")
-def _no_effect(ins, machine):
-    return lambda mask: None

@@ -1,0 +1,117 @@
+"""Loads and stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tilewright.aot.emulator.addresses import active, address_of, shape_of, space_of
+from tilewright.aot.emulator.errors import Unsupported
+from tilewright.aot.emulator.numerics import WORD, Array, bits_of
+from tilewright.aot.emulator.program import SINK, Address, Instruction, Register, Symbol
+from tilewright.aot.emulator.registry import Mask, Run, builds, elements
+
+if TYPE_CHECKING:
+    from tilewright.aot.emulator.machine import Machine
+
+_SPACES = ("global", "shared", "local")
+
+
+@builds("ld", "ldu")
+def _load(instruction: Instruction, machine: Machine) -> Run:
+    space = space_of(instruction)
+    if space == "param":
+        return _load_parameter(instruction, machine)
+    if space not in _SPACES:
+        raise Unsupported(f"{instruction.opcode}: {space} address space")
+    count, kind, size = shape_of(instruction)
+    items = elements(instruction.operands[0])
+    if len(items) != count:
+        raise Unsupported(f"{instruction.opcode}: {len(items)} registers for {count} elements")
+    slots = [(i, machine.target(item), machine.width(item)) for i, item in enumerate(items) if item != SINK]
+    total = size * count
+    place = address_of(machine, instruction.operands[1], 64 if space == "global" else None)
+    element = WORD[size * 8]
+    signed_element = f"int{size * 8}" if kind[0] == "s" else None
+    site = machine.stats.site(instruction, space, "read") if space != "local" else None
+
+    def fetch(address: Array, mask: Mask) -> Array:
+        if space == "local":
+            return machine.local.load(machine.threads_of(mask), address, total)
+        if space == "global":
+            data = machine.memory.load(address, total, machine.cta_numbers(mask))
+        else:
+            data = machine.shared.load(*_placed(machine, address, total, mask, "read"))
+        if site:
+            (site.count_global if space == "global" else site.count_shared)(machine, address, total, mask)
+        return data
+
+    def run(mask: Mask) -> None:
+        machine.effective = mask
+        data = fetch(active(place(), mask), mask).view(element).reshape(-1, count)
+        for i, slot, width in slots:
+            value = data[:, i]
+            if size * 8 != width and width is not None:
+                value = (value.view(signed_element) if signed_element else value).astype(WORD[width])
+            machine.write_lanes(slot, value, mask)
+
+    return run
+
+
+def _placed(machine: Machine, address: Array, size: int, mask: Mask, verb: str) -> tuple[Array, int, Array]:
+    offset, warp = machine.shared_offsets(address, size, mask, verb)
+    return offset, size, warp
+
+
+def _load_parameter(instruction: Instruction, machine: Machine) -> Run:
+    destination, where = instruction.operands
+    if not isinstance(destination, Register) or not isinstance(where, Address) or where.offset:
+        raise Unsupported(instruction.opcode)
+    slot, width = machine.target(destination), machine.width(destination)
+    if not isinstance(where.base, Symbol) or not isinstance(width, int) or bits_of(instruction.kind) > width:
+        raise Unsupported(instruction.opcode)
+    values, source = machine.values, machine.parameter(where.base.name, width)
+    return lambda mask: machine.write(slot, values[source], mask)
+
+
+@builds("st")
+def _store(instruction: Instruction, machine: Machine) -> Run:
+    space = space_of(instruction)
+    if space not in _SPACES:
+        raise Unsupported(f"{instruction.opcode}: {space} address space")
+    count, _, size = shape_of(instruction)
+    items = elements(instruction.operands[1])
+    if len(items) != count:
+        raise Unsupported(f"{instruction.opcode}: {len(items)} registers for {count} elements")
+    slots = [machine.source(item, machine.width(item) or max(size * 8, 16)) for item in items]
+    element = WORD[size * 8]
+    place = address_of(machine, instruction.operands[0], 64 if space == "global" else None)
+    values = machine.values
+    site = machine.stats.site(instruction, space, "written") if space != "local" else None
+
+    def run(mask: Mask) -> None:
+        machine.effective = mask
+        address = active(place(), mask)
+        columns = [active(values[slot], mask).astype(element, copy=False) for slot in slots]
+        data = np.stack(columns, axis=1).view(np.uint8)
+        if space == "local":
+            machine.local.store(machine.threads_of(mask), address, data)
+        elif space == "global":
+            machine.memory.store(address, data, machine.cta_numbers(mask))
+        else:
+            offset, warp = machine.shared_offsets(address, data.shape[1], mask, "write")
+            machine.shared.store(offset, data, warp)
+        if site:
+            (site.count_global if space == "global" else site.count_shared)(machine, address, data.shape[1], mask)
+
+    return run
+
+
+@builds("prefetch", "prefetchu", "discard", "applypriority", "createpolicy")
+def _hint(instruction: Instruction, machine: Machine) -> Run:
+    """Hints to the caches change no result; a policy is a number that is never read."""
+    if instruction.parts[0] == "createpolicy":
+        slot, values = machine.target(instruction.operands[0]), machine.values
+        return lambda mask: machine.write(slot, np.zeros_like(values[slot]), mask)
+    return lambda mask: None

@@ -1,0 +1,279 @@
+"""``wgmma``: asynchronous products by four warps, with operands in shared memory or registers.
+
+A product executes when it is waited for. Until then its results may not be touched, nor its operands in registers
+written; its operands in shared memory are checked at the issue, and must be unchanged when it executes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tilewright.aot.emulator.control import Step
+from tilewright.aot.emulator.errors import AsyncHazard, PTXError, Unsupported
+from tilewright.aot.emulator.fragments import (
+    ACCUMULATORS,
+    ELEMENTS,
+    a_index,
+    accumulate,
+    c_index,
+    read_accumulator,
+    scatter,
+    unpack,
+    write_accumulator,
+)
+from tilewright.aot.emulator.numerics import U32, Array
+from tilewright.aot.emulator.program import Instruction, Vector
+from tilewright.aot.emulator.registry import Mask, Run, builds, elements, literal
+
+if TYPE_CHECKING:
+    from tilewright.aot.emulator.machine import Machine
+
+_OTHER = {"mma_async", "sync", "aligned", "satfinite"}
+
+
+def descriptor(word: int) -> tuple[int, int, int, int]:
+    """(start, leading offset, stride offset, swizzle width, all in bytes) of a shared-memory matrix descriptor."""
+    if word >> 49 & 7:
+        raise Unsupported("wgmma descriptor with a base offset")
+    width = {0: 0, 1: 128, 2: 64, 3: 32}[word >> 62]
+    return (word & 0x3FFF) << 4, (word >> 16 & 0x3FFF) << 4, (word >> 32 & 0x3FFF) << 4, width
+
+
+def swizzle(address: Array, width: int) -> Array:
+    """XOR the 16-byte chunk number with the 128-byte line number, as far as ``width`` reaches."""
+    return address ^ ((address >> 7) & (width // 16 - 1)) << 4 if width else address
+
+
+def chunk_addresses(word: int, major: str, extent: int, element: int) -> Array:
+    """Addresses of the 16-byte chunks of an operand tile with 32 bytes of K (K-major) or its 16-bit MN-major form.
+
+    K-major: [extent, 2], a row of the tile in two chunks. MN-major: [16, extent / 8], a column of K in extent / 8
+    chunks.
+    """
+    start, leading, stride, width = descriptor(word)
+    if major == "k":
+        row, chunk = np.arange(extent)[:, None], np.arange(2)[None, :]
+        if width:
+            offset = row // 8 * stride + row % 8 * width + chunk * 16
+        else:
+            offset = row // 8 * stride + row % 8 * 16 + chunk * leading
+    else:
+        column, chunk = np.arange(32 // element)[:, None], np.arange(extent * element // 16)[None, :]
+        if width:
+            per = width // 16
+            offset = column // 8 * stride + column % 8 * width + chunk // per * leading + chunk % per * 16
+        else:
+            offset = column // 8 * leading + column % 8 * 16 + chunk * stride
+    return swizzle(start + offset, width)
+
+
+@dataclass(eq=False)
+class _Product:
+    """One instruction in flight: how to execute it, its register slots and the warp groups still to execute it."""
+
+    execute: Callable[[list[int]], None]
+    results: frozenset[int]
+    inputs: frozenset[int]
+    groups: set[int]
+
+
+@dataclass
+class _Queue:
+    """Products of one warp group: issued since the last commit, and those of each committed batch."""
+
+    open: list[_Product] = field(default_factory=list)
+    closed: list[list[_Product]] = field(default_factory=list)
+
+
+class AsyncProducts:
+    """``wgmma`` in flight in a batch of CTAs. ``results`` and ``inputs``: register slots that they write and read."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.queues = [_Queue() for _ in range(machine.lanes // 128)]
+        self.flying: list[_Product] = []
+        self.results: set[int] = set()
+        self.inputs: set[int] = set()
+
+    def _groups(self, mask: Mask) -> list[int]:
+        return [int(group) for group in self.machine.full_groups(mask, 128, "wgmma")]
+
+    def issue(
+        self, execute: Callable[[list[int]], None], groups: list[int], results: frozenset[int], inputs: frozenset[int]
+    ) -> None:
+        """Queue a product of these warp groups; ``execute(groups)`` will run it for some of them."""
+        product = _Product(execute, results, inputs, set(groups))
+        for group in groups:
+            self.queues[group].open.append(product)
+        self.flying.append(product)
+        self.results |= results
+        self.inputs |= inputs
+
+    def commit(self, mask: Mask) -> None:
+        """Close the current batch of the warp groups in ``mask``."""
+        for queue in (self.queues[group] for group in self._groups(mask)):
+            queue.closed.append(queue.open)
+            queue.open = []
+
+    def wait(self, keep: int, mask: Mask) -> None:
+        """Execute, in order of issue, all but the ``keep`` latest committed batches of the groups in ``mask``."""
+        due: dict[int, list[_Product]] = {}
+        for group in self._groups(mask):
+            closed = self.queues[group].closed
+            while len(closed) > keep:
+                due.setdefault(group, []).extend(closed.pop(0))
+        due = {group: products for group, products in due.items() if products}
+        if not due:
+            return
+        while due:
+            first = next(iter(due.values()))[0]
+            ready = [group for group, products in due.items() if products[0] is first]
+            first.execute(ready)
+            first.groups.difference_update(ready)
+            for group in ready:
+                due[group].pop(0)
+                if not due[group]:
+                    del due[group]
+        self.flying = [product for product in self.flying if product.groups]
+        self.results = set().union(*(product.results for product in self.flying))
+        self.inputs = set().union(*(product.inputs for product in self.flying))
+
+    def refuse(self, step: Step, mask: Mask) -> None:
+        """Raise AsyncHazard if a step touches a result of a product in flight, or overwrites one of its inputs."""
+        machine, guard = self.machine, step.instruction.guard
+        on = np.ones(machine.lanes, bool) if mask is None else mask
+        if guard is not None:
+            on = on & machine.predicate(guard)()
+        active = set(np.flatnonzero(on.reshape(-1, 128).any(axis=1)).tolist())
+        for product in self.flying:
+            if active.isdisjoint(product.groups):
+                continue
+            if not step.touched.isdisjoint(product.results):
+                raise AsyncHazard("register of a wgmma result touched before its wgmma.wait_group")
+            if not step.written.isdisjoint(product.inputs):
+                raise AsyncHazard("register operand of a wgmma overwritten before its wgmma.wait_group")
+
+    @property
+    def pending(self) -> bool:
+        """Whether a product was never waited for."""
+        return bool(self.flying)
+
+
+@builds("wgmma")
+def _wgmma(instruction: Instruction, machine: Machine) -> Run:
+    what = instruction.parts[1]
+    if what == "fence":
+        return lambda mask: None
+    if what == "commit_group":
+        return lambda mask: machine.products.commit(mask)
+    if what == "wait_group":
+        keep = literal(instruction.operands[0])
+        return lambda mask: machine.products.wait(keep, mask)
+    shape = next((m for part in instruction.parts if (m := re.fullmatch(r"m64n(\d+)k(\d+)", part))), None)
+    kinds = [part for part in instruction.parts if part in (*ELEMENTS, *ACCUMULATORS)]
+    if what != "mma_async" or shape is None or len(kinds) != 3:
+        raise Unsupported(instruction.opcode)
+    if set(instruction.parts[1:]) - _OTHER - set(kinds) - {shape[0]}:
+        raise Unsupported(instruction.opcode)
+    return _WarpGroupProduct(instruction, machine, int(shape[1]), int(shape[2]), kinds).run
+
+
+class _WarpGroupProduct:
+    """``wgmma.mma_async``: D [64, n] = A [64, k] B [k, n], plus D where ``scale-d`` says so."""
+
+    def __init__(self, instruction: Instruction, machine: Machine, n: int, k: int, kinds: list[str]) -> None:
+        operands = instruction.operands
+        self.machine, self.n, self.k = machine, n, k
+        self.d_kind, self.a_kind, self.b_kind = kinds
+        self.integer, self.saturate = self.d_kind == "s32", "satfinite" in instruction.parts
+        self.d = [machine.target(item) for item in elements(operands[0])]
+        self.from_registers = isinstance(operands[1], Vector)
+        self.a = [machine.source(item, 32 if self.from_registers else 64) for item in elements(operands[1])]
+        self.b = machine.source(operands[2], 64)
+        self.scale = machine.source(operands[3], "pred")
+        machine.not_touched(self.d)
+        self.element = 4 // ELEMENTS[self.a_kind]
+        if k * self.element != 32 or len(self.d) * 64 * (2 if self.d_kind == "f16" else 1) != 32 * n:
+            raise Unsupported(instruction.opcode)
+        numbers = [literal(op) for op in operands[4:]]
+        self.sign_a, self.sign_b = (numbers[0], numbers[1]) if len(numbers) >= 2 else (1, 1)
+        transposes = numbers[2:]
+        self.a_major = "mn" if not self.from_registers and len(transposes) == 2 and transposes[0] else "k"
+        self.b_major = "mn" if transposes and transposes[-1] else "k"
+        if "mn" in (self.a_major, self.b_major) and self.element != 2:
+            raise Unsupported(instruction.opcode)
+        self.where_a, self.where_d = a_index(4, ELEMENTS[self.a_kind]), c_index(n // 8)
+
+    def run(self, mask: Mask) -> None:
+        """Check and capture the operands, and queue the product."""
+        machine, values = self.machine, self.machine.values
+        groups = [int(group) for group in machine.full_groups(mask, 128, "wgmma")]
+        b_tiles = {g: self._fetch(self._word(self.b, g), self.b_major, self.n, g) for g in groups}
+        keep = {g: bool(values[self.scale][128 * g]) for g in groups}
+        a_tiles: dict[int, tuple[Array, Array, int]] = {}
+        fragments: Array = np.empty(0)
+        if self.from_registers:
+            fragments = np.stack([values[slot] for slot in self.a], axis=1).reshape(-1, 4, 32, 4)
+        else:
+            a_tiles = {g: self._fetch(self._word(self.a[0], g), self.a_major, 64, g) for g in groups}
+
+        def execute(ready: list[int]) -> None:
+            old = np.stack([values[slot] for slot in self.d], axis=1).reshape(-1, 4, 32, len(self.d))
+            new = old.copy()
+            for group in ready:
+                if self.from_registers:
+                    left = scatter(unpack(fragments[group], self.a_kind), self.where_a, (16, self.k))
+                    left = left.reshape(64, self.k)
+                else:
+                    left = self._tile(a_tiles[group], self.a_major, self.a_kind)
+                right = self._tile(b_tiles[group], self.b_major, self.b_kind).T
+                new[group] = self._multiply(left, right, old[group] if keep[group] else np.zeros_like(old[group]))
+            flat = new.reshape(-1, len(self.d))
+            for i, slot in enumerate(self.d):
+                values[slot] = np.ascontiguousarray(flat[:, i])
+            machine.stats.matrix["wgmma"] += len(ready)
+            machine.stats.matrix_flops += 2 * 64 * self.n * self.k * len(ready)
+
+        inputs = frozenset(self.a) if self.from_registers else frozenset()
+        machine.products.issue(execute, groups, frozenset(self.d), inputs)
+
+    def _multiply(self, left: Array, right: Array, held: Array) -> Array:
+        """The registers [4, 32, d] of A [64, k] B [k, n] plus the accumulator in the registers ``held``."""
+        numbers = read_accumulator(np.ascontiguousarray(held), self.d_kind)
+        initial = scatter(numbers, self.where_d, (16, self.n)).reshape(64, self.n)
+        result = accumulate(self.sign_a * left, self.sign_b * right, initial, self.integer, self.saturate)
+        result = result.reshape(4, 16 * self.n)[:, self.where_d.reshape(-1)].reshape(4, 32, -1)
+        return write_accumulator(result, self.d_kind)
+
+    def _word(self, slot: int, group: int) -> int:
+        words = self.machine.values[slot][128 * group : 128 * (group + 1)]
+        if (words != words[0]).any():
+            raise PTXError("wgmma matrix descriptor differs between the threads of a warp group")
+        return int(words[0])
+
+    def _fetch(self, word: int, major: str, extent: int, group: int) -> tuple[Array, Array, int]:
+        """(flat offsets, bytes, lines) of an operand of one warp group, checked."""
+        machine = self.machine
+        addresses = chunk_addresses(word, major, extent, self.element)
+        machine.effective = np.full(addresses.size, group * 128)
+        cta = np.full(addresses.size, group * 128 // machine.threads)
+        flat = machine.shared.flat(cta, addresses.reshape(-1), 16, "wgmma read")
+        return flat, machine.shared.load_async(flat, 16), addresses.shape[0]
+
+    def _tile(self, fetched: tuple[Array, Array, int], major: str, kind: str) -> Array:
+        """[extent, k] numbers of an operand, which must still be what it was at the issue."""
+        flat, before, lines = fetched
+        machine = self.machine
+        machine.effective = np.full(len(flat), int(flat[0]) // machine.shared.size * machine.threads)
+        data = machine.shared.load_async(flat, 16)
+        changed = (data != before).any(axis=1)
+        if changed.any():
+            text = "shared operand of a wgmma was overwritten before its wgmma.wait_group"
+            raise AsyncHazard(text, int(np.argmax(changed)))
+        values = unpack(data.view(U32).reshape(lines, -1), kind)
+        return values if major == "k" else values.T
