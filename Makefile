@@ -20,7 +20,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 help:
 	@sed -n 's/^#: //p' Makefile
 
-$(STAMP): pyproject.toml constraints-dev.txt
+# The C kernels are compiled when the package is installed.
+$(STAMP): pyproject.toml constraints-dev.txt hatch_build.py $(wildcard tilewright/kernels/cpu/*.[ch] tilewright/kernels/cpu/build.py)
 	@echo "Setting up $(VENV): a few minutes the first time"
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Tilewright needs Python 3.10 or newer')"
 	$(PYTHON) -m venv $(VENV)

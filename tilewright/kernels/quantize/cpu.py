@@ -1,4 +1,4 @@
-"""Per-row int8 quantisation on a CPU: the definition of ``reference.py`` in few passes over blocks that stay in cache.
+"""Per-row int8 quantisation on a CPU: the C kernel where there is one, else few passes of PyTorch over blocks.
 
 ``(v / s) + 1.5 * 2^23`` rounds to an integer, half to even, and leaves it in the low byte of the float's bits: one
 division, one addition and one narrowing copy replace division, rounding, clamp and conversion.
@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu_support import BLOCK_ELEMENTS, scratch
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize import reference
@@ -64,11 +65,13 @@ def _quantize(x: torch.Tensor, channel_scale: torch.Tensor | None, zero_point: i
     if x.dtype == torch.float64:
         x = x.float()
     if channel_scale is not None:
-        channel_scale = channel_scale.float()
+        channel_scale = channel_scale.float().contiguous()
+    scale = torch.empty(m, 1)
+    if native.quantize_rows(x, channel_scale, zero_point, q, scale):
+        return scale
     rows = max(1, BLOCK_ELEMENTS // k)
     if m <= rows:
         return _quantize_block(x, channel_scale, zero_point, q)
-    scale = torch.empty(m, 1)
     for i in range(0, m, rows):
         scale[i : i + rows] = _quantize_block(x[i : i + rows], channel_scale, zero_point, q[i : i + rows])
     return scale

@@ -1,0 +1,239 @@
+"""The C kernels on every instruction set that this processor has: bit for bit the references' integers."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.tolerance import assert_close_as_plain
+from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.cpu import build, native
+from tilewright.kernels.int8_linear import reference
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.quantize import reference as quantize_reference
+from tilewright.kernels.router import route
+
+DTYPES = tuple(native.DTYPES)
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def forget_choice() -> None:
+    native._load.cache_clear()
+    native._function.cache_clear()
+
+
+@pytest.fixture(params=build.isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("TILEWRIGHT_CPU_ISA", request.param)
+    forget_choice()
+    try:
+        reason = native.why_no_native()
+    except ValueError as error:
+        reason = str(error)
+    if reason is not None:
+        forget_choice()
+        pytest.skip(reason)
+    assert native.isa() == request.param
+    yield request.param
+    forget_choice()
+
+
+def int8_weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    weight[:, : k // 2] = 127  # sums of pairs beyond 16 bits
+    return weight, torch.rand(n) / 64 + 0.01
+
+
+@quick
+@given(
+    m=st.integers(1, 40),
+    k=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    scaled=st.booleans(),
+    zero_point=st.sampled_from((0, 128)),
+    seed=st.integers(0, 1000),
+)
+def test_quantised_rows_are_the_references(
+    isa: str, m: int, k: int, dtype: torch.dtype, scaled: bool, zero_point: int, seed: int
+):
+    torch.manual_seed(seed)
+    x = (torch.randn(m, k) * torch.logspace(-3, 3, m)[:, None]).to(dtype)
+    x[0, 0] = 0.5 * x[0].abs().amax()  # ties
+    channel_scale = torch.rand(k) + 0.5 if scaled else None
+    q, scale = torch.empty(m, k, dtype=torch.uint8), torch.empty(m)
+    assert native.quantize_rows(x, channel_scale, zero_point, q, scale)
+    expected, expected_scale = quantize_reference.quantize_per_row(x, channel_scale)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(q, (expected.to(torch.int32) + zero_point).to(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_rows_quantise_as_the_reference(isa: str, dtype: torch.dtype):
+    tiny = torch.finfo(torch.float32).smallest_normal / 2**20
+    rows = [torch.randn(37) for _ in range(6)]
+    rows[0][5], rows[1][36], rows[2][:] = math.nan, -math.inf, 0.0
+    rows[3] *= tiny
+    x = torch.stack(rows).to(dtype)
+    q, scale = torch.empty(6, 37, dtype=torch.uint8), torch.empty(6)
+    assert native.quantize_rows(x, None, 128, q, scale)
+    expected, expected_scale = quantize_reference.quantize_per_row(x)
+    assert torch.equal(scale.nan_to_num(-1.0, -2.0), expected_scale.nan_to_num(-1.0, -2.0))
+    assert torch.equal(q.to(torch.int32) - 128, expected.to(torch.int32))
+
+
+@quick
+@given(
+    m=st.integers(1, 60),
+    n=st.integers(1, 150),
+    k=st.integers(1, 130),
+    dtype=st.sampled_from(DTYPES),
+    activation=st.sampled_from(tuple(native.ACTIVATIONS)),
+    extras=st.sets(st.sampled_from(("bias", "residual", "channel_scale", "strided"))),
+    seed=st.integers(0, 1000),
+)
+def test_linear_agrees_with_float64(
+    isa: str, m: int, n: int, k: int, dtype: torch.dtype, activation: str, extras: set[str], seed: int
+):
+    torch.manual_seed(seed)
+    weight, weight_scale = int8_weight(n, k)
+    x = torch.randn(m, k, dtype=dtype)
+    if "strided" in extras:
+        x = torch.randn(k, m, dtype=dtype).t() if seed % 2 else torch.randn(m, 2 * k, dtype=dtype)[:, k:]
+    bias = torch.randn(n).to(dtype) if "bias" in extras else None
+    residual = torch.randn(m, n).to(dtype) if "residual" in extras else None
+    channel_scale = torch.rand(k) + 0.5 if "channel_scale" in extras else None
+    arguments = (weight, weight_scale, bias, residual, activation, channel_scale)
+    actual = native.int8_linear(x, *arguments)
+    plain = reference.int8_linear(x, *arguments)
+    q, scale = quantize_reference.quantize_per_row(x, channel_scale)
+    exact = q.double() @ weight.double().t() * scale.double()[:, None] * weight_scale.double()
+    exact = apply_activation(exact + (0 if bias is None else bias.double()), activation)
+    assert_close_as_plain(actual, plain, exact + (0 if residual is None else residual.double()))
+
+
+def test_integer_sums_are_exact(isa: str):
+    m, n, k = 13, 70, 1001
+    weight, _ = int8_weight(n, k)
+    x = torch.randint(-127, 128, (m, k)).float()
+    x[:, 0] = 127  # so that the scale is 1 and the rows are already what they are quantised to
+    y = native.int8_linear(x, weight, torch.ones(n), None, None, "none", None)
+    assert torch.equal(y.double(), (x.double() @ weight.double().t()).float().double())
+
+
+def test_a_bad_row_stays_alone(isa: str):
+    weight, weight_scale = int8_weight(70, 64)
+    x = torch.randn(9, 64)
+    clean = native.int8_linear(x, weight, weight_scale, None, None, "gelu", None)
+    x[3, 7], x[5, 0] = math.nan, math.inf
+    y = native.int8_linear(x, weight, weight_scale, None, None, "gelu", None)
+    good = [0, 1, 2, 4, 6, 7, 8]
+    assert torch.equal(y[good], clean[good])
+    assert y[[3, 5]].isnan().all()
+
+
+def test_result_depends_neither_on_the_batch_nor_on_threads(isa: str):
+    weight, weight_scale = int8_weight(200, 160)
+    x = torch.randn(123, 160)
+    whole = native.int8_linear(x, weight, weight_scale, None, None, "silu", None)
+    alone = torch.cat([native.int8_linear(row[None], weight, weight_scale, None, None, "silu", None) for row in x])
+    assert torch.equal(whole, alone)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(native.int8_linear(x, weight, weight_scale, None, None, "silu", None), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_rows_in_several_blocks(isa: str, monkeypatch: pytest.MonkeyPatch):
+    weight, weight_scale = int8_weight(70, 100)
+    x = torch.randn(50, 100)
+    whole = native.int8_linear(x, weight, weight_scale, None, None, "none", None)
+    monkeypatch.setattr(native, "_BLOCK_BYTES", 700)
+    assert torch.equal(native.int8_linear(x, weight, weight_scale, None, None, "none", None), whole)
+
+
+def test_several_python_threads_at_once(isa: str):
+    weight, weight_scale = int8_weight(200, 256)
+    inputs = [torch.randn(64, 256) for _ in range(4)]
+    expected = [native.int8_linear(x, weight, weight_scale, None, None, "none", None) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            if not torch.equal(
+                native.int8_linear(inputs[i], weight, weight_scale, None, None, "none", None), expected[i]
+            ):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_writing_into_the_weight_is_noticed(isa: str):
+    weight, weight_scale = int8_weight(20, 32)
+    x = torch.randn(3, 32)
+    native.int8_linear(x, weight, weight_scale, None, None, "none", None)
+    weight.zero_()
+    assert not native.int8_linear(x, weight, weight_scale, None, None, "none", None).any()
+
+
+@pytest.mark.parametrize(
+    "m, x_dtype, activation, words",
+    [
+        (0, torch.float32, "none", "nothing to multiply"),
+        (4, torch.float64, "none", "does not read torch.float64"),
+    ],
+)
+def test_declines_in_words(isa: str, m: int, x_dtype: torch.dtype, activation: str, words: str):
+    problem = Problem("int8_linear", m, 64, 64, x_dtype, activation=activation, device="cpu")
+    declined = dict(route.__wrapped__(problem).declined)
+    assert words in declined["C kernel"]
+
+
+def test_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TILEWRIGHT_CPU_ISA", "off")
+    forget_choice()
+    try:
+        assert "turned off" in (native.why_no_native() or "")
+        assert not native.quantize_rows(torch.randn(2, 4), None, 0, torch.empty(2, 4), torch.empty(2))
+    finally:
+        forget_choice()
+
+
+def test_an_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TILEWRIGHT_CPU_ISA", "mmx")
+    forget_choice()
+    with pytest.raises(ValueError, match=r"mmx is unknown; the known ones are avx512_vnni"):
+        native.why_no_native()
+    forget_choice()
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
+    if native.why_no_native() is not None:
+        pytest.skip("no C kernels here")
+    monkeypatch.setattr(build, "source_hash", lambda: "0" * 16)
+    forget_choice()
+    try:
+        assert "compiled from other sources" in (native.why_no_native() or "")
+    finally:
+        monkeypatch.undo()
+        forget_choice()
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(build.BuildError, match="there is no C compiler"):
+        build.build(tmp_path / "_native.so")

@@ -1,0 +1,114 @@
+"""Compiles the C kernels into one shared library, each file once for every instruction set.
+
+    python -m tilewright.kernels.cpu.build
+
+Runs when the package is installed (hatch_build.py loads this file by itself, so it imports nothing of the package). The
+library has a plain C interface and links with neither Python nor PyTorch: one build serves every version of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "_native.so"
+#: Built once: what does not depend on the instruction set.
+COMMON = ("runtime.c",)
+#: Built for each instruction set.
+KERNELS = ("quantize.c", "int8_linear.c")
+HEADERS = ("parallel.h", "simd.h", "numbers.h", "quantize_row.h", "epilogue.h")
+# No contraction: a multiplication and an addition that are rounded once give other bits than the definition's two.
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+)
+#: Instruction sets by preference, with the flags that turn them on.
+ISAS: dict[str, tuple[str, ...]] = {
+    "avx512_vnni": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vnni",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "portable": (),
+}
+
+
+class BuildError(RuntimeError):
+    """No compiler, or one that refuses; the message is for the person who installs."""
+
+
+def source_hash() -> str:
+    """Of every C file, in hexadecimal. It is compiled into the library, which so knows whether it is out of date."""
+    digest = hashlib.sha256()
+    for name in (*COMMON, *KERNELS, *HEADERS, Path(__file__).name):
+        digest.update((FOLDER / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def isas() -> list[str]:
+    """Instruction sets that a build on this kind of machine contains."""
+    return list(ISAS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
+
+
+def find_compiler() -> str:
+    """$CC, or the first of cc, gcc and clang on PATH. Raises BuildError."""
+    for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError("there is no C compiler (neither $CC nor cc, gcc or clang on PATH)")
+
+
+def build(output: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Compile into ``output`` and return it. Raises BuildError with the compiler's words."""
+    if sys.platform != "linux":
+        raise BuildError(f"the C kernels are built on Linux only, not on {sys.platform}")
+    compiler = find_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+        jobs = [(name, None) for name in COMMON] + [(name, isa) for isa in isas() for name in KERNELS]
+        for name, isa in jobs:
+            objects.append(str(Path(folder) / f"{name}.{isa}.o"))
+            chosen = (
+                (f"-DTILEWRIGHT_ISA={isa}", *ISAS[isa]) if isa else (f'-DTILEWRIGHT_SOURCE_HASH="{source_hash()}"',)
+            )
+            _run([compiler, *FLAGS, *extra_flags, *chosen, "-c", str(FOLDER / name), "-o", objects[-1]])
+        # Beside the output, so that the last step is a rename: a process that holds the old library keeps it whole.
+        partial = output.with_name(f"{output.name}.{os.getpid()}")
+        try:
+            _run([compiler, *extra_flags, "-shared", *objects, "-lm", "-o", str(partial)])
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return output
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr.strip() or done.stdout.strip()}")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{build()}\n")

@@ -1,0 +1,59 @@
+/* What every build of the library has once: the OpenMP runtime it was given, and what this processor can do. */
+#include "parallel.h"
+
+#include <stddef.h>
+#include <string.h>
+
+typedef void (*parallel_function)(tw_body body, void *data, unsigned threads, unsigned flags);
+typedef int (*count_function)(void);
+typedef void (*barrier_function)(void);
+
+static parallel_function run_parallel = NULL;
+static count_function thread_number = NULL;
+static count_function team_size = NULL;
+static barrier_function barrier = NULL;
+
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT const char *tw_source_hash(void) { return TILEWRIGHT_SOURCE_HASH; }
+
+/* parallel: GOMP_parallel; number, size: omp_get_thread_num, omp_get_num_threads; wait: GOMP_barrier; all of one library. */
+EXPORT void tw_use_openmp(void *parallel, void *number, void *size, void *wait) {
+    run_parallel = (parallel_function)parallel;
+    thread_number = (count_function)number;
+    team_size = (count_function)size;
+    barrier = (barrier_function)wait;
+}
+
+/* Whether this processor, and the system it runs, can execute the build called `isa`. */
+EXPORT int tw_supports(const char *isa) {
+    if (!strcmp(isa, "portable")) return 1;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!strcmp(isa, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!strcmp(isa, "avx512_vnni"))
+        return tw_supports("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vnni");
+#endif
+    return 0;
+}
+
+void tw_parallel(tw_body body, void *data, int threads) {
+    if (threads > 1 && run_parallel)
+        run_parallel(body, data, (unsigned)threads, 0);
+    else
+        body(data);
+}
+
+void tw_share(int64_t count, int64_t *begin, int64_t *end) {
+    int64_t number = run_parallel ? thread_number() : 0, size = run_parallel ? team_size() : 1;
+    int64_t each = count / size, rest = count % size;
+    *begin = number * each + (number < rest ? number : rest);
+    *end = *begin + each + (number < rest);
+}
+
+void tw_barrier(void) {
+    if (run_parallel && team_size() > 1) barrier();
+}

@@ -1,0 +1,103 @@
+/* Vectors of 32-bit lanes and the product that all integer kernels are made of: four u8 x s8 products added to each lane.
+
+   dot4 is exact on every instruction set. In particular it is never vpmaddubsw, whose 16-bit sums saturate. */
+#ifndef TILEWRIGHT_SIMD_H
+#define TILEWRIGHT_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512VNNI__)
+
+#include <immintrin.h>
+enum { LANES = 16, TILE_VECTORS = 4, TILE_ROWS = 6 }; /* 24 accumulators, 4 weights and 1 activation in 32 registers */
+typedef __m512i vector;
+typedef __m512i weights;
+typedef __m512i activations;
+static inline vector vector_zero(void) { return _mm512_setzero_si512(); }
+static inline void vector_store(int32_t *to, vector v) { _mm512_storeu_si512(to, v); }
+static inline weights load_weights(const int8_t *from) { return _mm512_loadu_si512(from); }
+static inline activations broadcast_activations(const uint8_t *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return _mm512_set1_epi32(four);
+}
+static inline vector dot4(vector sum, activations x, weights w) { return _mm512_dpbusd_epi32(sum, x, w); }
+
+#elif defined(__AVX2__)
+
+#include <immintrin.h>
+enum { LANES = 8, TILE_VECTORS = 2, TILE_ROWS = 4 };
+typedef __m256i vector;
+static inline vector vector_zero(void) { return _mm256_setzero_si256(); }
+static inline void vector_store(int32_t *to, vector v) { _mm256_storeu_si256((__m256i *)to, v); }
+static inline __m256i broadcast4(const uint8_t *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return _mm256_set1_epi32(four);
+}
+
+#if defined(__AVXVNNI__)
+typedef __m256i weights;
+typedef __m256i activations;
+static inline weights load_weights(const int8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+static inline activations broadcast_activations(const uint8_t *from) { return broadcast4(from); }
+static inline vector dot4(vector sum, activations x, weights w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
+#else
+/* Even and odd bytes as 16-bit numbers: vpmaddwd adds pairs of their products in 32 bits. */
+typedef struct {
+    __m256i even, odd;
+} weights;
+typedef struct {
+    __m256i even, odd;
+} activations;
+static inline weights load_weights(const int8_t *from) {
+    __m256i w = _mm256_loadu_si256((const __m256i *)from);
+    return (weights){_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
+}
+static inline activations broadcast_activations(const uint8_t *from) {
+    __m256i x = broadcast4(from);
+    return (activations){_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
+}
+static inline vector dot4(vector sum, activations x, weights w) {
+    __m256i products = _mm256_add_epi32(_mm256_madd_epi16(x.even, w.even), _mm256_madd_epi16(x.odd, w.odd));
+    return _mm256_add_epi32(sum, products);
+}
+#endif
+
+#else /* plain C, for the compiler to make of it what it can */
+
+enum { LANES = 4, TILE_VECTORS = 4, TILE_ROWS = 2 };
+typedef struct {
+    int32_t lane[LANES];
+} vector;
+typedef struct {
+    int8_t byte[4 * LANES];
+} weights;
+typedef struct {
+    uint8_t byte[4];
+} activations;
+static inline vector vector_zero(void) { return (vector){{0}}; }
+static inline void vector_store(int32_t *to, vector v) { memcpy(to, v.lane, sizeof v.lane); }
+static inline weights load_weights(const int8_t *from) {
+    weights w;
+    memcpy(w.byte, from, sizeof w.byte);
+    return w;
+}
+static inline activations broadcast_activations(const uint8_t *from) {
+    activations x;
+    memcpy(x.byte, from, sizeof x.byte);
+    return x;
+}
+static inline vector dot4(vector sum, activations x, weights w) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < 4; j++) sum.lane[i] += x.byte[j] * w.byte[4 * i + j];
+    return sum;
+}
+
+#endif
+
+/* Output channels that one tile computes: weights are packed in panels of so many. */
+enum { PANEL = LANES * TILE_VECTORS };
+
+#endif
