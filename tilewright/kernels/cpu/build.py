@@ -20,10 +20,19 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_native.so"
 #: Built once: what does not depend on the instruction set.
-COMMON = ("runtime.c",)
+COMMON = ("runtime.c", "conv_zeros.c")
 #: Built for each instruction set.
-KERNELS = ("quantize.c", "int8_linear.c")
-HEADERS = ("parallel.h", "simd.h", "numbers.h", "quantize_row.h", "epilogue.h")
+KERNELS = ("quantize.c", "int8_linear.c", "conv_float.c", "conv_int8.c", "conv_simple.c", "conv_program.c")
+HEADERS = (
+    "parallel.h",
+    "simd.h",
+    "numbers.h",
+    "quantize_row.h",
+    "epilogue.h",
+    "conv.h",
+    "conv_vector.h",
+    "conv_tile.h",
+)
 # No contraction: a multiplication and an addition that are rounded once give other bits than the definition's two.
 FLAGS = (
     "-std=gnu11",

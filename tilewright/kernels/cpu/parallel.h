@@ -15,6 +15,9 @@ void tw_parallel(tw_body body, void *data, int threads);
 /* The calling thread's part [*begin, *end) of `count` items inside tw_parallel. */
 void tw_share(int64_t count, int64_t *begin, int64_t *end);
 
+/* The calling thread's number inside tw_parallel, and how many there are. */
+void tw_team(int *number, int *count);
+
 /* Inside tw_parallel: waits until every thread has come here. */
 void tw_barrier(void);
 

@@ -54,6 +54,11 @@ void tw_share(int64_t count, int64_t *begin, int64_t *end) {
     *end = *begin + each + (number < rest);
 }
 
+void tw_team(int *number, int *count) {
+    *number = run_parallel ? thread_number() : 0;
+    *count = run_parallel ? team_size() : 1;
+}
+
 void tw_barrier(void) {
     if (run_parallel && team_size() > 1) barrier();
 }

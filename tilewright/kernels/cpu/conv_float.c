@@ -1,0 +1,178 @@
+/* float32 convolution: products of tiles of pixels and output channels, and depthwise. */
+#include "conv_vector.h"
+
+#ifdef LANES
+typedef float element;
+#define K_STEP 1
+
+#if LANES == 16
+static inline int most_rows(int vectors) { return vectors == 3 ? 8 : 12; }
+#else
+static inline int most_rows(int vectors) { return vectors == 3 ? 4 : vectors == 2 ? 6 : 8; }
+#endif
+
+static void tile(const tw_step *s, int valid, int vectors, const element *const *pointers, int64_t windows,
+                 int64_t length, const element *weight, int64_t pixel, int64_t group, int64_t vector);
+#include "conv_tile.h"
+
+INLINE void tile_of(const int rows, const int vectors, int valid, const element *const *pointers, int64_t windows,
+                    int64_t length, const element *weight, float *out) {
+    vec sum[12][3]; /* no array of variable length: the compiler would keep it in memory */
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) sum[m][v] = v_zero();
+    for (int64_t w = 0; w < windows; w++) {
+        const float *x[12];
+#pragma GCC unroll 16
+        for (int m = 0; m < rows; m++) x[m] = pointers[(m < valid ? m : valid - 1) * windows + w];
+        for (int64_t k = 0; k < length; k++) {
+            vec b[3];
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) b[v] = v_load(weight + v * LANES);
+            weight += vectors * LANES;
+#pragma GCC unroll 16
+            for (int m = 0; m < rows; m++) {
+                vec a = v_set(x[m][k]);
+#pragma GCC unroll 3
+                for (int v = 0; v < vectors; v++) sum[m][v] = v_fma(a, b[v], sum[m][v]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) v_store(out + (m * vectors + v) * LANES, sum[m][v]);
+}
+
+/* Rolled loops: unrolled into every tile, the epilogue would be most of the code. */
+static void finish_tile(const tw_step *s, int valid, int vectors, const float *sums, int64_t pixel, int64_t group,
+                        int64_t vector) {
+    const int64_t group_out = s->out_channels / s->groups, all = (group_out + LANES - 1) / LANES;
+    for (int v = 0; v < vectors; v++) {
+        const int64_t at = (vector + v) * LANES, left = group_out - at;
+        const vec bias = s->bias ? v_load(s->bias + group * all * LANES + at) : v_zero();
+        for (int m = 0; m < valid; m++)
+            finish(s, v_add(v_load(sums + (m * vectors + v) * LANES), bias), pixel + m, group * group_out + at,
+                   left < LANES ? (int)left : LANES);
+    }
+}
+
+#define TILE(rows, vectors)                                                                                            \
+    static void __attribute__((noinline)) tile_##rows##_##vectors(                                                     \
+        int valid, const element *const *pointers, int64_t windows, int64_t length, const element *weight, \
+        float *out) { \
+        tile_of(rows, vectors, valid, pointers, windows, length, weight, out); \
+    }
+#define CALL(rows, vectors) tile_##rows##_##vectors(valid, pointers, windows, length, weight, out)
+TILE(1, 1)
+TILE(4, 1)
+TILE(8, 1)
+TILE(1, 2)
+TILE(2, 2)
+TILE(4, 2)
+TILE(6, 2)
+TILE(1, 3)
+TILE(2, 3)
+TILE(4, 3)
+#if LANES == 16
+TILE(12, 1)
+TILE(8, 2)
+TILE(10, 2)
+TILE(12, 2)
+TILE(6, 3)
+TILE(8, 3)
+#endif
+
+static void tile(const tw_step *s, int valid, int vectors, const element *const *pointers, int64_t windows,
+                 int64_t length, const element *weight, int64_t pixel, int64_t group, int64_t vector) {
+    _Alignas(64) float out[12 * 3 * LANES];
+    if (vectors == 1) {
+        if (valid == 1) CALL(1, 1);
+        else if (valid <= 4) CALL(4, 1);
+        else if (valid <= 8) CALL(8, 1);
+#if LANES == 16
+        else CALL(12, 1);
+#endif
+    } else if (vectors == 2) {
+        if (valid == 1) CALL(1, 2);
+        else if (valid == 2) CALL(2, 2);
+        else if (valid <= 4) CALL(4, 2);
+        else if (valid <= 6) CALL(6, 2);
+#if LANES == 16
+        else if (valid <= 8) CALL(8, 2);
+        else if (valid <= 10) CALL(10, 2);
+        else CALL(12, 2);
+#endif
+    } else {
+        if (valid == 1) CALL(1, 3);
+        else if (valid == 2) CALL(2, 3);
+        else if (valid <= 4) CALL(4, 3);
+#if LANES == 16
+        else if (valid <= 6) CALL(6, 3);
+        else CALL(8, 3);
+#endif
+    }
+    finish_tile(s, valid, vectors, out, pixel, group, vector);
+}
+
+void JOIN(tw_float_conv, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) { convolve_part(s, number, count); }
+
+/* One row of results for one vector of channels. kernel_height and kernel_width are constants where the caller inlines
+   them: the weights then stay in registers. */
+INLINE void depthwise_row(const tw_step *s, int64_t row, int64_t channel, int n, const int kernel_height,
+                          const int kernel_width) {
+    const int64_t image = row / s->out_height, p = row % s->out_height, step = s->dilation_width * s->x_stride;
+    const int64_t top = p * s->stride_height - s->top, padded = (s->channels + LANES - 1) / LANES * LANES;
+    const float *x = (const float *)s->x + image * s->height * s->width * s->x_stride + channel;
+    const float *weight = (const float *)s->weight + channel;
+    const vec bias = s->bias ? v_load(s->bias + channel) : v_zero();
+    const int64_t reach = (kernel_width - 1) * s->dilation_width;
+    const int inside =
+        top >= 0 && top + (kernel_height - 1) * s->dilation_height < s->height && (n == LANES || LANES == 16);
+    for (int64_t q = 0; q < s->out_width; q++) {
+        const int64_t left = q * s->stride_width - s->left;
+        vec sum = v_zero();
+        if (inside && left >= 0 && left + reach < s->width) {
+            const float *from = x + (top * s->width + left) * s->x_stride;
+#pragma GCC unroll 5
+            for (int i = 0; i < kernel_height; i++) {
+#pragma GCC unroll 5
+                for (int j = 0; j < kernel_width; j++) {
+                    vec value = n == LANES ? v_load(from + j * step) : v_load_first(from + j * step, n);
+                    sum = v_fma(value, v_load(weight + (i * kernel_width + j) * padded), sum);
+                }
+                from += s->dilation_height * s->width * s->x_stride;
+            }
+        } else {
+            for (int i = 0; i < kernel_height; i++) {
+                const int64_t y = top + i * s->dilation_height;
+                if (y < 0 || y >= s->height) continue;
+                for (int j = 0; j < kernel_width; j++) {
+                    const int64_t column = left + j * s->dilation_width;
+                    if (column < 0 || column >= s->width) continue;
+                    vec value = v_load_first(x + (y * s->width + column) * s->x_stride, n);
+                    sum = v_fma(value, v_load(weight + (i * kernel_width + j) * padded), sum);
+                }
+            }
+        }
+        finish(s, v_add(sum, bias), row * s->out_width + q, channel, n);
+    }
+}
+
+void JOIN(tw_float_depthwise, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) {
+    int64_t begin, end;
+    share_of(s->batch * s->out_height, number, count, &begin, &end);
+    for (int64_t row = begin; row < end; row++)
+        for (int64_t channel = 0; channel < s->channels; channel += LANES) {
+            const int64_t left = s->channels - channel;
+            const int n = left < LANES ? (int)left : LANES;
+            if (s->kernel_height == 3 && s->kernel_width == 3 && n == LANES)
+                depthwise_row(s, row, channel, LANES, 3, 3);
+            else if (s->kernel_height == 5 && s->kernel_width == 5 && n == LANES)
+                depthwise_row(s, row, channel, LANES, 5, 5);
+            else
+                depthwise_row(s, row, channel, n, (int)s->kernel_height, (int)s->kernel_width);
+        }
+}
+#endif

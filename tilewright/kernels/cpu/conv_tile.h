@@ -1,0 +1,136 @@
+/* Convolution as a product without a copy: a block of pixels, for each of its tiles a list of pointers to the pixels that
+   a tap reads (to zeros outside the image), and for each tile a kernel that keeps rows x vectors of sums in registers.
+
+   The file that includes this defines
+
+       element          type of activations and weights
+       K_STEP           channels multiplied at once
+       most_rows(vectors)   rows of a tile of so many vectors
+       tile(step, valid, vectors, pointers, windows, length, weight, pixel, group, vector)
+                one tile: the windows of `valid` pixels from `pixel` on, each a list of `windows` pointers to `length`
+                elements, times the weights of the output channels of `vectors` vectors from `vector` of the group on
+
+   Limits that the caller keeps: windows <= BLOCK_POINTERS, a copied window <= GATHER_BYTES, a pixel <= LARGEST_PIXEL. */
+#include "conv_vector.h"
+
+#define BLOCK_POINTERS 4096
+#define BLOCK_BYTES (192 << 10)
+#define GATHER_BYTES (64 << 10)
+
+static inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+/* Vectors in the block of output channels that begins where `left` vectors remain. */
+static inline int block_vectors(int64_t left) { return left == 3 ? 3 : left == 1 ? 1 : 2; }
+
+/* The input pixel that output pixel number `pixel` reads at (tap_row, tap_column), or NULL outside the image. */
+static inline const element *tap_pixel(const tw_step *s, int64_t n, int64_t p, int64_t q, int64_t i, int64_t j) {
+    int64_t row = p * s->stride_height + i * s->dilation_height - s->top;
+    int64_t column = q * s->stride_width + j * s->dilation_width - s->left;
+    if (row < 0 || row >= s->height || column < 0 || column >= s->width) return NULL;
+    return (const element *)s->x + ((n * s->height + row) * s->width + column) * s->x_stride;
+}
+
+/* Copies the window of each of `count` pixels to `rows`, `length` elements apart; the rest of each row is zeros. */
+static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64_t offset, int64_t channels,
+                           element *rows, int64_t length) {
+    int64_t area = s->out_height * s->out_width;
+    memset(rows, s->x_type == UINT8 ? 128 : 0, (size_t)(count * length) * sizeof *rows);
+    for (int64_t pixel = first; pixel < first + count; pixel++) {
+        int64_t n = pixel / area, p = pixel % area / s->out_width, q = pixel % s->out_width;
+        int64_t column = q * s->stride_width - s->left, row = p * s->stride_height - s->top;
+        for (int64_t i = 0; i < s->kernel_height; i++, row += s->dilation_height) {
+            if (row < 0 || row >= s->height) {
+                rows += s->kernel_width * channels;
+                continue;
+            }
+            const element *x = (const element *)s->x + (n * s->height + row) * s->width * s->x_stride + offset;
+            if (s->dilation_width == 1 && s->x_stride == channels) { /* the taps of a row lie side by side */
+                int64_t from = column < 0 ? -column : 0;
+                int64_t to = column + s->kernel_width > s->width ? s->width - column : s->kernel_width;
+                for (int64_t k = from * channels; k < to * channels; k++) rows[k] = x[column * channels + k];
+                rows += s->kernel_width * channels;
+                continue;
+            }
+            for (int64_t j = 0; j < s->kernel_width; j++, rows += channels) {
+                int64_t at = column + j * s->dilation_width;
+                if (at >= 0 && at < s->width) memcpy(rows, x + at * s->x_stride, (size_t)channels * sizeof *rows);
+            }
+        }
+        rows += length - s->kernel_height * s->kernel_width * channels;
+    }
+}
+
+/* Rows of the tiles that `count` pixels are cut into: as even as possible. */
+static inline int64_t tile_rows(int64_t count, int64_t most) {
+    int64_t tiles = (count + most - 1) / most;
+    return (count + tiles - 1) / tiles;
+}
+
+static void convolve_part(const tw_step *s, int number, int threads) {
+    const int64_t pixels = s->batch * s->out_height * s->out_width, taps = s->kernel_height * s->kernel_width;
+    const int64_t channels = s->channels / s->groups, group_out = s->out_channels / s->groups;
+    const int64_t vectors = (group_out + LANES - 1) / LANES;
+    /* One window tap after tap, or one copied row of all of them. */
+    const int64_t windows = s->gather ? 1 : taps;
+    const int64_t length = s->gather ? round_up(taps * channels, K_STEP) : channels;
+    const int64_t depth = windows * length; /* of the packed weight */
+    int64_t first = 0, last = pixels, first_block = 0, last_block = vectors;
+    /* Each thread reads half of the larger operand. */
+    const int64_t weight_elements = vectors * LANES * depth, x_elements = s->batch * s->height * s->width * channels;
+    if (weight_elements > x_elements && vectors >= 2 * threads) {
+        share_of(vectors / 2, number, threads, &first_block, &last_block);
+        first_block *= 2;
+        last_block = number + 1 == threads ? vectors : 2 * last_block;
+    } else {
+        share_of(pixels, number, threads, &first, &last);
+    }
+    if (first >= last || first_block >= last_block) return;
+    int64_t block = BLOCK_POINTERS / windows;
+    if (block > BLOCK_BYTES / (int64_t)(length * sizeof(element))) block = BLOCK_BYTES / (length * sizeof(element));
+    if (s->gather && block > GATHER_BYTES / (int64_t)(length * sizeof(element)))
+        block = GATHER_BYTES / (length * sizeof(element));
+    if (block > 240) block = 240;
+    if (block > 12) block = block / 12 * 12;
+    const element *outside = (const element *)(s->x_type == UINT8 ? tw_offset_zeros : tw_zeros);
+    const element *pointers[BLOCK_POINTERS];
+    _Alignas(64) element gathered[GATHER_BYTES / sizeof(element)];
+    const int64_t area = s->out_height * s->out_width;
+    for (int64_t group = 0; group < s->groups; group++) {
+        const int64_t offset = group * channels;
+        for (int64_t from = first; from < last; from += block) {
+            const int64_t count = last - from < block ? last - from : block;
+            /* pointers[pixel][window] */
+            if (s->gather) {
+                gather_windows(s, from, count, offset, channels, gathered, length);
+                for (int64_t i = 0; i < count; i++) pointers[i] = gathered + i * length;
+            } else {
+                const element **next = pointers;
+                int64_t n = from / area, p = from % area / s->out_width, q = from % s->out_width;
+                for (int64_t i = 0; i < count; i++) {
+                    for (int64_t r = 0; r < s->kernel_height; r++)
+                        for (int64_t c = 0; c < s->kernel_width; c++) {
+                            const element *x = tap_pixel(s, n, p, q, r, c);
+                            *next++ = x ? x + offset : outside;
+                        }
+                    if (++q == s->out_width) {
+                        q = 0;
+                        if (++p == s->out_height) {
+                            p = 0;
+                            n++;
+                        }
+                    }
+                }
+            }
+            for (int64_t v = first_block; v < last_block;) {
+                const int width = block_vectors(vectors - v);
+                const element *weight = (const element *)s->weight + (group * vectors + v) * LANES * depth;
+                const int64_t rows = tile_rows(count, most_rows(width));
+                for (int64_t i = 0; i < count; i += rows) {
+                    const int valid = (int)(count - i < rows ? count - i : rows);
+                    tile(s, valid, width, pointers + i * windows, windows, length, weight, from + i, group, v);
+                }
+                v += width;
+            }
+        }
+    }
+}

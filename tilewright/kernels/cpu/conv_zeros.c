@@ -1,0 +1,7 @@
+/* What convolutions read outside an image. */
+#include "conv.h"
+
+#include <string.h>
+
+const char tw_zeros[LARGEST_PIXEL] __attribute__((aligned(64))) = {0};
+const char tw_offset_zeros[LARGEST_PIXEL] __attribute__((aligned(64))) = {[0 ... LARGEST_PIXEL - 1] = (char)128};
