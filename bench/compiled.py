@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.catalogue import Entry, launches_for
-from tilewright.aot.compile import compile_launch
+from bench.conv_catalogue import conv_launches_for
+from tilewright.aot.compiler import compile_launch
 from tilewright.aot.targets import TARGETS, Target
 
 TABLE = Path(__file__).parent / "results" / "compiled.csv"
@@ -63,7 +64,7 @@ class Row:
 def entries() -> Iterator[tuple[Target, Entry]]:
     """Everything the table has a row for."""
     for target in TARGETS.values():
-        for entry in launches_for(target):
+        for entry in (*launches_for(target), *conv_launches_for(target)):
             yield target, entry
 
 

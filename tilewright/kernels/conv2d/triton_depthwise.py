@@ -21,8 +21,9 @@ from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_sig
 from tilewright.kernels.conv2d.triton_implicit import window_args, window_constants
 from tilewright.kernels.conv2d.triton_launch import (
     ConvCall,
-    float_operator,
-    int8_operator,
+    float_call,
+    int8_call,
+    operator,
     unit,
     why_not_any_kernel,
 )
@@ -174,5 +175,5 @@ def plan_depthwise(call: ConvCall, config: DepthwiseConfig | None = None) -> lis
     return [Launch(depthwise_kernel, grid, args, constants, config.num_warps)]
 
 
-conv2d_fused = float_operator(plan_depthwise)
-int8_conv2d_fused = int8_operator(plan_depthwise)
+conv2d_fused = operator(plan_depthwise, float_call)
+int8_conv2d_fused = operator(plan_depthwise, int8_call)

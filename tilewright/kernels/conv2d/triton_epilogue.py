@@ -21,10 +21,10 @@ def pixel(m, P, Q):
 @triton.jit
 def load_signed(pointers, mask):
     """Values at ``pointers``, 0 where ``mask`` is false; offset uint8 become int8."""
+    x = tl.load(pointers, mask=mask, other=0)
     if pointers.dtype.element_ty == tl.uint8:
-        x = (tl.load(pointers, mask=mask, other=128) ^ 128).to(tl.int8, bitcast=True)
-    else:
-        x = tl.load(pointers, mask=mask, other=0)
+        # Not other=128: Triton 3.7 fills a packed register with 0xffffff80 instead of 0x80808080 (seen in PTX).
+        x = tl.where(mask, (x ^ 128).to(tl.int8, bitcast=True), 0)
     return x
 
 

@@ -24,8 +24,9 @@ from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_sig
 from tilewright.kernels.conv2d.triton_launch import (
     ConvCall,
     ConvTile,
-    float_operator,
-    int8_operator,
+    float_call,
+    int8_call,
+    operator,
     unit,
     why_not_any_kernel,
 )
@@ -244,5 +245,5 @@ def plan_implicit(call: ConvCall, config: ImplicitConfig | None = None) -> list[
     return [Launch(implicit_kernel, grid, args, constants, tile.num_warps, tile.num_stages)]
 
 
-conv2d_fused = float_operator(plan_implicit)
-int8_conv2d_fused = int8_operator(plan_implicit)
+conv2d_fused = operator(plan_implicit, float_call)
+int8_conv2d_fused = operator(plan_implicit, int8_call)

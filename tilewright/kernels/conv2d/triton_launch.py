@@ -5,6 +5,7 @@ Every family of kernels serves both operators: float and int8 differ in the dtyp
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ class ConvCall:
     def integer(self) -> bool:
         """Whether integers are multiplied."""
         return self.weight_scale is not None
+
+    @property
+    def result(self) -> torch.Tensor:
+        """``out`` as the operator returns it, [N, Co, P, Q]."""
+        n, channels, height, width = self.geometry.out_shape
+        return self.out.view(n, height, width, channels).permute(0, 3, 1, 2)
 
     @property
     def rows(self) -> int:
@@ -188,119 +195,89 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
 def _as_rows(y: torch.Tensor) -> torch.Tensor:
     """[N, Co, P, Q] -> [M, Co] contiguous; a view where ``y`` is channels-last."""
     y = to_channels_last(y)
-    return y.permute(0, 2, 3, 1).view(-1, y.shape[1])
+    return y.permute(0, 2, 3, 1).view(math.prod((y.shape[0], *y.shape[2:])), y.shape[1])
 
 
-Plan = Callable[[ConvCall], "list[Launch]"]
-
-
-def run_conv(
-    plan: Plan,
-    op: str,
+def float_call(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    window: tuple[Sequence[int], Sequence[int], Sequence[int], int],
-    out_dtype: torch.dtype,
-    weight_scale: torch.Tensor | None = None,
-    **others: Any,
-) -> torch.Tensor:
-    """Allocate the result [N, Co, P, Q] and run the launches that ``plan`` makes for it.
-
-    window: stride, padding, dilation, groups. others: further fields of ``ConvCall``.
-    """
-    check_activation(others["activation"], CONV_ACTIVATIONS)
-    geometry = check_geometry(op, x, weight, *window)
-    out = empty_channels_last(geometry.out_shape, out_dtype, x.device)
-    if not out.numel():
-        return out
-    call = ConvCall(
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    allow_tf32: bool = False,
+) -> ConvCall:
+    """What the kernels take for these arguments of ``conv2d_fused``; the result is allocated."""
+    check_activation(activation, CONV_ACTIVATIONS)
+    geometry = check_geometry("conv2d_fused", x, weight, stride, padding, dilation, groups)
+    return ConvCall(
         geometry,
         nhwc(x),
         weight.contiguous(),
-        _as_rows(out),
+        _as_rows(empty_channels_last(geometry.out_shape, x.dtype, x.device)),
         None if bias is None else bias.contiguous(),
         None if residual is None else _as_rows(residual),
-        weight_scale=None if weight_scale is None else weight_scale.contiguous(),
-        **others,
+        activation,
+        negative_slope,
+        allow_tf32=allow_tf32,
     )
-    for launch in plan(call):
-        launch.run()
-    return out
 
 
-def float_operator(plan: Plan) -> Callable[..., torch.Tensor]:
-    """``conv2d_fused`` through the kernel that ``plan`` launches."""
+def int8_call(
+    x: torch.Tensor,
+    x_scale: float,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    out_scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
+    x_nonnegative: bool = False,
+) -> ConvCall:
+    """What the kernels take for these arguments of ``int8_conv2d_fused``; the result is allocated."""
+    check_activation(activation, CONV_ACTIVATIONS)
+    geometry = check_geometry("int8_conv2d_fused", x, weight, stride, padding, dilation, groups)
+    dtype = out_dtype or (torch.float32 if out_scale is None else torch.int8)
+    return ConvCall(
+        geometry,
+        nhwc(x),
+        weight.contiguous(),
+        _as_rows(empty_channels_last(geometry.out_shape, dtype, x.device)),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else _as_rows(residual),
+        activation,
+        negative_slope,
+        weight_scale.contiguous(),
+        x_scale,
+        residual_scale,
+        out_scale,
+    )
 
-    def conv2d_fused(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        stride: Sequence[int] = (1, 1),
-        padding: Sequence[int] = (0, 0, 0, 0),
-        dilation: Sequence[int] = (1, 1),
-        groups: int = 1,
-        activation: str = "none",
-        negative_slope: float = 0.01,
-        allow_tf32: bool = False,
-    ) -> torch.Tensor:
-        """See ``conv2d.reference.conv2d_fused``."""
-        return run_conv(
-            plan,
-            "conv2d_fused",
-            x,
-            weight,
-            bias,
-            residual,
-            (stride, padding, dilation, groups),
-            x.dtype,
-            activation=activation,
-            negative_slope=negative_slope,
-            allow_tf32=allow_tf32,
-        )
 
-    return conv2d_fused
+def operator(
+    plan: Callable[[ConvCall], list[Launch]], make_call: Callable[..., ConvCall]
+) -> Callable[..., torch.Tensor]:
+    """``conv2d_fused`` or ``int8_conv2d_fused`` through the kernel that ``plan`` launches. make_call: ``float_call`` or
+    ``int8_call``, whose signature is that of the operator.
+    """
 
+    @functools.wraps(make_call)
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        call = make_call(*args, **kwargs)
+        if call.out.numel():
+            for launch in plan(call):
+                launch.run()
+        return call.result
 
-def int8_operator(plan: Plan) -> Callable[..., torch.Tensor]:
-    """``int8_conv2d_fused`` through the kernel that ``plan`` launches."""
-
-    def int8_conv2d_fused(
-        x: torch.Tensor,
-        x_scale: float,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        residual_scale: float = 1.0,
-        stride: Sequence[int] = (1, 1),
-        padding: Sequence[int] = (0, 0, 0, 0),
-        dilation: Sequence[int] = (1, 1),
-        groups: int = 1,
-        activation: str = "none",
-        negative_slope: float = 0.01,
-        out_scale: float | None = None,
-        out_dtype: torch.dtype | None = None,
-        x_nonnegative: bool = False,
-    ) -> torch.Tensor:
-        """See ``int8_conv2d.reference.int8_conv2d_fused``."""
-        return run_conv(
-            plan,
-            "int8_conv2d_fused",
-            x,
-            weight,
-            bias,
-            residual,
-            (stride, padding, dilation, groups),
-            out_dtype or (torch.float32 if out_scale is None else torch.int8),
-            weight_scale,
-            activation=activation,
-            negative_slope=negative_slope,
-            x_scale=x_scale,
-            residual_scale=residual_scale,
-            out_scale=out_scale,
-        )
-
-    return int8_conv2d_fused
+    return run

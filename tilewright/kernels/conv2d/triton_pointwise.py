@@ -17,8 +17,9 @@ from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_sig
 from tilewright.kernels.conv2d.triton_launch import (
     ConvCall,
     ConvTile,
-    float_operator,
-    int8_operator,
+    float_call,
+    int8_call,
+    operator,
     unit,
     why_not_any_kernel,
 )
@@ -166,5 +167,5 @@ def plan_pointwise(call: ConvCall, config: ConvTile | None = None) -> list[Launc
     return [Launch(pointwise_kernel, grid, args, constants, config.num_warps, config.num_stages)]
 
 
-conv2d_fused = float_operator(plan_pointwise)
-int8_conv2d_fused = int8_operator(plan_pointwise)
+conv2d_fused = operator(plan_pointwise, float_call)
+int8_conv2d_fused = operator(plan_pointwise, int8_call)

@@ -24,8 +24,9 @@ from tilewright.kernels.conv2d.triton_implicit import window_args, window_consta
 from tilewright.kernels.conv2d.triton_launch import (
     ConvCall,
     ConvTile,
-    float_operator,
-    int8_operator,
+    float_call,
+    int8_call,
+    operator,
     unit,
     why_not_any_kernel,
 )
@@ -173,5 +174,5 @@ def plan_stem(call: ConvCall, config: ConvTile | None = None) -> list[Launch]:
     return [Launch(stem_kernel, grid, args, constants, config.num_warps, config.num_stages)]
 
 
-conv2d_fused = float_operator(plan_stem)
-int8_conv2d_fused = int8_operator(plan_stem)
+conv2d_fused = operator(plan_stem, float_call)
+int8_conv2d_fused = operator(plan_stem, int8_call)

@@ -1,0 +1,138 @@
+"""The convolution kernels with the configurations that they are launched with, for the table of compiled kernels.
+
+Layers are those of ResNet-50, ResNeXt, MobileNetV2 and ConvNeXt, batch 1 and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bench.catalogue import MULTIPROCESSORS, Entry, describe
+from bench.conv_problems import INTEGERS, ConvShape, make_conv_arguments
+from tilewright.aot.launch import Launch
+from tilewright.aot.specialize import specialize
+from tilewright.aot.targets import Target
+from tilewright.kernels.conv2d import triton_depthwise, triton_implicit, triton_pointwise, triton_stem
+from tilewright.kernels.conv2d.triton_launch import ConvCall, float_call, int8_call
+from tilewright.kernels.int8_conv2d.triton_quantize import plan_quantize_per_tensor
+from tilewright.kernels.problem import Problem
+
+
+@dataclass(frozen=True)
+class ConvFamily:
+    """The kernels of one implementation. plan: launches for a call and a config; choose, why_not: the module's."""
+
+    name: str
+    plan: Callable[..., list[Launch]]
+    choose: Callable[[Problem], Any]
+    why_not: Callable[[Problem], str | None]
+
+
+CONV_FAMILIES = {
+    name: ConvFamily(f"conv2d {name}", getattr(module, f"plan_{name}"), module.choose, module.why_not)
+    for name, module in (
+        ("pointwise", triton_pointwise),
+        ("implicit", triton_implicit),
+        ("stem", triton_stem),
+        ("depthwise", triton_depthwise),
+    )
+}
+
+
+def make_call(shape: ConvShape, device: str = "cpu") -> ConvCall:
+    """``shape`` as the kernels take it, with the result poisoned: NaN, or the largest integer."""
+    arguments = make_conv_arguments(shape, device)
+    call = (int8_call if shape.dtype in INTEGERS else float_call)(**arguments)
+    call.out.fill_(127 if call.out.dtype in INTEGERS else torch.nan)
+    return call
+
+
+def problem_on(call: ConvCall, target: Target) -> Problem:
+    """The problem that ``call`` poses on ``target``."""
+    major, minor = divmod(int(target.arch), 10) if target.backend == "cuda" else (0, 0)
+    return replace(
+        call.problem(),
+        device="cuda",
+        capability=(major, minor) if target.backend == "cuda" else None,
+        gpu_arch=str(target.arch) if target.backend == "hip" else None,
+        multiprocessors=MULTIPROCESSORS[target.name],
+    )
+
+
+_FULL: dict[str, Any] = {"residual": True, "activation": "relu"}
+_LAYERS = {
+    "pointwise": (
+        ("", ConvShape(32, 256, 56, 64, **_FULL)),
+        (" strided", ConvShape(32, 256, 56, 512, stride=2)),
+        (" batch 1", ConvShape(1, 1024, 14, 256, **_FULL)),
+        (" 24 channels", ConvShape(32, 24, 56, 144, activation="relu6")),
+    ),
+    "implicit": (
+        ("", ConvShape(32, 64, 56, 64, 3, **_FULL)),
+        ("", ConvShape(32, 256, 14, 256, 3, **_FULL)),
+        ("", ConvShape(256, 512, 14, 512, 3, **_FULL)),
+        ("", ConvShape(256, 1024, 14, 1024, 3, activation="silu")),
+        (" batch 1", ConvShape(1, 512, 7, 512, 3, **_FULL)),
+        (" batch 1", ConvShape(1, 1024, 7, 1024, 3, **_FULL)),
+        (" grouped", ConvShape(32, 512, 28, 512, 3, groups=32, activation="relu")),
+    ),
+    "stem": (
+        (" 7 x 7", ConvShape(32, 3, 224, 64, 7, 2, activation="relu")),
+        (" 3 x 3", ConvShape(1, 3, 224, 32, 3, 2, activation="hardswish")),
+    ),
+    "depthwise": (
+        (" 3 x 3", ConvShape(32, 144, 56, 144, 3, groups=144, activation="relu6")),
+        (" 7 x 7", ConvShape(32, 96, 56, 96, 7, groups=96)),
+    ),
+}
+#: Multiples of nothing: no 16-byte load is to be expected.
+_RAGGED = {
+    "pointwise": ConvShape(3, 77, 13, 101, **_FULL),
+    "implicit": ConvShape(3, 77, 13, 101, (3, 2), (2, 1), (1, 0, 1, 2), (1, 2), **_FULL),
+    "depthwise": ConvShape(3, 77, 13, 77, 3, groups=77, **_FULL),
+}
+
+
+def _shapes(family: str) -> Iterator[tuple[str, ConvShape]]:
+    for name, layer in _LAYERS[family]:
+        yield f"bf16{name}", layer
+        yield f"int8{name}", replace(layer, dtype=torch.int8)
+    first = _LAYERS[family][0][1]
+    yield "fp32", replace(first, dtype=torch.float32)
+    if family in ("pointwise", "implicit"):
+        yield "fp16", replace(first, dtype=torch.float16)
+        yield "tf32", replace(first, dtype=torch.float32, allow_tf32=True)
+    if family in ("implicit", "depthwise"):
+        yield "uint8", replace(first, dtype=torch.uint8)
+    if family in _RAGGED:
+        yield "bf16 ragged", _RAGGED[family]
+        yield "int8 ragged", replace(_RAGGED[family], dtype=torch.int8)
+
+
+def conv_launches_for(target: Target) -> Iterator[Entry]:
+    """Every kernel that the layers above need on ``target``, each variant and config once."""
+    seen: set[tuple] = set()
+    for short, family in CONV_FAMILIES.items():
+        for variant, shape in _shapes(short):
+            call = make_call(shape, "meta")
+            config = family.choose(problem_on(call, target))
+            for launch in family.plan(call, config):
+                entry = Entry(family.name, launch.kernel.__name__, variant, _in_words(config), launch)
+                binary = (entry.kernel, str(specialize(launch, target)), launch.num_warps, launch.num_stages)
+                if entry.key not in seen and binary not in seen:
+                    seen |= {entry.key, binary}
+                    yield entry
+    x = torch.empty(32, 64, 56, 56, device="meta", memory_format=torch.channels_last)
+    for variant, image in (("fp32", x), ("bf16", x.bfloat16())):
+        for launch in plan_quantize_per_tensor(image, 0.1, torch.empty_like(image, dtype=torch.int8)):
+            yield Entry("int8_conv2d quantize", launch.kernel.__name__, variant, "block=2048 num_warps=4", launch)
+
+
+def _in_words(config: Any) -> str:
+    if isinstance(config, triton_implicit.ImplicitConfig):
+        return f"{describe(config.tile)} flat={int(config.flat)}"
+    return describe(config)
