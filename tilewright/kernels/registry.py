@@ -100,5 +100,9 @@ def register_convolutions() -> None:
         _gpu(op, "Triton, few channels", "triton_stem", "conv2d")
         _gpu(op, "Triton, implicit product", "triton_implicit", "conv2d")
     _gpu("quantize_per_tensor", "Triton", "triton_quantize")
+    for op in ("conv2d_fused", "int8_conv2d_fused"):
+        _cpu(op, "C")
+        _cpu(op, "oneDNN", f"onednn_{op}", "why_not_onednn")
+    _cpu("quantize_per_tensor", "C", reason="why_not_quantize")
     for op, folder in _CONV_FOLDERS.items():
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))

@@ -68,6 +68,16 @@ static void combine(const tw_step *s, int64_t pixel) {
 static void convert_row(const tw_step *s, int64_t row) {
     const float *x = (const float *)s->x + row / s->height * s->x_image + row % s->height * s->x_row;
     const int64_t pixel = row * s->width;
+    if (s->x_channel == 1 || s->channels == 1) { /* one of the two is already in order: whole vectors of it */
+        const int64_t inner = s->channels == 1 && s->x_stride == 1 && s->y_stride == 1 ? s->width : s->channels;
+        for (int64_t q = 0; q < s->width * s->channels / inner; q++)
+            for (int64_t i = 0; i < inner; i += LANES) {
+                const int lanes = lanes_left(inner - i);
+                store_values(s->y, s->y_type, (pixel + q) * s->y_stride + i, lanes,
+                             v_load_first(x + q * s->x_stride + i, lanes), v_set(s->y_scale));
+            }
+        return;
+    }
     if (s->x_stride != 1 || s->channels > LANES) {
         float values[LANES];
         for (int64_t q = 0; q < s->width; q++)

@@ -1,0 +1,157 @@
+"""Float convolution on a CPU: C kernels for float32, else oneDNN's fused convolution, whose weights are reordered once.
+
+oneDNN is private in PyTorch, is probed once, and takes 28 microseconds a call before it computes anything, as it makes
+its descriptors anew: as much as a layer of a small network. The C kernels take 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.conv2d import reference
+from tilewright.kernels.conv_geometry import empty_channels_last, oihw, out_size, pad_image, to_channels_last
+from tilewright.kernels.cpu import conv_steps
+from tilewright.kernels.cpu_support import _Case, _probe
+from tilewright.kernels.packed import packed
+from tilewright.kernels.problem import Problem
+
+#: Activations as oneDNN's PyTorch operators know them: name, scalars, algorithm.
+_ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float], str]] = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "hardswish": ("hardswish", [], ""),
+    "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+}
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the C kernels do not take the problem, or None."""
+    if problem.conv is None:
+        return "no convolution"
+    if problem.x_dtype != torch.float32:
+        return f"the C kernels take float32, not {problem.x_dtype}"
+    if problem.residual_dtype not in (None, torch.float32):
+        return f"the C kernels add a float32 residual, not {problem.residual_dtype}"
+    if problem.activation not in conv_steps.ACTIVATIONS:
+        return f"the C kernels have no {problem.activation}"
+    return conv_steps.why_not_conv(problem.conv, problem.x_dtype)
+
+
+def conv2d_fused(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    allow_tf32: bool = False,
+) -> torch.Tensor:
+    """See ``reference.conv2d_fused``."""
+    prepared = conv_steps.packed_weight(weight, groups)
+    x = conv_steps.channels_last(x)
+    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    y = empty_channels_last(out_shape(x, weight, stride, padding, dilation), x.dtype, x.device)
+    description = conv_steps.description_of(prepared, x, y, weight.shape[1:3], window, bias, activation, negative_slope)
+    conv_steps.run_with(description, x, y, residual)
+    return y
+
+
+def out_shape(
+    x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """[N, Co, P, Q], without the checks of ``check_geometry``."""
+    n, _, h, w = x.shape
+    out_channels, kernel_height, kernel_width, _ = weight.shape
+    return (
+        n,
+        out_channels,
+        out_size(h, kernel_height, stride[0], padding[:2], dilation[0]),
+        out_size(w, kernel_width, stride[1], padding[2:], dilation[1]),
+    )
+
+
+# ---- oneDNN
+@functools.cache
+def why_no_onednn() -> str | None:
+    """Why oneDNN's fused convolution cannot be used, or None."""
+
+    def check() -> _Case:
+        x, w, b = torch.randn(1, 24, 14, 14), torch.randn(40, 3, 3, 24), torch.randn(40)
+        x = x.contiguous(memory_format=torch.channels_last)
+        residual = torch.randn(1, 40, 14, 14).contiguous(memory_format=torch.channels_last)
+        expected = reference.conv2d_fused(x, w, b, residual, padding=(1, 1, 1, 1), activation="relu")
+        run = functools.partial(onednn_conv2d_fused, x, w, b, residual, padding=(1, 1, 1, 1), activation="relu")
+        return run(), expected, run
+
+    return _probe("oneDNN's fused convolution", check, 1e-5)
+
+
+def why_not_onednn(problem: Problem) -> str | None:
+    """Why oneDNN's fused convolution does not take the problem, or None."""
+    geometry = problem.conv
+    if geometry is None:
+        return "no convolution"
+    if problem.x_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"oneDNN has no convolution of {problem.x_dtype}"
+    if problem.x_dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bfloat16 instructions"
+    if problem.x_dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return "this CPU has no float16 instructions"
+    if 0 in (geometry.batch, geometry.in_channels, geometry.out_channels):
+        return "nothing to multiply"
+    if problem.activation not in _ONEDNN_ACTIVATIONS:
+        return f"oneDNN's fused convolution has no {problem.activation}"
+    if problem.residual and problem.x_dtype != torch.float32:
+        return "oneDNN would round the sum before the residual is added"
+    return why_no_onednn()
+
+
+def onednn_conv2d_fused(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    allow_tf32: bool = False,
+) -> torch.Tensor:
+    """See ``reference.conv2d_fused``."""
+    x, symmetric = pad_image(x, padding)
+    x = x.contiguous(memory_format=torch.channels_last)
+    window = (list(symmetric), list(stride), list(dilation))
+    fused = packed(
+        weight,
+        f"onednn-conv-{groups}-{window}-{tuple(x.shape)}",
+        lambda: torch.ops.mkldnn._reorder_convolution_weight(
+            oihw(weight.detach()).contiguous(memory_format=torch.channels_last), *window, groups, list(x.shape)
+        ),
+    )
+    bias = None if bias is None else bias.to(x.dtype)
+    name, scalars, algorithm = _ONEDNN_ACTIVATIONS[activation]
+    if residual is None:
+        y = torch.ops.mkldnn._convolution_pointwise(x, fused, bias, *window, groups, name, scalars, algorithm)
+        return to_channels_last(y)
+    residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    if activation not in ("none", "relu"):  # the only ones that it can apply to a sum
+        y = torch.ops.mkldnn._convolution_pointwise(x, fused, bias, *window, groups, "none", [], "")
+        return to_channels_last(apply_activation(y.add_(residual), activation, inplace=True))
+    after = None if activation == "none" else name
+    y = torch.ops.mkldnn._convolution_pointwise.binary(
+        x, residual, fused, bias, *window, groups, "add", None, after, [], ""
+    )
+    return to_channels_last(y)

@@ -1,0 +1,189 @@
+"""int8 convolution on a CPU: C kernels, bit for bit the definition; else oneDNN's integer sums with a float32 epilogue.
+
+The C kernels read int8 as it is and write int8, so a network keeps one byte for each activation. "silu" alone is
+rounded otherwise than PyTorch rounds it, by a unit in the last place of float32 or two: where that value lies so close
+to the middle between two integers, the quantised result is the other one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.conv2d.cpu import out_shape
+from tilewright.kernels.conv_geometry import empty_channels_last, oihw, to_channels_last
+from tilewright.kernels.cpu import conv_steps
+from tilewright.kernels.cpu_support import _Case, _probe, _random_int8
+from tilewright.kernels.int8_conv2d import reference
+from tilewright.kernels.packed import packed
+from tilewright.kernels.problem import Problem
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the C kernels do not take the problem, or None."""
+    if problem.conv is None:
+        return "no convolution"
+    if problem.out_dtype not in conv_steps.TYPES:
+        return f"the C kernels return int8, uint8 or float32, not {problem.out_dtype}"
+    if problem.residual_dtype is not None and problem.residual_dtype not in conv_steps.TYPES:
+        return f"the C kernels add an int8, uint8 or float32 residual, not {problem.residual_dtype}"
+    if problem.activation not in conv_steps.ACTIVATIONS:
+        return f"the C kernels have no {problem.activation}"
+    return conv_steps.why_not_conv(problem.conv, problem.x_dtype)
+
+
+def int8_conv2d_fused(
+    x: torch.Tensor,
+    x_scale: float,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    out_scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
+    x_nonnegative: bool = False,
+) -> torch.Tensor:
+    """See ``reference.int8_conv2d_fused``."""
+    prepared = conv_steps.packed_weight(weight, groups)
+    x = conv_steps.channels_last(x)
+    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    dtype = out_dtype or (torch.float32 if out_scale is None else torch.int8)
+    y = empty_channels_last(out_shape(x, weight, stride, padding, dilation), dtype, x.device)
+    description = conv_steps.description_of(
+        prepared,
+        x,
+        y,
+        weight.shape[1:3],
+        window,
+        bias,
+        activation,
+        negative_slope,
+        weight_scale,
+        x_scale,
+        out_scale,
+        x_nonnegative,
+    )
+    conv_steps.run_with(description, x, y, residual, residual_scale)
+    return y
+
+
+# ---- quantising
+def why_not_quantize(problem: Problem) -> str | None:
+    """Why the C kernels do not quantise, or None."""
+    if problem.x_dtype != torch.float32:
+        return f"the C kernels quantise float32, not {problem.x_dtype}"
+    if problem.m * problem.k == 0:
+        return "nothing to quantise"
+    return conv_steps.why_no_kernels(False)
+
+
+def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """See ``reference.quantize_per_tensor``."""
+    image = x if x.dim() == 4 else x.contiguous().view(1, 1, -1, x.shape[-1])
+    y = empty_channels_last(image.shape, out_dtype or torch.int8, x.device)
+    conv_steps.run(conv_steps.describe_convert(image, y, scale))
+    return y if x.dim() == 4 else y.view(x.shape)
+
+
+# ---- oneDNN
+def _sums(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x_nonnegative: bool,
+) -> torch.Tensor:
+    """float32 of the integer sums, channels-last."""
+    zero_point = 0 if x_nonnegative and x.dtype == torch.int8 else 128
+    u8 = x.view(torch.uint8) if x.dtype == torch.int8 else x
+    if x.dtype == torch.int8 and zero_point:
+        u8 = u8 ^ 128
+    if padding[0] != padding[1] or padding[2] != padding[3]:
+        top, bottom, left, right = padding
+        u8 = torch.nn.functional.pad(u8, (left, right, top, bottom), value=zero_point)
+        symmetric = (0, 0)
+    else:
+        symmetric = (padding[0], padding[2])
+    u8 = u8.contiguous(memory_format=torch.channels_last)
+    window = (list(stride), list(symmetric), list(dilation), groups)
+
+    def prepack() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+        filters = oihw(weight).contiguous()
+        return torch.ops.onednn.qconv_prepack(filters, ones, 1.0, zero_point, *window, list(u8.shape)), ones, zeros
+
+    filters, ones, zeros = packed(weight, f"onednn-qconv-{window}-{zero_point}-{tuple(u8.shape)}", prepack)
+    return torch.ops.onednn.qconv_pointwise(
+        u8, 1.0, zero_point, filters, ones, zeros, None, *window, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@functools.cache
+def why_no_qconv() -> str | None:
+    """Why oneDNN's quantised convolution cannot be used, or None."""
+
+    def check() -> _Case:
+        x, w = _random_int8(1, 14, 14, 24).permute(0, 3, 1, 2), _random_int8(40, 3, 3, 24)
+        arguments = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
+        expected = reference.int8_conv2d_fused(x, 1.0, w, torch.ones(40), None, None, 1.0, *arguments)
+        return _sums(x, w, *arguments, False), expected, lambda: _sums(x, w, *arguments, False)
+
+    return _probe("oneDNN's quantised convolution", check, 1e-7)
+
+
+def why_not_onednn(problem: Problem) -> str | None:
+    """Why oneDNN's quantised convolution does not take the problem, or None."""
+    geometry = problem.conv
+    if geometry is None:
+        return "no convolution"
+    if 0 in (geometry.batch, geometry.in_channels, geometry.out_channels):
+        return "nothing to multiply"
+    if geometry.taps * geometry.group_channels > conv_steps.LARGEST_DEPTH:
+        return f"int32 sums of u8 products may overflow beyond {conv_steps.LARGEST_DEPTH} values in a window"
+    return why_no_qconv()
+
+
+def onednn_int8_conv2d_fused(
+    x: torch.Tensor,
+    x_scale: float,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    out_scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
+    x_nonnegative: bool = False,
+) -> torch.Tensor:
+    """See ``reference.int8_conv2d_fused``: oneDNN gives the integer sums, PyTorch the definition's own epilogue.
+
+    oneDNN's own would multiply by 1 / out_scale where the definition divides, and add the residual after rounding it.
+    """
+    y = _sums(x, weight, stride, padding, dilation, groups, x_nonnegative)
+    y.mul_((weight_scale * torch.full((), x_scale)).view(-1, 1, 1))
+    if bias is not None:
+        y.add_(bias.float().view(-1, 1, 1))
+    if residual is not None:
+        y.add_(reference.integers(residual, torch.float32) * torch.full((), residual_scale))
+    y = apply_activation(y, activation, inplace=True, negative_slope=negative_slope)
+    if out_scale is not None:
+        return torch.ops.tilewright.quantize_per_tensor(y, out_scale, out_dtype)
+    return to_channels_last(y.to(out_dtype or torch.float32))
