@@ -44,7 +44,7 @@ for recipe, most in ("int8", 0.03), ("int4-g32", 0.25):
 
 COMPILE_KERNELS = """
 import torch, triton
-from tilewright.aot.compile import compile_launch
+from tilewright.aot.compiler import compile_launch
 from tilewright.kernels.int8_linear.triton_tile import plan_tile
 from tilewright.kernels.quantize.triton_quantize import plan_quantize_per_row
 

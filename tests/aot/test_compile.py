@@ -13,8 +13,9 @@ import triton
 from triton import language as tl
 
 from tests.aot.small_kernels import copy_kernel, product_kernel, spilling_kernel
-from tilewright.aot import compile as aot_compile
-from tilewright.aot.compile import compile_launch
+from tilewright import aot
+from tilewright.aot import compiler
+from tilewright.aot.compiler import compile_launch
 from tilewright.aot.launch import Launch
 from tilewright.aot.targets import TARGETS, find_target
 
@@ -90,7 +91,71 @@ def test_an_unknown_target_is_refused_by_name() -> None:
 
 
 def test_a_missing_disassembler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(aot_compile.triton, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(compiler.triton, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"cuobjdump is neither at .*nor on PATH"):
-        aot_compile.find_cuobjdump()
+        compiler.find_cuobjdump()
+
+
+COPY_TYPES = {"source_ptr": "*fp32:16", "target_ptr": "*fp32:16", "count": "i32:16"}
+
+
+def test_types_by_hand_compile_to_what_a_launch_does() -> None:
+    by_hand = aot.compile(copy_kernel, COPY_TYPES, {"stride": 1, "BLOCK": 1024}, aot.Config(), "sm_80")
+    by_launch = compile_launch(copy_launch(4096), "sm_80")
+    assert by_hand.instructions == by_launch.instructions
+    assert by_hand.resources == by_launch.resources
+    assert by_hand.ptx == by_launch.ptx
+    without = {**COPY_TYPES, "count": "i32"}
+    ragged = aot.compile(copy_kernel, without, {"stride": 1, "BLOCK": 1024}, aot.Config(), "sm_80")
+    assert set(ragged.instructions.loads) == {4}
+
+
+@pytest.mark.parametrize(
+    "signature, constants, words",
+    [
+        (COPY_TYPES, {"BLOCK": 1024}, r"missing \['stride'\]"),
+        ({**COPY_TYPES, "more": "i32"}, {"stride": 1, "BLOCK": 1024}, r"unknown parameters \['more'\]"),
+        (COPY_TYPES, {"stride": 1, "BLOCK": 1024, "count": 7}, r"typed and constant \['count'\]"),
+        ({**COPY_TYPES, "count": "i32:8"}, {"stride": 1, "BLOCK": 1024}, "only ':16' can be promised"),
+    ],
+)
+def test_wrong_types_by_hand_are_refused(signature: dict, constants: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        aot.compile(copy_kernel, signature, constants, aot.Config(), "sm_80")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_launch_is_emulated_with_the_arguments_that_it_would_run_with(target: str) -> None:
+    source, result = torch.randn(300), torch.full((300,), torch.nan)
+    args = {"source_ptr": source, "target_ptr": result, "count": 300, "stride": 1}
+    launch = Launch(copy_kernel, (3,), args, {"BLOCK": 128})
+    stats = aot.emulate_launch(launch, target)
+    assert torch.equal(result, source)
+    assert stats.ctas == 3
+    assert stats.global_bytes == {"read": 1200, "written": 1200}
+
+
+def test_arguments_that_break_a_promise_are_refused() -> None:
+    compiled = compile_launch(copy_launch(4096), "sm_80")
+    source = torch.zeros(4097)
+    good = {"source_ptr": source[:-1], "target_ptr": torch.zeros(4096), "count": 4096}
+    compiled.emulate((4,), {**good, "stride": 1})
+    for changed, words in (
+        ({"count": 4095}, "count was promised to be divisible by 16"),
+        ({"source_ptr": source[1:]}, "source_ptr was promised to be divisible by 16"),
+        ({"stride": 2}, "stride was compiled in as 1, not 2"),
+        ({"strides": 2}, "no parameter 'strides'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compiled.emulate((4,), {**good, **changed})
+    del good["count"]
+    with pytest.raises(ValueError, match="arguments are missing: count"):
+        compiled.emulate((4,), good)
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_100", "gfx942"])
+def test_other_targets_cannot_be_emulated(target: str) -> None:
+    launch = copy_launch(4096)
+    with pytest.raises(ValueError, match=rf"{target} cannot be emulated, only sm_80, sm_90 can"):
+        compile_launch(launch, target).emulate(launch.grid, launch.args)

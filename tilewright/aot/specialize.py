@@ -8,6 +8,7 @@ the target's backend.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,34 @@ class _Pointer:
         return self.tensor.untyped_storage().size()
 
 
+def parse_signature(
+    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], target: Target
+) -> Specialization:
+    """The specialisation that types and constants written by hand describe; see ``compiler.compile``.
+
+    Raises TypeError as ``specialize`` does, and ValueError for parameters that are missing, unknown or named twice, and
+    for a promise other than ":16".
+    """
+    _check_kernel(kernel)
+    names = list(kernel.arg_names)
+    unknown = sorted({*signature, *constants} - set(names))
+    missing = [name for name in names if name not in signature and name not in constants]
+    twice = sorted(set(signature) & set(constants))
+    if unknown or missing or twice:
+        raise ValueError(
+            f"kernel {kernel.__name__}: unknown parameters {unknown}, missing {missing}, typed and constant {twice}"
+        )
+    kinds, attributes = {}, {}
+    for place, name in enumerate(names):
+        kind, _, promise = signature.get(name, "constexpr").partition(":")
+        if promise not in ("", "16"):
+            raise ValueError(f"{name}: {signature[name]!r} promises {promise!r}; only ':16' can be promised")
+        kinds[name] = kind
+        if promise:
+            attributes[(place,)] = backend_of(target).parse_attr("D")
+    return Specialization(kinds, {(names.index(name),): value for name, value in constants.items()}, attributes)
+
+
 def backend_of(target: Target) -> BaseBackend:
     """Triton's compiler backend for ``target``."""
     return make_backend(GPUTarget(target.backend, target.arch, target.warp_size))
@@ -77,8 +106,7 @@ def specialize(launch: Launch, target: Target) -> Specialization:
     ValueError naming the parameters that were not given, or given without being parameters.
     """
     kernel = launch.kernel
-    if not isinstance(kernel, JITFunction):
-        raise TypeError(f"a @triton.jit function is needed, not {type(kernel).__name__} (is TRITON_INTERPRET set?)")
+    _check_kernel(kernel)
     given = {**launch.args, **launch.constants}
     unknown = sorted(set(given) - set(kernel.arg_names))
     missing = [p.name for p in kernel.params if p.name not in given and not p.has_default]
@@ -99,3 +127,8 @@ def specialize(launch: Launch, target: Target) -> Specialization:
             if kind != "constexpr" and isinstance(promise, str)
         },
     )
+
+
+def _check_kernel(kernel: Any) -> None:
+    if not isinstance(kernel, JITFunction):
+        raise TypeError(f"a @triton.jit function is needed, not {type(kernel).__name__} (is TRITON_INTERPRET set?)")

@@ -1,0 +1,223 @@
+"""Compile a kernel for a chip that is not here, read what came out, and run it on an emulated one.
+
+    compiled = compile_launch(launch, "sm_90")
+    compiled.registers, compiled.spill_bytes, compiled.instructions.matrix
+    compiled.emulate(launch.grid, launch.args)
+
+Needs no GPU: ``ptxas`` and ``cuobjdump`` come inside the Triton package, AMD's assembler is part of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tilewright.aot.assembly import (
+    Instructions,
+    Resources,
+    read_amd_metadata,
+    read_amdgcn,
+    read_ptx,
+    read_resource_usage,
+)
+from tilewright.aot.emulator import Stats, emulate
+from tilewright.aot.launch import Launch
+from tilewright.aot.specialize import Specialization, backend_of, parse_signature, specialize
+from tilewright.aot.targets import Target, find_target
+
+#: Architectures whose PTX the emulator runs.
+EMULATED = (80, 90)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a launch fixes beyond its constants: warps of a block, and stages of the software pipeline."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel compiled for one target.
+
+    text: PTX, or AMD assembly. resources: registers and memory private to a thread. shared_bytes: shared memory of one
+    block. triton_version: the compiler that made it.
+    """
+
+    target: Target
+    text: str
+    resources: Resources
+    shared_bytes: int
+    instructions: Instructions
+    num_warps: int
+    num_stages: int
+    specialization: Specialization
+    triton_version: str
+
+    @property
+    def registers(self) -> int:
+        """Registers of one thread."""
+        return self.resources.registers
+
+    @property
+    def spill_bytes(self) -> int:
+        """Memory private to a thread that was needed for want of registers."""
+        return self.resources.spill_bytes
+
+    @property
+    def ptx(self) -> str:
+        """The PTX text. Raises ValueError for a target of another vendor."""
+        if self.target.backend != "cuda":
+            raise ValueError(f"{self.target.name} has no PTX")
+        return self.text
+
+    def emulate(self, grid: Sequence[int], args: Mapping[str, Any] | Sequence[Any], **options: Any) -> Stats:
+        """Run this code on an emulated GPU, over CPU tensors, in place. Options and errors: ``emulator.emulate``.
+
+        args: by parameter name, as ``Launch.args``, or the run-time parameters in order. Only sm_80 and sm_90 can be
+        emulated. Raises ValueError for another target, for arguments that were not given, and for arguments that break
+        a promise the code was compiled with: a value that is not divisible by 16, or not the constant compiled in.
+        """
+        if self.target.backend != "cuda" or self.target.arch not in EMULATED:
+            known = ", ".join(f"sm_{arch}" for arch in EMULATED)
+            raise ValueError(f"{self.target.name} cannot be emulated, only {known} can")
+        values = self._ordered(args)
+        if 0 in grid:
+            return Stats()
+        return emulate(
+            self.text, grid, self.num_warps, values, int(self.target.arch), shared=self.shared_bytes, **options
+        )
+
+    def _ordered(self, args: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
+        names = self.specialization.run_time
+        if not isinstance(args, Mapping):
+            if len(args) != len(names):
+                raise ValueError(
+                    f"the compiled kernel takes {len(names)} arguments ({', '.join(names)}), not {len(args)}"
+                )
+            args = dict(zip(names, args, strict=True))
+        missing = [name for name in names if name not in args]
+        if missing:
+            raise ValueError(f"arguments are missing: {', '.join(missing)}")
+        places = {name: (i,) for i, name in enumerate(self.specialization.signature)}
+        for name, value in args.items():
+            if name not in places:
+                raise ValueError(f"the kernel has no parameter {name!r}, only {', '.join(places)}")
+            constant = self.specialization.constants.get(places[name], value)
+            if not isinstance(constant, torch.Tensor) and constant != value:
+                raise ValueError(f"{name} was compiled in as {constant!r}, not {value!r}")
+        for name in self.specialization.divisible() & set(names):
+            value = args[name]
+            place = (
+                value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else int(value or 0)
+            )
+            if place % 16:
+                raise ValueError(f"{name} was promised to be divisible by 16, and is not")
+        return [args[name] for name in names]
+
+    @property
+    def over_limits(self) -> list[str]:
+        """In words, each limit of the target that the kernel breaks: then it cannot be launched there."""
+        found = []
+        for what, used, most in (
+            ("bytes of shared memory", self.shared_bytes, self.target.shared_bytes),
+            ("registers", self.registers, self.target.registers),
+        ):
+            if used > most:
+                found.append(f"{used} {what}, {self.target.name} has {most}")
+        return found
+
+
+def compile(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    config: Config,
+    target: str | Target,
+) -> Compiled:
+    """Compile a ``@triton.jit`` function from types alone.
+
+    signature: the type of each run-time parameter as Triton writes it, with ":16" where it is divisible by 16:
+    {"x": "*fp16:16", "count": "i32"}. constants: values of all other parameters. config: anything with ``num_warps``
+    and ``num_stages``. target: of ``targets.TARGETS``.
+
+    ``compile_launch`` derives the same from the arguments of a launch, as Triton's launcher would.
+    Raises as ``compile_launch`` does.
+    """
+    found = find_target(target)
+    special = parse_signature(kernel, signature, constants, found)
+    return _compile(kernel, special, config.num_warps, config.num_stages, found)
+
+
+def compile_launch(launch: Launch, target: str | Target) -> Compiled:
+    """Compile ``launch`` for a target of ``targets.TARGETS``, specialised as launching it there would be.
+
+    Raises ValueError for an unknown target or wrong arguments, FileNotFoundError where Triton came without
+    ``cuobjdump``, and whatever Triton raises for a kernel that does not compile.
+    """
+    found = find_target(target)
+    return _compile(launch.kernel, specialize(launch, found), launch.num_warps, launch.num_stages, found)
+
+
+def emulate_launch(launch: Launch, target: str | Target, **options: Any) -> Stats:
+    """Compile ``launch`` for sm_80 or sm_90 and run it there on an emulated GPU: ``Compiled.emulate``."""
+    return compile_launch(launch, target).emulate(launch.grid, launch.args, **options)
+
+
+def _compile(kernel: Any, special: Specialization, num_warps: int, num_stages: int, target: Target) -> Compiled:
+    options = backend_of(target).parse_options({"num_warps": num_warps, "num_stages": num_stages})
+    made = triton.compile(
+        ASTSource(kernel, special.signature, special.constants, special.attributes),
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options=options.__dict__,
+    )
+    if target.backend == "cuda":
+        text = made.asm["ptx"]
+        instructions, resources = read_ptx(text), _cubin_resources(made.asm["cubin"])
+    else:
+        text = made.asm["amdgcn"]
+        instructions, resources = read_amdgcn(text), read_amd_metadata(text)
+    return Compiled(
+        target=target,
+        text=text,
+        resources=resources,
+        shared_bytes=made.metadata.shared,
+        instructions=instructions,
+        num_warps=made.metadata.num_warps,
+        num_stages=made.metadata.num_stages,
+        specialization=special,
+        triton_version=triton.__version__,
+    )
+
+
+def find_cuobjdump() -> str:
+    """``cuobjdump`` of the Triton package, else the one on PATH. Raises FileNotFoundError naming both places."""
+    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = str(shipped) if shipped.is_file() else shutil.which("cuobjdump")
+    if found is None:
+        raise FileNotFoundError(f"cuobjdump is neither at {shipped} nor on PATH: registers and spills cannot be read")
+    return found
+
+
+def _cubin_resources(cubin: bytes) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [find_cuobjdump(), "--dump-resource-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"cuobjdump failed with status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}"
+        )
+    return read_resource_usage(done.stdout)
