@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.aot.emulator.programs import M32, M64, execute, inputs, s
@@ -39,7 +41,73 @@ def lop3(a: int, b: int, c: int, table: int) -> int:
     return sum((table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32))
 
 
+PRMT_MODES = {
+    "f4e": ("3210", "4321", "5432", "6543"),
+    "b4e": ("5670", "6701", "7012", "0123"),
+    "rc8": ("0000", "1111", "2222", "3333"),
+    "ecl": ("3210", "3211", "3222", "3333"),
+    "ecr": ("0000", "1110", "2210", "3210"),
+    "rc16": ("1010", "3232", "1010", "3232"),
+}
+
+
+def halves(a: int, b: int, function: Callable[[int, int], int], signed: bool) -> int:
+    """``function`` of the two 16-bit halves apart."""
+    out = 0
+    for shift in (0, 16):
+        x, y = (s(v >> shift & 0xFFFF, 16) if signed else v >> shift & 0xFFFF for v in (a, b))
+        out |= (function(x, y) & 0xFFFF) << shift
+    return out
+
+
+def clamp(value: int, bits: int = 32, signed: bool = True) -> int:
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    return max(low, min(high, value))
+
+
+def saturated_bytes(a: int, b: int, c: int, signed: bool) -> int:
+    return c << 16 | (clamp(s(a), 8, signed) & 255) << 8 | clamp(s(b), 8, signed) & 255
+
+
+BYTES_OF_B = "cvt.u16.u32 %rs1, %r2; shr.u16 %rs2, %rs1, 8; mov.b16 %rs3, 0x81; mov.b16 %rs4, 3;"
+
 INTEGER = {
+    "add.sat.s32 %r4, %r1, %r2;": lambda a, b, c: clamp(s(a) + s(b)),
+    "sub.sat.s32 %r4, %r1, %r2;": lambda a, b, c: clamp(s(a) - s(b)),
+    "add.s16x2 %r4, %r1, %r2;": lambda a, b, c: halves(a, b, lambda x, y: x + y, True),
+    "add.u16x2 %r4, %r1, %r2;": lambda a, b, c: halves(a, b, lambda x, y: x + y, False),
+    "min.s16x2 %r4, %r1, %r2;": lambda a, b, c: halves(a, b, min, True),
+    "max.u16x2 %r4, %r1, %r2;": lambda a, b, c: halves(a, b, max, False),
+    "max.relu.s32 %r4, %r1, %r2;": lambda a, b, c: max(s(a), s(b), 0),
+    "cvt.u16.u32 %rs1, %r1; cvt.u16.u32 %rs2, %r2; mul.hi.u16 %rs3, %rs1, %rs2; cvt.u32.u16 %r4, %rs3;": (
+        lambda a, b, c: (a & 0xFFFF) * (b & 0xFFFF) >> 16
+    ),
+    "cvt.u16.u32 %rs1, %r1; cvt.u16.u32 %rs2, %r2; mul.hi.s16 %rs3, %rs1, %rs2; cvt.s32.s16 %r4, %rs3;": (
+        lambda a, b, c: s(a & 0xFFFF, 16) * s(b & 0xFFFF, 16) >> 16
+    ),
+    "cvt.u16.u32 %rs1, %r1; shl.b16 %rs1, %rs1, %r2; cvt.u32.u16 %r4, %rs1;": (
+        lambda a, b, c: a << b & 0xFFFF if b < 16 else 0
+    ),
+    "cvt.u16.u32 %rs1, %r1; shr.s16 %rs1, %rs1, %r2; cvt.s32.s16 %r4, %rs1;": (
+        lambda a, b, c: s(a & 0xFFFF, 16) >> min(b, 15)
+    ),
+    "shf.l.clamp.b32 %r4, %r1, %r2, %r3;": lambda a, b, c: (b << 32 | a) << min(c, 32) >> 32,
+    "cvt.pack.sat.s8.s32.b32 %r4, %r1, %r2, %r3;": lambda a, b, c: saturated_bytes(a, b, c, True),
+    "cvt.pack.sat.u8.s32.b32 %r4, %r1, %r2, %r3;": lambda a, b, c: saturated_bytes(a, b, c, False),
+    "cvt.pack.sat.s16.s32 %r4, %r1, %r2;": (
+        lambda a, b, c: (clamp(s(a), 16) & 0xFFFF) << 16 | clamp(s(b), 16) & 0xFFFF
+    ),
+    BYTES_OF_B + "mov.b32 %r4, {%rs1, %rs2, %rs3, %rs4};": lambda a, b, c: 0x03810000 | b & 0xFFFF,
+    "{ .reg .b8 %b<4>; mov.b32 {%b0, %b1, %b2, %b3}, %r1; mov.b32 %r4, {%b3, %b0, %b2, %b1}; }": (
+        lambda a, b, c: a >> 24 | (a & 255) << 8 | a & 0xFF0000 | (a >> 8 & 255) << 24
+    ),
+    "mov.b32 {%rs1, _, _, %rs2}, %r1; mov.b32 %r4, {%rs2, %rs1};": lambda a, b, c: (a & 255) << 16 | a >> 24,
+    "setp.gt.s32 %p1, %r1, 0; setp.lt.and.s32 %p2|%p3, %r1, %r2, !%p1; selp.b32 %r5, 1, 0, %p2; "
+    "selp.b32 %r6, 2, 0, %p3; or.b32 %r4, %r5, %r6;": (lambda a, b, c: 0 if s(a) > 0 else 1 if s(a) < s(b) else 2),
+    **{
+        f"prmt.b32.{mode} %r4, %r1, %r2, %r3;": (lambda a, b, c, table=table: prmt(a, b, int(table[c & 3], 16)))
+        for mode, table in PRMT_MODES.items()
+    },
     "add.s32 %r4, %r1, %r2;": lambda a, b, c: a + b,
     "sub.s32 %r4, %r1, %r2;": lambda a, b, c: a - b,
     "mul.lo.s32 %r4, %r1, %r2;": lambda a, b, c: a * b,
@@ -104,6 +172,22 @@ def test_integer(body: str) -> None:
 
 
 WIDE = {
+    "bfe.u64 %rd4, %rd1, 64, 41;": lambda a, b, c: 0,
+    "bfe.s64 %rd4, %rd1, 70, 3;": lambda a, b, c: s(a, 64) >> 63,
+    "bfe.u64 %rd4, %rd1, 63, 1;": lambda a, b, c: a >> 63,
+    "add.cc.u64 %rd5, %rd1, %rd2; addc.u64 %rd4, %rd3, 0;": lambda a, b, c: c + (a + b >> 64),
+    "add.cc.u64 %rd5, %rd1, %rd2; addc.cc.u64 %rd6, %rd5, %rd3; addc.u64 %rd4, %rd3, 1;": (
+        lambda a, b, c: c + 1 + ((a + b & M64) + c + (a + b >> 64) >> 64)
+    ),
+    "sub.cc.u64 %rd5, %rd1, %rd2; subc.u64 %rd4, %rd3, 0;": lambda a, b, c: c - (a < b),
+    "popc.b64 %r1, %rd1; cvt.u64.u32 %rd4, %r1;": lambda a, b, c: a.bit_count(),
+    "brev.b64 %rd4, %rd1;": lambda a, b, c: int(f"{a:064b}"[::-1], 2),
+    "add.s64 %rd5, %rd1, %rd2; mad.lo.s64 %rd4, %rd5, %rd2, %rd3;": lambda a, b, c: (a + b) * b + c,
+    "mov.b64 {%rs1, %rs2, %rs3, %rs4}, %rd1; mov.b64 %rd4, {%rs4, %rs3, %rs2, %rs1};": (
+        lambda a, b, c: int.from_bytes(
+            b"".join(a.to_bytes(8, "big")[i : i + 2][::-1] for i in range(0, 8, 2)), "little"
+        )
+    ),
     "add.s64 %rd4, %rd1, %rd2;": lambda a, b, c: a + b,
     "mul.lo.s64 %rd4, %rd1, %rd2;": lambda a, b, c: a * b,
     "mul.hi.u64 %rd4, %rd1, %rd2;": lambda a, b, c: a * b >> 64,

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from tests.aot.emulator.programs import shared_run, two_warps
-from tilewright.aot.emulator import AsyncHazard, OutOfBounds, RaceError, UninitializedRead, emulate
+from tilewright.aot.emulator import (
+    AsyncHazard,
+    Misaligned,
+    OutOfBounds,
+    PTXError,
+    RaceError,
+    UninitializedRead,
+    Unsupported,
+    emulate,
+)
+from tilewright.aot.emulator.shared_memory import SharedMemory
 
 READ_AFTER_WRITE = "@%p1 st.shared.b32 [%r12], %r9; {} @!%p1 ld.shared.b32 %r4, [%r12];"
 
@@ -100,3 +111,137 @@ def test_async_copy_sizes_and_groups() -> None:
     assert (shared_run(body.format(0, 524))[0][:32] == 7).all()
     with pytest.raises(AsyncHazard):
         shared_run(body.format(1, 524))
+
+
+ATOMIC = "red.shared.add.u32 [%r12], 5;"
+START = "@%p1 st.shared.b32 [%r12], 0; bar.sync 0;"
+
+
+def test_atomics_of_two_warps_are_no_race() -> None:
+    out, _ = shared_run(f"{START} {ATOMIC} {ATOMIC} bar.sync 0; ld.shared.b32 %r4, [%r12];")
+    assert (out == 20).all()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"{START} {ATOMIC} {{}} ld.shared.b32 %r4, [%r12];",
+        f"{START} @%p1 ld.shared.b32 %r4, [%r12]; {{}} @!%p1 {ATOMIC}",
+        f"{START} @%p1 st.shared.b32 [%r12], 3; {{}} @!%p1 {ATOMIC}",
+    ],
+    ids=["atomic then read", "read then atomic", "write then atomic"],
+)
+def test_atomics_and_ordinary_accesses_need_a_barrier(body: str) -> None:
+    shared_run(body.format("bar.sync 0;"))
+    with pytest.raises(RaceError):
+        shared_run(body.format(""))
+
+
+def test_atomics_on_one_address_add_up_and_return_what_was_before() -> None:
+    out, _ = shared_run("@%p1 st.shared.b32 [%r12], 0; bar.sync 0; atom.shared.add.u32 %r4, [%r11], 1;")
+    assert sorted(out.tolist()) == list(range(64))
+
+
+def test_lanes_of_one_instruction_that_disagree_are_a_race() -> None:
+    with pytest.raises(RaceError, match="lanes of one instruction"):
+        shared_run("@%p1 st.shared.b32 [%r11], %r8;")
+
+
+def test_barriers_of_a_whole_cta_may_have_any_number() -> None:
+    shared_run(READ_AFTER_WRITE.format("bar.sync 1;"))
+    shared_run(READ_AFTER_WRITE.format("barrier.cta.sync.aligned 2, 64;"))
+    with pytest.raises(Unsupported, match="part of a CTA"):
+        shared_run(READ_AFTER_WRITE.format("bar.sync 1, 32;"))
+
+
+def test_a_fence_covers_its_own_warp_and_what_a_barrier_ordered() -> None:
+    def stored() -> SharedMemory:
+        memory = SharedMemory(1, 1024, proxies=True)
+        offset = np.array([0, 4])
+        memory.store(offset, np.ones((2, 4), np.uint8), np.array([0, 1]))
+        return memory
+
+    memory = stored()
+    memory.fence_proxy([(0, 0)])
+    memory.barrier()
+    assert (memory.load_async(np.array([0]), 4) == 1).all()
+    with pytest.raises(AsyncHazard, match="fence.proxy.async"):
+        memory.load_async(np.array([4]), 4)
+    memory = stored()
+    memory.barrier()
+    memory.fence_proxy([(0, 0)])
+    assert (memory.load_async(np.array([4]), 4) == 1).all()
+
+
+ONE_COPY = """shl.b32 %r13, %r8, 4; add.s32 %r14, %r11, %r13; ld.param.b64 %rd3, [po]; mov.b32 %r15, 7;
+st.global.b32 [%rd1], %r15; setp.gt.u32 %p2, %r8, 3; @!%p1 bra $x; {}
+cp.async.wait_all; ld.shared.b32 %r4, [%r14]; $x:"""
+
+
+def test_async_copies_that_ignore_their_source_fill_with_zeros() -> None:
+    out, _ = shared_run(ONE_COPY.format("cp.async.cg.shared.global [%r14], [%rd3], 16, %p2;"))
+    assert out[:32].tolist() == [7] * 4 + [0] * 28
+
+
+def test_async_copies_of_nothing_touch_no_global_memory() -> None:
+    body = "mov.b32 %r16, 0; mov.b64 %rd3, 0; cp.async.cg.shared.global [%r14], [%rd3], 16, %r16;"
+    out, stats = shared_run(ONE_COPY.format(body))
+    assert (out[:32] == 0).all() and stats.global_bytes["read"] == 0 and stats.sectors["read"] == 0
+
+
+@pytest.mark.parametrize(
+    "body,error,message",
+    [
+        ("cp.async.cg.shared.global [%r14], [%rd3+4], 16, 8;", Misaligned, "not aligned to 16 bytes"),
+        ("cp.async.cg.shared.global [%r14], [%rd3], 16, 20;", PTXError, "source size 20 exceeds"),
+        ("cp.async.cg.shared.global [%r14], [%rd3], 8;", Unsupported, "of 8 bytes"),
+        ("cp.async.ca.shared.global [%r14+8], [%rd3], 16;", Misaligned, "shared address"),
+        ("cp.async.ca.shared.global [%r14], [%rd3+256], 4;", OutOfBounds, "past the end of po"),
+    ],
+)
+def test_wrong_async_copies(body: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        shared_run(ONE_COPY.format(body))
+
+
+MBARRIER = """mbarrier.init.shared::cta.b64 [%r11], 2; {} mbarrier.arrive.shared::cta.b64 _, [%r11];
+mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r11], {}; selp.b32 %r4, 1, 0, %p3;"""
+
+
+def one_thread(body: str) -> int:
+    return int(shared_run(f"setp.ne.u32 %p2, %r8, 0; @%p2 bra $x; {body} $x:", arch=90)[0][0])
+
+
+def test_phases_of_an_mbarrier() -> None:
+    arrive = "mbarrier.arrive.shared::cta.b64 _, [%r11];"
+    assert one_thread(MBARRIER.format("", 0)) == 0  # one of two arrived: phase 0 goes on
+    assert one_thread(MBARRIER.format("", 1)) == 1  # the phase before the first counts as complete
+    assert one_thread(MBARRIER.format(arrive, 0)) == 1
+    assert one_thread(MBARRIER.format(arrive, 1)) == 0
+    assert one_thread(MBARRIER.format("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r11], 16;", 0)) == 0
+
+
+def test_wrong_mbarriers() -> None:
+    with pytest.raises(PTXError, match="not an initialised mbarrier"):
+        one_thread("mbarrier.arrive.shared::cta.b64 _, [%r11];")
+    with pytest.raises(PTXError, match="more arrivals"):
+        one_thread(
+            MBARRIER.format("mbarrier.arrive.shared::cta.b64 _, [%r11], 2; " * 1, 0).replace(
+                "b64 [%r11], 2", "b64 [%r11], 1"
+            )
+        )
+
+
+@pytest.mark.parametrize("trans", ["", ".trans"], ids=["plain", "transposed"])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_stmatrix_undoes_ldmatrix(number: int, trans: str) -> None:
+    names = ", ".join(f"%r{13 + i}" for i in range(number))
+    body = "".join(f"mul.lo.s32 %r{13 + i}, %r8, {i + 3}; " for i in range(number))
+    body += f"""shl.b32 %r17, %r9, 4; add.s32 %r17, %r11, %r17; @!%p1 bra $x;
+    stmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 [%r17], {{{names}}};
+    """
+    body += "".join(f"mov.b32 %r{13 + i}, 0; " for i in range(number))
+    body += (
+        f"ldmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 {{{names}}}, [%r17]; mov.b32 %r4, %r{12 + number}; $x:"
+    )
+    assert shared_run(body, arch=90)[0][:32].tolist() == [i * (number + 2) for i in range(32)]

@@ -59,7 +59,7 @@ def parse(ptx: str) -> Kernel:
     entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(", text))
     if len(entries) != 1:
         raise PTXSyntaxError(f"expected exactly one .entry, found {len(entries)}")
-    called = re.search(r"^\s*call\b[^;]*?([A-Za-z_]\w+)\s*,", text, re.M)
+    called = re.search(r"(?:^|[;{}])\s*call\b[^;]*?([A-Za-z_]\w+)\s*,", text, re.M)
     if called or re.search(r"^\s*(?:\.visible\s+|\.weak\s+)?\.func\b", text, re.M):
         name = called[1] if called else ".func"
         raise Unsupported(f"calls of device functions, such as device_print and device_assert make: {name}")
