@@ -13,7 +13,7 @@
 /* How a value is stored. UINT8 stands for value + 128; NONNEGATIVE is an int8 that is known to be 0 to 127. */
 enum { FLOAT32, INT8, UINT8, NONNEGATIVE };
 enum { NONE, RELU, RELU6, HARDSWISH, SILU, LEAKY_RELU, SIGMOID };
-enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT };
+enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE };
 
 /* kernels/cpu/conv.py holds the same structure. Strides count elements from one pixel to the next. */
 typedef struct {

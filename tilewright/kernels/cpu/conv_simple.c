@@ -49,7 +49,7 @@ static void mean(const tw_step *s, int64_t n, int64_t channel) {
     store_values(s->y, s->y_type, n * s->y_stride + channel, lanes, v_div(sum, v_set((float)area)), v_set(s->y_scale));
 }
 
-/* activation(x + residual), or x times the residual's value [N, C] for its image and channel; x alone for CONVERT. */
+/* activation(x + residual), or x times the residual's value [N, C] for its image and channel; x alone for CONVERT and ACTIVATE. */
 static void combine(const tw_step *s, int64_t pixel) {
     const int64_t area = s->out_height * s->out_width;
     for (int64_t channel = 0; channel < s->channels; channel += LANES) {

@@ -20,7 +20,7 @@ from tilewright.kernels.cpu import native
 from tilewright.kernels.packed import packed
 
 FLOAT32, INT8, UINT8, NONNEGATIVE = range(4)
-CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT = range(7)
+CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE = range(8)
 TYPES = {torch.float32: FLOAT32, torch.int8: INT8, torch.uint8: UINT8}
 #: By the numbers that conv.h gives them. "sigmoid" is for the gates of squeeze-and-excite; no operator has it.
 ACTIVATIONS = {

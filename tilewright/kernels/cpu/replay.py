@@ -1,0 +1,363 @@
+"""Runs a recorded sequence of operators again as a few C calls: what a CUDA graph is on a GPU, for networks on a CPU.
+
+    fast = Replays(function)
+    y = fast(x)                  # what function(x) returns
+
+The second call for inputs of the same shapes is recorded, operator by operator; those that the C kernels know become
+steps (``conv_steps``) in memory that is planned once, the others are called from Python in their place. Where nothing
+is gained, or the replay does not give what the recorded call gave, ``function`` is called as before and ``why_not``
+says so. ``function`` must do the same operators whenever shapes are the same: a traced graph does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tilewright.kernels.cpu import conv_steps, native
+from tilewright.kernels.cpu.conv_steps import Description
+from tilewright.kernels.cpu.replay_steps import NATIVE, NotNative, Plan
+
+_local = threading.local()
+#: Replays kept for one function: one for each combination of input shapes.
+MOST_REPLAYS = 8
+
+
+class Call(NamedTuple):
+    """One recorded call. name: of the operator, or of a function marked with ``recorded``."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.suspended = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.suspended:
+            self.calls.append(Call(str(func), func, args, kwargs, result))
+        return result
+
+
+def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a recording see a call of ``function`` (of tensors, without side effects) as one step of that name."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        recorder: _Recorder | None = getattr(_local, "recorder", None)
+        if recorder is None or recorder.suspended:
+            return function(*args, **kwargs)
+        recorder.suspended = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            recorder.suspended = False
+        recorder.calls.append(Call(function.__name__, function, args, kwargs, result))
+        return result
+
+    run.__name__, run.__doc__, run.__wrapped__ = function.__name__, function.__doc__, function  # type: ignore[attr-defined]
+    return run
+
+
+class CannotReplay(Exception):
+    """Why a recording cannot be replayed, in words."""
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Replay:
+    """One recording, made ready to run for inputs of the recorded shapes and strides."""
+
+    def __init__(self, function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]):
+        recorder = _Recorder()
+        _local.recorder = recorder
+        try:
+            with recorder:
+                result = function(*inputs)
+        finally:
+            _local.recorder = None
+        self.lock = threading.Lock()
+        self.expected = result
+        calls = [call for call in recorder.calls if not self._is_view(call)]
+        self._place(calls, inputs, result)
+        self._lower(calls)
+        if not self.native_steps:
+            raise CannotReplay("no operator of it has a C kernel")
+        leaves, self.structure = pytree.tree_flatten(result)
+        self.leaves = [self._live(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+    @staticmethod
+    def _is_view(call: Call) -> bool:
+        results = _tensors(call.result)
+        sources = {_storage(tensor) for tensor in _tensors((call.args, call.kwargs))}
+        schema = getattr(call.function, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            if call.name in NATIVE:
+                return False
+            raise CannotReplay(f"{call.name} changes its argument")
+        if torch.Tag.nondeterministic_seeded in getattr(call.function, "tags", ()):
+            raise CannotReplay(f"{call.name} is random")
+        return bool(results) and all(_storage(tensor) in sources for tensor in results)
+
+    # ---- memory
+    def _place(self, calls: list[Call], inputs: tuple[torch.Tensor, ...], result: Any) -> None:
+        """Give what the calls make a place in one arena, which is free again after the last call that reads it."""
+        self.inputs = {_storage(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs}
+        if len(self.inputs) != len(inputs):
+            raise CannotReplay("two inputs share memory")
+        born: dict[int, int] = {}
+        dies: dict[int, int] = {}
+        size: dict[int, int] = {}
+        constants: dict[int, torch.Tensor] = {}
+        for number, call in enumerate(calls):
+            for tensor in _tensors((call.args, call.kwargs)):
+                key = _storage(tensor)
+                if key in born:
+                    dies[key] = number
+                elif key not in self.inputs:
+                    # A view, as of a transposed weight, is made anew in each call; what it looks at stays.
+                    owner = tensor._base if tensor._is_view() and tensor._base is not None else tensor
+                    constants[id(owner)] = owner
+            for tensor in _tensors(call.result):
+                key = _storage(tensor)
+                if key not in self.inputs:
+                    born.setdefault(key, number)
+                    dies.setdefault(key, number)
+                    size[key] = tensor.untyped_storage().nbytes()
+        for tensor in _tensors(result):
+            if _storage(tensor) not in born:
+                raise CannotReplay("it returns an input or a constant")
+            dies[_storage(tensor)] = len(calls)
+        self.constants = [
+            (weakref.ref(t), t.data_ptr(), t._version) for t in constants.values() if not t.is_inference()
+        ]
+        live: list[tuple[int, int, int]] = []  # begin, end, last use
+        self.places: dict[int, int] = {}
+        total = 0
+        for key in sorted(born, key=born.__getitem__):
+            live = sorted(each for each in live if each[2] >= born[key])
+            begin = 0
+            for used_begin, used_end, _ in live:
+                if begin + size[key] <= used_begin:
+                    break
+                begin = max(begin, used_end)
+            end = begin + (size[key] + 63) // 64 * 64
+            live.append((begin, end, dies[key]))
+            self.places[key] = begin
+            total = max(total, end)
+        self.arena = torch.empty(total, dtype=torch.uint8)
+
+    def _live(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a recorded tensor is found in a replay."""
+        key = _storage(tensor)
+        if key in self.places:
+            base = self.arena[self.places[key] :]
+            offset = tensor.storage_offset() * tensor.element_size()
+            length = tensor.untyped_storage().nbytes() - offset
+            typed = base[offset : offset + length // tensor.element_size() * tensor.element_size()].view(tensor.dtype)
+            return typed.as_strided(tensor.shape, tensor.stride(), typed.storage_offset())
+        if key in self.inputs:
+            return self.inputs[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return tensor
+
+    # ---- steps
+    def _lower(self, calls: list[Call]) -> None:
+        plan = Plan(self._live)
+        parts: list[list[Description] | Callable[[], None]] = []
+        self.native_steps = 0
+        self.python_steps: list[str] = []
+        for call in calls:
+            lower = NATIVE.get(call.name)
+            try:
+                if lower is None:
+                    raise NotNative(call.name)
+                made = lower(plan, *call.args, result=call.result, **call.kwargs)
+            except NotNative:
+                plan.forget_signs(_tensors(call.result))
+                parts.append(self._python_step(call))
+                self.python_steps.append(call.name)
+                continue
+            self.native_steps += 1
+            if not parts or not isinstance(parts[-1], list):
+                parts.append([])
+            last = parts[-1]
+            if isinstance(last, list):
+                last += made
+        self.kept = plan.kept
+        self.steps: list[Any] = []
+        #: Descriptions whose x is an input, which need not be copied: (description, address in the copy, input).
+        for part in parts:
+            if callable(part):
+                self.steps.append(part)
+            else:
+                array = (Description * len(part))(*part)
+                self.steps.append((ctypes.addressof(array), len(part), array))
+        self.patches, self.copied = self._find_inputs()
+
+    def _python_step(self, call: Call) -> Callable[[], None]:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._live, (call.args, call.kwargs))
+        places = [self._live(tensor) for tensor in _tensors(call.result)]
+
+        def step() -> None:
+            for place, tensor in zip(places, _tensors(call.function(*args, **kwargs)), strict=True):
+                place.copy_(tensor)
+
+        return step
+
+    def _find_inputs(self) -> tuple[list[tuple[Description, int, int]], list[int]]:
+        """The steps that read an input as their x, and the inputs that others read, which must be copied."""
+        spans = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in self.inputs.values()]
+        patches = []
+        for step in self.steps:
+            for description in step[2] if isinstance(step, tuple) else ():
+                for number, (begin, end) in enumerate(spans):
+                    if description.x is not None and begin <= description.x < end:
+                        patches.append((description, description.x - begin, number))
+        copied = list(range(len(spans))) if any(callable(step) for step in self.steps) else []
+        for step in self.steps:
+            for description in step[2] if isinstance(step, tuple) else ():
+                copied += [n for n, (begin, end) in enumerate(spans) if begin <= (description.residual or 0) < end]
+        return patches, sorted(set(copied))
+
+    # ---- running
+    def is_current(self) -> bool:
+        """Whether no weight was replaced or written to since the recording."""
+        for reference, address, version in self.constants:
+            tensor = reference()
+            if tensor is None or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return True
+
+    def __call__(self, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """The result for ``inputs``, in tensors of its own. The caller holds ``lock``."""
+        own = list(self.inputs.values())
+        for number in self.copied:
+            own[number].copy_(inputs[number])
+        for description, offset, number in self.patches:
+            description.x = inputs[number].data_ptr() + offset
+        function, threads = native._function("run_steps"), torch.get_num_threads()
+        if function is None:
+            raise RuntimeError(native.why_no_native())
+        for step in self.steps:
+            if isinstance(step, tuple):
+                function(step[0], step[1], threads)
+            else:
+                step()
+        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two results are equal but for the rounding of float32."""
+    ours, theirs = _tensors(a), _tensors(b)
+    return len(ours) == len(theirs) and all(
+        x.dtype == y.dtype and x.shape == y.shape and torch.allclose(x.double(), y.double(), 1e-2, _atol(y), True)
+        for x, y in zip(ours, theirs, strict=True)
+    )
+
+
+def _atol(tensor: torch.Tensor) -> float:
+    finite = tensor.double()[tensor.isfinite()]
+    return 1e-3 * finite.abs().max().item() if finite.numel() else 0.0
+
+
+class Replays:
+    """``function`` of CPU tensors, replayed wherever that gives the same.
+
+    state: called each time; replays are made anew when what it returns changes. Numbers that ``function`` reads from
+    modules are part of a recording, so whoever changes such numbers must change the state.
+    """
+
+    def __init__(self, function: Callable[..., Any], state: Callable[[], Hashable] = lambda: None):
+        self.function, self.state = function, state
+        self._replays: dict[Hashable, Replay | int | str] = {}
+
+    @property
+    def why_not(self) -> str | None:
+        """Why the shapes met last are not replayed; None if they are or were not met twice yet."""
+        reasons = [each for each in self._replays.values() if isinstance(each, str)]
+        return reasons[-1] if reasons else None
+
+    def clear(self) -> None:
+        """Forget all recordings."""
+        self._replays.clear()
+
+    def __call__(self, *inputs: Any) -> Any:
+        """What ``function(*inputs)`` returns."""
+        for x in inputs:
+            if type(x) is not torch.Tensor or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+                return self.function(*inputs)
+        if _is_special():
+            return self.function(*inputs)
+        key = (self.state(), *[(x.shape, x.stride(), x.dtype) for x in inputs])
+        replay = self._replays.get(key)
+        if isinstance(replay, str):
+            return self.function(*inputs)
+        if not isinstance(replay, Replay):
+            return self._record(key, inputs)
+        if not replay.is_current():
+            del self._replays[key]
+            return self.function(*inputs)
+        if not replay.lock.acquire(blocking=False):  # another thread is in its memory
+            return self.function(*inputs)
+        try:
+            return replay(inputs)
+        finally:
+            replay.lock.release()
+
+    def _record(self, key: Hashable, inputs: tuple[torch.Tensor, ...]) -> Any:
+        if conv_steps.why_no_kernels(False):
+            self._replays[key] = str(conv_steps.why_no_kernels(False))
+            return self.function(*inputs)
+        if key not in self._replays:
+            if len(self._replays) >= MOST_REPLAYS:
+                self._replays.clear()
+            self._replays[key] = 1
+            return self.function(*inputs)
+        try:
+            with torch.no_grad():
+                replay = Replay(self.function, inputs)
+                result, replay.expected = replay.expected, None
+                with replay.lock:
+                    same = _same(replay(inputs), result)
+            if not same:
+                self._replays[key] = "a replay does not give the recorded result"
+            elif not replay.is_current():
+                self._replays[key] = "it makes tensors from nothing in each call"
+            else:
+                self._replays[key] = replay
+            return result
+        except CannotReplay as error:
+            self._replays[key] = str(error)
+            return self.function(*inputs)
+
+
+def _is_special() -> bool:
+    """Whether something watches or changes what operators do: a mode, autocast, a transformation, a compiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+    )

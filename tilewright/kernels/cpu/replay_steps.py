@@ -1,0 +1,337 @@
+"""From recorded operators to steps of the C kernels: a function for each operator, or NotNative where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry
+from tilewright.kernels.cpu import conv_steps
+from tilewright.kernels.cpu.conv_steps import Description, describe, set_residual, set_window
+
+
+class NotNative(Exception):
+    """The C kernels do not take this call."""
+
+
+class Plan:
+    """What the functions of ``NATIVE`` share: where recorded tensors are found, what must stay alive, what is known."""
+
+    def __init__(self, live: Callable[[torch.Tensor], torch.Tensor]):
+        self.live = live
+        self.kept: list[Any] = []
+        self._nonnegative: set[int] = set()
+
+    def image(self, recorded: torch.Tensor) -> torch.Tensor:
+        """Where ``recorded`` is, as channels-last [N, C, H, W]; [N, C] has one pixel."""
+        tensor = self.live(recorded)
+        if tensor.dim() == 2:
+            tensor = tensor[:, :, None, None]
+        if tensor.dim() != 4 or tensor.dtype not in conv_steps.TYPES or not conv_steps.is_channels_last(tensor):
+            raise NotNative
+        if 0 in tensor.shape:
+            raise NotNative
+        return tensor
+
+    def input(self, recorded: torch.Tensor, made: list[Description]) -> torch.Tensor:
+        """``image``, by way of a copy that ``made`` begins with where the order is another."""
+        tensor = self.live(recorded)
+        if tensor.dim() != 4 or tensor.dtype != torch.float32 or conv_steps.is_channels_last(tensor):
+            return self.image(recorded)
+        copy = torch.empty_like(tensor, memory_format=torch.channels_last)
+        self.kept.append(copy)
+        made.append(conv_steps.describe_convert(tensor, copy))
+        return copy
+
+    def is_nonnegative(self, recorded: torch.Tensor) -> bool:
+        """Whether an int8 tensor is known to hold 0 to 127."""
+        return recorded.untyped_storage().data_ptr() in self._nonnegative
+
+    def set_nonnegative(self, recorded: torch.Tensor) -> None:
+        """Say so."""
+        self._nonnegative.add(recorded.untyped_storage().data_ptr())
+
+    def forget_signs(self, results: list[torch.Tensor]) -> None:
+        """Another operator wrote these."""
+        self._nonnegative -= {tensor.untyped_storage().data_ptr() for tensor in results}
+
+
+def _geometry(x: torch.Tensor, weight: torch.Tensor, window: tuple[Any, ...]) -> ConvGeometry:
+    stride, padding, dilation, groups = window
+    return check_geometry("replay", x, weight, stride, padding, dilation, groups)
+
+
+def _conv(
+    plan: Plan,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    allow_tf32: bool = False,
+    *,
+    result: torch.Tensor,
+) -> list[Description]:
+    window = (stride, padding, dilation, groups)
+    if x.dtype != torch.float32 or activation not in conv_steps.ACTIVATIONS:
+        raise NotNative
+    if conv_steps.why_not_conv(_geometry(x, weight, window), x.dtype):
+        raise NotNative
+    made: list[Description] = []
+    source, target = plan.input(x, made), plan.image(result)
+    packed = conv_steps.packed_weight(weight, groups)
+    description, kept = conv_steps.describe_conv(
+        source, target, packed, weight.shape[1:3], window, bias, activation, negative_slope
+    )
+    plan.kept.append(kept)
+    if residual is not None:
+        set_residual(description, plan.image(residual))
+    return [*made, description]
+
+
+def _int8_conv(
+    plan: Plan,
+    x: torch.Tensor,
+    x_scale: float,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    out_scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
+    x_nonnegative: bool = False,
+    *,
+    result: torch.Tensor,
+) -> list[Description]:
+    window = (stride, padding, dilation, groups)
+    if activation not in conv_steps.ACTIVATIONS or conv_steps.why_not_conv(_geometry(x, weight, window), x.dtype):
+        raise NotNative
+    scale = weight_scale * torch.full((), x_scale)
+    nonnegative = x_nonnegative or plan.is_nonnegative(x)
+    packed = conv_steps.packed_weight(weight, groups)
+    arguments = (weight.shape[1:3], window, bias, activation, negative_slope, scale, out_scale, nonnegative)
+    description, kept = conv_steps.describe_conv(plan.image(x), plan.image(result), packed, *arguments)
+    plan.kept.append(kept)
+    if residual is not None:
+        set_residual(description, plan.image(residual), residual_scale)
+    if result.dtype == torch.int8 and activation in ("relu", "relu6"):
+        plan.set_nonnegative(result)
+    return [description]
+
+
+def _quantize(
+    plan: Plan, x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None, *, result: torch.Tensor
+) -> list[Description]:
+    source, target = plan.live(x), plan.image(result)
+    if source.dim() == 2:
+        source = source[:, :, None, None]
+    if source.dtype != torch.float32 or source.dim() != 4:
+        raise NotNative
+    return [conv_steps.describe_convert(source, target, scale)]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values[0], values[-1]
+
+
+def _max_pool(
+    plan: Plan,
+    x: torch.Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    *,
+    result: Any,
+) -> list[Description]:
+    output = result[0] if isinstance(result, (tuple, list)) else result
+    d = describe(conv_steps.MAX_POOL, plan.image(x), plan.image(output))
+    top, left = _pair(padding)
+    set_window(d, _pair(kernel_size), _pair(stride or kernel_size), (top, top, left, left), _pair(dilation))
+    if plan.is_nonnegative(x):
+        plan.set_nonnegative(output)
+    return [d]
+
+
+def _mean_of_images(plan: Plan, x: torch.Tensor, scale: float, result: torch.Tensor) -> list[Description]:
+    source, target = plan.image(x), plan.live(result)
+    if target.dtype != torch.float32 or not target.is_contiguous() or target.numel() != x.shape[0] * x.shape[1]:
+        raise NotNative
+    d = describe(conv_steps.MEAN, source, target.view(x.shape[0], x.shape[1], 1, 1))
+    d.x_scale = scale
+    return [d]
+
+
+def _mean(
+    plan: Plan, x: torch.Tensor, dim: Any, keepdim: bool = False, dtype: Any = None, *, result: torch.Tensor
+) -> list[Description]:
+    if x.dim() != 4 or x.dtype != torch.float32 or sorted(each % 4 for each in dim) != [2, 3]:
+        raise NotNative
+    return _mean_of_images(plan, x, 1.0, result)
+
+
+def _pool_to_one(plan: Plan, x: torch.Tensor, *rest: Any, result: torch.Tensor, **options: Any) -> list[Description]:
+    """Average pooling with one result for an image. That it is the mean of all pixels, the first replay shows."""
+    if x.dim() != 4 or result.shape[2:] != (1, 1):
+        raise NotNative
+    return _mean_of_images(plan, x, 1.0, result)
+
+
+def _quantized_mean(
+    plan: Plan, q: torch.Tensor, scale: float, dtype: torch.dtype, dim: Any, keepdim: bool = False, *, result: Any
+) -> list[Description]:
+    dims = (dim,) if isinstance(dim, int) else dim
+    if q.dim() != 4 or sorted(each % 4 for each in dims) != [2, 3] or dtype != torch.float32:
+        raise NotNative
+    return _mean_of_images(plan, q, scale, result)
+
+
+def _add(plan: Plan, a: Any, b: Any, alpha: float = 1, *, result: torch.Tensor) -> list[Description]:
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape or alpha != 1 or a.dtype != b.dtype:
+        raise NotNative
+    return _combine(plan, conv_steps.ADD, a, 1.0, b, 1.0, result, 1.0)
+
+
+def _combine(
+    plan: Plan,
+    kind: int,
+    a: torch.Tensor,
+    a_scale: float,
+    b: torch.Tensor,
+    b_scale: float,
+    result: torch.Tensor,
+    out_scale: float,
+) -> list[Description]:
+    d = describe(kind, plan.image(a), plan.image(result))
+    set_residual(d, plan.image(b), b_scale)
+    d.x_scale, d.y_scale = a_scale, out_scale
+    plan.forget_signs([result])
+    return [d]
+
+
+def _quantized_add(
+    plan: Plan,
+    a: torch.Tensor,
+    a_scale: float,
+    b: torch.Tensor,
+    b_scale: float,
+    out_scale: float,
+    *,
+    result: torch.Tensor,
+) -> list[Description]:
+    if a.shape != b.shape:
+        raise NotNative
+    return _combine(plan, conv_steps.ADD, a, a_scale, b, b_scale, result, out_scale)
+
+
+def _multiply(plan: Plan, a: Any, b: Any, *, result: torch.Tensor) -> list[Description]:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dtype != torch.float32:
+        raise NotNative
+    if a.dim() == 4 and b.dim() == 4 and a.shape[2:] == (1, 1) != b.shape[2:]:
+        a, b = b, a
+    if b.dtype != torch.float32 or b.shape != (*a.shape[:2], 1, 1) or a.dim() != 4:
+        raise NotNative
+    return _combine(plan, conv_steps.MULTIPLY, a, 1.0, b, 1.0, result, 1.0)
+
+
+def _quantized_multiply(
+    plan: Plan,
+    a: torch.Tensor,
+    a_scale: float,
+    b: torch.Tensor,
+    b_scale: float,
+    out_scale: float,
+    *,
+    result: torch.Tensor,
+) -> list[Description]:
+    if a.dim() == 4 and b.dim() == 4 and a.shape[2:] == (1, 1) != b.shape[2:]:
+        a, a_scale, b, b_scale = b, b_scale, a, a_scale
+    if a.dim() != 4 or b.shape != (*a.shape[:2], 1, 1):
+        raise NotNative
+    return _combine(plan, conv_steps.MULTIPLY, a, a_scale, b, b_scale, result, out_scale)
+
+
+def _dequantize(
+    plan: Plan, q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32, *, result: torch.Tensor
+) -> list[Description]:
+    d = describe(conv_steps.ACTIVATE, plan.image(q), plan.image(result))
+    d.x_scale = scale
+    return [d]
+
+
+def _activate(name: str) -> Callable[..., list[Description]]:
+    def lower(plan: Plan, x: torch.Tensor, *rest: Any, result: torch.Tensor) -> list[Description]:
+        if x.dtype != torch.float32 or (name == "relu6" and tuple(rest) != (0.0, 6.0)):
+            raise NotNative
+        d = describe(conv_steps.ACTIVATE, plan.image(x), plan.image(result))
+        d.activation = conv_steps.ACTIVATIONS[name]
+        return [d]
+
+    return lower
+
+
+def _addmm(
+    plan: Plan, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, result: torch.Tensor
+) -> list[Description]:
+    return _linear(plan, x, weight.t(), bias, result=result)
+
+
+def _linear(
+    plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, result: torch.Tensor
+) -> list[Description]:
+    """A linear layer is a convolution of images of one pixel."""
+    source, target = plan.image(x), plan.image(result)
+    n, k = weight.shape
+    if source.dtype != torch.float32 or not weight.is_contiguous() or weight.dtype != torch.float32:
+        raise NotNative
+    if bias is not None and bias.shape != (n,):
+        raise NotNative
+    window = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    packed = conv_steps.packed_weight(weight.view(n, 1, 1, k), 1)
+    description, kept = conv_steps.describe_conv(source, target, packed, (1, 1), window, bias, "none", 0.0)
+    plan.kept.append(kept)
+    return [description]
+
+
+#: By the name of a recorded call.
+NATIVE: dict[str, Callable[..., list[Description]]] = {
+    "tilewright.conv2d_fused.default": _conv,
+    "tilewright.int8_conv2d_fused.default": _int8_conv,
+    "tilewright.quantize_per_tensor.default": _quantize,
+    "aten.max_pool2d_with_indices.default": _max_pool,
+    "aten.max_pool2d.default": _max_pool,
+    "aten.mean.dim": _mean,
+    "aten._adaptive_avg_pool2d.default": _pool_to_one,
+    "aten.avg_pool2d.default": _pool_to_one,
+    "aten.add.Tensor": _add,
+    "aten.mul.Tensor": _multiply,
+    "aten.addmm.default": _addmm,
+    "aten.linear.default": _linear,
+    "aten.relu.default": _activate("relu"),
+    "aten.hardtanh.default": _activate("relu6"),
+    "aten.hardswish.default": _activate("hardswish"),
+    "aten.silu.default": _activate("silu"),
+    "aten.sigmoid.default": _activate("sigmoid"),
+    # functions marked with ``recorded``
+    "max_pool2d": _max_pool,
+    "mean": _quantized_mean,
+    "add": _quantized_add,
+    "multiply": _quantized_multiply,
+    "dequantize": _dequantize,
+}
