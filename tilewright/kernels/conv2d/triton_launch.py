@@ -167,6 +167,9 @@ class ConvTile:
         block_m = 128 if programs(128, block_n) >= multiprocessors else 64
         if block_n == 128 and programs(block_m, block_n) < multiprocessors:
             block_n = 64
+        if unit(depth) * size < 8:
+            # Many narrow loads: the addresses of more than 32 columns fill the registers.
+            block_k = min(block_k, 32)
         if size == 4:  # no room for more float32 operands
             block_m, block_n, block_k = 64, min(block_n, 64), 16
         # With four warps the addresses and sums of 128 x 64 take all 255 registers on 8.x.
