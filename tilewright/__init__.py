@@ -11,9 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from tilewright import kernels, nn
 from tilewright.convert import (
     CheckpointError,
+    Fuse,
     Int4WeightOnly,
     Int8ActInt4Weight,
     Int8Dynamic,
+    Int8Static,
     Int8WeightOnly,
     Recipe,
     convert_model,
@@ -30,9 +32,11 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "CheckpointError",
+    "Fuse",
     "Int4WeightOnly",
     "Int8ActInt4Weight",
     "Int8Dynamic",
+    "Int8Static",
     "Int8WeightOnly",
     "Recipe",
     "convert_model",

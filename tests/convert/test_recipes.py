@@ -5,6 +5,7 @@ import json
 import pytest
 from torch import nn
 
+from tilewright.convert.conv_schemes import Int8Static
 from tilewright.convert.recipes import PRESETS, Recipe, Rule, matches, names_explicitly
 from tilewright.convert.schemes import Int4WeightOnly, Int8Dynamic
 
@@ -48,12 +49,13 @@ def test_what_spells_out_a_name(pattern: str, expected: bool) -> None:
 
 
 def test_forms_of_a_recipe() -> None:
-    assert Recipe.of("int8").rules == (Rule("*", Int8Dynamic()),)
-    assert Recipe.of(Int8Dynamic()) == Recipe.of("int8")
+    assert Recipe.of("int8").rules == (Rule("*", Int8Dynamic()), Rule("*", Int8Static()))
+    assert Recipe.of(Int8Dynamic()).rules == Recipe.of("int8").rules[:1]
     given = {"lm_head": None, nn.Linear: "int8", "*": Int4WeightOnly(group_size=32)}
     assert Recipe.of(given).rules == (
         Rule("lm_head", None),
         Rule("type:torch.nn.modules.linear.Linear", Int8Dynamic()),
+        Rule("type:torch.nn.modules.linear.Linear", Int8Static()),
         Rule("*", Int4WeightOnly(group_size=32)),
     )
     recipe = Recipe([("*", "int8")], exclude="a.*")

@@ -124,8 +124,13 @@ def test_converts_with_every_layer_accounted_for(name: str, recipe: str, least: 
     converted = convert_model(model, recipe)
     layers = {layer.name: layer for layer in report(converted).layers}
     linear = [n for n, module in model.named_modules() if is_linear(module)]
-    assert sorted(linear) == sorted(layers)
+    convolutions = [n for n, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)]
+    assert sorted([*linear, *convolutions]) == sorted(layers)
     assert len(linear) > 5
+    for name_of_convolution in convolutions:
+        convolution = layers.pop(name_of_convolution)
+        assert ("Fuse" in convolution.scheme) == (recipe == "int8")
+        assert ("needs calibration_data" if recipe == "int8" else "takes linear layers") in convolution.reason
     for layer in layers.values():
         assert bool(layer.scheme) != bool(layer.reason)
     expected_skips = ARCHITECTURES[name].skipped

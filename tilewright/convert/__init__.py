@@ -1,6 +1,7 @@
 """From a model to a smaller, faster one: recipes, the converter, calibration, the report, save and load."""
 
 from tilewright.convert.checkpoint import load_model, save_model
+from tilewright.convert.conv_schemes import Fuse, Int8Static
 from tilewright.convert.converter import convert_model, revert_model
 from tilewright.convert.recipes import PRESETS, Recipe, Rule
 from tilewright.convert.report import Report, report
@@ -17,9 +18,11 @@ from tilewright.convert.schemes import (
 __all__ = [
     "PRESETS",
     "CheckpointError",
+    "Fuse",
     "Int4WeightOnly",
     "Int8ActInt4Weight",
     "Int8Dynamic",
+    "Int8Static",
     "Int8WeightOnly",
     "Recipe",
     "Report",

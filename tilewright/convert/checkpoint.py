@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import tilewright.nn as quantized
-from tilewright.convert import layers, structure
+from tilewright.convert import conv_restore, layers, structure
 from tilewright.convert.fusion import fuse_named, fused_activations
 from tilewright.convert.manifest import FILE_NAME, Layer, Manifest, Stored, read_manifest
 from tilewright.convert.record import record_of
@@ -36,16 +36,18 @@ from tilewright.convert.safetensors_file import (
 )
 from tilewright.convert.slots import Slot, hidden_meta_tensors, slots
 from tilewright.convert.text import listed, shown_name
-from tilewright.nn import QuantizedLinear
+from tilewright.nn import ConvLayer, QuantizedLinear
 
 #: Classes that a manifest may name.
-MODULES: dict[str, type[QuantizedLinear]] = {
+MODULES: dict[str, type[QuantizedLinear | ConvLayer]] = {
     kind.__name__: kind
     for kind in (
         quantized.Int8Linear,
         quantized.Int8WeightOnlyLinear,
         quantized.Int4Linear,
         quantized.Int8ActInt4WeightLinear,
+        quantized.ConvBnAct2d,
+        quantized.Int8ConvBnAct2d,
     )
 }
 
@@ -97,11 +99,12 @@ def _describe(
     converted = {
         name: Layer(type(module).__name__, module.config())
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, layers.CONVERTED)
     }
     differing = [name for name, module in model.named_modules() if module.training != model.training]
     fused = fused_activations(model)
-    return Manifest(record_of(model), converted, tensors, tied, model.training, differing, fused)
+    folded = conv_restore.folded_norms(model)
+    return Manifest(record_of(model), converted, tensors, tied, model.training, differing, fused, folded)
 
 
 def _check_storable(model: nn.Module, places: dict[str, Slot]) -> dict[str, str]:
@@ -111,7 +114,7 @@ def _check_storable(model: nn.Module, places: dict[str, Slot]) -> dict[str, str]
             raise ValueError(
                 f"{shown_name(name)!r} ({type(module).__name__}) has extra state, which may not be a tensor"
             )
-        if isinstance(module, QuantizedLinear) and type(module).__name__ not in MODULES:
+        if isinstance(module, layers.CONVERTED) and type(module).__name__ not in MODULES:
             raise ValueError(f"{shown_name(name)!r} is a {type(module).__name__}, which load_model does not know")
     tied: dict[str, str] = {}
     first: dict[object, str] = {}
@@ -204,6 +207,7 @@ def load_model(
                 _check_values(places[name], name, tensor, folder / shard)
                 loaded[name] = tensor.to(device)
     _put_in(places, manifest, loaded)
+    conv_restore.finish(model)
     if hidden := hidden_meta_tensors(model):
         raise CheckpointError(
             f"{type(model).__name__} keeps tensors in containers that no checkpoint can fill: {listed(hidden)}; "
@@ -247,6 +251,13 @@ def _swap_in(model: nn.Module, manifest: Manifest, path: Path) -> nn.Module:
         if old is None:
             raise CheckpointError(f"{where}: {type(model).__name__} has no such layer")
         new = _build_empty(layer, where)
+        if isinstance(new, ConvLayer):
+            if reason := conv_restore.why_not_in_place_of(old, new):
+                raise CheckpointError(f"{where}: {reason}")
+            layers.carry_over(old, new, bias=False)
+            new.layer_name = name
+            model = structure.replace(model, old, new, parents)
+            continue
         if not layers.is_linear(old) or layers.is_conv1d(old) != (new.origin == "Conv1D"):
             raise CheckpointError(f"{where}: was a {new.origin}, but the factory's is a {type(old).__name__}")
         linear = layers.as_linear(old)
@@ -260,12 +271,13 @@ def _swap_in(model: nn.Module, manifest: Manifest, path: Path) -> nn.Module:
         model = structure.replace(model, old, new, parents)
     try:
         fuse_named(model, manifest.fused)
+        conv_restore.fold_named(model, manifest.folded)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return model
 
 
-def _build_empty(layer: Layer, where: str) -> QuantizedLinear:
+def _build_empty(layer: Layer, where: str) -> QuantizedLinear | ConvLayer:
     kind = MODULES.get(layer.module)
     if kind is None:
         raise CheckpointError(f"{where}: module {layer.module!r} is unknown; known: {', '.join(MODULES)}")
@@ -289,7 +301,7 @@ def _check_names(places: dict[str, Slot], manifest: Manifest, path: Path, model:
         raise CheckpointError(f"{path}: does not fit {model}: of its tensors the checkpoint {'; it '.join(problems)}")
     for name, slot in places.items():
         stored, there = manifest.tensors[manifest.tied.get(name, name)], slot.tensor
-        fixed = isinstance(slot.module, QuantizedLinear) and slot.kind != "parameter"
+        fixed = _is_fixed(slot)
         same_dtype = stored.dtype == there.dtype
         # A float tensor may come back in another float dtype than the factory gives it: that of the model that was
         # saved.
@@ -303,9 +315,18 @@ def _check_names(places: dict[str, Slot], manifest: Manifest, path: Path, model:
 
 def _check_values(slot: Slot, name: str, tensor: torch.Tensor, path: Path) -> None:
     """Scales of quantised weights must be finite: one NaN would silently poison a whole output channel."""
-    scale = isinstance(slot.module, QuantizedLinear) and slot.kind != "parameter" and tensor.is_floating_point()
+    scale = _is_fixed(slot) and slot.kind != "parameter" and tensor.is_floating_point()
     if scale and not torch.isfinite(tensor).all():
         raise CheckpointError(f"{path}: tensor {name!r} holds a scale that is NaN or Inf")
+    if scale and isinstance(slot.module, ConvLayer) and not (tensor > 0).all():
+        raise CheckpointError(f"{path}: tensor {name!r} holds a scale that is not positive")
+
+
+def _is_fixed(slot: Slot) -> bool:
+    """Whether the module at a place works with one dtype only."""
+    if isinstance(slot.module, ConvLayer):
+        return slot.kind != "parameter" or slot.attribute == "bias"
+    return isinstance(slot.module, QuantizedLinear) and slot.kind != "parameter"
 
 
 def _put_in(places: dict[str, Slot], manifest: Manifest, loaded: dict[str, torch.Tensor]) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from tilewright.convert import calibrate, layers, structure
+from tilewright.convert.conv_calibrate import ERROR_SAMPLES
+from tilewright.convert.conv_convert import Convolutions, check_mode
+from tilewright.convert.conv_schemes import ConvScheme
 from tilewright.convert.fusion import fuse_activations, unfuse_activations
 from tilewright.convert.plan import FilterFunction, Plan, Planned, layers_of, make_plan, nothing_to_convert
+from tilewright.convert.program import remove_programs
 from tilewright.convert.progress import track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
 from tilewright.convert.record import LayerRecord, Record, detach, record_of, remember_original
 from tilewright.convert.text import shown_name, size
-from tilewright.nn import QuantizedLinear
+from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
 
 logger = logging.getLogger("tilewright")
 
@@ -61,17 +65,23 @@ def convert_model(
     _check_model(model)
     recipe = Recipe.of(recipe).excluding(exclude)
     plan = make_plan(model, recipe, filter_fn, heads)
+    check_mode(model, plan.convert)
     known, original = record_of(model), model
     if not inplace:
         model = structure.copy_structure(original)
-    samples = _observe(model, plan, calibration_data)
-    record = Record([*known.recipes, recipe.to_json()], dict(known.layers), plan.skipped)
+    record = Record([*known.recipes, recipe.to_json()], dict(known.layers), plan.skipped, dict(known.untraced))
+    convolutions = Convolutions(model, plan, fused_already=any(isinstance(m, ConvLayer) for m in model.modules()))
     try:
+        model = convolutions.fuse(calibration_data is not None, progress)
+        samples = _observe(model, plan, convolutions, calibration_data, progress)
+        model = convolutions.model
+        convolutions.release()
         model = _swap(model, plan, samples, record, progress)
         if fuse:
             for source in fuse_activations(model).values():
                 record.layers[source].label += f" + {model.get_submodule(source).activation}"
     finally:
+        convolutions.install(model, record)
         # Also if a layer failed in place: what was converted until then must keep working and be reported.
         structure.FastPaths.close(model, layers.is_converted)
         record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
@@ -97,12 +107,28 @@ def _check_model(model: object) -> None:
         raise TypeError("the model is compiled: convert first, then torch.compile the result")
 
 
-def _observe(model: nn.Module, plan: Plan, data: Iterable[Any] | None) -> dict[str, calibrate.RowSample]:
+def _observe(
+    model: nn.Module, plan: Plan, convolutions: Convolutions, data: Iterable[Any] | None, progress: bool | None
+) -> dict[str, calibrate.RowSample]:
+    """Run the calibration data through the model, sample what reaches linear layers, and quantise convolutions."""
     if data is None:
         return {}
     if not any(planned.scheme.calibrated for planned in plan.convert.values()):
         logger.warning("no scheme of this recipe makes use of calibration_data; it only measures output errors")
-    return calibrate.observe(model, {name: model.get_submodule(name) for name in plan.convert}, data)
+    linear = {name: model.get_submodule(name) for name in plan.convert if name not in convolutions.planned}
+    kept: list[Any] = []
+
+    def stream() -> Iterator[Any]:
+        for item in track(data, "Calibrating", progress):
+            if len(kept) < ERROR_SAMPLES:
+                kept.append(item)
+            yield item
+
+    with convolutions.watching():
+        samples = calibrate.observe(model, linear, stream())
+    with calibrate.evaluation(model):
+        convolutions.quantize(kept, calibrate.call, progress)
+    return samples
 
 
 def _swap(
@@ -110,7 +136,8 @@ def _swap(
 ) -> nn.Module:
     """Replace every planned layer, one at a time, and write down what became of it. Returns the root."""
     slots = structure.slots_of(model)
-    for name in track(plan.convert, "Converting", progress):
+    layers_left = [name for name, planned in plan.convert.items() if not isinstance(planned.scheme, ConvScheme)]
+    for name in track(layers_left, "Converting", progress):
         old = model.get_submodule(name)
         with torch.no_grad():
             try:
@@ -160,8 +187,9 @@ def tensor_bytes(module: nn.Module) -> int:
 def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Give the plain layers back, with dequantised weights in the original dtype.
 
-    The values are those that the quantised layers stood for, not the ones from before the conversion. inplace: change
-    ``model`` itself. Raises ValueError if the model holds no converted layer.
+    The values are those that the quantised layers stood for, not the ones from before the conversion. A batch-norm that
+    was folded into a convolution stays there: its place is taken by ``nn.Identity``. inplace: change ``model`` itself.
+    Raises ValueError if the model holds no converted layer.
 
     >>> import tilewright as tw
     >>> model = tw.revert_model(tw.convert_model(nn.Sequential(nn.Linear(64, 64)), "int8"))
@@ -174,13 +202,17 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = structure.copy_structure(model)
     unfuse_activations(model)
+    remove_programs(model)
     slots = structure.slots_of(model)
     for old, names in layers_of(model).items():
-        if isinstance(old, QuantizedLinear):
+        if isinstance(old, layers.CONVERTED):
             new = layers.to_float(old)
-            layers.carry_over(old, new)
+            layers.carry_over(old, new, bias=isinstance(old, QuantizedLinear))
             model = structure.replace(model, old, new, slots)
             logger.debug("reverted %s", shown_name(names[0]))
+    for old in [module for module in model.modules() if isinstance(module, FoldedBatchNorm)]:
+        new = nn.Identity() if old.then is None else old.then
+        model = structure.replace(model, old, new.train(old.training), slots)
     structure.FastPaths.open(model)
     detach(model)
     return model

@@ -7,7 +7,10 @@ import sys
 import torch
 from torch import nn
 
-from tilewright.nn import QuantizedLinear
+from tilewright.nn import ConvLayer, QuantizedLinear
+
+#: Base classes of what a conversion puts in place of a layer.
+CONVERTED = (QuantizedLinear, ConvLayer)
 
 #: Dtypes of float weights that the operators work in.
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,7 +30,7 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_STANDARD_ATTRIBUTES = frozenset(vars(nn.Linear(1, 1, device="meta")))
+_STANDARD_ATTRIBUTES = frozenset(vars(nn.Linear(1, 1, device="meta"))) | vars(nn.Conv2d(1, 1, 1, device="meta")).keys()
 
 
 def conv1d_class() -> type[nn.Module] | None:
@@ -52,7 +55,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_converted(module: nn.Module) -> bool:
     """Whether ``module`` is the result of a conversion."""
-    return isinstance(module, QuantizedLinear)
+    return isinstance(module, CONVERTED)
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
@@ -80,8 +83,10 @@ def as_conv1d(linear: nn.Linear) -> nn.Module:
     return conv1d
 
 
-def to_float(module: QuantizedLinear) -> nn.Module:
+def to_float(module: QuantizedLinear | ConvLayer) -> nn.Module:
     """The plain layer with dequantised weights, of the type that was converted."""
+    if isinstance(module, ConvLayer):
+        return module.to_float()
     linear = module.to_float()
     return as_conv1d(linear) if module.origin == "Conv1D" else linear
 
@@ -105,8 +110,11 @@ def why_not_linear(module: nn.Module) -> str | None:
     if extra or weight is None:
         held = ", ".join(extra) or "none"
         return f"its weight is not a plain parameter (it holds {held}), as after pruning or weight_norm"
-    if reason := why_not_weight(weight):
-        return reason
+    return why_not_weight(weight) or why_not_state(module)
+
+
+def why_not_state(module: nn.Module) -> str | None:
+    """Why the state dict of a layer must stay what it is; None if it may change."""
     if any(vars(module).get(name) for name in _STATE_HOOKS):
         return "hooks on its state_dict expect the float weight"
     return None
@@ -133,9 +141,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` what the user had put on ``old``: hooks, training flag, bias, and attributes that are not a layer's
-    own.
+def carry_over(old: nn.Module, new: nn.Module, bias: bool = True) -> None:
+    """Give ``new`` what the user had put on ``old``: hooks, training flag, attributes that are not a layer's own, and,
+    if ``bias``, the bias.
 
     The hook dictionaries themselves move, so that handles returned by ``register_forward_hook`` still remove their
     hook.
@@ -144,10 +152,10 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
-    if old._parameters.get("bias") is not None:
+    if bias and old._parameters.get("bias") is not None:
         new.bias = old.bias
     own = _STANDARD_ATTRIBUTES
-    if isinstance(old, QuantizedLinear):
+    if isinstance(old, CONVERTED):
         own = frozenset(vars(type(old)(**old.config(), device="meta")))
     for name, value in vars(old).items():
         if name not in own and name not in vars(new) and not hasattr(type(new), name):

@@ -64,7 +64,8 @@ class Stored:
 class Manifest:
     """layers, tensors: by name. tied: alias -> name in ``tensors``. training: the root's mode.
 
-    differing: names of the modules in the other mode. fused: activation -> the layer that applies it.
+    differing: names of the modules in the other mode. fused: activation -> the layer that applies it. folded:
+    batch-norm -> the convolution that holds it.
     """
 
     record: Record
@@ -74,6 +75,7 @@ class Manifest:
     training: bool = False
     differing: list[str] = field(default_factory=list)
     fused: dict[str, str] = field(default_factory=dict)
+    folded: dict[str, str] = field(default_factory=dict)
 
     def shards(self) -> dict[str, list[str]]:
         """Names of the tensors in each data file."""
@@ -92,6 +94,7 @@ class Manifest:
             "layers": {name: vars(layer) for name, layer in self.layers.items()},
             "record": self.record.to_json(),
             "fused": self.fused,
+            "folded": self.folded,
             "tied": self.tied,
             "tensors": {
                 name: {**vars(stored), "dtype": DTYPE_NAMES[stored.dtype], "shape": list(stored.shape)}
@@ -125,12 +128,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _manifest(data: dict[str, Any]) -> Manifest:
     tables = {name: data[name] for name in ("layers", "tensors", "tied", "fused", "record")}
+    tables["folded"] = data.get("folded", {})  # of older files, which hold no convolutions
     for name, table in tables.items():
         _require(isinstance(table, dict), f"{name!r} is not an object")
     _require(len(tables["tensors"]) + len(tables["tied"]) <= MAX_TENSORS, f"more than {MAX_TENSORS} tensors")
     _require(type(data["training"]) is bool, "'training' is not true or false")
     _require(_strings(data["differing"]), "'differing' is not a list of names")
-    for name in ("tied", "fused"):
+    for name in ("tied", "fused", "folded"):
         _require(_strings(list(tables[name].values())), f"{name!r} does not map names to names")
     tensors = {name: _stored(name, fields) for name, fields in tables["tensors"].items()}
     for alias, name in tables["tied"].items():
@@ -138,7 +142,8 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         _require(alias not in tensors, f"{alias!r} is both stored and tied")
     layers = {name: _layer(name, fields) for name, fields in tables["layers"].items()}
     record = Record.from_json(tables["record"])
-    return Manifest(record, layers, tensors, tables["tied"], data["training"], data["differing"], tables["fused"])
+    ties, fused, folded = tables["tied"], tables["fused"], tables["folded"]
+    return Manifest(record, layers, tensors, ties, data["training"], data["differing"], fused, folded)
 
 
 def _stored(name: str, fields: Any) -> Stored:

@@ -93,6 +93,8 @@ def _decide(
         (tied[id(parameter)] for parameter in module._parameters.values() if _is_tied(parameter, tied)), None
     ):
         return f"its weight is tied to {other}"
+    if rule.scheme.lossless:
+        return Planned(rule.scheme, explicit)
     if any(part.startswith("lora_") for part in names[0].split(".")) and not explicit:
         return "a LoRA adapter, which is small and meant to be trained"
     if head is not None and not explicit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,12 +12,14 @@ T = TypeVar("T")
 MANY_LAYERS = 24
 
 
-def track(items: Collection[T], description: str, progress: bool | None = None) -> Iterator[T]:
+def track(items: Iterable[T], description: str, progress: bool | None = None) -> Iterator[T]:
     """Iterate over ``items`` with a progress bar on stderr.
 
-    progress: True or False shows or hides it; None shows it if there are many and stderr is a terminal.
+    progress: True or False shows or hides it; None shows it if there are many, or nobody knows how many, and stderr is
+    a terminal.
     """
-    wanted = progress if progress is not None else len(items) > MANY_LAYERS and sys.stderr.isatty()
+    many = not isinstance(items, Sized) or len(items) > MANY_LAYERS
+    wanted = progress if progress is not None else many and sys.stderr.isatty()
     if not wanted:
         yield from items
         return

@@ -17,6 +17,7 @@ from typing import Any, Union
 
 from torch import nn
 
+from tilewright.convert.conv_schemes import Fuse, Int8Static
 from tilewright.convert.schemes import (
     Int4WeightOnly,
     Int8ActInt4Weight,
@@ -44,7 +45,11 @@ PRESETS: dict[str, Scheme] = {
     "int4-symmetric": Int4WeightOnly(symmetric=True),
     "int8-int4": Int8ActInt4Weight(),
     "int8-int4-g32": Int8ActInt4Weight(group_size=32),
+    "fuse": Fuse(),
+    "int8-static": Int8Static(),
 }
+#: What a string stands for beyond its first scheme, for layers of other kinds.
+FURTHER: dict[str, tuple[Scheme, ...]] = {"int8": (Int8Static(),), "w8a8": (Int8Static(),)}
 PRESETS |= {
     "w8a8": PRESETS["int8"],
     "w8a16": PRESETS["int8-weight-only"],
@@ -102,12 +107,12 @@ def _pattern(pattern: object) -> str:
     return pattern
 
 
-def _scheme(scheme: object) -> Scheme | None:
+def _schemes(scheme: object) -> tuple[Scheme | None, ...]:
     if isinstance(scheme, str):
-        return preset(scheme)
+        return preset(scheme), *FURTHER.get(scheme, ())
     if scheme is not None and not isinstance(scheme, Scheme):
         raise TypeError(f"a rule gives a scheme, the name of a preset or None, not {scheme!r}")
-    return scheme
+    return (scheme,)
 
 
 def patterns_of(patterns: Pattern | Iterable[Pattern]) -> tuple[str, ...]:
@@ -148,7 +153,7 @@ class Recipe:
         pairs = [(rule.pattern, rule.scheme) if isinstance(rule, Rule) else rule for rule in rules]
         if not pairs:
             raise ValueError("a recipe needs at least one rule")
-        object.__setattr__(self, "rules", tuple(Rule(_pattern(p), _scheme(s)) for p, s in pairs))
+        object.__setattr__(self, "rules", tuple(Rule(_pattern(p), s) for p, given in pairs for s in _schemes(given)))
         object.__setattr__(self, "exclude", patterns_of(exclude))
 
     @classmethod

@@ -38,11 +38,15 @@ class LayerRecord:
 
 @dataclass
 class Record:
-    """One model. recipes: the JSON forms of those applied, in order. layers: by name. skipped: name -> reason."""
+    """One model. recipes: the JSON forms of those applied, in order. layers: by name. skipped: name -> reason.
+
+    untraced: modules whose code could not be read as a graph, so that nothing was fused across it: name -> reason.
+    """
 
     recipes: list[dict[str, Any]] = field(default_factory=list)
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    untraced: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-able dict."""
@@ -61,7 +65,8 @@ class Record:
                 if error is not None and not isinstance(error, (int, float)):
                     raise ValueError(f"an error of {name!r} is not a number")
         skipped = {str(name): str(reason) for name, reason in data["skipped"].items()}
-        return cls(list(data["recipes"]), layers, skipped)
+        untraced = {str(name): str(reason) for name, reason in data.get("untraced", {}).items()}
+        return cls(list(data["recipes"]), layers, skipped, untraced)
 
     def attach(self, model: nn.Module) -> None:
         """Make this the record of ``model``, in place of any that it or a part of it has."""
@@ -84,6 +89,7 @@ def record_of(model: nn.Module) -> Record:
             found.recipes += part.recipes
             found.layers |= {join(prefix, name): layer for name, layer in part.layers.items()}
             found.skipped |= {join(prefix, name): reason for name, reason in part.skipped.items()}
+            found.untraced |= {join(prefix, name): reason for name, reason in part.untraced.items()}
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import shutil
 import sys
 from collections import Counter
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate, layers
+from tilewright.convert import calibrate
 from tilewright.convert.converter import tensor_bytes
 from tilewright.convert.plan import layers_of
 from tilewright.convert.record import Record, original_of, record_of
 from tilewright.convert.text import listed, shown_name, size
 from tilewright.kernels.router import Decision, route
-from tilewright.nn import QuantizedLinear
+from tilewright.nn import ConvLayer, QuantizedLinear
 
 #: Batch sizes (rows of activations) that the report asks the router about.
 BATCHES = (1, 256)
@@ -52,12 +53,17 @@ class ReportedLayer:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``report`` found. ``str()`` gives a table. model_bytes: of all parameters and buffers, before and after."""
+    """What ``report`` found. ``str()`` gives a table. model_bytes: of all parameters and buffers, before and after.
+
+    untraced: modules whose code could not be read as a graph, so that convolutions were not fused across it, with the
+    reason.
+    """
 
     model: str
     layers: tuple[ReportedLayer, ...]
     model_bytes_before: int
     model_bytes_after: int
+    untraced: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def converted(self) -> list[ReportedLayer]:
@@ -90,6 +96,7 @@ class Report:
         return {
             "model": self.model,
             "totals": self.totals,
+            "untraced": self.untraced,
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
         }
 
@@ -126,7 +133,9 @@ class Report:
         return header, rows
 
     def _notes(self) -> list[str]:
-        """Why the router passed over implementations that are preferred to the chosen one, each reason once."""
+        """Why the router passed over implementations that are preferred to the chosen one, each reason once; then what
+        the conversion had to say.
+        """
         found: dict[str, tuple[set[int], list[str]]] = {}
         for layer in self.converted:
             for m, reasons in layer.declined.items():
@@ -137,10 +146,17 @@ class Report:
                         batches.add(m)
                         if shown_name(layer.name) not in names:
                             names.append(shown_name(layer.name))
-        return [
+        notes = [
             f"M={', '.join(map(str, sorted(batches)))}: not by {reason} ({listed(names, 2)})"
             for reason, (batches, names) in found.items()
         ]
+        said: dict[str, list[str]] = {}
+        for layer in self.converted:
+            if layer.reason:
+                said.setdefault(layer.reason, []).append(shown_name(layer.name))
+        notes += [f"{reason} ({listed(names, 2)})" for reason, names in said.items()]
+        notes += [f"{shown_name(name)} does not trace: {reason}" for name, reason in self.untraced.items()]
+        return notes
 
     def to_markdown(self) -> str:
         """The totals, a table of the converted layers and a table of those left alone, with reasons."""
@@ -209,7 +225,7 @@ def report(
 
     example_inputs: sample inputs, one or an iterable of them, each a mapping (keyword arguments), a tuple or list
         (positional ones) or a tensor. The original model is run on them, and each converted layer on what reaches the
-        same layer there: that gives its output error.
+        same layer there: that gives its output error. Convolutions keep the error measured at conversion.
     original: the model before its conversion. Not needed as long as the model that was given to ``convert_model``
     exists.
 
@@ -227,13 +243,13 @@ def report(
     found = [_layer(module, names[0], record, errors) for module, names in layers_of(model).items()]
     after = tensor_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in found)
-    return Report(type(model).__name__, tuple(found), after + saved, after)
+    return Report(type(model).__name__, tuple(found), after + saved, after, record.untraced)
 
 
 def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, float | None]) -> ReportedLayer:
     kind, held = type(module).__name__, tensor_bytes(module)
     device = next((tensor.device.type for tensor in [*module.parameters(), *module.buffers()]), "")
-    if not isinstance(module, QuantizedLinear):
+    if not isinstance(module, (QuantizedLinear, ConvLayer)):
         reason = record.skipped.get(name) or ("not converted" if record.layers else "the model was not converted")
         return ReportedLayer(name, kind, device, "", {}, {}, held, held, reason=reason)
     decisions = {m: _decision(module, m) for m in BATCHES}
@@ -245,7 +261,7 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
     made = record.layers.get(name)
     if made is None:
         # Built by hand or taken out of a larger model: what can be seen is reported.
-        float_bytes = module.in_features * module.out_features * module.dtype.itemsize
+        float_bytes = math.prod(module.weight_shape) * module.dtype.itemsize
         bias = module.bias.numel() * module.bias.element_size() if module.bias is not None else 0
         return ReportedLayer(
             name, kind, device, module.scheme_name, implementations, declined, float_bytes + bias, held
@@ -266,7 +282,7 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
     )
 
 
-def _decision(module: QuantizedLinear, m: int) -> Decision | str:
+def _decision(module: QuantizedLinear | ConvLayer, m: int) -> Decision | str:
     try:
         return route(module.problem(m=m))
     except NotImplementedError as error:
@@ -277,7 +293,7 @@ def _output_errors(model: nn.Module, original: nn.Module, example_inputs: Any) -
     """Relative output error of every converted layer, on the inputs that reach the same layer of the original."""
     if isinstance(example_inputs, (Mapping, torch.Tensor)):
         example_inputs = [example_inputs]  # a single one
-    converted = {names[0]: module for module, names in layers_of(model).items() if layers.is_converted(module)}
+    converted = {names[0]: module for module, names in layers_of(model).items() if isinstance(module, QuantizedLinear)}
     modules = dict(original.named_modules(remove_duplicate=False))
     if missing := [shown_name(name) for name in converted if name not in modules]:
         raise ValueError(f"original ({type(original).__name__}) has no layer called {listed(missing)}")

@@ -36,10 +36,12 @@ class Scheme(ABC):
     """Base of all schemes.
 
     version: of the JSON form; it grows when a field changes its meaning. about: the layers it takes, in words.
+    lossless: a converted layer computes the same but for rounding in float, so heads and adapters are converted too.
     """
 
     version: ClassVar[int] = 1
     about: ClassVar[str]
+    lossless: ClassVar[bool] = False
 
     @property
     def calibrated(self) -> bool:

@@ -118,6 +118,11 @@ class QuantizedLinear(nn.Module):
         """Where the weight is."""
         return self.weight_scale.device
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """[out_features, in_features], however the weight is packed."""
+        return self.out_features, self.in_features
+
     def weight_bytes(self) -> int:
         """Bytes of the quantised weight with its scales and zero points; without the bias."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers(recurse=False))

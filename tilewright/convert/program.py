@@ -1,0 +1,185 @@
+"""The ``forward`` that a converted model runs: the traced graph with its convolutions fused.
+
+A program stands in the instance's ``forward`` and the class stays what it was. Every submodule keeps a meaning of its
+own (a convolution with batch-norm folded in, a batch-norm that passes its input on), so the ``forward`` of the class
+computes the same, with more kernels. The program falls back to it wherever the graph would not be what the caller asks
+for: in training mode, with other arguments than the graph was made for, with hooks or submodules that came later.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Container
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tilewright.convert.tracing import NotAsExpected, ReplacedForward
+
+
+class Namespace:
+    """Holds what the fast form of a program refers to, as attributes."""
+
+
+class Program(ReplacedForward):
+    """A callable in place of ``owner.forward``.
+
+    source, names: Python code of ``def forward(self, ...)`` and the globals it uses. flat_source: the same with
+    ``leaf_i`` in place of dotted names. leaves: these names. called: leaves that the code calls as modules. inputs,
+    defaults: as of ``Region``.
+    """
+
+    def __init__(self, owner: nn.Module, graph: fx.Graph, inputs: tuple[str, ...], defaults: dict[str, Any]):
+        self.owner = owner
+        self.inputs, self.defaults = inputs, defaults
+        self.source, self.names = _code(graph)
+        flat, self.leaves, self.called = _flattened(graph, dict(owner.named_modules(remove_duplicate=False)))
+        self.flat_source, _ = _code(flat)
+        #: Runs instead of the program while activations are observed: (program, inputs) -> outputs.
+        self.observer: Callable[..., Any] | None = None
+        self._make()
+
+    def _make(self) -> None:
+        self._function = _compiled(self.source, self.names)
+        self._flat = _compiled(self.flat_source, self.names)
+        self._bound: Namespace | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("_function", "_flat", "_bound", "_hooks", "_tables", "_keys", "_expected", "observer")
+        state = {name: value for name, value in vars(self).items() if name not in made}
+        # Modules of Python cannot be pickled; their names can.
+        state["imports"] = {name: v.__name__ for name, v in self.names.items() if isinstance(v, types.ModuleType)}
+        state["names"] = {name: v for name, v in self.names.items() if name not in state["imports"]}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        imports = state.pop("imports")
+        vars(self).update(state)
+        self.names = self.names | {name: importlib.import_module(module) for name, module in imports.items()}
+        self.observer = None
+        self._make()
+
+    @property
+    def __code__(self) -> Any:
+        # torch.export looks where the code of a forward lies.
+        return inspect.unwrap(type(self.owner).forward).__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        parameters = inspect.signature(type(self.owner).forward).parameters.values()
+        return inspect.Signature(list(parameters)[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the owner's class computes."""
+        owner = self.owner
+        given = args if len(args) == len(self.inputs) and not kwargs else self._inputs_of(args, kwargs)
+        if given is None or owner.training:
+            return type(owner).forward(owner, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._function(owner, *given)
+        if not self._is_current():
+            return type(owner).forward(owner, *args, **kwargs)
+        try:
+            return self._flat(self._bound, *given) if self.observer is None else self.observer(self, given)
+        except NotAsExpected:
+            return type(owner).forward(owner, *args, **kwargs)
+
+    def _inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What a call gives the graph's inputs; None if it asks for something else than the graph does."""
+        names = [*inspect.signature(type(self.owner).forward).parameters][1:]
+        if len(args) > len(names):
+            return None
+        values = dict(zip(names, args, strict=False))
+        values.update(kwargs)
+        found = []
+        for name in self.inputs:
+            if name not in values:
+                return None
+            found.append(values.pop(name))
+        for name, value in values.items():
+            if name not in self.defaults:
+                return None
+            wanted = self.defaults[name]
+            plain = isinstance(value, (bool, int, float, str)) and type(value) is type(wanted)
+            if value is not wanted and not (plain and value == wanted):
+                return None
+        return tuple(found)
+
+    # ---- the fast form
+    def _is_current(self) -> bool:
+        """Whether the model is still the one that was converted: no submodule replaced, no hook put on one inside."""
+        if self._bound is None:
+            self._bind()
+        return not any(self._hooks) and list(map(dict.get, self._tables, self._keys)) == self._expected
+
+    def _bind(self) -> None:
+        """Look up the submodules once: ``nn.Module`` is slow to reach them, and there are many."""
+        owner, bound = self.owner, Namespace()
+        for leaf, path in self.leaves.items():
+            setattr(bound, leaf, owner.get_submodule(path))
+        called = {getattr(bound, leaf) for leaf in self.called}
+        apart = {part for module in called for part in module.modules()}
+        inlined = [module for module in owner.modules() if module not in apart]
+        places = [(module._modules, name) for module in inlined for name in module._modules]
+        self._tables, self._keys = [table for table, _ in places], [name for _, name in places]
+        self._expected = [table[name] for table, name in places]
+        self._hooks = [
+            table
+            for module in inlined
+            if module is not owner
+            for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        ]
+        self._bound = bound
+
+
+def programs_of(model: nn.Module) -> dict[str, Program]:
+    """The programs of ``model`` by the names of their modules."""
+    found = ((name, vars(module).get("forward")) for name, module in model.named_modules())
+    return {name: program for name, program in found if isinstance(program, Program)}
+
+
+def remove_programs(model: nn.Module) -> None:
+    """Let every module run its class's ``forward`` again."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), Program):
+            del vars(module)["forward"]
+
+
+def _code(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    code = graph.python_code("self")
+    return code.src, dict(code.globals)
+
+
+def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
+    space = dict(names)
+    exec(source, space)
+    return space["forward"]
+
+
+def _flattened(graph: fx.Graph, modules: Container[str]) -> tuple[fx.Graph, dict[str, str], list[str]]:
+    """The graph with each submodule it uses as an attribute ``leaf_i`` of ``self``.
+
+    Returns it, the name of each leaf's module, and the leaves that are called as modules.
+    """
+    flat = copy.deepcopy(graph)
+    leaves: dict[str, str] = {}
+    called = []
+
+    def leaf(path: str) -> str:
+        return leaves.setdefault(path, f"leaf_{len(leaves)}")
+
+    for node in flat.nodes:
+        target = str(node.target)
+        if node.op == "call_module":
+            node.target = leaf(target)
+            called.append(node.target)
+        elif node.op == "get_attr" and target in modules:
+            node.target = leaf(target)
+        elif node.op == "get_attr":
+            prefix, _, attribute = target.rpartition(".")
+            node.target = f"{leaf(prefix)}.{attribute}"
+    return flat, {name: path for path, name in leaves.items()}, called

@@ -1,0 +1,188 @@
+"""A drop-in convolution with int8 weights and statically quantised activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.formats import int8
+from tilewright.nn.conv import ConvBnAct2d
+from tilewright.nn.conv_layer import ConvLayer, Padding, check_conv, common_options, folded
+
+
+class Int8ConvBnAct2d(ConvLayer):
+    """y = activation(conv(x) + bias + residual) with int8 weights and activations; see ``kernels.int8_conv2d``.
+
+    ``weight`` int8 OHWI, ``weight_scale`` float32 [out_channels]; symmetric scales of whole tensors, known before the
+    call: ``input_scale``, ``residual_scale`` (if an int8 residual may come) and ``output_scale`` (if the result is to
+    be int8 itself), float32 without dimensions. A float input is quantised with ``input_scale`` first, an int8 input
+    is taken to be so quantised already. Without ``output_scale`` the result is a float tensor.
+
+    The kernels take the scales of tensors as numbers. They are read from the buffers when those are loaded, which costs
+    the one wait for the device; after writing into a buffer by hand, call ``refresh``. Inf and NaN cannot be kept in
+    int8: see ``quantize_per_tensor``.
+    """
+
+    scheme_name = "int8-static"
+    op_name = "int8_conv2d_fused"
+    _integer_buffers = ("weight",)
+    _takes_int8 = True
+    _scale_buffers = ("weight_scale", "input_scale", "residual_scale", "output_scale")
+    _kept_in_dtype = ("bias", *_scale_buffers)
+
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor
+    residual_scale: torch.Tensor | None
+    output_scale: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        residual_scale: bool = False,
+        output_scale: bool = False,
+        **options: Any,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
+        device = options.get("device")
+        shape = (out_channels, *self._window, in_channels // groups)
+        self.register_buffer("weight", torch.empty(shape, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.empty(out_channels, dtype=torch.float32, device=device))
+        for name, wanted in (("input", True), ("residual", residual_scale), ("output", output_scale)):
+            scale = torch.ones((), dtype=torch.float32, device=device) if wanted else None
+            self.register_buffer(f"{name}_scale", scale)
+        #: The scales as numbers; 1.0 for those that are not there.
+        self.x_scale = self.r_scale = self.y_scale = 1.0
+
+    @classmethod
+    def from_float(
+        cls,
+        conv: nn.Conv2d | nn.Conv1d | ConvBnAct2d,
+        norm: nn.Module | None = None,
+        *,
+        input_scale: float,
+        residual_scale: float | None = None,
+        output_scale: float | None = None,
+        range_search: str = "minmax",
+        activation: str = "none",
+        negative_slope: float = 0.01,
+    ) -> Int8ConvBnAct2d:
+        """The quantised twin of ``conv``, then ``norm`` (a batch-norm in eval mode), then the activation.
+
+        range_search: of the weights: "minmax", or "mse", which clips outliers where that lowers the squared error.
+        Raises ValueError for a scale that is not positive and finite.
+        """
+        if isinstance(conv, ConvBnAct2d):
+            if norm is not None:
+                raise ValueError("a ConvBnAct2d has its batch-norm folded in already: norm must be None")
+            weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+            options = {**conv.config(), "device": "meta"}
+            options.pop("allow_tf32")
+        else:
+            check_conv(conv)
+            weight, bias = folded(conv, norm)
+            options = common_options(conv, bias is not None)
+        options |= {"activation": activation, "negative_slope": negative_slope}
+        module = cls(**options, residual_scale=residual_scale is not None, output_scale=output_scale is not None)
+        q, scale = int8.quantize(weight.flatten(1), range_search)
+        module.weight, module.weight_scale = q.view(weight.shape), scale
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        given = (("input_scale", input_scale), ("residual_scale", residual_scale), ("output_scale", output_scale))
+        for name, value in given:
+            if value is None:
+                continue
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, not {value}")
+            setattr(module, name, torch.tensor(value, dtype=torch.float32, device=weight.device))
+        module.refresh()
+        return module.train(conv.training)
+
+    def refresh(self) -> None:
+        """Read the scales of tensors anew from their buffers, if these hold values. Waits for the device."""
+        for attribute, name in (("x_scale", "input_scale"), ("r_scale", "residual_scale"), ("y_scale", "output_scale")):
+            scale = self._buffers[name]
+            if scale is not None and not scale.is_meta:
+                setattr(self, attribute, float(scale))
+
+    def dequantize_weight(self) -> torch.Tensor:
+        """The weight as float32, OHWI."""
+        return int8.dequantize(self.weight.flatten(1), self.weight_scale).view(self.weight.shape)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments except ``device``, fit for JSON."""
+        scales = {name: getattr(self, name) is not None for name in ("residual_scale", "output_scale")}
+        return {**super().config(), **scales}
+
+    def _own_out_scale(self) -> float | None:
+        return None if self.output_scale is None else self.y_scale
+
+    def _convolve(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        activation: str,
+        negative_slope: float,
+        padding: Padding | None,
+        out_scale: float | None,
+        x_nonnegative: bool,
+    ) -> torch.Tensor:
+        """x float, or int8 with ``input_scale`` -> int8 if there is an out_scale, else float.
+
+        residual: float, or int8 with ``residual_scale``.
+        """
+        dtype = x.dtype
+        if dtype.is_floating_point:
+            x = torch.ops.tilewright.quantize_per_tensor(x, self.x_scale)
+        else:
+            dtype = self.dtype
+        r_scale = self.r_scale if residual is not None and residual.dtype == torch.int8 else 1.0
+        pads = padding or self._padding or self.same_padding_for(x.shape[2], x.shape[3])
+        apart = residual is not None and not self._residual_fits(x, residual, pads)
+        quantized = out_scale is not None and not apart
+        out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) and not apart else torch.float32
+        y = torch.ops.tilewright.int8_conv2d_fused(
+            x,
+            self.x_scale,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            None if apart else residual,
+            r_scale,
+            self._stride,
+            pads,
+            self._dilation,
+            self.groups,
+            "none" if apart else activation,
+            negative_slope,
+            out_scale if quantized else None,
+            None if quantized else out_dtype,
+            x_nonnegative,
+        )
+        if residual is None or not apart:
+            return y if quantized or y.dtype == dtype else y.to(dtype)
+        y = apply_activation(y + residual.to(y.dtype) * r_scale, activation, negative_slope=negative_slope)
+        return y.to(dtype) if out_scale is None else torch.ops.tilewright.quantize_per_tensor(y, out_scale)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.refresh()
+
+    def extra_repr(self) -> str:
+        """As of ``ConvLayer``, then the scales."""
+        shown = f"{super().extra_repr()}, input_scale={self.x_scale:.4g}"
+        if self.residual_scale is not None:
+            shown += f", residual_scale={self.r_scale:.4g}"
+        return shown if self.output_scale is None else f"{shown}, output_scale={self.y_scale:.4g}"

@@ -1,0 +1,442 @@
+"""What fused convolutions share: the attributes of ``nn.Conv2d``, geometry, rules of casting and loading, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tilewright.kernels import conv_ops  # noqa: F401  (registers torch.ops.tilewright)
+from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
+from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.packed import forget
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.nn.quantized_linear import dtype_name, parse_dtype
+
+#: Padding modes by name. "dynamic_same" is TensorFlow's "SAME": the output has ceil(size / stride) pixels, and what
+#: cannot be split evenly is padded at the end.
+PADDING_NAMES = ("same", "valid", "dynamic_same")
+
+Padding = tuple[int, int, int, int]
+
+
+def pair(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """An int, or ``dims`` of them, as a tuple. Raises ValueError naming the argument."""
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(values) != dims or not all(isinstance(each, int) for each in values):
+        raise ValueError(f"{name} must be an int or {dims} of them, not {value!r}")
+    return values
+
+
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    """Zeros before and after one dimension of ``size`` pixels, for ceil(size / stride) pixels of output."""
+    total = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+class ConvLayer(nn.Module):
+    """Base of the drop-in replacements of ``nn.Conv2d`` and ``nn.Conv1d``: y = activation(conv(x) + b + residual).
+
+    The weight is OHWI, [out_channels, kh, kw, in_channels / groups]; a 1-D convolution is a 2-D one of height 1. The
+    bias, with batch-norm folded in, is float32 and stays so under ``.to(dtype)``, as scales do. ``dtype`` is that of
+    the layer this one stands for; it follows ``.to(dtype)``. Results are float tensors in the memory layout of the
+    input (contiguous or channels-last), as PyTorch's are.
+    """
+
+    scheme_name: ClassVar[str]
+    op_name: ClassVar[str]
+    #: Buffers that must arrive with just this dtype when a state dict is loaded.
+    _integer_buffers: ClassVar[tuple[str, ...]] = ()
+    #: Parameters and buffers that keep their dtype under ``.to(dtype)``.
+    _kept_in_dtype: ClassVar[tuple[str, ...]] = ("bias",)
+
+    _takes_int8: ClassVar[bool] = False
+
+    weight: torch.Tensor
+    bias: nn.Parameter | None
+    transposed = False
+    padding_mode = "zeros"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        origin: str = "Conv2d",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ):
+        super().__init__()
+        check_activation(activation, CONV_ACTIVATIONS)
+        if origin not in ("Conv2d", "Conv1d"):
+            raise ValueError(f"origin must be 'Conv2d' or 'Conv1d', not {origin!r}")
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if groups < 1 or value < 1 or value % groups:
+                raise ValueError(f"{name} must be a positive multiple of groups={groups}, not {value}")
+        dims = 1 if origin == "Conv1d" else 2
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = pair("kernel_size", kernel_size, dims)
+        self.stride = pair("stride", stride, dims)
+        self.dilation = pair("dilation", dilation, dims)
+        self.padding = padding if isinstance(padding, str) else pair("padding", padding, dims)
+        self.output_padding = (0,) * dims
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.origin = origin
+        self.layer_name = ""
+        self.dtype = parse_dtype(dtype) or torch.get_default_dtype()
+        lead = (1,) * (2 - dims)
+        self._window = (*lead, *self.kernel_size)
+        self._stride, self._dilation = (*lead, *self.stride), (*lead, *self.dilation)
+        self._padding = self._fixed_padding()
+        self._plain = dims == 2
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=torch.float32))
+        else:
+            self.register_parameter("bias", None)
+
+    def _fixed_padding(self) -> Padding | None:
+        """Top, bottom, left, right; None if it depends on the input."""
+        if isinstance(self.padding, str):
+            if self.padding not in PADDING_NAMES:
+                raise ValueError(f"padding must be integers or one of {', '.join(PADDING_NAMES)}, not {self.padding!r}")
+            if self.padding == "same" and any(stride != 1 for stride in self.stride):
+                raise ValueError("padding='same' is not defined for strided convolutions")
+            if self.padding == "valid":
+                return 0, 0, 0, 0
+            if self.padding == "dynamic_same" and any(stride != 1 for stride in self.stride):
+                return None
+            (top, bottom), (left, right) = (
+                same_padding(1 << 20, kernel, 1, dilation)
+                for kernel, dilation in zip(self._window, self._dilation, strict=True)
+            )
+            return top, bottom, left, right
+        vertical, horizontal = (0, *self.padding)[-2:]
+        return vertical, vertical, horizontal, horizontal
+
+    # ---- what subclasses provide
+    def _convolve(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        activation: str,
+        negative_slope: float,
+        padding: Padding | None,
+        out_scale: float | None,
+        x_nonnegative: bool,
+    ) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__}._convolve")
+
+    def dequantize_weight(self) -> torch.Tensor:
+        """The weight as float32, OHWI."""
+        raise NotImplementedError(f"{type(self).__name__}.dequantize_weight")
+
+    # ---- public
+    def run(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        padding: Padding | None = None,
+        out_scale: float | None = None,
+        x_nonnegative: bool = False,
+    ) -> torch.Tensor:
+        """The convolution with an epilogue of the caller's choice, its result channels-last.
+
+        x: as of ``forward``. residual: added before the activation; if its shape is another than the result's, as
+        broadcasting allows, after the kernel instead of in it. padding: top, bottom, left, right, in place of the
+        layer's own. out_scale: of an int8 result. x_nonnegative: an int8 x holds 0..127.
+        """
+        rest = (activation, negative_slope, padding, out_scale, x_nonnegative)
+        if self._plain and x.dim() == 4:
+            return self._convolve(x, residual, *rest)
+        other = None if residual is None else self._as_images(residual)
+        return self._without_extra_dimensions(self._convolve(self._as_images(x), other, *rest), x)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [N, C, H, W], or [N, C, L] where it stands for an ``nn.Conv1d``; the batch dimension may be missing.
+
+        residual: of the shape of the result, added before the activation. Raises ValueError and TypeError that name the
+        layer.
+        """
+        self._check_input(x)
+        y = self.run(x, residual, self.activation, self.negative_slope, None, self._own_out_scale())
+        image = self._as_images(x)
+        return y if image.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+    def _own_out_scale(self) -> float | None:
+        return None
+
+    def _without_extra_dimensions(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``y`` with the dimensions that the input had."""
+        y = y if self._plain else y.squeeze(2)
+        return y if x.dim() == self._dims + 2 else y.squeeze(0)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments except ``device``, fit for JSON."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": list(self.kernel_size),
+            "stride": list(self.stride),
+            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "bias": self.bias is not None,
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+            "origin": self.origin,
+            "dtype": dtype_name(self.dtype),
+        }
+
+    def to_float(self) -> nn.Conv2d | nn.Conv1d:
+        """A plain convolution with the same weight (dequantised) and bias in ``dtype``; batch-norm stays folded in.
+
+        Raises ValueError if an activation is fused in.
+        """
+        if self.activation != "none":
+            raise ValueError(f"{self._label()} ends in {self.activation}, which nn.{self.origin} cannot")
+        same = self.padding == "dynamic_same"
+        kind: Any = nn.Conv1d if self.origin == "Conv1d" else Conv2dSame if same else nn.Conv2d
+        padding = 0 if same else self.padding
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation)
+        conv = kind(*sizes, self.groups, self.bias is not None, device="meta", dtype=self.dtype)
+        weight = self.dequantize_weight().permute(0, 3, 1, 2)
+        weight = weight.squeeze(2) if self.origin == "Conv1d" else weight
+        trained = getattr(self.weight, "requires_grad", False)
+        conv.weight = nn.Parameter(weight.detach().to(self.dtype).contiguous(), requires_grad=trained)
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().to(self.dtype), requires_grad=self.bias.requires_grad)
+        return conv.train(self.training)
+
+    def problem(self, m: int = 1, dtype: torch.dtype | None = None, size: int = 56) -> Problem:
+        """What the router is asked for ``m`` images of ``size`` x ``size`` pixels; dtype: the layer's by default."""
+        height = 1 if self.origin == "Conv1d" else size
+        geometry = ConvGeometry(
+            m,
+            self.in_channels,
+            height,
+            size,
+            self.out_channels,
+            (self._window[0], self._window[1]),
+            (self._stride[0], self._stride[1]),
+            self.padding_for(height, size),
+            (self._dilation[0], self._dilation[1]),
+            self.groups,
+        )
+        return Problem(
+            op=self.op_name,
+            m=m * geometry.out_height * geometry.out_width,
+            n=self.out_channels,
+            k=geometry.taps * geometry.group_channels,
+            x_dtype=dtype or self.dtype,
+            activation=self.activation,
+            bias=self.bias is not None,
+            conv=geometry,
+            out_dtype=dtype or self.dtype,
+            **device_facts(self.device),
+        )
+
+    def padding_for(self, height: int, width: int) -> Padding:
+        """Zeros at the top, bottom, left and right of an image of that size."""
+        return self._padding or self.same_padding_for(height, width)
+
+    def same_padding_for(self, height: int, width: int) -> Padding:
+        """The same as TensorFlow's "SAME" has it, whatever ``padding`` says."""
+        (top, bottom), (left, right) = (
+            same_padding(*sizes)
+            for sizes in zip((height, width), self._window, self._stride, self._dilation, strict=True)
+        )
+        return top, bottom, left, right
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.weight.device
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """OHWI."""
+        return self.out_channels, *self._window, self.in_channels // self.groups
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weight with its scales; without the bias."""
+        held = [tensor for name, tensor in [*self.named_parameters(), *self.named_buffers()] if name != "bias"]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def extra_repr(self) -> str:
+        """As ``nn.Conv2d`` prints itself, then what is special."""
+        shown = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        if self.padding not in ("valid", (0,) * self._dims):
+            shown += f", padding={self.padding}"
+        if any(each != 1 for each in self.dilation):
+            shown += f", dilation={self.dilation}"
+        if self.groups != 1:
+            shown += f", groups={self.groups}"
+        if self.bias is None:
+            shown += ", bias=False"
+        return shown if self.activation == "none" else f"{shown}, activation={self.activation}"
+
+    # ---- internal
+    @property
+    def _dims(self) -> int:
+        return len(self.kernel_size)
+
+    def _label(self) -> str:
+        return f"{type(self).__name__} {self.layer_name!r}" if self.layer_name else type(self).__name__
+
+    def _as_images(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` with the dimensions that a 2-D convolution of a batch has."""
+        x = x if x.dim() == self._dims + 2 else x.unsqueeze(0)
+        return x if self._dims == 2 else x.unsqueeze(2)
+
+    def _check_input(self, x: torch.Tensor) -> None:
+        if not x.is_floating_point() and not (x.dtype == torch.int8 and self._takes_int8):
+            raise TypeError(f"{self._label()} takes float input, not {x.dtype}")
+        if x.dim() not in (self._dims + 1, self._dims + 2) or x.shape[-self._dims - 1] != self.in_channels:
+            wanted = "[N, C, L]" if self._dims == 1 else "[N, C, H, W]"
+            raise ValueError(
+                f"{self._label()} takes input {wanted} with {self.in_channels} channels, "
+                f"not input of shape {list(x.shape)}"
+            )
+
+    def _residual_fits(self, x: torch.Tensor, residual: torch.Tensor, padding: Padding) -> bool:
+        """Whether ``residual`` has the shape of the result, so that adding it needs no broadcasting."""
+        if residual.dim() != 4 or residual.shape[0] != x.shape[0] or residual.shape[1] != self.out_channels:
+            return False
+        for i, pads in ((0, padding[0] + padding[1]), (1, padding[2] + padding[3])):
+            reach = self._dilation[i] * (self._window[i] - 1) + 1
+            if residual.shape[i + 2] != (x.shape[i + 2] + pads - reach) // self._stride[i] + 1:
+                return False
+        return True
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ConvLayer:
+        device = self.device
+        before = {name: self._parameters.get(name, self._buffers.get(name)) for name in self._kept_in_dtype}
+        before = {name: None if tensor is None else tensor.detach() for name, tensor in before.items()}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            after = getattr(self, name, None)
+            if old is not None and after is not None and after.dtype != old.dtype:
+                after.data = old.to(after.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name in (*self._integer_buffers, *self._kept_in_dtype):
+            given, own = state_dict.get(prefix + name), getattr(self, name, None)
+            if given is not None and own is not None and given.dtype != own.dtype:
+                # copy_ would truncate a float weight to integers, or assign=True take a bias in another dtype.
+                error_msgs.append(
+                    f"{prefix}{name} must be {own.dtype}, not {given.dtype}: "
+                    f"this state dict is not of a {type(self).__name__}"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
+            if tensor.is_inference():
+                forget(tensor)
+
+
+def check_conv(conv: nn.Module) -> None:
+    """Raise TypeError unless ``conv`` has what ``nn.Conv2d`` or ``nn.Conv1d`` has."""
+    if not isinstance(conv, (nn.Conv2d, nn.Conv1d)):
+        raise TypeError(f"from_float takes an nn.Conv2d or nn.Conv1d, not {type(conv).__name__}")
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"from_float takes convolutions padded with zeros, not padding_mode={conv.padding_mode!r}")
+
+
+def common_options(conv: nn.Conv2d | nn.Conv1d, bias: bool) -> dict[str, Any]:
+    """Constructor arguments that every replacement of ``conv`` shares, for construction without memory."""
+    padding = "dynamic_same" if pads_by_size(conv) else conv.padding
+    return {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": conv.kernel_size,
+        "stride": conv.stride,
+        "padding": padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "bias": bias,
+        "origin": "Conv1d" if isinstance(conv, nn.Conv1d) else "Conv2d",
+        "device": "meta",
+        "dtype": conv.weight.dtype,
+    }
+
+
+class Conv2dSame(nn.Conv2d):
+    """A plain convolution that pads as TensorFlow's "SAME" does, by the size of its input."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input [N, C, H, W] -> [N, Co, ceil(H / stride), ceil(W / stride)]."""
+        sizes = zip(input.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        (top, bottom), (left, right) = (same_padding(*each) for each in sizes)
+        return super().forward(nn.functional.pad(input, (left, right, top, bottom)))
+
+
+def pads_by_size(conv: nn.Module) -> bool:
+    """Whether ``conv`` is a ``Conv2dSame``, ours or timm's; that is known by name, not imported."""
+    return isinstance(conv, Conv2dSame) or any(
+        kind.__name__ == "Conv2dSame" and kind.__module__.startswith("timm.") for kind in type(conv).__mro__
+    )
+
+
+def folded(conv: nn.Conv2d | nn.Conv1d, norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight OHWI and bias float32 of ``conv`` followed by ``norm`` in eval mode, or of ``conv`` alone.
+
+    With s = gamma / sqrt(running_var + eps): W' = s W and b' = s (b - running_mean) + beta. Where there is a norm the
+    products are taken in float64 and the weight is rounded once to its own dtype.
+    """
+    weight = conv.weight.detach()
+    weight = weight.unsqueeze(2) if weight.dim() == 3 else weight
+    bias = None if conv.bias is None else conv.bias.detach()
+    if norm is not None:
+        scale, shift = affine_of(norm, conv.out_channels)
+        scale, shift = scale.to(weight.device), shift.to(weight.device)
+        dtype = weight.dtype
+        weight = (weight.double() * scale.view(-1, 1, 1, 1)).to(dtype)
+        bias = shift if bias is None else bias.double() * scale + shift
+    weight = weight.permute(0, 2, 3, 1).contiguous()
+    return weight, None if bias is None else bias.float()
+
+
+def affine_of(norm: nn.Module, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch-norm does in eval mode: y = x * scale + shift, float64 [channels] each.
+
+    Raises ValueError for one that normalises by the batch, or has another number of channels.
+    """
+    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if mean is None or variance is None:
+        raise ValueError(f"{type(norm).__name__} has no running statistics: it normalises by the batch")
+    if mean.numel() != channels:
+        raise ValueError(f"{type(norm).__name__} has {mean.numel()} channels, the convolution {channels}")
+    eps = float(getattr(norm, "eps", 0.0))
+    scale = (variance.detach().double() + eps).rsqrt()
+    if (gamma := getattr(norm, "weight", None)) is not None:
+        scale = scale * gamma.detach().double()
+    shift = -mean.detach().double() * scale
+    if (beta := getattr(norm, "bias", None)) is not None:
+        shift = shift + beta.detach().double()
+    return scale, shift
