@@ -57,7 +57,7 @@ class Family:
     allocate: Callable[[Arguments], Outputs]
 
     def plan(self, arguments: Arguments, config: Any, inline_ptx: bool = True) -> tuple[list[Launch], Outputs]:
-        """Launches for 2-D ``arguments``, and the outputs they fill: NaN, or the largest integer, until then."""
+        """Launches for 2-D ``arguments``, and the outputs they fill: NaN, or -128, until then."""
         outputs = self.allocate(arguments)
         return self.plan_with(arguments, outputs, config, inline_ptx), outputs
 
@@ -86,7 +86,7 @@ class Family:
 
 def _rows_and_scales(a: Arguments) -> Outputs:
     x = a["x"]
-    return x.new_full(x.shape, 127, dtype=torch.int8), x.new_full(x.shape[:1], torch.nan, dtype=torch.float32)
+    return x.new_full(x.shape, -128, dtype=torch.int8), x.new_full(x.shape[:1], torch.nan, dtype=torch.float32)
 
 
 def _result(a: Arguments) -> Outputs:

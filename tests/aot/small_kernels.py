@@ -40,3 +40,12 @@ def spilling_kernel(source_ptr, target_ptr, SIZE: tl.constexpr):
     place = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     values = tl.load(source_ptr + place)
     tl.store(target_ptr + place, tl.dot(values, values))
+
+
+@triton.jit
+def row_sum_kernel(matrix_ptr, sums_ptr, stride, WIDE: tl.constexpr):
+    """sums[row] = the sum of four int8 values. Offsets are 64-bit if WIDE, else they wrap at 2^31."""
+    row = tl.program_id(0)
+    offset = row.to(tl.int64) * stride if WIDE else row * stride
+    values = tl.load(matrix_ptr + offset + tl.arange(0, 4))
+    tl.store(sums_ptr + row, tl.sum(values.to(tl.int32)))

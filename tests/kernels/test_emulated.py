@@ -1,0 +1,152 @@
+"""Rung 5: the compiled code of every kernel and config, executed on an emulated GPU, against the definition.
+
+Bounds, alignment, races and waits are checked at every access. Outputs are poisoned first. What passes here is
+"emulated": no GPU has run it. The default run takes a sample that has every kernel, both architectures and every dtype
+in it; ``-m slow`` takes all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton cannot be imported here")
+
+from bench.catalogue import FAMILIES, Family, describe
+from bench.problems import QUANTIZERS, Shape, make_arguments
+from tests.gpu.compare import check, check_dense_weight
+from tilewright import aot
+from tilewright.aot.targets import find_target
+
+pytestmark = pytest.mark.aot
+TARGETS = ("sm_80", "sm_90")
+GROUPS: tuple[dict[str, Any], ...] = (
+    {"group_size": 128, "bias": False},
+    {"group_size": 32, "symmetric": False, "activation": "relu", "residual": True},
+    {"group_size": 64, "symmetric": False, "activation": "gelu_tanh"},
+    {"group_size": None, "activation": "silu", "bias": False, "residual": True},
+)
+ENDS: tuple[dict[str, Any], ...] = (
+    {"bias": False},
+    {"activation": "relu", "residual": True},
+    {"activation": "gelu"},
+    {"activation": "silu", "bias": False, "residual": True},
+)
+#: How x and the residual lie in memory. Products are given x with contiguous rows: the launchers see to that.
+LAYOUTS = ("contiguous", "sliced", "transposed", "every second", "broadcast")
+
+
+def shapes_of(family: Family, config: Any, turn: int) -> list[Shape]:
+    """Problems around one config: whole tiles, ragged ones, and fewer rows and columns than a tile has."""
+    if family.op in QUANTIZERS:
+        k = config.block_k if config.one_block else 2 * config.block_k
+        sizes = ((2 * config.rows, k), (config.rows + 1, k - 11 if config.one_block else k + 333), (1, 16))
+        return [
+            Shape(m, 0, size, dtype, bias=bool((turn + i) % 2))
+            for i, ((m, size), dtype) in enumerate(zip(sizes, dtypes_from(turn), strict=True))
+        ]
+    options = GROUPS if family.op.startswith("int4") else ENDS
+    m, n = getattr(config, "block_m", 8), getattr(config, "block_n", 64)
+    splits = max(getattr(config, "split_k", 1), getattr(config, "splits", 1))
+    whole_k = 256 * max(splits, 2)
+    sizes = ((m, 2 * n, whole_k), (m + 3, n + 9, whole_k + 43), (1, n - 7, 75))
+    return [
+        Shape(*size, dtype, **options[(turn + i) % len(options)])
+        for i, (size, dtype) in enumerate(zip(sizes, dtypes_from(turn), strict=True))
+    ]
+
+
+def dtypes_from(turn: int) -> tuple[torch.dtype, ...]:
+    """The three dtypes, beginning with another one each turn."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return dtypes[turn % 3 :] + dtypes[: turn % 3]
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """``tensor`` [rows, columns] with other strides; broadcast: its first row, over and over."""
+    rows, columns = tensor.shape
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    if layout == "broadcast":
+        return tensor[:1].clone().expand_as(tensor)
+    if layout == "sliced":
+        wide = tensor.new_ones(rows, columns + 5)
+        wide[:, 3 : columns + 3] = tensor
+        return wide[:, 3 : columns + 3]
+    if layout == "every second":
+        wide = tensor.new_ones(2 * rows, 2 * columns + 1)
+        wide[::2, 1::2] = tensor
+        return wide[::2, 1::2]
+    return tensor
+
+
+def cases() -> list[Any]:
+    """(family, config, target, shape, layout), all of them."""
+    found = []
+    for family in FAMILIES:
+        for turn, config in enumerate(family.configs):
+            for target in TARGETS:
+                for i, shape in enumerate(shapes_of(family, config, turn + (target == "sm_90"))):
+                    full = replace(shape, m=max(shape.m, getattr(config, "block_m", 1)))
+                    if family.why_not(family.problem(full, find_target(target))) is not None:
+                        shape = replace(shape, dtype=torch.bfloat16)  # a batch of this tile's size goes elsewhere
+                    layout = LAYOUTS[(turn + i) % len(LAYOUTS)] if i else "contiguous"
+                    name = f"{family.name} {describe(config)} {target} {words(shape)} {layout}"
+                    found.append(pytest.param(family, config, target, shape, layout, id=name.replace(" ", "-")))
+    return found
+
+
+def words(shape: Shape) -> str:
+    group = "" if shape.group_size is None else f" g{shape.group_size}"
+    return f"{shape.m}x{shape.n}x{shape.k} {str(shape.dtype)[6:]}{group} {shape.activation}"
+
+
+def sample(everything: list[Any]) -> list[Any]:
+    """One in nine of each family, spread over its configs, targets and shapes."""
+    chosen = []
+    for family in FAMILIES:
+        mine = [case for case in everything if case.values[0] is family]
+        chosen += mine[:: 9 if len(mine) > 36 else 5]
+    return chosen
+
+
+def emulate_and_check(family: Family, config: Any, target: str, shape: Shape, layout: str) -> None:
+    arguments = make_arguments(family.op, shape)
+    for name in ("x", "residual"):
+        if arguments.get(name) is not None:
+            rows_only = name == "x" and family.op not in QUANTIZERS and layout in ("transposed", "every second")
+            arguments[name] = laid_out(arguments[name], "sliced" if rows_only else layout)
+    launches, outputs = family.plan(arguments, config)
+    for launch in launches:
+        aot.emulate_launch(launch, target, profile=False)
+    if family.name == "int4_linear dequantize":
+        check_dense_weight(outputs[0], arguments)
+    else:
+        check(family.op, outputs if family.op in QUANTIZERS else outputs[0], arguments)
+
+
+EVERYTHING = cases()
+SAMPLE = sample(EVERYTHING)
+
+
+@pytest.mark.parametrize("family, config, target, shape, layout", SAMPLE)
+def test_a_sample_of_kernels(family: Family, config: Any, target: str, shape: Shape, layout: str) -> None:
+    emulate_and_check(family, config, target, shape, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, config, target, shape, layout", EVERYTHING)
+def test_every_kernel_and_config(family: Family, config: Any, target: str, shape: Shape, layout: str) -> None:
+    emulate_and_check(family, config, target, shape, layout)
+
+
+def test_the_sample_has_every_kernel_target_dtype_and_layout() -> None:
+    for place, wanted in ((0, FAMILIES), (2, TARGETS), (4, LAYOUTS)):
+        assert all(any(case.values[place] is one for case in SAMPLE) for one in wanted)
+    dtypes = {(case.values[0].name, case.values[3].dtype) for case in SAMPLE}
+    for family in FAMILIES:
+        seen = {dtype for name, dtype in dtypes if name == family.name}
+        assert len(seen) >= 2, f"{family.name} is sampled with {seen} alone"
