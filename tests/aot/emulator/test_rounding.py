@@ -197,6 +197,16 @@ def test_signs_flush_subnormals(body: str) -> None:
     assert execute(body, words, words, words) == [0, 0, 0x00800000, 0x3F800000] * 8
 
 
+@pytest.mark.parametrize("kind,tiny,least", [("f16x2", 0x03FF, 0x0400), ("bf16x2", 0x007F, 0x0080)])
+def test_halves_flush_subnormals(kind: str, tiny: int, least: int) -> None:
+    """2^x of a flushed x is 1, and a subnormal result is flushed."""
+    one = 0x3C00 if kind == "f16x2" else 0x3F80
+    words = [least << 16 | tiny] * 32
+    assert execute(f"ex2.approx.ftz.{kind} %r4, %r1;", words, words, words) == [one << 16 | one] * 32
+    if kind == "f16x2":
+        assert execute(f"mul.ftz.{kind} %r4, %r1, 0x38003C00;", words, words, words) == [0] * 32
+
+
 def test_saturation_of_not_a_number_and_of_minus_zero() -> None:
     words = [f_bits(x) for x in (NAN, -0.0, -3.0, 0.25, 7.0, math.inf, -math.inf, 1.0)] * 4
     expected = [f_bits(x) for x in (0.0, 0.0, 0.0, 0.25, 1.0, 1.0, 0.0, 1.0)] * 4

@@ -23,21 +23,26 @@ from tilewright.aot.emulator.numerics import FLOAT8, U32, Array, bf16_to_f32, to
 ELEMENTS = {"f16": 2, "bf16": 2, "tf32": 1, "s8": 4, "u8": 4, "e4m3": 4, "e5m2": 4}
 #: Types of accumulators.
 ACCUMULATORS = ("f16", "f32", "s32")
+_WORDS = {1: np.uint32, 2: np.uint16, 4: np.uint8}
 _G, _T = np.arange(32) // 4, np.arange(32) % 4
 
 
-def unpack(raw: Array, kind: str) -> Array:
-    """Elements of uint32 registers [..., n] as float64 [..., n * e]."""
-    raw = np.ascontiguousarray(raw)
+def split(raw: Array, kind: str) -> Array:
+    """Elements of uint32 registers [..., n] as words [..., n * e]."""
+    return np.ascontiguousarray(raw).view(_WORDS[ELEMENTS[kind]])
+
+
+def numbers(words: Array, kind: str) -> Array:
+    """Elements as float64."""
     if kind == "f16":
-        return raw.view(np.float16).astype(np.float64)
+        return words.view(np.float16).astype(np.float64)
     if kind == "bf16":
-        return bf16_to_f32(raw.view(np.uint16)).astype(np.float64)
+        return bf16_to_f32(words).astype(np.float64)
     if kind == "tf32":
-        return to_tf32(raw).view(np.float32).astype(np.float64)
+        return to_tf32(words).view(np.float32).astype(np.float64)
     if kind in ("s8", "u8"):
-        return raw.view(np.int8 if kind == "s8" else np.uint8).astype(np.float64)
-    return FLOAT8[kind][raw.view(np.uint8)]
+        return words.view(np.int8 if kind == "s8" else np.uint8).astype(np.float64)
+    return FLOAT8[kind][words]
 
 
 def a_index(registers: int, e: int) -> Array:
@@ -63,11 +68,14 @@ def c_index(tiles: int = 1) -> Array:
     return index
 
 
-def scatter(elements: Array, index: Array, shape: tuple[int, int]) -> Array:
+def order_of(index: Array) -> Array:
+    """Where in the fragments of a warp each element of a matrix is: the inverse of one of the functions above."""
+    return np.argsort(index.reshape(-1))
+
+
+def arrange(elements: Array, order: Array, shape: tuple[int, int]) -> Array:
     """Fragments [warps, 32, n] -> matrices [warps, *shape]."""
-    out = np.empty((len(elements), shape[0] * shape[1]), elements.dtype)
-    out[:, index.reshape(-1)] = elements.reshape(len(elements), -1)
-    return out.reshape(-1, *shape)
+    return np.take(elements.reshape(len(elements), -1), order, axis=1).reshape(-1, *shape)
 
 
 def accumulate(a: Array, b: Array, c: Array, integer: bool, saturate: bool) -> Array:

@@ -13,12 +13,14 @@ from tilewright.aot.emulator.fragments import (
     ELEMENTS,
     a_index,
     accumulate,
+    arrange,
     b_index,
     c_index,
     decompress,
+    numbers,
+    order_of,
     read_accumulator,
-    scatter,
-    unpack,
+    split,
     write_accumulator,
 )
 from tilewright.aot.emulator.numerics import Array
@@ -61,8 +63,8 @@ def _mma(instruction: Instruction, machine: Machine) -> Run:
     metadata = machine.source(instruction.operands[4], 32) if sparse else None
     selector = literal(instruction.operands[5]) if sparse else 0
     saturate = "satfinite" in parts
-    where_a, where_b, where_c = a_index(a_count, e), b_index(b_count, e), c_index()
-    flat_c = where_c.reshape(-1)
+    order_a, order_b, order_c = order_of(a_index(a_count, e)), order_of(b_index(b_count, e)), order_of(c_index())
+    flat_c = c_index().reshape(-1)
     values, kind = machine.values, "mma.sp" if sparse else "mma.sync"
 
     def fragment(slots: list[int], warps: slice | Array) -> Array:
@@ -71,9 +73,9 @@ def _mma(instruction: Instruction, machine: Machine) -> Run:
 
     def run(mask: Mask) -> None:
         warps = machine.full_warps(mask, "mma")
-        left = scatter(unpack(fragment(a, warps), a_kind), where_a, (16, stored_k))
-        right = scatter(unpack(fragment(b, warps), b_kind), where_b, (k, 8))
-        initial = scatter(read_accumulator(fragment(c, warps), c_kind), where_c, (16, 8))
+        left = numbers(arrange(split(fragment(a, warps), a_kind), order_a, (16, stored_k)), a_kind)
+        right = numbers(arrange(split(fragment(b, warps), b_kind), order_b, (k, 8)), b_kind)
+        initial = arrange(read_accumulator(fragment(c, warps), c_kind), order_c, (16, 8))
         if metadata is not None:
             left = decompress(left, values[metadata].reshape(-1, 32)[warps], a_kind, k, selector, ordered)
         result = accumulate(left, right, initial, integer, saturate).reshape(-1, 128)[:, flat_c].reshape(-1, 32, 4)

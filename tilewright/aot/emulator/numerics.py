@@ -30,7 +30,7 @@ _NATIVE: dict[str, Any] = {
 }
 _HALF = {"f16": U16, "f16x2": U32}
 _BRAIN = {"bf16": U16, "bf16x2": U32}
-_TINY = {"f32": 2.0**-126, "f16": 2.0**-14, "f16x2": 2.0**-14}
+_TINY = {"f32": 2.0**-126, "bf16": 2.0**-126, "bf16x2": 2.0**-126, "f16": 2.0**-14, "f16x2": 2.0**-14}
 #: Largest finite number of each type.
 LARGEST = {
     "f16": 65504.0,

@@ -7,6 +7,7 @@ and ``.file`` lines are dropped, but the source line of each instruction is kept
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from dataclasses import dataclass, field
@@ -49,8 +50,9 @@ _WIDTHS: dict[str, Width] = {
 Scopes = list[dict[str, str]]
 
 
+@functools.lru_cache(maxsize=8)
 def parse(ptx: str) -> Kernel:
-    """Parse the only ``.entry`` in ``ptx``.
+    """Parse the only ``.entry`` in ``ptx``; the kernel is shared between calls and must not be changed.
 
     Raises PTXSyntaxError where there is none or more than one, and Unsupported for calls of device functions.
     """

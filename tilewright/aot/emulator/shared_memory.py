@@ -142,6 +142,14 @@ class SharedMemory:
                 self._complain(AsyncHazard, text, wrong)
         return self.load(offset, size, np.full(len(offset), ASYNC_WARP))
 
+    def unchanged(self, offset: Array, data: Array) -> Array:
+        """Which elements still hold ``data``, and are no target of a copy in flight."""
+        size = data.shape[1]
+        index = offset // size
+        same = rows(self.data, size)[index] == as_rows(data, size)
+        still: Array = (same & (rows(self.state, size)[index] == repeated(VALID, size))).all(axis=1)
+        return still
+
     def begin_copy(self, offset: Array, size: int, warp: Array) -> None:
         """Mark the target of an asynchronous copy: to read or write it before it lands is an error."""
         index = offset // size
@@ -174,7 +182,7 @@ class SharedMemory:
             return
         mine = repeated(warp + 1, size)
         writer = rows(self.writer, size)[index]
-        if not ((writer == 0) | (writer == mine)).all():
+        if writer.any() and not ((writer == 0) | (writer == mine)).all():
             me, before = self._bytewise(warp, size), writer.view(np.uint8)
             wrong = (before != 0) & (before != me)
             if wrong.any():
@@ -187,7 +195,7 @@ class SharedMemory:
         old = table[index]
         if (old == mine).all():
             return
-        if ((old == 0) | (old == mine)).all():
+        if not old.any() or ((old == 0) | (old == mine)).all():
             new = np.broadcast_to(mine, old.shape)
         else:
             me, before = self._bytewise(warp, size), old.view(np.uint8)
@@ -201,14 +209,14 @@ class SharedMemory:
     def _check_writable(self, index: Array, size: int, warp: Array, data: Array | None) -> None:
         """Raise where another warp read these bytes since the last barrier, or wrote something else there."""
         state = rows(self.state, size)[index]
-        if not ((state == repeated(VALID, size)) | (state == 0)).all() and (state.view(np.uint8) == IN_FLIGHT).any():
+        if (state & repeated(IN_FLIGHT, size)).any():
             text = "shared write while an asynchronous copy into it is in flight"
             self._complain(AsyncHazard, text, state.view(np.uint8) == IN_FLIGHT)
         if self.races == "off":
             return
         mine = repeated(warp + 1, size)
         reader = rows(self.reader, size)[index]
-        if not ((reader == 0) | (reader == mine)).all():
+        if reader.any() and not ((reader == 0) | (reader == mine)).all():
             me, before = self._bytewise(warp, size), reader.view(np.uint8)
             wrong = (before != 0) & (before != me)
             if wrong.any():
@@ -218,7 +226,7 @@ class SharedMemory:
                 )
                 self._complain(RaceError, text, wrong)
         writer = rows(self.writer, size)[index]
-        if not ((writer == 0) | (writer == mine)).all():
+        if writer.any() and not ((writer == 0) | (writer == mine)).all():
             me, before = self._bytewise(warp, size), writer.view(np.uint8)
             wrong = (before != 0) & (before != me)
             if data is not None and wrong.any():  # the same value written twice does no harm

@@ -81,13 +81,14 @@ class Site:
         grid = grid[(grid >= 0).any(axis=1)]
         if not len(grid):
             return
-        word = (grid >> 2)[:, :, None] + np.arange(max(size // 4, 1))
-        word = np.where(grid[:, :, None] < 0, -1, word).reshape(len(grid), -1)
-        word = np.sort(word, axis=1)
-        fresh = word >= 0
-        fresh[:, 1:] &= word[:, 1:] != word[:, :-1]
-        key = np.arange(len(grid))[:, None] * 32 + (word & 31)
-        hits = np.bincount(key[fresh], minlength=len(grid) * 32).reshape(-1, 32)
+        # An aligned access of 4, 8 or 16 bytes covers whole banks: count by units of that many bytes.
+        unit = max(size, 4)
+        count = 128 // unit
+        place = np.sort(grid >> (unit.bit_length() - 1), axis=1)  # inactive threads stay negative
+        fresh = place >= 0
+        fresh[:, 1:] &= place[:, 1:] != place[:, :-1]
+        key = np.arange(len(grid))[:, None] * count + place % count
+        hits = np.bincount(key[fresh], minlength=len(grid) * count).reshape(-1, count)
         self.wavefronts += int(hits.max(axis=1).sum())
         self.ideal_wavefronts += len(grid)
 

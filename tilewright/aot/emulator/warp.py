@@ -12,7 +12,7 @@ import numpy as np
 
 from tilewright.aot.emulator.errors import PTXError, Unsupported
 from tilewright.aot.emulator.numerics import U32, Array, bits_of, decode, encode, limits
-from tilewright.aot.emulator.program import SINK, Instruction, Operand
+from tilewright.aot.emulator.program import SINK, Immediate, Instruction, Operand
 from tilewright.aot.emulator.registry import Function, Mask, Run, allow, both, builds, one_of
 
 if TYPE_CHECKING:
@@ -26,8 +26,11 @@ def _members(instruction: Instruction, machine: Machine, operand: Operand) -> Ca
     """A function from the mask to the active threads [warps, 32], checked against the member mask."""
     slot, values = machine.source(operand, 32), machine.values
     name = instruction.parts[0]
+    everyone = isinstance(operand, Immediate) and operand.value & 0xFFFFFFFF == 0xFFFFFFFF
 
     def active(mask: Mask) -> Array:
+        if mask is None and everyone:
+            return np.ones((machine.lanes // 32, 32), bool)
         here = np.ones((machine.lanes // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
         named = values[slot].reshape(-1, 32)
         word = (here * _WEIGHT).sum(axis=1, dtype=U32)

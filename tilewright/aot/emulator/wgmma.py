@@ -20,10 +20,12 @@ from tilewright.aot.emulator.fragments import (
     ELEMENTS,
     a_index,
     accumulate,
+    arrange,
     c_index,
+    numbers,
+    order_of,
     read_accumulator,
-    scatter,
-    unpack,
+    split,
     write_accumulator,
 )
 from tilewright.aot.emulator.numerics import U32, Array
@@ -49,27 +51,33 @@ def swizzle(address: Array, width: int) -> Array:
     return address ^ ((address >> 7) & (width // 16 - 1)) << 4 if width else address
 
 
-def chunk_addresses(word: int, major: str, extent: int, element: int) -> Array:
-    """Addresses of the 16-byte chunks of an operand tile with 32 bytes of K (K-major) or its 16-bit MN-major form.
+def chunk_addresses(words: list[int], major: str, extent: int, element: int) -> Array:
+    """Addresses [groups, lines, chunks] of the 16-byte chunks of one operand tile for each descriptor.
 
-    K-major: [extent, 2], a row of the tile in two chunks. MN-major: [16, extent / 8], a column of K in extent / 8
-    chunks.
+    K-major: a line is one of ``extent`` rows of 32 bytes in two chunks. MN-major, for elements of 16 bits: a line is
+    one of 16 columns of K in extent / 8 chunks.
     """
-    start, leading, stride, width = descriptor(word)
-    if major == "k":
-        row, chunk = np.arange(extent)[:, None], np.arange(2)[None, :]
-        if width:
-            offset = row // 8 * stride + row % 8 * width + chunk * 16
+    addresses: dict[int, Array] = {}
+    for layout in {word & ~0x3FFF for word in words}:  # commonly one, with other starts
+        _, leading, stride, width = descriptor(layout)
+        if major == "k":
+            row, chunk = np.arange(extent)[:, None], np.arange(2)[None, :]
+            if width:
+                offset = row // 8 * stride + row % 8 * width + chunk * 16
+            else:
+                offset = row // 8 * stride + row % 8 * 16 + chunk * leading
         else:
-            offset = row // 8 * stride + row % 8 * 16 + chunk * leading
-    else:
-        column, chunk = np.arange(32 // element)[:, None], np.arange(extent * element // 16)[None, :]
-        if width:
-            per = width // 16
-            offset = column // 8 * stride + column % 8 * width + chunk // per * leading + chunk % per * 16
-        else:
-            offset = column // 8 * leading + column % 8 * 16 + chunk * stride
-    return swizzle(start + offset, width)
+            column, chunk = np.arange(32 // element)[:, None], np.arange(extent * element // 16)[None, :]
+            if width:
+                per = width // 16
+                offset = column // 8 * stride + column % 8 * width + chunk // per * leading + chunk % per * 16
+            else:
+                offset = column // 8 * leading + column % 8 * 16 + chunk * stride
+        chosen = [at for at, word in enumerate(words) if word & ~0x3FFF == layout]
+        start = np.array([descriptor(words[at])[0] for at in chosen])
+        placed = swizzle(start[:, None, None] + offset, width)
+        addresses.update(zip(chosen, placed, strict=True))
+    return np.stack([addresses[at] for at in range(len(words))])
 
 
 @dataclass(eq=False)
@@ -200,80 +208,89 @@ class _WarpGroupProduct:
         self.element = 4 // ELEMENTS[self.a_kind]
         if k * self.element != 32 or len(self.d) * 64 * (2 if self.d_kind == "f16" else 1) != 32 * n:
             raise Unsupported(instruction.opcode)
-        numbers = [literal(op) for op in operands[4:]]
-        self.sign_a, self.sign_b = (numbers[0], numbers[1]) if len(numbers) >= 2 else (1, 1)
-        transposes = numbers[2:]
+        literals = [literal(op) for op in operands[4:]]
+        self.sign_a, self.sign_b = (literals[0], literals[1]) if len(literals) >= 2 else (1, 1)
+        transposes = literals[2:]
         self.a_major = "mn" if not self.from_registers and len(transposes) == 2 and transposes[0] else "k"
         self.b_major = "mn" if transposes and transposes[-1] else "k"
         if "mn" in (self.a_major, self.b_major) and self.element != 2:
             raise Unsupported(instruction.opcode)
-        self.where_a, self.where_d = a_index(4, ELEMENTS[self.a_kind]), c_index(n // 8)
+        self.order_a = order_of(a_index(4, ELEMENTS[self.a_kind]))
+        self.flat_d = c_index(n // 8).reshape(-1)
+        self.order_d = order_of(self.flat_d)
 
     def run(self, mask: Mask) -> None:
         """Check and capture the operands, and queue the product."""
         machine, values = self.machine, self.machine.values
-        groups = [int(group) for group in machine.full_groups(mask, 128, "wgmma")]
-        b_tiles = {g: self._fetch(self._word(self.b, g), self.b_major, self.n, g) for g in groups}
-        keep = {g: bool(values[self.scale][128 * g]) for g in groups}
-        a_tiles: dict[int, tuple[Array, Array, int]] = {}
-        fragments: Array = np.empty(0)
+        groups = machine.full_groups(mask, 128, "wgmma")
+        right = self._fetch(self.b, self.b_major, self.n, groups)
+        keep = values[self.scale].reshape(-1, 128)[groups, 0]
+        left, fragments = None, np.empty(0)
         if self.from_registers:
-            fragments = np.stack([values[slot] for slot in self.a], axis=1).reshape(-1, 4, 32, 4)
+            fragments = np.stack([values[slot] for slot in self.a], axis=1).reshape(-1, 4, 32, 4)[groups]
         else:
-            a_tiles = {g: self._fetch(self._word(self.a[0], g), self.a_major, 64, g) for g in groups}
+            left = self._fetch(self.a[0], self.a_major, 64, groups)
 
         def execute(ready: list[int]) -> None:
-            old = np.stack([values[slot] for slot in self.d], axis=1).reshape(-1, 4, 32, len(self.d))
-            new = old.copy()
-            for group in ready:
-                if self.from_registers:
-                    left = scatter(unpack(fragments[group], self.a_kind), self.where_a, (16, self.k))
-                    left = left.reshape(64, self.k)
-                else:
-                    left = self._tile(a_tiles[group], self.a_major, self.a_kind)
-                right = self._tile(b_tiles[group], self.b_major, self.b_kind).T
-                new[group] = self._multiply(left, right, old[group] if keep[group] else np.zeros_like(old[group]))
-            flat = new.reshape(-1, len(self.d))
+            at = np.searchsorted(groups, np.sort(ready))
+            if left is None:
+                elements = split(fragments[at].reshape(-1, 32, 4), self.a_kind)
+                a = numbers(arrange(elements, self.order_a, (16, self.k)), self.a_kind).reshape(-1, 64, self.k)
+            else:
+                a = left.matrices(machine, at, self.a_kind)
+            b = right.matrices(machine, at, self.b_kind).transpose(0, 2, 1)
+            registers = np.stack([values[slot] for slot in self.d], axis=1).reshape(-1, 4, 32, len(self.d))
+            held = np.where(keep[at][:, None, None, None], registers[groups[at]], U32(0))
+            registers[groups[at]] = self._multiply(a, b, held)
+            flat = registers.reshape(-1, len(self.d))
             for i, slot in enumerate(self.d):
                 values[slot] = np.ascontiguousarray(flat[:, i])
             machine.stats.matrix["wgmma"] += len(ready)
             machine.stats.matrix_flops += 2 * 64 * self.n * self.k * len(ready)
 
         inputs = frozenset(self.a) if self.from_registers else frozenset()
-        machine.products.issue(execute, groups, frozenset(self.d), inputs)
+        machine.products.issue(execute, groups.tolist(), frozenset(self.d), inputs)
 
     def _multiply(self, left: Array, right: Array, held: Array) -> Array:
-        """The registers [4, 32, d] of A [64, k] B [k, n] plus the accumulator in the registers ``held``."""
-        numbers = read_accumulator(np.ascontiguousarray(held), self.d_kind)
-        initial = scatter(numbers, self.where_d, (16, self.n)).reshape(64, self.n)
+        """The registers [groups, 4, 32, d] of A [groups, 64, k] B [groups, k, n] plus the accumulators ``held``."""
+        stored = read_accumulator(np.ascontiguousarray(held), self.d_kind).reshape(len(left) * 4, 32, -1)
+        initial = arrange(stored, self.order_d, (16, self.n)).reshape(-1, 64, self.n)
         result = accumulate(self.sign_a * left, self.sign_b * right, initial, self.integer, self.saturate)
-        result = result.reshape(4, 16 * self.n)[:, self.where_d.reshape(-1)].reshape(4, 32, -1)
+        result = np.take(result.reshape(-1, 16 * self.n), self.flat_d, axis=1).reshape(len(left), 4, 32, -1)
         return write_accumulator(result, self.d_kind)
 
-    def _word(self, slot: int, group: int) -> int:
-        words = self.machine.values[slot][128 * group : 128 * (group + 1)]
-        if (words != words[0]).any():
+    def _fetch(self, slot: int, major: str, extent: int, groups: Array) -> _SharedOperand:
+        """An operand of every warp group, checked as it is at the issue."""
+        machine = self.machine
+        words = machine.values[slot].reshape(-1, 128)[groups]
+        if (words != words[:, :1]).any():
             raise PTXError("wgmma matrix descriptor differs between the threads of a warp group")
-        return int(words[0])
-
-    def _fetch(self, word: int, major: str, extent: int, group: int) -> tuple[Array, Array, int]:
-        """(flat offsets, bytes, lines) of an operand of one warp group, checked."""
-        machine = self.machine
-        addresses = chunk_addresses(word, major, extent, self.element)
-        machine.effective = np.full(addresses.size, group * 128)
-        cta = np.full(addresses.size, group * 128 // machine.threads)
-        flat = machine.shared.flat(cta, addresses.reshape(-1), 16, "wgmma read")
-        return flat, machine.shared.load_async(flat, 16), addresses.shape[0]
-
-    def _tile(self, fetched: tuple[Array, Array, int], major: str, kind: str) -> Array:
-        """[extent, k] numbers of an operand, which must still be what it was at the issue."""
-        flat, before, lines = fetched
-        machine = self.machine
-        machine.effective = np.full(len(flat), int(flat[0]) // machine.shared.size * machine.threads)
+        addresses = chunk_addresses([int(word) for word in words[:, 0]], major, extent, self.element)
+        lines, chunks = addresses.shape[1:]
+        first = np.repeat(groups * 128, lines * chunks)
+        machine.effective = first
+        flat = machine.shared.flat(first // machine.threads, addresses.reshape(-1), 16, "wgmma read")
         data = machine.shared.load_async(flat, 16)
-        changed = (data != before).any(axis=1)
+        shape = len(groups), lines, chunks
+        return _SharedOperand(major, flat.reshape(shape), data.reshape(*shape, 16), first.reshape(shape))
+
+
+@dataclass
+class _SharedOperand:
+    """A matrix operand in shared memory, for some warp groups: [groups, lines, chunks] of 16 bytes."""
+
+    major: str
+    flat: Array
+    data: Array
+    thread: Array
+
+    def matrices(self, machine: Machine, at: Array, kind: str) -> Array:
+        """[groups, extent, k] numbers of the groups ``at``, which must still be what they were at the issue."""
+        flat, data = self.flat[at].reshape(-1), self.data[at]
+        changed = ~machine.shared.unchanged(flat, data.reshape(-1, 16))
         if changed.any():
+            machine.effective = self.thread[at].reshape(-1)
             text = "shared operand of a wgmma was overwritten before its wgmma.wait_group"
             raise AsyncHazard(text, int(np.argmax(changed)))
-        values = unpack(data.view(U32).reshape(lines, -1), kind)
-        return values if major == "k" else values.T
+        values = numbers(split(data.view(U32).reshape(len(at), data.shape[1], -1), kind), kind)
+        return values if self.major == "k" else values.transpose(0, 2, 1)
