@@ -171,6 +171,11 @@ def test_wrong_arguments(args: list[Any], options: dict[str, Any], message: str)
         run("", *args, **options)
 
 
+def test_messages_name_arguments_as_the_caller_does() -> None:
+    with pytest.raises(OutOfBounds, match="past the end of weight int32"):
+        run("ld.global.b32 %r4, [%rd1+256];", ints(64), ints(64), names=["x", "weight"])
+
+
 def test_arguments_of_the_wrong_kind_or_number() -> None:
     with pytest.raises(TypeError, match="n is a u32, got a tensor"):
         run("", 0, 0, 0, ints(1))

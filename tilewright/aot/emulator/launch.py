@@ -50,6 +50,7 @@ def emulate(
     profile: bool = True,
     batch: int | None = None,
     max_blocks: int = 10_000_000,
+    names: Sequence[str] = (),
 ) -> Stats:
     """Run the kernel in ``ptx`` on CPU tensors, in place, and return what was counted.
 
@@ -67,6 +68,7 @@ def emulate(
     profile: count sectors and wavefronts too; costs about a fifth of the time.
     batch: CTAs that run together (default: about 2048 threads).
     max_blocks: limit on the basic blocks executed by a batch, against endless loops.
+    names: of the arguments, for messages; by default the entry's, which Triton numbers.
 
     Raises OutOfBounds, Misaligned, UninitializedRead, AsyncHazard, RaceError or plain PTXError for a defect of the
     kernel; Unsupported for instructions that the emulator does not know and PTXSyntaxError for text it cannot read;
@@ -84,7 +86,7 @@ def emulate(
     machine = Machine(kernel, num_warps * 32, arch, shared, races, profile, cta_races)
     x, y, z = (*(int(count) for count in grid), 1, 1)[:3]
     machine.grid = (x, y, z)
-    machine.arguments = _bind(machine, args)
+    machine.arguments = _bind(machine, args, names)
     ctas = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
     size = batch or max(1, 2048 // machine.threads)
     began = time.perf_counter()
@@ -98,8 +100,8 @@ def emulate(
     return machine.stats
 
 
-def _bind(machine: Machine, args: Sequence[Argument]) -> dict[str, int]:
-    """The bits of each parameter."""
+def _bind(machine: Machine, args: Sequence[Argument], names: Sequence[str]) -> dict[str, int]:
+    """The bits of each parameter. ``names``: what messages call the first ones."""
     parameters = machine.kernel.parameters
     if not len(parameters) - _SCRATCH_POINTERS <= len(args) <= len(parameters):
         raise ValueError(
@@ -108,11 +110,12 @@ def _bind(machine: Machine, args: Sequence[Argument]) -> dict[str, int]:
         )
     bound = {}
     given = [*args, *[None] * (len(parameters) - len(args))]
-    for (name, kind), value in zip(parameters, given, strict=True):
+    called = [*names, *(name for name, _ in parameters[len(names) :])]
+    for (name, kind), label, value in zip(parameters, called, given, strict=True):
         if isinstance(value, torch.Tensor):
             if kind not in ("u64", "b64", "s64"):
-                raise TypeError(f"args: {name} is a {kind}, got a tensor")
-            bound[name] = machine.memory.map(value, name)
+                raise TypeError(f"args: {label} is a {kind}, got a tensor")
+            bound[name] = machine.memory.map(value, label)
         elif kind == "f64":
             bound[name] = int(np.float64(value or 0).view(U64))
         elif kind == "f32" or isinstance(value, float):
@@ -120,7 +123,7 @@ def _bind(machine: Machine, args: Sequence[Argument]) -> dict[str, int]:
         elif value is None or isinstance(value, int):
             bound[name] = int(value or 0)
         else:
-            raise TypeError(f"args: {name} is a {kind}, got {type(value).__name__}")
+            raise TypeError(f"args: {label} is a {kind}, got {type(value).__name__}")
     return bound
 
 

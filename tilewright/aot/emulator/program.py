@@ -92,7 +92,8 @@ class Instruction:
     def where(self) -> str:
         """Line, source line and text, for messages."""
         at = f" ({self.source})" if self.source else ""
-        return f"line {self.line}{at}: {self.text}"
+        text = self.text if len(self.text) <= 120 else f"{self.text[:100]} ... {self.text[-16:]}"
+        return f"line {self.line}{at}: {text}"
 
 
 @dataclass
