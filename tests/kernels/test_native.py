@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.activation import apply_activation
-from tilewright.kernels.cpu import build, native
+from tilewright.kernels.cpu import build, linear, native
 from tilewright.kernels.int8_linear import reference
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize import reference as quantize_reference
@@ -24,8 +24,8 @@ quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 
 
 def forget_choice() -> None:
-    native._load.cache_clear()
-    native._function.cache_clear()
+    native.forget()
+    route.cache_clear()
 
 
 @pytest.fixture(params=build.isas())
@@ -109,7 +109,7 @@ def test_linear_agrees_with_float64(
     residual = torch.randn(m, n).to(dtype) if "residual" in extras else None
     channel_scale = torch.rand(k) + 0.5 if "channel_scale" in extras else None
     arguments = (weight, weight_scale, bias, residual, activation, channel_scale)
-    actual = native.int8_linear(x, *arguments)
+    actual = linear.int8_linear(x, *arguments)
     plain = reference.int8_linear(x, *arguments)
     q, scale = quantize_reference.quantize_per_row(x, channel_scale)
     exact = q.double() @ weight.double().t() * scale.double()[:, None] * weight_scale.double()
@@ -122,16 +122,16 @@ def test_integer_sums_are_exact(isa: str):
     weight, _ = int8_weight(n, k)
     x = torch.randint(-127, 128, (m, k)).float()
     x[:, 0] = 127  # so that the scale is 1 and the rows are already what they are quantised to
-    y = native.int8_linear(x, weight, torch.ones(n), None, None, "none", None)
+    y = linear.int8_linear(x, weight, torch.ones(n), None, None, "none", None)
     assert torch.equal(y.double(), (x.double() @ weight.double().t()).float().double())
 
 
 def test_a_bad_row_stays_alone(isa: str):
     weight, weight_scale = int8_weight(70, 64)
     x = torch.randn(9, 64)
-    clean = native.int8_linear(x, weight, weight_scale, None, None, "gelu", None)
+    clean = linear.int8_linear(x, weight, weight_scale, None, None, "gelu", None)
     x[3, 7], x[5, 0] = math.nan, math.inf
-    y = native.int8_linear(x, weight, weight_scale, None, None, "gelu", None)
+    y = linear.int8_linear(x, weight, weight_scale, None, None, "gelu", None)
     good = [0, 1, 2, 4, 6, 7, 8]
     assert torch.equal(y[good], clean[good])
     assert y[[3, 5]].isnan().all()
@@ -140,14 +140,14 @@ def test_a_bad_row_stays_alone(isa: str):
 def test_result_depends_neither_on_the_batch_nor_on_threads(isa: str):
     weight, weight_scale = int8_weight(200, 160)
     x = torch.randn(123, 160)
-    whole = native.int8_linear(x, weight, weight_scale, None, None, "silu", None)
-    alone = torch.cat([native.int8_linear(row[None], weight, weight_scale, None, None, "silu", None) for row in x])
+    whole = linear.int8_linear(x, weight, weight_scale, None, None, "silu", None)
+    alone = torch.cat([linear.int8_linear(row[None], weight, weight_scale, None, None, "silu", None) for row in x])
     assert torch.equal(whole, alone)
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert torch.equal(native.int8_linear(x, weight, weight_scale, None, None, "silu", None), whole)
+            assert torch.equal(linear.int8_linear(x, weight, weight_scale, None, None, "silu", None), whole)
     finally:
         torch.set_num_threads(threads)
 
@@ -155,21 +155,21 @@ def test_result_depends_neither_on_the_batch_nor_on_threads(isa: str):
 def test_rows_in_several_blocks(isa: str, monkeypatch: pytest.MonkeyPatch):
     weight, weight_scale = int8_weight(70, 100)
     x = torch.randn(50, 100)
-    whole = native.int8_linear(x, weight, weight_scale, None, None, "none", None)
-    monkeypatch.setattr(native, "_BLOCK_BYTES", 700)
-    assert torch.equal(native.int8_linear(x, weight, weight_scale, None, None, "none", None), whole)
+    whole = linear.int8_linear(x, weight, weight_scale, None, None, "none", None)
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", 700)
+    assert torch.equal(linear.int8_linear(x, weight, weight_scale, None, None, "none", None), whole)
 
 
 def test_several_python_threads_at_once(isa: str):
     weight, weight_scale = int8_weight(200, 256)
     inputs = [torch.randn(64, 256) for _ in range(4)]
-    expected = [native.int8_linear(x, weight, weight_scale, None, None, "none", None) for x in inputs]
+    expected = [linear.int8_linear(x, weight, weight_scale, None, None, "none", None) for x in inputs]
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(30):
             if not torch.equal(
-                native.int8_linear(inputs[i], weight, weight_scale, None, None, "none", None), expected[i]
+                linear.int8_linear(inputs[i], weight, weight_scale, None, None, "none", None), expected[i]
             ):
                 wrong.append(i)
 
@@ -184,9 +184,9 @@ def test_several_python_threads_at_once(isa: str):
 def test_writing_into_the_weight_is_noticed(isa: str):
     weight, weight_scale = int8_weight(20, 32)
     x = torch.randn(3, 32)
-    native.int8_linear(x, weight, weight_scale, None, None, "none", None)
+    linear.int8_linear(x, weight, weight_scale, None, None, "none", None)
     weight.zero_()
-    assert not native.int8_linear(x, weight, weight_scale, None, None, "none", None).any()
+    assert not linear.int8_linear(x, weight, weight_scale, None, None, "none", None).any()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_writing_into_the_weight_is_noticed(isa: str):
 )
 def test_declines_in_words(isa: str, m: int, x_dtype: torch.dtype, activation: str, words: str):
     problem = Problem("int8_linear", m, 64, 64, x_dtype, activation=activation, device="cpu")
-    declined = dict(route.__wrapped__(problem).declined)
+    declined = dict(route(problem).declined)
     assert words in declined["C kernel"]
 
 

@@ -81,6 +81,7 @@ def register_all() -> None:
     _cpu("int8_weight_only_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")
     _cpu("int4_linear", "ATen int4pack")
     _cpu("int4_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")
+    _cpu("int4_int8_linear", "C kernel", "native_int4_int8_linear", "why_not_native")
     _cpu("int4_int8_linear", "oneDNN by group")
     register(
         Implementation(

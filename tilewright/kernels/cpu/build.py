@@ -9,12 +9,14 @@ library has a plain C interface and links with neither Python nor PyTorch: one b
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -22,13 +24,22 @@ LIBRARY = FOLDER / "_native.so"
 #: Built once: what does not depend on the instruction set.
 COMMON = ("runtime.c", "conv_zeros.c")
 #: Built for each instruction set.
-KERNELS = ("quantize.c", "int8_linear.c", "conv_float.c", "conv_int8.c", "conv_simple.c", "conv_program.c")
+KERNELS = (
+    "quantize.c",
+    "int8_linear.c",
+    "int4_int8_linear.c",
+    "conv_float.c",
+    "conv_int8.c",
+    "conv_simple.c",
+    "conv_program.c",
+)
 HEADERS = (
     "parallel.h",
     "simd.h",
     "numbers.h",
     "quantize_row.h",
     "epilogue.h",
+    "nibbles.h",
     "conv.h",
     "conv_vector.h",
     "conv_tile.h",
@@ -95,14 +106,20 @@ def build(output: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
         raise BuildError(f"the C kernels are built on Linux only, not on {sys.platform}")
     compiler = find_compiler()
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
-        jobs = [(name, None) for name in COMMON] + [(name, isa) for isa in isas() for name in KERNELS]
-        for name, isa in jobs:
-            objects.append(str(Path(folder) / f"{name}.{isa}.o"))
+
+        def compile_one(job: tuple[str, str | None]) -> str:
+            name, isa = job
+            compiled = str(Path(folder) / f"{name}.{isa}.o")
             chosen = (
                 (f"-DTILEWRIGHT_ISA={isa}", *ISAS[isa]) if isa else (f'-DTILEWRIGHT_SOURCE_HASH="{source_hash()}"',)
             )
-            _run([compiler, *FLAGS, *extra_flags, *chosen, "-c", str(FOLDER / name), "-o", objects[-1]])
+            _run([compiler, *FLAGS, *extra_flags, *chosen, "-c", str(FOLDER / name), "-o", compiled])
+            return compiled
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(
+                pool.map(compile_one, [(name, None) for name in COMMON] + list(itertools.product(KERNELS, isas())))
+            )
         # Beside the output, so that the last step is a rename: a process that holds the old library keeps it whole.
         partial = output.with_name(f"{output.name}.{os.getpid()}")
         try:

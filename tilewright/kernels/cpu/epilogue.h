@@ -64,9 +64,9 @@ static inline float gelu(float x) {
 }
 
 static inline float gelu_tanh(float x) {
-    /* 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)) */
-    float u = 0.797884561f * FMA(0.044715f * x * x, x, x);
-    return x / (1.0f + exp_clamped(-2.0f * u));
+    /* 0.5 (1 + tanh u) = 1 / (1 + exp(-2 u)); below -19 it is 0 even in float64. */
+    float u = 0.797884561f * FMA(0.044715f * x * x, x, x), y = x / (1.0f + exp_clamped(-2.0f * u));
+    return u < -19.0f ? 0.0f * x : y;
 }
 
 static inline float silu(float x) { return x / (1.0f + exp_clamped(-x)); }
@@ -98,6 +98,44 @@ static inline void store_row(void *to, int dtype, int64_t at, const float *y, in
         for (int64_t i = 0; i < count; i++) ((uint16_t *)to)[at + i] = round_to_bfloat16(y[i]);
     else
         for (int64_t i = 0; i < count; i++) ((float16 *)to)[at + i] = (float16)y[i];
+}
+
+/* What becomes of the sums of a linear layer. bias: float32 [n] or NULL; residual (or NULL) and y: [m, n], contiguous, in
+   the format `dtype`. */
+typedef struct {
+    const float *bias;
+    const void *residual;
+    int activation;
+    void *y;
+    int dtype;
+    int64_t n;
+} output;
+
+/* Finishes y, `channels` floats that are already scaled, of one row. */
+static inline __attribute__((always_inline)) void finish_row(const output *out, float *y, int64_t row, int64_t channel,
+                                                             int64_t channels) {
+    if (out->bias)
+        for (int64_t i = 0; i < channels; i++) y[i] += out->bias[channel + i];
+    activate(y, channels, out->activation);
+    int64_t at = row * out->n + channel;
+    if (out->residual) add_row(y, out->residual, out->dtype, at, channels);
+    store_row(out->y, out->dtype, at, y, channels);
+}
+
+/* sums: `rows` rows of `panel` floats, in place: times row_scale (or NULL), then as finish_row; channels beyond n are
+   dropped. */
+static inline __attribute__((always_inline)) void finish_floats(const output *out, float *sums, int panel, const float *row_scale, int64_t row,
+                                 int rows, int64_t channel) {
+    int64_t channels = out->n - channel < panel ? out->n - channel : panel;
+    for (int r = 0; r < rows; r++) {
+        float *y = sums + r * panel;
+        if (row_scale)
+            for (int i = 0; i < panel; i++) y[i] *= row_scale[r];
+        if (channels == panel)
+            finish_row(out, y, row + r, channel, panel);
+        else
+            finish_row(out, y, row + r, channel, channels);
+    }
 }
 
 #endif

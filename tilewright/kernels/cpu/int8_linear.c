@@ -84,14 +84,11 @@ static void multiply_tile(int rows, const uint8_t *x, int64_t x_stride, const in
 typedef struct {
     const int8_t *packed;
     const int32_t *correction;
-    int64_t n, k;
-    const float *weight_scale, *bias, *channel_scale;
+    int64_t k;
+    const float *weight_scale, *channel_scale;
     const void *x;
-    int dtype;
     int64_t m, x_stride;
-    const void *residual;
-    int activation;
-    void *y;
+    output out;
     uint8_t *q;
     float *scale;
     int64_t block;
@@ -102,24 +99,19 @@ static inline __attribute__((always_inline)) void finish_channels(const linear_j
                                                                   int64_t row, int rows, int64_t channel,
                                                                   int64_t channels, const float *scale) {
     const int32_t *correction = job->correction + channel;
-    const float *weight_scale = job->weight_scale + channel, *bias = job->bias ? job->bias + channel : NULL;
+    const float *weight_scale = job->weight_scale + channel;
     for (int r = 0; r < rows; r++) {
         float y[PANEL];
         const float row_scale = scale[r];
         for (int64_t i = 0; i < channels; i++)
             y[i] = (float)(sums[r][i] - correction[i]) * row_scale * weight_scale[i];
-        if (bias)
-            for (int64_t i = 0; i < channels; i++) y[i] += bias[i];
-        activate(y, channels, job->activation);
-        int64_t at = (row + r) * job->n + channel;
-        if (job->residual) add_row(y, job->residual, job->dtype, at, channels);
-        store_row(job->y, job->dtype, at, y, channels);
+        finish_row(&job->out, y, row + r, channel, channels);
     }
 }
 
 static void finish_tile(const linear_job *job, int32_t sums[][PANEL], int64_t row, int rows, int64_t channel,
                         const float *scale) {
-    int64_t channels = job->n - channel;
+    int64_t channels = job->out.n - channel;
     if (channels >= PANEL)
         finish_channels(job, sums, row, rows, channel, PANEL, scale);
     else
@@ -128,13 +120,13 @@ static void finish_tile(const linear_job *job, int32_t sums[][PANEL], int64_t ro
 
 static void linear_part(void *data) {
     const linear_job *job = data;
-    const int64_t steps = round_up(job->k, 4) / 4, q_stride = steps * 4, panels = (job->n + PANEL - 1) / PANEL;
+    const int64_t steps = round_up(job->k, 4) / 4, q_stride = steps * 4, panels = (job->out.n + PANEL - 1) / PANEL;
     for (int64_t first = 0; first < job->m; first += job->block) {
         int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin, end;
         tw_share(rows, &begin, &end);
         for (int64_t row = begin; row < end; row++) {
             uint8_t *q = job->q + row * q_stride;
-            job->scale[row] = quantize_row(job->x, job->dtype, (first + row) * job->x_stride, job->k,
+            job->scale[row] = quantize_row(job->x, job->out.dtype, (first + row) * job->x_stride, job->k,
                                            job->channel_scale, ZERO_POINT, q);
             for (int64_t i = job->k; i < q_stride; i++) q[i] = ZERO_POINT; /* their weights are 0 */
         }
@@ -165,8 +157,8 @@ EXPORT int ISA_NAME(tw_int8_linear)(const int8_t *packed, const int32_t *correct
                                     const void *x, int dtype, int64_t m, int64_t x_stride, const void *residual,
                                     int activation, void *y, uint8_t *q, float *scale, int64_t block, int threads) {
     if (dtype == FLOAT16 && !HAS_FLOAT16) return 1;
-    linear_job job = {packed, correction, n, k, weight_scale, bias, channel_scale, x, dtype, m, x_stride, residual,
-                      activation, y, q, scale, block};
+    output out = {bias, residual, activation, y, dtype, n};
+    linear_job job = {packed, correction, k, weight_scale, channel_scale, x, m, x_stride, out, q, scale, block};
     tw_parallel(linear_part, &job, threads);
     return 0;
 }

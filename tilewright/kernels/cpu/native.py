@@ -13,20 +13,15 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tilewright.kernels.cpu import build
-from tilewright.kernels.cpu_support import scratch
-from tilewright.kernels.packed import packed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 #: Below this many elements a second thread costs more than it brings (PyTorch's own grain size).
 _GRAIN = 32768
-#: Bytes of quantised activations that are multiplied before the next rows are quantised.
-_BLOCK_BYTES = 4 << 20
 
 _POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -49,7 +44,24 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         _COUNT,
         _NUMBER,
     ),
+    "int4_packed_bytes": (_COUNT, _COUNT),
+    "int4_scales": (_COUNT, _COUNT),
+    "int4_pack": (*[_POINTER] * 3, *[_COUNT] * 3, *[_POINTER] * 3),
+    "int4_int8_linear": (
+        *[_POINTER] * 3,
+        *[_COUNT] * 3,
+        *[_POINTER] * 3,
+        _NUMBER,
+        *[_COUNT] * 2,
+        _POINTER,
+        _NUMBER,
+        *[_POINTER] * 4,
+        _COUNT,
+        _NUMBER,
+    ),
 }
+#: Those that return a size or a count; the others return 0, or what went wrong.
+_COUNTS = ("panel", "int8_packed_bytes", "int4_packed_bytes", "int4_scales")
 
 
 @functools.cache
@@ -102,19 +114,31 @@ def isa() -> str:
 
 
 @functools.cache
-def _function(name: str) -> Callable[..., int] | None:
+def layout(name: str) -> str:
+    """``name`` of a weight's order, made unique to the instruction set in use."""
+    return f"native {name} {isa()}"
+
+
+@functools.cache
+def function(name: str) -> Callable[..., int] | None:
     """The C function ``tw_<name>`` built for the instruction set in use, or None where there are no C kernels."""
     library, instruction_set = _load()
     if library is None:
         return None
-    function = getattr(library, f"tw_{name}_{instruction_set}")
-    function.argtypes = _SIGNATURES[name]
-    function.restype = ctypes.c_int64 if name in ("int8_packed_bytes", "panel") else ctypes.c_int
-    return function
+    found = getattr(library, f"tw_{name}_{instruction_set}")
+    found.argtypes = _SIGNATURES[name]
+    found.restype = ctypes.c_int64 if name in _COUNTS else ctypes.c_int
+    return found
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+#: The name under which the convolutions' modules know it.
+_function = function
+
+
+def forget() -> None:
+    """Choose the library and the instruction set anew, after TILEWRIGHT_CPU_ISA has changed."""
+    for cached in (_load, layout, function):
+        cached.cache_clear()
 
 
 def quantize_rows(
@@ -124,93 +148,23 @@ def quantize_rows(
 
     channel_scale: contiguous float32 [K]. Returns False, having done nothing, where there is no C kernel for it.
     """
-    function, dtype = _function("quantize_rows"), DTYPES.get(x.dtype)
-    if function is None or dtype is None:
+    kernel, dtype = function("quantize_rows"), DTYPES.get(x.dtype)
+    if kernel is None or dtype is None:
         return False
     if x.stride(1) != 1:
         x = x.contiguous()
     m, k = x.shape
     threads = torch.get_num_threads() if m * k >= _GRAIN else 1
-    done = function(
+    done = kernel(
         x.data_ptr(),
         dtype,
         m,
         k,
         x.stride(0),
-        _address(channel_scale),
+        None if channel_scale is None else channel_scale.data_ptr(),
         zero_point,
         q.data_ptr(),
         scale.data_ptr(),
         threads,
     )
     return done == 0
-
-
-def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    size, panel, pack = _function("int8_packed_bytes"), _function("panel"), _function("int8_pack")
-    if size is None or panel is None or pack is None:
-        raise RuntimeError(why_no_native())
-    n, k = weight.shape
-    # Both are read with whole vectors: torch aligns memory to 64 bytes.
-    values = torch.empty(size(n, k), dtype=torch.int8)
-    correction = torch.empty(-(-n // panel()) * panel(), dtype=torch.int32)
-    pack(weight.contiguous().data_ptr(), n, k, values.data_ptr(), correction.data_ptr())
-    return values, correction
-
-
-def int8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    channel_scale: torch.Tensor | None,
-) -> torch.Tensor:
-    """``int8_linear.reference`` for x float [M, K] of one of ``DTYPES`` and an activation of ``ACTIVATIONS``; no
-    dimension is 0, and the C kernels are there.
-    """
-    function = _function("int8_linear")
-    if function is None:
-        raise RuntimeError(why_no_native())
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    m, k = x.shape
-    n = len(weight)
-    values, correction = packed(weight, f"native-int8-{_load()[1]}", lambda: _pack_int8(weight))
-    kept: list[Any] = []  # converted tensors must live until the kernel has read them
-
-    def floats(tensor: torch.Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            tensor = tensor.float().contiguous()
-            kept.append(tensor)
-        return tensor.data_ptr()
-
-    if residual is not None:
-        residual = residual.reshape(m, n).to(x.dtype).contiguous()
-    stride = -(-k // 4) * 4
-    block = min(m, max(1, _BLOCK_BYTES // stride))
-    y = torch.empty(m, n, dtype=x.dtype)
-    function(
-        values.data_ptr(),
-        correction.data_ptr(),
-        n,
-        k,
-        floats(weight_scale),
-        floats(bias),
-        floats(channel_scale),
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        m,
-        x.stride(0),
-        _address(residual),
-        ACTIVATIONS[activation],
-        y.data_ptr(),
-        scratch((block * stride,), torch.uint8, "quantized").data_ptr(),
-        scratch((block,), torch.float32, "row scale").data_ptr(),
-        block,
-        torch.get_num_threads() if m * n * k >= _GRAIN else 1,
-    )
-    return y

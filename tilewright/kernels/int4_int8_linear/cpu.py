@@ -1,13 +1,15 @@
-"""W4A8 linear on a CPU: one oneDNN u8 x s8 product for each group of columns, accumulated in float32.
+"""W4A8 linear on a CPU: in one call of a C kernel, or through oneDNN's u8 x s8 product for each group of columns,
+accumulated in float32.
 
-The centred integers u - z fit int8, so a group is an int8 weight whose scale for each output channel is the group's,
-and oneDNN's "sum" post-op adds the groups up in order without another pass over the result.
+For oneDNN, the centred integers u - z fit int8, so a group is an int8 weight whose scale for each output channel is the
+group's, and oneDNN's "sum" post-op adds the groups up in order without another pass over the result.
 """
 
 from __future__ import annotations
 
 import torch
 
+from tilewright.kernels.cpu import linear
 from tilewright.kernels.cpu_support import finish_rows, qlinear, qlinear_add, why_no_qlinear
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int8_linear.cpu import LARGEST_K
@@ -15,6 +17,8 @@ from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize.cpu import quantize_u8
 
+#: A product of a nibble and a signed byte is at most 15 * 127: a group of so many stays inside int32.
+LARGEST_GROUP = (2**31 - 1) // 1905
 _Groups = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
@@ -25,6 +29,34 @@ def why_not(problem: Problem) -> str | None:
     if min(problem.group_size or problem.k, problem.k) > LARGEST_K:
         return f"int32 sums of u8 products may overflow in groups beyond {LARGEST_K}"
     return why_no_qlinear()
+
+
+def why_not_native(problem: Problem) -> str | None:
+    """Why the C kernel does not take the problem, or None."""
+    group_size = problem.group_size or problem.k
+    if min(group_size, problem.k) > LARGEST_GROUP:
+        return f"int32 sums may overflow in groups beyond {LARGEST_GROUP}"
+    return linear.why_no_int4_groups(problem.k, group_size) or linear.why_not(problem)
+
+
+def native_int4_int8_linear(
+    x: torch.Tensor,
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    group_size: int,
+    activation: str = "none",
+    channel_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See ``reference.int4_int8_linear``."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = linear.int4_int8_linear(
+        rows, weight_packed, weight_scale, weight_zero, bias, residual, group_size, activation, channel_scale
+    )
+    return y.view(*x.shape[:-1], len(weight_packed))
 
 
 def _prepack(

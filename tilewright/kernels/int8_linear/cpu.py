@@ -1,10 +1,10 @@
-"""W8A8 linear on a CPU: in one call of a C kernel, or through oneDNN's u8 x s8 product, prepacked once for each weight."""
+"""W8A8 linear on a CPU: in one call of a C kernel, or through oneDNN's u8 x s8 product, prepacked once a weight."""
 
 from __future__ import annotations
 
 import torch
 
-from tilewright.kernels.cpu import native
+from tilewright.kernels.cpu import linear
 from tilewright.kernels.cpu_support import finish_rows, qlinear, scratch, why_no_qlinear
 from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
@@ -25,15 +25,9 @@ def why_not(problem: Problem) -> str | None:
 
 def why_not_native(problem: Problem) -> str | None:
     """Why the C kernel does not take the problem, or None."""
-    if 0 in (problem.m, problem.n, problem.k):
-        return "nothing to multiply"
     if problem.k > LARGEST_K:
         return f"int32 sums of u8 products may overflow beyond K = {LARGEST_K}"
-    if problem.x_dtype not in native.DTYPES:
-        return f"does not read {problem.x_dtype}"
-    if problem.activation not in native.ACTIVATIONS:
-        return f"does not have the activation {problem.activation}"
-    return native.why_no_native()
+    return linear.why_not(problem)
 
 
 def native_int8_linear(
@@ -47,7 +41,7 @@ def native_int8_linear(
 ) -> torch.Tensor:
     """See ``reference.int8_linear``."""
     rows = x.reshape(-1, x.shape[-1])
-    y = native.int8_linear(rows, weight, weight_scale, bias, residual, activation, channel_scale)
+    y = linear.int8_linear(rows, weight, weight_scale, bias, residual, activation, channel_scale)
     return y.view(*x.shape[:-1], len(weight))
 
 

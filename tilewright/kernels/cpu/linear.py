@@ -1,0 +1,200 @@
+"""Linear layers by C kernels: weights repacked once, arguments in the order the kernels take them.
+
+Every function takes x float [M, K] of one of ``native.DTYPES`` and an activation of ``native.ACTIVATIONS``, wants all
+dimensions above 0, and raises RuntimeError with the reason where there are no C kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tilewright.kernels.cpu import native
+from tilewright.kernels.cpu_support import scratch
+from tilewright.kernels.packed import packed
+from tilewright.kernels.problem import Problem
+
+#: Bytes of quantised activations that are multiplied before the next rows are quantised.
+_BLOCK_BYTES = 4 << 20
+#: Below this many products a second thread costs more than it brings.
+_GRAIN = 32768
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why no C kernel takes the problem, whatever its weight, or None."""
+    if 0 in (problem.m, problem.n, problem.k):
+        return "nothing to multiply"
+    if problem.x_dtype not in native.DTYPES:
+        return f"does not read {problem.x_dtype}"
+    if problem.activation not in native.ACTIVATIONS:
+        return f"does not have the activation {problem.activation}"
+    return native.why_no_native()
+
+
+def _kernel(name: str) -> Callable[..., int]:
+    function = native.function(name)
+    if function is None:
+        raise RuntimeError(native.why_no_native())
+    return function
+
+
+def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Contiguous float32. The caller keeps it alive until the kernel has read it."""
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
+
+
+def _residual(residual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """[M, N], contiguous, in the dtype of the result."""
+    if residual is None:
+        return None
+    return residual.reshape(like.shape).to(like.dtype).contiguous()
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads(products: int) -> int:
+    return torch.get_num_threads() if products >= _GRAIN else 1
+
+
+def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    n, k = weight.shape
+    panel = _kernel("panel")()
+    # Both are read with whole vectors: torch aligns memory to 64 bytes.
+    values = torch.empty(_kernel("int8_packed_bytes")(n, k), dtype=torch.int8)
+    correction = torch.empty(-(-n // panel) * panel, dtype=torch.int32)
+    weight = weight.contiguous()
+    _kernel("int8_pack")(weight.data_ptr(), n, k, values.data_ptr(), correction.data_ptr())
+    return values, correction
+
+
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    channel_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """See ``int8_linear.reference``."""
+    function = _kernel("int8_linear")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    m, k = x.shape
+    n = len(weight)
+    values, correction = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
+    weight_scale, bias, channel_scale = weight_scale.contiguous(), _floats(bias), _floats(channel_scale)
+    y = torch.empty(m, n, dtype=x.dtype)
+    residual = _residual(residual, y)
+    stride = -(-k // 4) * 4
+    block = min(m, max(1, _BLOCK_BYTES // stride))
+    function(
+        values.data_ptr(),
+        correction.data_ptr(),
+        n,
+        k,
+        weight_scale.data_ptr(),
+        _address(bias),
+        _address(channel_scale),
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        m,
+        x.stride(0),
+        _address(residual),
+        native.ACTIVATIONS[activation],
+        y.data_ptr(),
+        scratch((block * stride,), torch.uint8, "quantized").data_ptr(),
+        scratch((block,), torch.float32, "row scale").data_ptr(),
+        block,
+        _threads(m * n * k),
+    )
+    return y
+
+
+def _pack_int4(
+    weight_packed: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n, groups = weight_scale.shape
+    values = torch.empty(_kernel("int4_packed_bytes")(n, k), dtype=torch.uint8)
+    count = _kernel("int4_scales")(n, groups)
+    scale, zero = torch.empty(count), torch.empty(count, dtype=torch.uint8)
+    words, floats = weight_packed.contiguous(), weight_scale.float().contiguous()
+    zeros = None if weight_zero is None else weight_zero.contiguous()
+    _kernel("int4_pack")(
+        words.data_ptr(),
+        floats.data_ptr(),
+        _address(zeros),
+        n,
+        k,
+        groups,
+        values.data_ptr(),
+        scale.data_ptr(),
+        zero.data_ptr(),
+    )
+    return values, scale, zero
+
+
+def why_no_int4_groups(k: int, group_size: int) -> str | None:
+    """Why the int4 kernels cannot read groups of this many of ``k`` columns, or None."""
+    return (
+        f"takes groups of a multiple of 8 columns, not of {group_size}" if group_size < k and group_size % 8 else None
+    )
+
+
+def int4_int8_linear(
+    x: torch.Tensor,
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+    channel_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """See ``int4_int8_linear.reference``; ``why_no_int4_groups`` has nothing against the groups."""
+    function = _kernel("int4_int8_linear")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    m, k = x.shape
+    n, groups = weight_scale.shape
+    values, scale, zero = packed(
+        weight_packed,
+        native.layout(f"int4 {k}"),
+        lambda: _pack_int4(weight_packed, weight_scale, weight_zero, k),
+        weight_scale,
+        weight_zero,
+    )
+    bias, channel_scale = _floats(bias), _floats(channel_scale)
+    y = torch.empty(m, n, dtype=x.dtype)
+    residual = _residual(residual, y)
+    stride = -(-k // 8) * 8
+    block = min(m, max(1, _BLOCK_BYTES // stride))
+    function(
+        values.data_ptr(),
+        scale.data_ptr(),
+        zero.data_ptr(),
+        n,
+        k,
+        group_size,
+        _address(bias),
+        _address(channel_scale),
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        m,
+        x.stride(0),
+        _address(residual),
+        native.ACTIVATIONS[activation],
+        y.data_ptr(),
+        scratch((block * stride,), torch.int8, "quantized").data_ptr(),
+        scratch((block * groups,), torch.int32, "group sums").data_ptr(),
+        scratch((block,), torch.float32, "row scale").data_ptr(),
+        block,
+        _threads(m * n * k),
+    )
+    return y
