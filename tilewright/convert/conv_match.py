@@ -23,7 +23,7 @@ from tilewright.convert.patterns import (
     pads_by_input_size,
     zero_padding,
 )
-from tilewright.convert.tracing import Region, calls, is_norm
+from tilewright.convert.tracing import Region, calls, is_known, is_norm
 from tilewright.nn import ConvLayer, FoldedBatchNorm
 from tilewright.nn.conv_layer import pads_by_size
 
@@ -132,16 +132,12 @@ def _lay_out(graph: fx.Graph, modules: Modules) -> None:
             return graph.call_function(match_layout, (value, first))
 
     for node in list(graph.nodes):
-        opaque = node.op == "call_module" and not _is_known(modules[str(node.target)])
+        opaque = node.op == "call_module" and not is_known(modules[str(node.target)])
         made = node.op == "call_function" and isinstance(node.target, type)
         if opaque or made or node.op == "output":
             inner = {value: laid_out(value, node) for value in node.all_input_nodes}
             node.args = fx.map_arg(node.args, inner.__getitem__)
             node.kwargs = fx.map_arg(node.kwargs, inner.__getitem__)
-
-
-def _is_known(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(("torch.nn.", "tilewright.nn"))
 
 
 def rewrite(region: Region) -> list[Site]:

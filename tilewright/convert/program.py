@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tilewright.convert.tracing import NotAsExpected, ReplacedForward
+from tilewright.convert.tracing import NotAsExpected, ReplacedForward, is_known
+from tilewright.kernels.cpu.replay import Replays
+from tilewright.nn.conv_int8 import scales_read
 
 
 class Namespace:
@@ -47,10 +49,11 @@ class Program(ReplacedForward):
         self._function = _compiled(self.source, self.names)
         self._flat = _compiled(self.flat_source, self.names)
         self._bound: Namespace | None = None
+        self._replays: Replays | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_function", "_flat", "_bound", "_hooks", "_tables", "_keys", "_expected", "observer")
-        state = {name: value for name, value in vars(self).items() if name not in made}
+        kept = ("owner", "inputs", "defaults", "source", "flat_source", "leaves", "called")
+        state = {name: value for name, value in vars(self).items() if name in kept}
         # Modules of Python cannot be pickled; their names can.
         state["imports"] = {name: v.__name__ for name, v in self.names.items() if isinstance(v, types.ModuleType)}
         state["names"] = {name: v for name, v in self.names.items() if name not in state["imports"]}
@@ -84,7 +87,11 @@ class Program(ReplacedForward):
         if not self._is_current():
             return type(owner).forward(owner, *args, **kwargs)
         try:
-            return self._flat(self._bound, *given) if self.observer is None else self.observer(self, given)
+            if self.observer is not None:
+                return self.observer(self, given)
+            if self._replays is not None and not torch.is_grad_enabled() and self._is_unwatched():
+                return self._replays(*given)
+            return self._flat(self._bound, *given)
         except NotAsExpected:
             return type(owner).forward(owner, *args, **kwargs)
 
@@ -134,6 +141,38 @@ class Program(ReplacedForward):
             for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
         ]
         self._bound = bound
+        self._bind_replays(owner, called)
+
+    def _bind_replays(self, owner: nn.Module, called: set[nn.Module]) -> None:
+        """On a CPU a recording of the program is faster, if it does the same operators in each call.
+
+        Code that was not traced may branch on values; a model with such parts is not recorded.
+        """
+        if not all(is_known(module) for module in called):
+            return
+        self._replays = Replays(lambda *given: self._flat(self._bound, *given), state=scales_read)
+        self._watched = [
+            table
+            for module in called
+            for part in module.modules()
+            for table in (part._forward_hooks, part._forward_pre_hooks)
+        ]
+        held = [(t, n) for m in owner.modules() for t in (m._parameters, m._buffers) for n in t]
+        self._tensor_tables, self._tensor_names = [table for table, _ in held], [name for _, name in held]
+        self._tensors = self._held_tensors()
+
+    def _held_tensors(self) -> list[int]:
+        return list(map(id, map(dict.get, self._tensor_tables, self._tensor_names)))
+
+    def _is_unwatched(self) -> bool:
+        """Whether a recording may run: no hook would miss it, and no tensor was put in the place of another."""
+        if any(self._watched):
+            return False
+        if (held := self._held_tensors()) != self._tensors:
+            self._tensors = held
+            if self._replays is not None:
+                self._replays.clear()
+        return True
 
 
 def programs_of(model: nn.Module) -> dict[str, Program]:

@@ -183,7 +183,7 @@ class Report:
             for title in header:
                 # A cut name or reason helps nobody: cells fold instead. Numbers stay whole.
                 numeric = title in ("before", "after") or title.endswith("err.")
-                whole = numeric or (title == "scheme" and width >= 80 and all(":" not in row[1] for row in rows))
+                whole = numeric or (title == "scheme" and width >= 80 and all(_fits(row[1]) for row in rows))
                 made.add_column(title, overflow="fold", no_wrap=whole, justify="right" if numeric else "left")
             for row in rows:
                 made.add_row(*row)
@@ -205,6 +205,10 @@ class Report:
             console.print(table(["left alone", "type", "reason"], rows))
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _fits(scheme: str) -> bool:
+    return ":" not in scheme and len(scheme) <= 24
 
 
 def _percent(error: float | None) -> str:

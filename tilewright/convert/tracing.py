@@ -100,6 +100,18 @@ def is_leaf(module: nn.Module) -> bool:
     )
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether a leaf is one of PyTorch's own or ours: it does the same operators in each call, in any memory layout."""
+    kind = type(module)
+    if kind.__module__.startswith(("torch.nn.", "tilewright.nn")):
+        return True
+    return (
+        is_norm(module)
+        or activation_name(module) is not None
+        or (is_leaf(module) and not (has_hooks(module) or "forward" in vars(module)))
+    )
+
+
 def _is_shape(node: fx.Node) -> bool:
     """Whether a node's value is made from the shape of a tensor alone."""
     if node.op == "call_method":
@@ -138,7 +150,7 @@ class _Tracer(fx.Tracer):
             if dataclasses.is_dataclass(kind):  # such as the outputs of transformers' models
                 given = {f.name: getattr(a, f.name) for f in dataclasses.fields(kind)}
                 given = {name: self.create_arg(value) for name, value in given.items() if value is not None}
-                return self.create_node("call_function", kind, (), given)
+                return self.create_node("call_function", kind, (), given)  # type: ignore[arg-type]
             if kind is OrderedDict:
                 return self.create_node("call_function", kind, ([(k, self.create_arg(v)) for k, v in a.items()],), {})
             raise TypeError(f"a {kind.__name__} made in forward cannot be written into a graph")

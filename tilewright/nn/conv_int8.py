@@ -14,6 +14,13 @@ from tilewright.kernels.formats import int8
 from tilewright.nn.conv import ConvBnAct2d
 from tilewright.nn.conv_layer import ConvLayer, Padding, check_conv, common_options, folded
 
+_reads = 0
+
+
+def scales_read() -> int:
+    """How often scales of tensors were read from buffers, by any layer: what was recorded with older ones is stale."""
+    return _reads
+
 
 class Int8ConvBnAct2d(ConvLayer):
     """y = activation(conv(x) + bias + residual) with int8 weights and activations; see ``kernels.int8_conv2d``.
@@ -116,6 +123,8 @@ class Int8ConvBnAct2d(ConvLayer):
             scale = self._buffers[name]
             if scale is not None and not scale.is_meta:
                 setattr(self, attribute, float(scale))
+        global _reads
+        _reads += 1
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
