@@ -17,6 +17,7 @@ from tilewright.aot.emulator import (
     AsyncHazard,
     Misaligned,
     OutOfBounds,
+    PTXError,
     RaceError,
     UninitializedRead,
     Unsupported,
@@ -34,6 +35,34 @@ def test_missing_mbarrier_wait_is_caught() -> None:
 
     with pytest.raises(AsyncHazard):
         run_tma(64, False, edit)
+
+
+def test_wrong_number_of_expected_bytes_is_caught() -> None:
+    def edit(ptx: str) -> str:
+        out, count = re.subn(r"(mbarrier\.arrive\.expect_tx[^;]*), (\d+);", r"\1, 1\2;", ptx)
+        assert count
+        return out
+
+    with pytest.raises(PTXError, match="an mbarrier that nothing will complete"):
+        run_tma(64, False, edit)
+
+
+def test_a_buffer_reused_under_a_bulk_store_is_caught() -> None:
+    """After the store's commit, thread 0 clears the first words of shared memory, where the tile to store lies."""
+
+    def edit(ptx: str, wait: str) -> str:
+        out, count = re.subn(
+            r"(cp\.async\.bulk\.commit_group;)(.*?)(cp\.async\.bulk\.wait_group\S*\s+0;)",
+            rf"\1 {wait} st.shared.b64 [global_smem], 0; \3",
+            ptx,
+            flags=re.S,
+        )
+        assert count == 1
+        return out
+
+    run_tma(64, True, lambda ptx: edit(ptx, "cp.async.bulk.wait_group.read 0; bar.sync 0;"))
+    with pytest.raises(AsyncHazard, match="overwritten while a bulk store may still read it"):
+        run_tma(64, True, lambda ptx: edit(ptx, "bar.sync 0;"))
 
 
 ADD_SIG = {"x_ptr": "*i32", "y_ptr": "*i32", "z_ptr": "*i32", "n": "i32"}

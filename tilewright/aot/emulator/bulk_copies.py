@@ -13,7 +13,7 @@ import numpy as np
 
 from tilewright.aot.emulator.addresses import address_of
 from tilewright.aot.emulator.async_copies import build_async_copy
-from tilewright.aot.emulator.errors import PTXError, Unsupported
+from tilewright.aot.emulator.errors import AsyncHazard, PTXError, Unsupported
 from tilewright.aot.emulator.numerics import U64, Array
 from tilewright.aot.emulator.program import SINK, Address, Instruction, TensorAddress
 from tilewright.aot.emulator.registry import Mask, Run, builds, literal
@@ -82,13 +82,54 @@ class Barrier:
             self.missing = self.count
 
 
+@dataclass
+class _Queue:
+    """Shared memory that the bulk stores of one thread may still read: (flat offsets, data) since the last commit, and
+    of each committed group.
+    """
+
+    open: list[tuple[Array, Array]] = field(default_factory=list)
+    closed: list[list[tuple[Array, Array]]] = field(default_factory=list)
+
+
 class BulkCopies:
-    """Tensor maps and barriers of one batch of CTAs."""
+    """Tensor maps, barriers and unfinished stores of one batch of CTAs."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.maps: dict[MapKey, TensorMap] = {}  # in "shared" of a CTA, or in "global" (CTA 0), at an address
         self.barriers: dict[tuple[int, int], Barrier] = {}
+        self.stores: dict[int, _Queue] = {}  # by thread
+
+    def commit(self, mask: Mask) -> None:
+        """Close the current group of stores of the threads in ``mask``."""
+        active = None if mask is None else set(self.machine.threads_of(mask).tolist())
+        for thread, queue in self.stores.items():
+            if active is None or thread in active:
+                queue.closed.append(queue.open)
+                queue.open = []
+
+    def wait(self, keep: int, mask: Mask) -> None:
+        """All but the ``keep`` latest groups of the threads in ``mask`` have been read from shared memory."""
+        active = None if mask is None else set(self.machine.threads_of(mask).tolist())
+        for thread, queue in self.stores.items():
+            while (active is None or thread in active) and len(queue.closed) > keep:
+                self._check_unchanged(thread, queue.closed.pop(0))
+
+    def finish(self) -> None:
+        """Check the stores that were never waited for."""
+        for thread, queue in self.stores.items():
+            self._check_unchanged(thread, [store for group in (*queue.closed, queue.open) for store in group])
+
+    def _check_unchanged(self, thread: int, stores: list[tuple[Array, Array]]) -> None:
+        for flat, data in stores:
+            changed = ~self.machine.shared.unchanged(flat, data)
+            if changed.any():
+                self.machine.effective = np.full(len(flat), thread)
+                text = (
+                    "shared memory overwritten while a bulk store may still read it (missing cp.async.bulk.wait_group?)"
+                )
+                raise AsyncHazard(text, int(np.argmax(changed)))
 
     def barrier(self, cta: int, at: int) -> Barrier:
         """The barrier at a shared address of a CTA."""
@@ -118,8 +159,9 @@ def _tensormap(instruction: Instruction, machine: Machine) -> Run:
         value = machine.source(operands[-1], 64 if instruction.kind == "b64" else 32)
 
         def replace(mask: Mask) -> None:
+            at = place()
             for thread in machine.threads_of(mask):
-                key = ("shared", int(machine.cta_of[thread]), int(place()[thread]))
+                key = ("shared", int(machine.cta_of[thread]), int(at[thread]))
                 machine.bulk.maps.setdefault(key, TensorMap()).set(name, index, int(values[value][thread]))
 
         return replace
@@ -171,7 +213,8 @@ def _mbarrier(instruction: Instruction, machine: Machine) -> Run:
         for call in dict.fromkeys(calls):
             cta, at, parity = call
             barrier = bulk.barrier(cta, at)
-            if barrier.phase & 1 == parity:
+            complete = barrier.missing == 0 and barrier.bytes == sum(total for *_, total in barrier.landing)
+            if barrier.phase & 1 == parity and complete:
                 for flat, data, total in barrier.landing:
                     machine.shared.land_copy(flat, data, None)
                     barrier.bytes -= total
@@ -216,8 +259,11 @@ def _copy(instruction: Instruction, machine: Machine) -> Run:
 
 def _bulk_copy(instruction: Instruction, machine: Machine) -> Run:
     parts = instruction.parts
-    if parts[3] in ("commit_group", "wait_group"):
-        return lambda mask: None  # stores are done at once
+    if parts[3] == "commit_group":
+        return lambda mask: machine.bulk.commit(mask)
+    if parts[3] == "wait_group":
+        keep = literal(instruction.operands[0])
+        return lambda mask: machine.bulk.wait(keep, mask)
     unusual = {"im2col", "multicast::cluster"} & set(parts)
     if parts[3] != "tensor" or unusual or "global" not in parts[4:7]:
         raise Unsupported(instruction.opcode)
@@ -232,6 +278,9 @@ def _bulk_copy(instruction: Instruction, machine: Machine) -> Run:
     barrier_at = address_of(machine, instruction.operands[2]) if loads else None
     site = machine.stats.site(instruction, "global", "read" if loads else "written")
 
+    def owner(cta: int, count: int) -> Array | None:
+        return np.full(count, machine.first_cta + cta) if machine.cta_races else None
+
     def one(thread: int) -> None:
         bulk, shared = machine.bulk, machine.shared
         cta, at = int(machine.cta_of[thread]), int(handle()[thread])
@@ -245,13 +294,14 @@ def _bulk_copy(instruction: Instruction, machine: Machine) -> Run:
         if barrier_at is not None:
             data = np.zeros((len(addresses), size), np.uint8)
             if chosen.any():
-                data[chosen] = machine.memory.load(addresses[chosen], size)
+                data[chosen] = machine.memory.load(addresses[chosen], size, owner(cta, int(chosen.sum())))
             shared.begin_copy(flat, size, machine.warp_of[np.full(len(flat), thread)])
             bulk.barrier(cta, int(barrier_at()[thread])).landing.append((flat, data, data.size))
         else:
             data = shared.load_async(flat, size)
             if chosen.any():
-                machine.memory.store(addresses[chosen], data[chosen])
+                machine.memory.store(addresses[chosen], data[chosen], owner(cta, int(chosen.sum())))
+            bulk.stores.setdefault(thread, _Queue()).open.append((flat, data))
         site.bytes += int(chosen.sum()) * size
         if machine.stats.profile and chosen.any():
             site.count_rows(where.reshape(1, -1)[:, chosen], size)

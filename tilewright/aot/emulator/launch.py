@@ -65,7 +65,7 @@ def emulate(
     races: "raise", "report" (into ``Stats.races``) or "off": conflicting shared accesses of two warps between barriers.
     cta_races: also raise RaceError where a CTA stores global bytes that another one stores or reads. Not for kernels
         that order CTAs by flags in memory. Atomics are exempt.
-    profile: count sectors and wavefronts too; costs about a fifth of the time.
+    profile: count sectors and wavefronts too; costs up to a quarter of the time.
     batch: CTAs that run together (default: about 2048 threads).
     max_blocks: limit on the basic blocks executed by a batch, against endless loops.
     names: of the arguments, for messages; by default the entry's, which Triton numbers.
@@ -182,6 +182,13 @@ def _run_batch(machine: Machine, limit: int) -> None:
             at = following
         else:
             waiting = np.where(mask, following, waiting)
+    last = next((block.leaving for block in reversed(blocks) if block.leaving is not None), None)
+    try:
+        machine.bulk.finish()
+    except PTXError as error:
+        if last is None:
+            raise
+        raise machine.explain(error, last, None) from error
     if machine.copies.flying:
         machine.stats.warnings.add("cp.async still in flight when the kernel ended")
     if products.pending:
