@@ -58,9 +58,13 @@ def gemm_contiguous(
     BK: tl.constexpr,
     ACC: tl.constexpr,
     TRANS: tl.constexpr,
+    AS: tl.constexpr,
 ):
     """Unit inner strides, so that loads are 16-byte asynchronous copies. w is [N, K]; TRANS loads [BN, BK] and
-    transposes."""
+    transposes.
+
+    AS: the type of operands passed as bytes.
+    """
     pid = tl.program_id(0)
     npn = tl.cdiv(N, BN)
     rm = pid // npn * BM + tl.arange(0, BM)
@@ -76,6 +80,8 @@ def gemm_contiguous(
             ).trans()
         else:
             w = tl.load(w_ptr + kk[:, None] * swn + rn[None, :], mask=(kk[:, None] < K) & (rn[None, :] < N), other=0)
+        if AS is not None:
+            x, w = x.to(AS, bitcast=True), w.to(AS, bitcast=True)
         acc = tl.dot(x, w, acc, out_dtype=ACC)
     tl.store(
         y_ptr + rm[:, None] * sym + rn[None, :],

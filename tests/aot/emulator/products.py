@@ -42,10 +42,13 @@ def run_gemm(
     **options: Any,
 ) -> tuple[torch.Tensor, Stats]:
     """x [M, K] and w ([N, K] when trans, else [K, N]) -> (y [M, N], stats)."""
+    eight_bits = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}.get(x.dtype)
+    if eight_bits is not None:
+        x, w = x.view(torch.int8), w.view(torch.int8)
     m, k = x.shape
     n = w.shape[0] if trans else w.shape[1]
     y = torch.full((m, n), 77, dtype=out)
-    acc = tl.int32 if x.dtype == torch.int8 else tl.float32
+    acc = tl.int32 if x.dtype == torch.int8 and eight_bits is None else tl.float32
     aligned = [
         name for name, value in (("K", k), ("N", n), ("sxm", k), ("swn", w.shape[1]), ("sym", n)) if value % 16 == 0
     ]
@@ -57,7 +60,7 @@ def run_gemm(
             "y_ptr": f"*{TYPE_NAMES[out]}",
             **GEMM_SIG,
         },
-        dict(zip(("BM", "BN", "BK"), blocks, strict=True), ACC=acc, TRANS=trans),
+        dict(zip(("BM", "BN", "BK"), blocks, strict=True), ACC=acc, TRANS=trans, AS=eight_bits),
         arch,
         aligned,
         num_warps=num_warps,

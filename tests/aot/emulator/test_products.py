@@ -93,6 +93,15 @@ def test_wgmma_without_accumulation() -> None:
     check_product(y, x[:, 48:], w.T[48:])
 
 
+@pytest.mark.parametrize("arch", [89, 90])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_gemm_float8(dtype: torch.dtype, arch: int) -> None:
+    x, w = rand(75, 160, dtype=dtype), rand(112, 160, dtype=dtype)
+    y, stats = run_gemm(x, w, torch.float32, arch)
+    check_product(y, x, w.T)
+    assert stats.matrix.keys() == {"wgmma" if arch == 90 else "mma.sync"}
+
+
 @pytest.mark.parametrize("store", [False, True], ids=["plain store", "TMA store"])
 @pytest.mark.parametrize("block_k", [32, 64])
 def test_gemm_tma(block_k: int, store: bool) -> None:
