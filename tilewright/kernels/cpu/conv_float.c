@@ -49,12 +49,19 @@ INLINE void tile_of(const int rows, const int vectors, int valid, const element 
 static void finish_tile(const tw_step *s, int valid, int vectors, const float *sums, int64_t pixel, int64_t group,
                         int64_t vector) {
     const int64_t group_out = s->out_channels / s->groups, all = (group_out + LANES - 1) / LANES;
-    for (int v = 0; v < vectors; v++) {
-        const int64_t at = (vector + v) * LANES, left = group_out - at;
+    const bounds limits = bounds_of(s);
+    for (int v = 0; v < vectors; v++, sums += LANES) {
+        const int64_t at = (vector + v) * LANES, left = group_out - at, channel = group * group_out + at;
         const vec bias = s->bias ? v_load(s->bias + group * all * LANES + at) : v_zero();
-        for (int m = 0; m < valid; m++)
-            finish(s, v_add(v_load(sums + (m * vectors + v) * LANES), bias), pixel + m, group * group_out + at,
-                   left < LANES ? (int)left : LANES);
+        if (left < LANES) {
+            for (int m = 0; m < valid; m++)
+                finish(s, v_add(v_load(sums + m * vectors * LANES), bias), pixel + m, channel, (int)left);
+            continue;
+        }
+        WITH_EPILOGUE(epilogue_of(s), {
+            for (int m = 0; m < valid; m++)
+                finish_as(EPILOGUE, &limits, s, v_add(v_load(sums + m * vectors * LANES), bias), pixel + m, channel);
+        })
     }
 }
 
@@ -118,61 +125,66 @@ static void tile(const tw_step *s, int valid, int vectors, const element *const 
 
 void JOIN(tw_float_conv, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) { convolve_part(s, number, count); }
 
-/* One row of results for one vector of channels. kernel_height and kernel_width are constants where the caller inlines
-   them: the weights then stay in registers. */
-INLINE void depthwise_row(const tw_step *s, int64_t row, int64_t channel, int n, const int kernel_height,
-                          const int kernel_width) {
+/* One row of results for one vector of channels. The constants, where the caller inlines them, keep the weights in
+   registers. */
+INLINE void depthwise_row(const int epilogue, const tw_step *s, int64_t row, int64_t channel, int n,
+                          const int kernel_height, const int kernel_width) {
     const int64_t image = row / s->out_height, p = row % s->out_height, step = s->dilation_width * s->x_stride;
     const int64_t top = p * s->stride_height - s->top, padded = (s->channels + LANES - 1) / LANES * LANES;
     const float *x = (const float *)s->x + image * s->height * s->width * s->x_stride + channel;
     const float *weight = (const float *)s->weight + channel;
     const vec bias = s->bias ? v_load(s->bias + channel) : v_zero();
+    const bounds limits = bounds_of(s);
     const int64_t reach = (kernel_width - 1) * s->dilation_width;
-    const int inside =
-        top >= 0 && top + (kernel_height - 1) * s->dilation_height < s->height && (n == LANES || LANES == 16);
+    const int inside = n == LANES && top >= 0 && top + (kernel_height - 1) * s->dilation_height < s->height;
     for (int64_t q = 0; q < s->out_width; q++) {
-        const int64_t left = q * s->stride_width - s->left;
-        vec sum = v_zero();
+        const int64_t left = q * s->stride_width - s->left, pixel = row * s->out_width + q;
         if (inside && left >= 0 && left + reach < s->width) {
             const float *from = x + (top * s->width + left) * s->x_stride;
+            vec sum = v_zero();
 #pragma GCC unroll 5
             for (int i = 0; i < kernel_height; i++) {
 #pragma GCC unroll 5
-                for (int j = 0; j < kernel_width; j++) {
-                    vec value = n == LANES ? v_load(from + j * step) : v_load_first(from + j * step, n);
-                    sum = v_fma(value, v_load(weight + (i * kernel_width + j) * padded), sum);
-                }
+                for (int j = 0; j < kernel_width; j++)
+                    sum = v_fma(v_load(from + j * step), v_load(weight + (i * kernel_width + j) * padded), sum);
                 from += s->dilation_height * s->width * s->x_stride;
             }
-        } else {
-            for (int i = 0; i < kernel_height; i++) {
-                const int64_t y = top + i * s->dilation_height;
-                if (y < 0 || y >= s->height) continue;
-                for (int j = 0; j < kernel_width; j++) {
-                    const int64_t column = left + j * s->dilation_width;
-                    if (column < 0 || column >= s->width) continue;
-                    vec value = v_load_first(x + (y * s->width + column) * s->x_stride, n);
-                    sum = v_fma(value, v_load(weight + (i * kernel_width + j) * padded), sum);
-                }
+            finish_as(epilogue, &limits, s, v_add(sum, bias), pixel, channel);
+            continue;
+        }
+        vec sum = v_zero();
+        for (int i = 0; i < kernel_height; i++) {
+            const int64_t y = top + i * s->dilation_height;
+            if (y < 0 || y >= s->height) continue;
+            for (int j = 0; j < kernel_width; j++) {
+                const int64_t column = left + j * s->dilation_width;
+                if (column < 0 || column >= s->width) continue;
+                vec value = v_load_first(x + (y * s->width + column) * s->x_stride, n);
+                sum = v_fma(value, v_load(weight + (i * kernel_width + j) * padded), sum);
             }
         }
-        finish(s, v_add(sum, bias), row * s->out_width + q, channel, n);
+        finish(s, v_add(sum, bias), pixel, channel, n);
     }
 }
 
 void JOIN(tw_float_depthwise, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) {
     int64_t begin, end;
     share_of(s->batch * s->out_height, number, count, &begin, &end);
+    const int epilogue = epilogue_of(s), size = s->kernel_height == s->kernel_width ? (int)s->kernel_height : 0;
     for (int64_t row = begin; row < end; row++)
         for (int64_t channel = 0; channel < s->channels; channel += LANES) {
             const int64_t left = s->channels - channel;
             const int n = left < LANES ? (int)left : LANES;
-            if (s->kernel_height == 3 && s->kernel_width == 3 && n == LANES)
-                depthwise_row(s, row, channel, LANES, 3, 3);
-            else if (s->kernel_height == 5 && s->kernel_width == 5 && n == LANES)
-                depthwise_row(s, row, channel, LANES, 5, 5);
+            if (size == 3 && n == LANES && epilogue == TO_FLOAT)
+                depthwise_row(TO_FLOAT, s, row, channel, LANES, 3, 3);
+            else if (size == 5 && n == LANES && epilogue == TO_FLOAT)
+                depthwise_row(TO_FLOAT, s, row, channel, LANES, 5, 5);
+            else if (size == 3 && n == LANES)
+                depthwise_row(ANY, s, row, channel, LANES, 3, 3);
+            else if (size == 5 && n == LANES)
+                depthwise_row(ANY, s, row, channel, LANES, 5, 5);
             else
-                depthwise_row(s, row, channel, n, (int)s->kernel_height, (int)s->kernel_width);
+                depthwise_row(ANY, s, row, channel, n, (int)s->kernel_height, (int)s->kernel_width);
         }
 }
 #endif

@@ -53,14 +53,23 @@ INLINE void tile_of(const int rows, const int vectors, int valid, const element 
 static void finish_tile(const tw_step *s, int valid, int vectors, const int32_t *sums, int64_t pixel, int64_t group,
                         int64_t vector) {
     const int64_t group_out = s->out_channels / s->groups, all = (group_out + LANES - 1) / LANES;
-    for (int v = 0; v < vectors; v++) {
-        const int64_t at = (vector + v) * LANES, left = group_out - at;
+    const bounds limits = bounds_of(s);
+    for (int v = 0; v < vectors; v++, sums += LANES) {
+        const int64_t at = (vector + v) * LANES, left = group_out - at, channel = group * group_out + at;
         const vec scale = v_load(s->scale + group * all * LANES + at), bias = v_load(s->bias + group * all * LANES + at);
-        for (int m = 0; m < valid; m++) {
-            const vec sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + (m * vectors + v) * LANES));
-            finish(s, v_add(v_mul(sum, scale), bias), pixel + m, group * group_out + at,
-                   left < LANES ? (int)left : LANES);
+        if (left < LANES) {
+            for (int m = 0; m < valid; m++) {
+                const vec sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + m * vectors * LANES));
+                finish(s, v_add(v_mul(sum, scale), bias), pixel + m, channel, (int)left);
+            }
+            continue;
         }
+        WITH_EPILOGUE(epilogue_of(s), {
+            for (int m = 0; m < valid; m++) {
+                const vec sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + m * vectors * LANES));
+                finish_as(EPILOGUE, &limits, s, v_add(v_mul(sum, scale), bias), pixel + m, channel);
+            }
+        })
     }
 }
 
@@ -133,8 +142,8 @@ INLINE void in_order(__m512i sum[4]) {
 }
 
 /* `taps` is a multiple of 4. The weight of 64 channels is [taps / 4][4 vectors][16 channels][4 taps]. */
-INLINE void depthwise_pixel(const tw_step *s, const int8_t *const *pointers, const int taps, int64_t pixel,
-                            __m512i flip) {
+INLINE void depthwise_pixel(const int epilogue, const tw_step *s, const int8_t *const *pointers, const int taps,
+                            int64_t pixel, __m512i flip, const bounds *limits) {
     const int8_t *weight = s->weight;
     for (int64_t channel = 0; channel < s->channels; channel += 64, weight += taps * 64) {
         const int64_t left = s->channels - channel;
@@ -162,7 +171,8 @@ INLINE void depthwise_pixel(const tw_step *s, const int8_t *const *pointers, con
             if (n <= 0) break;
             if (s->compensation) sum[v] = _mm512_add_epi32(sum[v], _mm512_loadu_si512(s->compensation + at));
             vec y = v_add(v_mul(_mm512_cvtepi32_ps(sum[v]), v_load(s->scale + at)), v_load(s->bias + at));
-            finish(s, y, pixel, at, n < LANES ? (int)n : LANES);
+            if (n >= LANES) finish_as(epilogue, limits, s, y, pixel, at);
+            else finish(s, y, pixel, at, (int)n);
         }
     }
 }
@@ -173,21 +183,35 @@ void JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(const tw_step *s, int number, int c
     const __m512i flip = flip_of(s);
     const int8_t *pointers[MOST_TAPS];
     for (int t = 0; t < MOST_TAPS; t++) pointers[t] = outside;
+    const bounds limits = bounds_of(s);
+    const int epilogue = epilogue_of(s);
     int64_t begin, end;
     share_of(s->batch * s->out_height, number, count, &begin, &end);
-    for (int64_t row = begin; row < end; row++)
+    for (int64_t row = begin; row < end; row++) {
+        const int64_t image = row / s->out_height, p = row % s->out_height;
+        const int64_t top = p * s->stride_height - s->top, reach = (s->kernel_width - 1) * s->dilation_width;
+        const int inside = top >= 0 && top + (s->kernel_height - 1) * s->dilation_height < s->height;
+        int moved = 0; /* whether the pointers are those of the pixel before, all inside */
         for (int64_t q = 0; q < s->out_width; q++) {
+            const int64_t left = q * s->stride_width - s->left, pixel = row * s->out_width + q;
+            const int whole = inside && left >= 0 && left + reach < s->width;
             int t = 0;
-            for (int64_t i = 0; i < s->kernel_height; i++)
-                for (int64_t j = 0; j < s->kernel_width; j++, t++) {
-                    const int8_t *x = tap_pixel(s, row / s->out_height, row % s->out_height, q, i, j);
-                    pointers[t] = x ? x : outside;
-                }
-            if (taps == 12)
-                depthwise_pixel(s, pointers, 12, row * s->out_width + q, flip);
-            else
-                depthwise_pixel(s, pointers, taps, row * s->out_width + q, flip);
+            if (whole && moved) {
+                const int64_t step = s->stride_width * s->x_stride, real = s->kernel_height * s->kernel_width;
+                for (; t < real; t++) pointers[t] += step;
+            } else {
+                for (int64_t i = 0; i < s->kernel_height; i++)
+                    for (int64_t j = 0; j < s->kernel_width; j++, t++) {
+                        const int8_t *x = tap_pixel(s, image, p, q, i, j);
+                        pointers[t] = x ? x : outside;
+                    }
+            }
+            moved = whole;
+            if (taps == 12 && epilogue == TO_INT8) depthwise_pixel(TO_INT8, s, pointers, 12, pixel, flip, &limits);
+            else if (epilogue == TO_INT8) depthwise_pixel(TO_INT8, s, pointers, taps, pixel, flip, &limits);
+            else depthwise_pixel(ANY, s, pointers, taps, pixel, flip, &limits);
         }
+    }
 }
 #else
 void JOIN(tw_int8_conv, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) { (void)s, (void)number, (void)count; }

@@ -33,30 +33,33 @@ static inline const element *tap_pixel(const tw_step *s, int64_t n, int64_t p, i
 /* Copies the window of each of `count` pixels to `rows`, `length` elements apart; the rest of each row is zeros. */
 static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64_t offset, int64_t channels,
                            element *rows, int64_t length) {
-    int64_t area = s->out_height * s->out_width;
-    memset(rows, s->x_type == UINT8 ? 128 : 0, (size_t)(count * length) * sizeof *rows);
-    for (int64_t pixel = first; pixel < first + count; pixel++) {
-        int64_t n = pixel / area, p = pixel % area / s->out_width, q = pixel % s->out_width;
-        int64_t column = q * s->stride_width - s->left, row = p * s->stride_height - s->top;
-        for (int64_t i = 0; i < s->kernel_height; i++, row += s->dilation_height) {
-            if (row < 0 || row >= s->height) {
-                rows += s->kernel_width * channels;
-                continue;
-            }
-            const element *x = (const element *)s->x + (n * s->height + row) * s->width * s->x_stride + offset;
-            if (s->dilation_width == 1 && s->x_stride == channels) { /* the taps of a row lie side by side */
-                int64_t from = column < 0 ? -column : 0;
-                int64_t to = column + s->kernel_width > s->width ? s->width - column : s->kernel_width;
-                for (int64_t k = from * channels; k < to * channels; k++) rows[k] = x[column * channels + k];
-                rows += s->kernel_width * channels;
-                continue;
-            }
-            for (int64_t j = 0; j < s->kernel_width; j++, rows += channels) {
-                int64_t at = column + j * s->dilation_width;
-                if (at >= 0 && at < s->width) memcpy(rows, x + at * s->x_stride, (size_t)channels * sizeof *rows);
-            }
+    const int64_t area = s->out_height * s->out_width, run = s->kernel_width * channels;
+    const int64_t reach_down = (s->kernel_height - 1) * s->dilation_height;
+    /* Whole words are copied, and what lies behind a run is overwritten by the next; not so at the end of the image. */
+    const int side_by_side = s->dilation_width == 1 && s->x_stride == channels;
+    const int64_t slack = 8 / sizeof(element);
+    for (int64_t pixel = first; pixel < first + count; pixel++, rows += length) {
+        const int64_t n = pixel / area, p = pixel % area / s->out_width, q = pixel % s->out_width;
+        const int64_t column = q * s->stride_width - s->left, row = p * s->stride_height - s->top;
+        const element *image = (const element *)s->x + n * s->height * s->width * s->x_stride + offset;
+        const int inside = row >= 0 && column >= 0 && column + s->kernel_width <= s->width &&
+                           row + reach_down + 1 < s->height; /* not the last row: there is more behind it */
+        if (side_by_side && inside && s->width * channels >= run + slack) {
+            const element *x = image + (row * s->width + column) * channels;
+            element *to = rows;
+            for (int64_t i = 0; i < s->kernel_height; i++, to += run, x += s->dilation_height * s->width * channels)
+                for (int64_t k = 0; k < run; k += slack) memcpy(to + k, x + k, 8);
+            for (int64_t k = s->kernel_height * run; k < length; k++) rows[k] = 0;
+            continue;
         }
-        rows += length - s->kernel_height * s->kernel_width * channels;
+        memset(rows, s->x_type == UINT8 ? 128 : 0, (size_t)length * sizeof *rows);
+        element *to = rows;
+        for (int64_t i = 0; i < s->kernel_height; i++)
+            for (int64_t j = 0; j < s->kernel_width; j++, to += channels) {
+                const int64_t y = row + i * s->dilation_height, at = column + j * s->dilation_width;
+                if (y >= 0 && y < s->height && at >= 0 && at < s->width)
+                    for (int64_t c = 0; c < channels; c++) to[c] = image[(y * s->width + at) * s->x_stride + c];
+            }
     }
 }
 
@@ -93,7 +96,7 @@ static void convolve_part(const tw_step *s, int number, int threads) {
     if (block > 12) block = block / 12 * 12;
     const element *outside = (const element *)(s->x_type == UINT8 ? tw_offset_zeros : tw_zeros);
     const element *pointers[BLOCK_POINTERS];
-    _Alignas(64) element gathered[GATHER_BYTES / sizeof(element)];
+    _Alignas(64) element gathered[(GATHER_BYTES + 8) / sizeof(element)];
     const int64_t area = s->out_height * s->out_width;
     for (int64_t group = 0; group < s->groups; group++) {
         const int64_t offset = group * channels;

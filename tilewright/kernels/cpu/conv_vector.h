@@ -156,6 +156,68 @@ INLINE void finish(const tw_step *step, vec v, int64_t pixel, int64_t channel, i
     v = activate(v, step->activation, step->slope);
     store_values(step->y, step->y_type, pixel * step->y_stride + channel, n, v, v_set(step->y_scale));
 }
+
+/* The epilogues that most layers have, without a branch: the activation cuts off at two bounds, the result and the
+   residual, if there is one, are of one type. Layers of few input channels take longer for `finish` than for the sums. */
+enum { ANY, TO_FLOAT, ADD_TO_FLOAT, TO_INT8, ADD_TO_INT8 };
+
+typedef struct {
+    vec low, high, inverse, scale, r_scale;
+} bounds;
+
+static inline int epilogue_of(const tw_step *s) {
+    if (s->activation > RELU6) return ANY;
+    if (s->y_type == FLOAT32) return !s->residual ? TO_FLOAT : s->r_type == FLOAT32 ? ADD_TO_FLOAT : ANY;
+    if (s->y_type == INT8) return !s->residual ? TO_INT8 : s->r_type == INT8 ? ADD_TO_INT8 : ANY;
+    return ANY;
+}
+
+INLINE bounds bounds_of(const tw_step *s) {
+    const float infinity = __builtin_inff();
+    return (bounds){v_set(s->activation == NONE ? -infinity : 0.0f), v_set(s->activation == RELU6 ? 6.0f : infinity),
+                    v_set(1.0f / s->y_scale), v_set(s->y_scale), v_set(s->r_scale)};
+}
+
+/* `finish` of a whole vector; `epilogue` is a constant where this is inlined. */
+INLINE void finish_as(const int epilogue, const bounds *b, const tw_step *s, vec v, int64_t pixel, int64_t channel) {
+    if (epilogue == ANY) {
+        finish(s, v, pixel, channel, LANES);
+        return;
+    }
+    if (epilogue == ADD_TO_FLOAT) v = v_add(v, v_load((const float *)s->residual + pixel * s->r_stride + channel));
+    if (epilogue == ADD_TO_INT8)
+        v = v_add(v, v_mul(v_load_int8((const int8_t *)s->residual + pixel * s->r_stride + channel, LANES), b->r_scale));
+    v = v_max(b->low, v_min(b->high, v));
+    if (epilogue == TO_FLOAT || epilogue == ADD_TO_FLOAT) {
+        v_store((float *)s->y + pixel * s->y_stride + channel, v);
+        return;
+    }
+    int8_t *y = (int8_t *)s->y + pixel * s->y_stride + channel;
+#ifdef __AVX512F__
+    /* A product with the reciprocal is within two units in the last place of the quotient: 127 * 2^-22 < 4e-5. Only where
+       it lies that close to the middle between two integers, or is NaN, may the quotient be rounded otherwise. Adding
+       1.5 * 2^23 rounds half to even and leaves the integer in the low byte. */
+    const vec product = v_max(v_set(-127.0f), v_min(v_set(127.0f), v_mul(v, b->inverse)));
+    const vec shifted = v_add(product, v_set(12582912.0f));
+    const vec off = _mm512_abs_ps(v_sub(product, v_sub(shifted, v_set(12582912.0f))));
+    if (__builtin_expect(_mm512_cmp_ps_mask(off, v_set(0.49996f), _CMP_NLE_UQ), 0))
+        v_store_int8(y, v_div(v, b->scale), 0, LANES);
+    else
+        _mm_storeu_si128((__m128i *)y, _mm512_cvtepi32_epi8(_mm512_castps_si512(shifted)));
+#else
+    v_store_int8(y, v_div(v, b->scale), 0, LANES);
+#endif
+}
+
+/* Runs `body` with EPILOGUE as a constant for each of the epilogues. */
+#define WITH_EPILOGUE(value, body)                                                                                     \
+    switch (value) {                                                                                                   \
+        case TO_FLOAT: { enum { EPILOGUE = TO_FLOAT }; body } break;                                                   \
+        case ADD_TO_FLOAT: { enum { EPILOGUE = ADD_TO_FLOAT }; body } break;                                           \
+        case TO_INT8: { enum { EPILOGUE = TO_INT8 }; body } break;                                                     \
+        case ADD_TO_INT8: { enum { EPILOGUE = ADD_TO_INT8 }; body } break;                                             \
+        default: { enum { EPILOGUE = ANY }; body } break;                                                              \
+    }
 #endif
 
 #endif

@@ -12,6 +12,7 @@ says so. ``function`` must do the same operators whenever shapes are the same: a
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -57,6 +58,7 @@ class _Recorder(TorchDispatchMode):
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a recording see a call of ``function`` (of tensors, without side effects) as one step of that name."""
 
+    @functools.wraps(function)  # its name too, by which it is pickled
     def run(*args: Any, **kwargs: Any) -> Any:
         recorder: _Recorder | None = getattr(_local, "recorder", None)
         if recorder is None or recorder.suspended:
@@ -69,7 +71,6 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         recorder.calls.append(Call(function.__name__, function, args, kwargs, result))
         return result
 
-    run.__name__, run.__doc__, run.__wrapped__ = function.__name__, function.__doc__, function  # type: ignore[attr-defined]
     return run
 
 
@@ -108,16 +109,21 @@ class Replay:
 
     @staticmethod
     def _is_view(call: Call) -> bool:
-        results = _tensors(call.result)
-        sources = {_storage(tensor) for tensor in _tensors((call.args, call.kwargs))}
+        """Whether the call computes nothing: it looks at memory that is there. Raises CannotReplay."""
+        if call.name in ("aten.dropout.default", "aten.dropout_.default") and not call.args[2]:
+            return True
         schema = getattr(call.function, "_schema", None)
         if schema is not None and schema.is_mutable:
-            if call.name in NATIVE:
-                return False
-            raise CannotReplay(f"{call.name} changes its argument")
+            if call.name not in NATIVE:
+                raise CannotReplay(f"{call.name} changes its argument")
+            return False
+        results = _tensors(call.result)
+        sources = {_storage(tensor) for tensor in _tensors((call.args, call.kwargs))}
+        if results and all(_storage(tensor) in sources for tensor in results):
+            return True
         if torch.Tag.nondeterministic_seeded in getattr(call.function, "tags", ()):
             raise CannotReplay(f"{call.name} is random")
-        return bool(results) and all(_storage(tensor) in sources for tensor in results)
+        return False
 
     # ---- memory
     def _place(self, calls: list[Call], inputs: tuple[torch.Tensor, ...], result: Any) -> None:

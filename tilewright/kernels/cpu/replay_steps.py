@@ -318,16 +318,23 @@ NATIVE: dict[str, Callable[..., list[Description]]] = {
     "aten.max_pool2d.default": _max_pool,
     "aten.mean.dim": _mean,
     "aten._adaptive_avg_pool2d.default": _pool_to_one,
+    "aten.adaptive_avg_pool2d.default": _pool_to_one,
     "aten.avg_pool2d.default": _pool_to_one,
     "aten.add.Tensor": _add,
     "aten.mul.Tensor": _multiply,
     "aten.addmm.default": _addmm,
     "aten.linear.default": _linear,
-    "aten.relu.default": _activate("relu"),
-    "aten.hardtanh.default": _activate("relu6"),
-    "aten.hardswish.default": _activate("hardswish"),
-    "aten.silu.default": _activate("silu"),
-    "aten.sigmoid.default": _activate("sigmoid"),
+    **{
+        f"aten.{operator}{in_place}.default": _activate(name)
+        for operator, name in (
+            ("relu", "relu"),
+            ("hardtanh", "relu6"),
+            ("hardswish", "hardswish"),
+            ("silu", "silu"),
+            ("sigmoid", "sigmoid"),
+        )
+        for in_place in ("", "_")
+    },
     # functions marked with ``recorded``
     "max_pool2d": _max_pool,
     "mean": _quantized_mean,
