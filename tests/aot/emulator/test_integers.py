@@ -206,3 +206,17 @@ WIDE = {
 def test_wide_integer(body: str) -> None:
     a, b, c = inputs(64)
     assert execute(body, a, b, c, 64) == [WIDE[body](*x) & M64 for x in zip(a, b, c, strict=True)]
+
+
+@pytest.mark.parametrize("saturate", ["", ".satfinite"], ids=["wraps", "saturates"])
+@pytest.mark.parametrize("start", [0x7FFFFFFF, 0x80000000, 5], ids=hex)
+@pytest.mark.parametrize("left,right", [(0x7F7F7F7F, 0x7F7F7F7F), (0x80808080, 0x7F7F7F7F)], ids=["up", "down"])
+def test_integer_products_beyond_the_accumulator(left: int, right: int, start: int, saturate: str) -> None:
+    """32 equal products in every element of a 16 x 8 tile."""
+    body = (
+        f"mma.sync.aligned.m16n8k32.row.col{saturate}.s32.s8.s8.s32 "
+        "{%r4, %r5, %r6, %r7}, {%r1, %r1, %r1, %r1}, {%r2, %r2}, {%r3, %r3, %r3, %r3};"
+    )
+    exact = s(start) + 32 * s(left & 255, 8) * s(right & 255, 8)
+    expected = clamp(exact) if saturate else exact
+    assert execute(body, [left] * 32, [right] * 32, [start] * 32) == [expected & M32] * 32
