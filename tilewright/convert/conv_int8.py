@@ -112,14 +112,6 @@ class Flow:
 
     def averages(self, node: fx.Node) -> tuple[Any, bool] | None:
         """Dimensions that ``node`` takes the mean over, and whether they stay; None if it does no such thing."""
-        module = module_of(node, self.modules)
-        sizes: Any = None
-        if isinstance(module, nn.AdaptiveAvgPool2d):
-            sizes = module.output_size
-        elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-            sizes = argument(node, 1, "output_size")
-        if sizes in (1, (1, 1), [1, 1]):
-            return (-2, -1), True
         if (node.op == "call_method" and node.target == "mean") or (
             node.op == "call_function" and node.target is torch.mean
         ):

@@ -18,6 +18,7 @@ from tilewright.convert.patterns import (
     activation_of,
     addends,
     functionalize,
+    globally_pooled,
     is_identity,
     module_of,
     pads_by_input_size,
@@ -145,6 +146,7 @@ def rewrite(region: Region) -> list[Site]:
     graph, modules = region.graph, region.modules()
     functionalize(graph, modules)
     _views_become_reshapes(graph)
+    _global_pools_become_means(graph, modules)
     sites = []
     for node in list(graph.nodes):
         layer = module_of(node, modules)
@@ -222,6 +224,16 @@ def _views_become_reshapes(graph: fx.Graph) -> None:
             and not any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
         ):
             node.target = "reshape"
+
+
+def _global_pools_become_means(graph: fx.Graph, modules: Modules) -> None:
+    """What PyTorch computes for them too, but as one operator and without a layout of its own."""
+    for node in list(graph.nodes):
+        if (source := globally_pooled(node, modules)) is not None:
+            with graph.inserting_before(node):
+                mean = graph.call_method("mean", (source, (-2, -1), True))
+            node.replace_all_uses_with(mean)
+            graph.erase_node(node)
 
 
 def why_not_convolution(module: nn.Module) -> str | None:

@@ -157,6 +157,17 @@ def zero_padding(node: fx.Node, modules: Modules) -> tuple[int, int, int, int] |
     return (pads[2], pads[3], pads[0], pads[1]) if len(pads) == 4 else None
 
 
+def globally_pooled(node: fx.Node, modules: Modules) -> fx.Node | None:
+    """The image that ``node`` averages into one pixel, if it does."""
+    module, sizes = module_of(node, modules), None
+    if isinstance(module, nn.AdaptiveAvgPool2d) and type(module).forward is nn.AdaptiveAvgPool2d.forward:
+        sizes = module.output_size
+    elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
+        sizes = argument(node, 1, "output_size")
+    source = node.args[0] if node.args else None
+    return source if sizes in (1, (1, 1), [1, 1]) and isinstance(source, fx.Node) else None
+
+
 def pads_by_input_size(node: fx.Node) -> fx.Node | None:
     """What ``node`` pads as TensorFlow's "SAME" does, for the convolution that is its second argument."""
     if node.op == "call_function" and getattr(node.target, "__name__", "") in SAME_PADDING_FUNCTIONS:
