@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,27 +20,6 @@ from tilewright.kernels.router import route
 
 DTYPES = tuple(native.DTYPES)
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def forget_choice() -> None:
-    native.forget()
-    route.cache_clear()
-
-
-@pytest.fixture(params=build.isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("TILEWRIGHT_CPU_ISA", request.param)
-    forget_choice()
-    try:
-        reason = native.why_no_native()
-    except ValueError as error:
-        reason = str(error)
-    if reason is not None:
-        forget_choice()
-        pytest.skip(reason)
-    assert native.isa() == request.param
-    yield request.param
-    forget_choice()
 
 
 def int8_weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,32 +182,32 @@ def test_declines_in_words(isa: str, m: int, x_dtype: torch.dtype, activation: s
 
 def test_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TILEWRIGHT_CPU_ISA", "off")
-    forget_choice()
+    native.forget()
     try:
         assert "turned off" in (native.why_no_native() or "")
         assert not native.quantize_rows(torch.randn(2, 4), None, 0, torch.empty(2, 4), torch.empty(2))
     finally:
-        forget_choice()
+        native.forget()
 
 
 def test_an_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TILEWRIGHT_CPU_ISA", "mmx")
-    forget_choice()
-    with pytest.raises(ValueError, match=r"mmx is unknown; the known ones are avx512_vnni"):
+    native.forget()
+    with pytest.raises(ValueError, match=r"mmx is unknown; the known ones are avx512_bf16"):
         native.why_no_native()
-    forget_choice()
+    native.forget()
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
     if native.why_no_native() is not None:
         pytest.skip("no C kernels here")
     monkeypatch.setattr(build, "source_hash", lambda: "0" * 16)
-    forget_choice()
+    native.forget()
     try:
         assert "compiled from other sources" in (native.why_no_native() or "")
     finally:
         monkeypatch.undo()
-        forget_choice()
+        native.forget()
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -28,6 +28,7 @@ KERNELS = (
     "quantize.c",
     "int8_linear.c",
     "int4_int8_linear.c",
+    "weight_only.c",
     "conv_float.c",
     "conv_int8.c",
     "conv_simple.c",
@@ -40,6 +41,7 @@ HEADERS = (
     "quantize_row.h",
     "epilogue.h",
     "nibbles.h",
+    "weight_only_tile.h",
     "conv.h",
     "conv_vector.h",
     "conv_tile.h",
@@ -56,20 +58,14 @@ FLAGS = (
     "-Wall",
     "-Wextra",
 )
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512", *_AVX2)
 #: Instruction sets by preference, with the flags that turn them on.
 ISAS: dict[str, tuple[str, ...]] = {
-    "avx512_vnni": (
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx512vnni",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-        "-mprefer-vector-width=512",
-    ),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512_bf16": ("-mavx512bf16", *_AVX512),
+    "avx512_vnni": _AVX512,
+    "avx_vnni": ("-mavxvnni", *_AVX2),
+    "avx2": _AVX2,
     "portable": (),
 }
 

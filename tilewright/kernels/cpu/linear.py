@@ -17,6 +17,8 @@ from tilewright.kernels.problem import Problem
 
 #: Bytes of quantised activations that are multiplied before the next rows are quantised.
 _BLOCK_BYTES = 4 << 20
+#: Rows that a tile of the weight-only kernel takes at most.
+_TILE_ROWS = 12
 #: Below this many products a second thread costs more than it brings.
 _GRAIN = 32768
 
@@ -194,6 +196,97 @@ def int4_int8_linear(
         scratch((block * stride,), torch.int8, "quantized").data_ptr(),
         scratch((block * groups,), torch.int32, "group sums").data_ptr(),
         scratch((block,), torch.float32, "row scale").data_ptr(),
+        block,
+        _threads(m * n * k),
+    )
+    return y
+
+
+def why_not_weight_only(problem: Problem) -> str | None:
+    """Why no C kernel of float activations takes the problem, or None."""
+    if problem.multiply_dtype not in native.DTYPES:
+        return f"does not multiply in {problem.multiply_dtype}"
+    return why_not(problem)
+
+
+def _pack_weight_only(
+    weight: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, bits: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    n, groups = len(weight), weight_scale.numel() // len(weight)
+    panel = _kernel("panel")()
+    channels = -(-n // panel) * panel
+    values = torch.empty(channels * -(-k // 8) * bits, dtype=torch.uint8)
+    scale = torch.empty(channels * groups)
+    zero = torch.empty(channels * groups, dtype=torch.uint8) if bits == 4 else None
+    weight, floats = weight.contiguous(), weight_scale.float().contiguous()
+    zeros = None if weight_zero is None else weight_zero.contiguous()
+    _kernel("weight_only_pack")(
+        bits,
+        weight.data_ptr(),
+        floats.data_ptr(),
+        _address(zeros),
+        n,
+        k,
+        groups,
+        values.data_ptr(),
+        scale.data_ptr(),
+        _address(zero),
+    )
+    return values, scale, zero
+
+
+def weight_only_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """See ``int4_linear.reference`` (weight int32) and ``int8_weight_only_linear.reference`` (weight int8, no zero
+    points, one group); scales are applied to the sums, in float32.
+    """
+    function = _kernel("weight_only_linear")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    bits = 8 if weight.dtype == torch.int8 else 4
+    m, k = x.shape
+    n, groups = len(weight), weight_scale.numel() // len(weight)
+    values, scale, zero = packed(
+        weight,
+        native.layout(f"weight only {k}"),
+        lambda: _pack_weight_only(weight, weight_scale, weight_zero, bits, k),
+        weight_scale,
+        weight_zero,
+    )
+    bias = _floats(bias)
+    y = torch.empty(m, n, dtype=x.dtype)
+    residual = _residual(residual, y)
+    compute = native.DTYPES[compute_dtype or x.dtype]
+    row_bytes = -(-k // 8) * 8 * _kernel("weight_only_element")(compute)
+    block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
+    function(
+        bits,
+        values.data_ptr(),
+        scale.data_ptr(),
+        _address(zero),
+        n,
+        k,
+        group_size,
+        _address(bias),
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        compute,
+        m,
+        x.stride(0),
+        _address(residual),
+        native.ACTIVATIONS[activation],
+        y.data_ptr(),
+        scratch(((block + _TILE_ROWS) * row_bytes,), torch.uint8, "rows").data_ptr(),
+        scratch((block * groups,), torch.float32, "group sums").data_ptr(),
         block,
         _threads(m * n * k),
     )

@@ -59,9 +59,24 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         _COUNT,
         _NUMBER,
     ),
+    "weight_only_element": (_NUMBER,),
+    "weight_only_pack": (_NUMBER, *[_POINTER] * 3, *[_COUNT] * 3, *[_POINTER] * 3),
+    "weight_only_linear": (
+        _NUMBER,
+        *[_POINTER] * 3,
+        *[_COUNT] * 3,
+        *[_POINTER] * 2,
+        *[_NUMBER] * 2,
+        *[_COUNT] * 2,
+        _POINTER,
+        _NUMBER,
+        *[_POINTER] * 3,
+        _COUNT,
+        _NUMBER,
+    ),
 }
 #: Those that return a size or a count; the others return 0, or what went wrong.
-_COUNTS = ("panel", "int8_packed_bytes", "int4_packed_bytes", "int4_scales")
+_COUNTS = ("panel", "int8_packed_bytes", "int4_packed_bytes", "int4_scales", "weight_only_element")
 
 
 @functools.cache

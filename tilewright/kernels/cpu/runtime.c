@@ -1,6 +1,9 @@
 /* What every build of the library has once: the OpenMP runtime it was given, and what this processor can do. */
 #include "parallel.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <stddef.h>
 #include <string.h>
 
@@ -36,6 +39,12 @@ EXPORT int tw_supports(const char *isa) {
         return tw_supports("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vnni");
+    if (!strcmp(isa, "avx512_bf16")) return tw_supports("avx512_vnni") && __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(isa, "avx_vnni")) {
+        /* By number, since not every compiler knows it by name: leaf 7.1, EAX bit 4. */
+        unsigned eax, ebx, ecx, edx;
+        return tw_supports("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+    }
 #endif
     return 0;
 }

@@ -1,5 +1,5 @@
-"""W4A16 linear on a CPU: ATen's int4 weight-only product for small batches, else dequantised blocks and a library
-product.
+"""W4A16 linear on a CPU: a C kernel, else ATen's int4 weight-only product for small batches, else dequantised blocks
+and a library product.
 
 ATen's product wants bfloat16 activations and scales. It does the same work for every row, so from some batch on it is
 cheaper to widen a block of the weight once, while it is in cache, and to multiply it with all rows. The blocks need no
@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.cpu import linear
 from tilewright.kernels.cpu_support import WEIGHT_BLOCK_ELEMENTS, finish_rows, scratch, why_no_int4pack
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int8_weight_only_linear.cpu import library_dtype
@@ -21,6 +22,31 @@ from tilewright.kernels.problem import Problem
 #: Rows up to which ATen's product is faster (4096 x 4096, two threads).
 SMALL_BATCH = 40
 _KERNEL_GROUPS = (256, 128, 64, 32)
+
+
+def why_not_native(problem: Problem) -> str | None:
+    """Why the C kernel does not take the problem, or None."""
+    return linear.why_no_int4_groups(problem.k, problem.group_size or problem.k) or linear.why_not_weight_only(problem)
+
+
+def native_int4_linear(
+    x: torch.Tensor,
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    group_size: int,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.int4_linear``; the scales are applied to the sums of each group, in float32."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = linear.weight_only_linear(
+        rows, weight_packed, weight_scale, weight_zero, bias, residual, group_size, activation, compute_dtype
+    )
+    return y.view(*x.shape[:-1], len(weight_packed))
 
 
 def _kernel_group(k: int, group_size: int) -> int | None:

@@ -1,5 +1,5 @@
-"""W8A16 linear on a CPU: ATen's int8 weight-only product for small batches, else dequantised blocks and a library
-product.
+"""W8A16 linear on a CPU: a C kernel, else ATen's int8 weight-only product for small batches, else dequantised blocks
+and a library product.
 
 ATen's product wants bfloat16 activations (with float32 it is a scalar loop) and reads the canonical weight as it is. It
 does the same work for every row, so from some batch on it is cheaper to widen a block of the weight once, while it is
@@ -10,12 +10,35 @@ from __future__ import annotations
 
 import torch
 
+from tilewright.kernels.cpu import linear
 from tilewright.kernels.cpu_support import WEIGHT_BLOCK_ELEMENTS, finish_rows, scratch, why_no_int8pack
 from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
 
 #: Rows up to which ATen's product is faster (4096 x 4096, two threads).
 SMALL_BATCH = 32
+
+
+def native_int8_weight_only_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.int8_weight_only_linear``; the scale is applied to the sums, in float32."""
+    k = x.shape[-1]
+    y = linear.weight_only_linear(
+        x.reshape(-1, k), weight, weight_scale, None, bias, residual, k, activation, compute_dtype
+    )
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def why_not_native(problem: Problem) -> str | None:
+    """Why the C kernel does not take the problem, or None."""
+    return linear.why_not_weight_only(problem)
 
 
 def why_not(problem: Problem) -> str | None:

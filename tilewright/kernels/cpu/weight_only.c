@@ -1,0 +1,235 @@
+/* Linear layers on integer weights and float activations (W4A16 and W8A16) in one call.
+
+       y[m, n] = activation(sum_g scale[n, g] * sum over k in group g of x[m, k] * (u[n, k] - z[n, g]) + bias[n]) + residual
+
+   Rows of x are rounded to the compute dtype first. The integers are exact in every float format, so the scales go to the
+   sums, in float32, and a weight is widened in registers where it is multiplied. Where the processor multiplies pairs of
+   bfloat16, bfloat16 is multiplied as such; everything else is multiplied in float32. In pairs a nibble stands for u - 8,
+   and (z - 8) times the sum of the group's activations is taken off.
+
+   int8 weights are one group with one scale for each channel. Weights are packed in panels of PANEL output channels:
+
+       int4: packed[panel][k / 8][channel] words, nibble t the column 2 t, nibble 4 + t the column 2 t + 1
+       int8: packed[panel][k][channel] bytes, k rounded up to 8                       scale, zero: [panel][group][channel] */
+#include "epilogue.h"
+#include "nibbles.h"
+#include "parallel.h"
+
+enum { ROW_GROUP = 96, SEGMENT_WORDS = 32, PART = 512 };
+
+static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+#if defined(__AVX512F__)
+#define TALL_ROWS 12
+#define TILE_ROWS_ 6
+INLINE floats floats_zero(void) { return _mm512_setzero_ps(); }
+INLINE floats floats_times(floats v, float s) { return _mm512_mul_ps(v, _mm512_set1_ps(s)); }
+INLINE floats floats_fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+/* z - 8 */
+INLINE floats centred_zeros(const uint8_t *z) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(load_zeros(z), _mm512_set1_epi32(8)));
+}
+INLINE floats widen_bytes(const uint8_t *w) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+}
+/* Nibble `at` of each word, less 8, less `zero`. */
+INLINE floats widen_nibbles(const uint8_t *w, int at, floats zero) {
+    const floats table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    /* The permutation looks at the low four bits of an index and at no other. */
+    return _mm512_sub_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(w), 4 * at), table), zero);
+}
+INLINE floats add_product(floats sum, floats w, const float *x) { return _mm512_fmadd_ps(w, _mm512_set1_ps(*x), sum); }
+#elif defined(__AVX2__)
+#define TALL_ROWS 4
+#define TILE_ROWS_ 4
+INLINE floats floats_zero(void) { return _mm256_setzero_ps(); }
+INLINE floats floats_fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE floats centred_zeros(const uint8_t *z) { return _mm256_cvtepi32_ps(load_zeros(z)); }
+INLINE floats widen_bytes(const uint8_t *w) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)w)));
+}
+INLINE floats widen_nibbles(const uint8_t *w, int at, floats zero) {
+    __m256i nibble = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i *)w), 4 * at);
+    return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(nibble, _mm256_set1_epi32(15))), zero);
+}
+INLINE floats add_product(floats sum, floats w, const float *x) { return _mm256_fmadd_ps(w, _mm256_set1_ps(*x), sum); }
+#else
+#define TALL_ROWS 2
+#define TILE_ROWS_ 2
+INLINE floats floats_zero(void) { return (floats){{0}}; }
+INLINE floats floats_fma(floats a, floats b, floats c) {
+    for (int i = 0; i < LANES; i++) c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+}
+INLINE floats centred_zeros(const uint8_t *z) {
+    floats v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = z[i];
+    return v;
+}
+INLINE floats widen_bytes(const uint8_t *w) {
+    floats v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = (int8_t)w[i];
+    return v;
+}
+INLINE floats widen_nibbles(const uint8_t *w, int at, floats zero) {
+    floats v;
+    for (int i = 0; i < LANES; i++) v.lane[i] = (float)(w[4 * i + at / 2] >> 4 * (at % 2) & 15) - zero.lane[i];
+    return v;
+}
+INLINE floats add_product(floats sum, floats w, const float *x) {
+    for (int i = 0; i < LANES; i++) sum.lane[i] += w.lane[i] * *x;
+    return sum;
+}
+#endif
+
+/* The number that multiplying x in the format `compute` multiplies. */
+INLINE float rounded(float x, int compute) {
+    if (compute == BFLOAT16) return from_bits((uint32_t)round_to_bfloat16(x) << 16);
+    return compute == FLOAT16 ? (float)(float16)x : x;
+}
+
+#define CONVERT(load, type)                                                                                            \
+    if (compute == FLOAT32)                                                                                            \
+        for (int64_t i = 0; i < count; i++) STORE(to + i, load((const type *)x + at, i));                              \
+    else if (compute == BFLOAT16)                                                                                      \
+        for (int64_t i = 0; i < count; i++) STORE(to + i, rounded(load((const type *)x + at, i), BFLOAT16));           \
+    else                                                                                                               \
+        for (int64_t i = 0; i < count; i++) STORE(to + i, rounded(load((const type *)x + at, i), FLOAT16));
+#define DEFINE_CONVERT(element)                                                                                        \
+    static void NAME(convert_row)(const void *x, int dtype, int64_t at, int64_t count, int compute, element *to) {     \
+        if (dtype == FLOAT32) {                                                                                        \
+            CONVERT(load_float32, float)                                                                               \
+        } else if (dtype == BFLOAT16) {                                                                                \
+            CONVERT(load_bfloat16, uint16_t)                                                                           \
+        } else {                                                                                                       \
+            CONVERT(load_float16, float16)                                                                             \
+        }                                                                                                              \
+    }
+
+/* ---- float32 */
+#define NAME(name) name##_float
+#define ELEMENT float
+#define STEP 1
+#define NEEDS_ROW_SUMS 0
+#define WIDEN(value) (value)
+#define STORE(to, value) *(to) = (value)
+#define convert_row convert_row_float
+#if !defined(__AVX512F__)
+INLINE floats floats_times(floats v, float s) {
+    (void)s;
+    return v;
+}
+#endif
+DEFINE_CONVERT(float)
+/* Column t of the eight. */
+INLINE floats decode4_float(const uint8_t *w, int t, floats zero) { return widen_nibbles(w, t / 2 + t % 2 * 4, zero); }
+INLINE floats decode8_float(const uint8_t *w, int t) { return widen_bytes(w + t * PANEL); }
+INLINE floats multiply_add_float(floats sum, floats w, const float *x) { return add_product(sum, w, x); }
+#include "weight_only_tile.h"
+#undef NAME
+#undef ELEMENT
+#undef STEP
+#undef NEEDS_ROW_SUMS
+#undef WIDEN
+#undef STORE
+#undef convert_row
+
+/* ---- pairs of bfloat16 */
+#if defined(__AVX512BF16__)
+#define NAME(name) name##_pairs
+#define ELEMENT uint16_t
+#define STEP 2
+#define NEEDS_ROW_SUMS 1
+#define WIDEN(value) from_bits((uint32_t)(value) << 16)
+#define STORE(to, value) *(to) = (uint16_t)(to_bits(value) >> 16)
+#define convert_row convert_row_pairs
+DEFINE_CONVERT(uint16_t)
+INLINE floats decode4_pairs(const uint8_t *w, int t, floats zero) {
+    (void)zero;
+    /* u - 8 as bfloat16, twice: the permutation looks at five bits of an index, of which the fifth is another nibble's. */
+    const __m512i table = _mm512_set_epi16(
+        0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, (short)0xbf80, (short)0xc000, (short)0xc040,
+        (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0, (short)0xc100, 0x40e0, 0x40c0, 0x40a0, 0x4080,
+        0x4040, 0x4000, 0x3f80, 0, (short)0xbf80, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0a0,
+        (short)0xc0c0, (short)0xc0e0, (short)0xc100);
+    return (floats)_mm512_permutexvar_epi16(_mm512_srli_epi32(_mm512_loadu_si512(w), 4 * t), table);
+}
+/* An integer of eight bits fits the upper half of a float. */
+INLINE floats decode8_pairs(const uint8_t *w, int t) {
+    __m512i even = (__m512i)widen_bytes(w + 2 * t * PANEL), odd = (__m512i)widen_bytes(w + (2 * t + 1) * PANEL);
+    return (floats)_mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
+}
+INLINE floats multiply_add_pairs(floats sum, floats w, const uint16_t *x) {
+    int32_t two;
+    memcpy(&two, x, 4);
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(two));
+}
+#include "weight_only_tile.h"
+#endif
+
+/* weight: [n, k / 8 rounded up] words as in tw_int4_pack (n x k bytes where bits is 8); weight_scale: [n, groups];
+   weight_zero: as there, or NULL; all contiguous. packed: `bits` bytes for each word of eight columns of each channel, n
+   rounded up to PANEL; scale and zero: for as many channels. zero: NULL where bits is 8. */
+EXPORT int ISA_NAME(tw_weight_only_pack)(int bits, const void *weight, const float *weight_scale,
+                                         const uint32_t *weight_zero, int64_t n, int64_t k, int64_t groups,
+                                         uint8_t *packed, float *scale, uint8_t *zero) {
+    int64_t words = divide_up(k, 8), channels = divide_up(n, PANEL) * PANEL;
+    memset(packed, 0, (size_t)(channels * words * bits));
+    memset(scale, 0, (size_t)(channels * groups) * sizeof *scale);
+    if (zero) memset(zero, 0, (size_t)(channels * groups));
+    for (int64_t channel = 0; channel < n; channel++) {
+        int64_t panel = channel / PANEL, lane = channel % PANEL;
+        uint8_t *to = packed + panel * words * PANEL * bits;
+        if (bits == 8)
+            for (int64_t i = 0; i < k; i++) to[i * PANEL + lane] = ((const uint8_t *)weight)[channel * k + i];
+        for (int64_t i = 0; bits == 4 && i < words; i++) {
+            uint32_t eight = ((const uint32_t *)weight)[channel * words + i], word = 0;
+            for (int t = 0; t < 4; t++)
+                word |= (eight >> 8 * t & 15) << 4 * t | (eight >> (8 * t + 4) & 15) << (16 + 4 * t);
+            memcpy(to + (i * PANEL + lane) * 4, &word, 4);
+        }
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t at = (panel * groups + group) * PANEL + lane;
+            scale[at] = weight_scale[channel * groups + group];
+            if (zero) zero[at] = weight_zero ? weight_zero[channel / 8 * groups + group] >> 4 * (channel % 8) & 15 : 8;
+        }
+    }
+    return 0;
+}
+
+/* Bytes of one activation in the scratch rows, for a compute dtype. */
+EXPORT int64_t ISA_NAME(tw_weight_only_element)(int compute) {
+#if defined(__AVX512BF16__)
+    if (compute == BFLOAT16) return 2;
+#endif
+    (void)compute;
+    return 4;
+}
+
+/* packed, scale, zero: from pack. x: [m, k] in the format `dtype`, rows x_stride elements apart; y and residual (or NULL):
+   [m, n], contiguous, in the same format. group: columns that share a scale, a multiple of 8 or at least k. compute: the
+   format that is multiplied. bias: float32 [n] or NULL. Scratch for `block` rows, which are converted at a time: rows of
+   block (rounded up to 12) * (k rounded up to 8) elements, row_sums of block * groups. Returns 0, or 1 for a format that this build cannot
+   read. */
+EXPORT int ISA_NAME(tw_weight_only_linear)(int bits, const uint8_t *packed, const float *scale, const uint8_t *zero,
+                                           int64_t n, int64_t k, int64_t group, const float *bias, const void *x,
+                                           int dtype, int compute, int64_t m, int64_t x_stride, const void *residual,
+                                           int activation, void *y, void *rows, float *row_sums, int64_t block,
+                                           int threads) {
+    if ((dtype == FLOAT16 || compute == FLOAT16) && !HAS_FLOAT16) return 1;
+    int64_t words = divide_up(k, 8), group_words = group < k ? group / 8 : words;
+    int64_t groups = divide_up(words, group_words);
+    output out = {bias, residual, activation, y, dtype, n};
+#if defined(__AVX512BF16__)
+    if (compute == BFLOAT16) {
+        job_pairs job = {packed, scale, zero, n, k, words, group_words, groups, x, dtype, compute, m, x_stride, out,
+                         rows, row_sums, block};
+        tw_parallel(bits == 4 ? part4_pairs : part8_pairs, &job, threads);
+        return 0;
+    }
+#endif
+    job_float job = {packed, scale, zero, n, k, words, group_words, groups, x, dtype, compute, m, x_stride, out,
+                     rows, row_sums, block};
+    tw_parallel(bits == 4 ? part4_float : part8_float, &job, threads);
+    return 0;
+}

@@ -1,0 +1,149 @@
+/* One tile of a product of float activations and integer weights; included once for each kind of float that is multiplied
+   (weight_only.c). ELEMENT: its type in memory; STEP: how many k one instruction multiplies. */
+
+typedef struct {
+    const uint8_t *packed;
+    const float *scale;
+    const uint8_t *zero; /* NULL for int8 */
+    int64_t n, k, words, group_words, groups;
+    const void *x;
+    int dtype, compute;
+    int64_t m, x_stride;
+    output out;
+    ELEMENT *rows;
+    float *row_sums;
+    int64_t block;
+} NAME(job);
+
+/* Rounds a row to the dtype that is multiplied, with zeros up to a whole word, and adds up each group. The rows of a tile
+   are interleaved word by word: a tile reads them in one stream, whose parts never compete for one cache set. */
+static void NAME(convert)(const NAME(job) *job, int64_t from, int64_t row, int height) {
+    ELEMENT *to = job->rows + row / height * height * job->words * 8 + row % height * 8, part[PART];
+    float sum = 0, *sums = job->row_sums + row * job->groups;
+    int64_t left = job->group_words;
+    for (int64_t first = 0; first < job->words * 8; first += PART) {
+        int64_t count = job->k - first < PART ? job->k - first : PART, words = divide_up(count, 8);
+        convert_row(job->x, job->dtype, from * job->x_stride + first, count, job->compute, part);
+        for (int64_t i = count; i < words * 8; i++) part[i] = 0;
+        for (int64_t i = 0; i < words; i++, to += height * 8) {
+            memcpy(to, part + i * 8, 8 * sizeof *to);
+            if (!NEEDS_ROW_SUMS || !job->zero) continue;
+            for (int j = 0; j < 8; j++) sum += WIDEN(part[i * 8 + j]);
+            if (--left) continue;
+            *sums++ = sum;
+            sum = 0, left = job->group_words;
+        }
+    }
+    if (NEEDS_ROW_SUMS && job->zero && left < job->group_words) *sums = sum;
+}
+
+/* bits, rows and vectors are constants wherever this is called. Sums of `vectors` vectors of channels from `offset` on;
+   each group in segments, so that no chain of additions is long. */
+INLINE void NAME(multiply)(int bits, int rows, int vectors, const NAME(job) *job, int height, int64_t row,
+                           int64_t panel, int offset, float sums[][PANEL]) {
+    const int64_t word_bytes = PANEL * bits, x_step = height * 8;
+    const ELEMENT *x = job->rows + row / height * height * job->words * 8 + row % height * 8;
+    const uint8_t *w = job->packed + panel * job->words * word_bytes + offset * (bits == 4 ? 4 : 1);
+    for (int64_t group = 0; group < job->groups; group++) {
+        int64_t begin = group * job->group_words, end = begin + job->group_words;
+        const int64_t at = (panel * job->groups + group) * PANEL + offset;
+        if (end > job->words) end = job->words;
+        for (int64_t first = begin; first < end; first += SEGMENT_WORDS) {
+            int64_t last = first + SEGMENT_WORDS < end ? first + SEGMENT_WORDS : end;
+            floats sum[12][TILE_VECTORS], zero[TILE_VECTORS];
+#pragma GCC unroll 16
+            for (int v = 0; v < vectors; v++) {
+                zero[v] = bits == 4 ? centred_zeros(job->zero + at + v * LANES) : floats_zero();
+#pragma GCC unroll 16
+                for (int r = 0; r < rows; r++)
+                    sum[r][v] = bits == 4 && NEEDS_ROW_SUMS && first == begin
+                                    ? floats_times(zero[v], -job->row_sums[(row + r) * job->groups + group])
+                                    : floats_zero();
+            }
+            const ELEMENT *a = x + first * x_step;
+            const uint8_t *word = w + first * word_bytes;
+            for (int64_t i = first; i < last; i++, a += x_step, word += word_bytes) {
+#pragma GCC unroll 8
+                for (int t = 0; t < 8 / STEP; t++)
+#pragma GCC unroll 4
+                    for (int v = 0; v < vectors; v++) {
+                        floats b = bits == 4 ? NAME(decode4)(word + v * LANES * 4, t, zero[v])
+                                             : NAME(decode8)(word + v * LANES, t);
+#pragma GCC unroll 16
+                        for (int r = 0; r < rows; r++)
+                            sum[r][v] = NAME(multiply_add)(sum[r][v], b, a + r * 8 + t * STEP);
+                        __asm__("" : "+r"(a)); /* no load ahead of its turn: it would push a sum out of its register */
+                    }
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++) KEEP_IN_REGISTER(sum[r][v]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                floats scale = load_floats(job->scale + at + v * LANES);
+#pragma GCC unroll 16
+                for (int r = 0; r < rows; r++) {
+                    float *to = sums[r] + offset + v * LANES;
+                    store_floats(to, floats_fma(sum[r][v], scale, load_floats(to)));
+                }
+            }
+        }
+    }
+}
+
+/* As many rows as one tile takes, at most `count`; returns how many. */
+INLINE int NAME(tile)(int bits, int64_t count, const NAME(job) *job, int height, int64_t row, int64_t panel,
+                      float sums[][PANEL]) {
+    memset(sums, 0, (size_t)(count < TALL_ROWS ? count : TALL_ROWS) * sizeof *sums);
+#if TALL_ROWS > TILE_ROWS_
+    if (count >= TALL_ROWS) {
+        for (int offset = 0; offset < PANEL; offset += PANEL / 2)
+            NAME(multiply)(bits, TALL_ROWS, TILE_VECTORS / 2, job, height, row, panel, offset, sums);
+        return TALL_ROWS;
+    }
+#endif
+    switch (count < TILE_ROWS ? count : TILE_ROWS) {
+#define CASE(rows)                                                                                                     \
+    case rows: NAME(multiply)(bits, rows, TILE_VECTORS, job, height, row, panel, 0, sums); return rows;
+        CASE(1)
+        CASE(2)
+#if defined(__AVX2__)
+        CASE(3)
+        CASE(4)
+#endif
+#if defined(__AVX512VNNI__)
+        CASE(5)
+        CASE(6)
+#endif
+#undef CASE
+    }
+    return 0;
+}
+
+INLINE void NAME(part)(int bits, const NAME(job) *job) {
+    const int64_t panels = divide_up(job->out.n, PANEL);
+    for (int64_t first = 0; first < job->m; first += job->block) {
+        int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin, end;
+        const int height = rows < TALL_ROWS ? (int)rows : TALL_ROWS;
+        tw_share(rows, &begin, &end);
+        for (int64_t row = begin; row < end; row++) NAME(convert)(job, first + row, row, height);
+        tw_barrier();
+        int64_t row_groups = divide_up(rows, ROW_GROUP);
+        tw_share(panels * row_groups, &begin, &end);
+        for (int64_t unit = begin; unit < end; unit++) {
+            int64_t panel = unit / row_groups, row = unit % row_groups * ROW_GROUP;
+            int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
+            while (row < last) {
+                float sums[TALL_ROWS][PANEL];
+                int count = NAME(tile)(bits, last - row, job, height, row, panel, sums);
+                finish_floats(&job->out, sums[0], PANEL, NULL, first + row, count, panel * PANEL);
+                row += count;
+            }
+        }
+        tw_barrier(); /* the next block overwrites the rows */
+    }
+}
+
+static void NAME(part4)(void *job) { NAME(part)(4, job); }
+static void NAME(part8)(void *job) { NAME(part)(8, job); }
