@@ -37,7 +37,9 @@ COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class SwappedConfig:
-    """block_m rows of the batch (16 to 128) x block_n features, block_k of the sum; split_k: parts of K."""
+    """block_m rows of the batch (16 to 128) x block_n features, block_k of the sum; split_k: parts of K. block_sums:
+    the products of a block are added up by themselves.
+    """
 
     block_m: int
     block_n: int
@@ -45,6 +47,7 @@ class SwappedConfig:
     split_k: int
     num_warps: int
     num_stages: int
+    block_sums: bool = False
 
     @classmethod
     def for_problem(cls, problem: Problem) -> SwappedConfig:
@@ -66,13 +69,25 @@ class SwappedConfig:
         # From tiles of 64 features, whatever the config has: the split may not depend on the batch.
         split_k = choose_split(programs, triton.cdiv(problem.n, 64), triton.cdiv(problem.k, config.block_k))
         num_stages = config.num_stages if problem.gpu_arch is None else AMD_STAGES
-        return replace(config, split_k=split_k, num_stages=num_stages)
+        block_sums = config.block_sums or _needs_block_sums(problem)
+        return replace(config, split_k=split_k, num_stages=num_stages, block_sums=block_sums)
 
     def suits(self, problem: Problem) -> bool:
         """Whether ``for_problem`` may choose this config for the device and compute dtype of ``problem``."""
         float32 = self.block_k == FLOAT32.block_k
         amd = self.num_stages == AMD_STAGES
-        return float32 == (problem.multiply_dtype == torch.float32) and amd == (problem.gpu_arch is not None)
+        return (
+            float32 == (problem.multiply_dtype == torch.float32)
+            and amd == (problem.gpu_arch is not None)
+            and self.block_sums == (float32 or _needs_block_sums(problem))
+        )
+
+
+def _needs_block_sums(problem: Problem) -> bool:
+    """On 9.x, Triton lets the product of one iteration run on into the next, which overwrites the weights that it reads
+    from registers (triton-lang/triton#9433; seen in the PTX of 3.7).
+    """
+    return problem.capability is not None and problem.capability[0] == 9
 
 
 SMALL = SwappedConfig(16, 64, 128, split_k=1, num_warps=4, num_stages=5)
@@ -81,11 +96,13 @@ MIDDLE_64 = SwappedConfig(64, 64, 64, split_k=1, num_warps=4, num_stages=4)
 MIDDLE_128 = SwappedConfig(128, 64, 64, split_k=1, num_warps=4, num_stages=3)
 WIDE = SwappedConfig(128, 128, 64, split_k=1, num_warps=8, num_stages=3)
 # No tensor core multiplies float32 exactly: the products are unrolled into FMAs, so the step is short.
-FLOAT32 = SwappedConfig(16, 64, 32, split_k=1, num_warps=4, num_stages=4)
+# One long chain of float32 additions loses twice what PyTorch's product does.
+FLOAT32 = SwappedConfig(16, 64, 32, split_k=1, num_warps=4, num_stages=4, block_sums=True)
 _TILES = [SMALL, MIDDLE_32, MIDDLE_64, MIDDLE_128, WIDE, FLOAT32]
 _CONFIGS = [*_TILES, *(replace(config, split_k=4) for config in _TILES if config != WIDE)]
+_HOPPER = [replace(config, block_sums=True) for config in _CONFIGS if not config.block_sums]
 #: Every tile that the heuristic chooses, with and without a split, on NVIDIA and on AMD.
-CONFIGS = [*_CONFIGS, *(replace(config, num_stages=AMD_STAGES) for config in _CONFIGS)]
+CONFIGS = [*_CONFIGS, *_HOPPER, *(replace(config, num_stages=AMD_STAGES) for config in _CONFIGS)]
 
 
 def why_not(problem: Problem) -> str | None:
@@ -122,6 +139,7 @@ def weight_only_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr,
 ):
     """out: [M, N] in the dtype of the result, or float32 [SPLIT_K, M, N] that ``reduce_parts_kernel`` finishes."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -142,9 +160,15 @@ def weight_only_kernel(
             k_mask = (start + k)[None, :] < K
             w = tl.load(w_tile, mask=n_mask & k_mask, other=0)
             x = tl.load(x_tile, mask=m_mask & k_mask, other=0.0)
-        acc = tl.dot(w.to(COMPUTE), tl.trans(x.to(COMPUTE)), acc, input_precision="ieee")
+        if BLOCK_SUMS:
+            # Doubled, which is exact, because the compiler turns a bare sum of products back into a chain.
+            acc += 2.0 * tl.dot(w.to(COMPUTE), tl.trans(x.to(COMPUTE)), input_precision="ieee")
+        else:
+            acc = tl.dot(w.to(COMPUTE), tl.trans(x.to(COMPUTE)), acc, input_precision="ieee")
         w_tile += BLOCK_K
         x_tile += BLOCK_K
+    if BLOCK_SUMS:
+        acc *= 0.5
     row = m[None, :]
     column = n[:, None]
     if SPLIT_K == 1:
@@ -203,6 +227,7 @@ def plan_swapped(
         "BLOCK_K": config.block_k,
         "SPLIT_K": split_k,
         "EVEN_K": k % config.block_k == 0,
+        "BLOCK_SUMS": config.block_sums,
     }
     tiles = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), split_k)
     launches = [Launch(weight_only_kernel, tiles, product, tile, config.num_warps, config.num_stages)]
