@@ -85,9 +85,25 @@ def check_geometry(
 
     Raises ValueError that names the operator and the argument.
     """
-    for name, tensor, dimensions in (("x", x, "[N, C, H, W]"), ("weight", weight, "[Co, kh, kw, C / groups]")):
-        if tensor.dim() != 4:
-            raise ValueError(f"{op}: {name} must have four dimensions {dimensions}, not shape {list(tensor.shape)}")
+    return check_sizes(op, x.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def check_sizes(
+    op: str,
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> ConvGeometry:
+    """``check_geometry`` of tensors of these shapes."""
+    for name, shape, dimensions in (
+        ("x", x_shape, "[N, C, H, W]"),
+        ("weight", weight_shape, "[Co, kh, kw, C / groups]"),
+    ):
+        if len(shape) != 4:
+            raise ValueError(f"{op}: {name} must have four dimensions {dimensions}, not shape {list(shape)}")
     for name, values, length, least in (
         ("stride", stride, 2, 1),
         ("padding", padding, 4, 0),
@@ -98,17 +114,17 @@ def check_geometry(
             wanted = "an integer" if length == 1 else f"{length} integers"
             shown = list(values) if length > 1 else values[0]
             raise ValueError(f"{op}: {name} must be {wanted} of at least {least}, not {shown}")
-    n, channels, height, width = x.shape
-    out_channels, *kernel, group_channels = weight.shape
+    n, channels, height, width = x_shape
+    out_channels, *kernel, group_channels = weight_shape
     if channels != group_channels * groups:
         raise ValueError(
-            f"{op}: x has {channels} channels, but weight of shape {list(weight.shape)} takes {group_channels} in "
+            f"{op}: x has {channels} channels, but weight of shape {list(weight_shape)} takes {group_channels} in "
             f"each of {groups} groups, so {group_channels * groups}"
         )
     if out_channels % groups:
         raise ValueError(f"{op}: the {out_channels} output channels of weight do not divide into {groups} groups")
     if 0 in kernel:
-        raise ValueError(f"{op}: weight of shape {list(weight.shape)} has an empty window")
+        raise ValueError(f"{op}: weight of shape {list(weight_shape)} has an empty window")
     geometry = ConvGeometry(
         n,
         channels,

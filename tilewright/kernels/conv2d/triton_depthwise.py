@@ -10,6 +10,7 @@ cache.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class DepthwiseConfig:
         return cls(block_m=2048 // block_c, block_c=block_c, num_warps=4)
 
 
-choose = DepthwiseConfig.for_problem
+choose = functools.lru_cache(maxsize=4096)(DepthwiseConfig.for_problem)
 
 
 def why_not(problem: Problem) -> str | None:

@@ -14,6 +14,7 @@ has few channels; the mask is computed in each step.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import triton
@@ -55,7 +56,7 @@ class ImplicitConfig:
         return cls(tile, flat=taps > MAX_UNROLLED or depth < 2 * tile.num_stages * tile.block_k)
 
 
-choose = ImplicitConfig.for_problem
+choose = functools.lru_cache(maxsize=4096)(ImplicitConfig.for_problem)
 
 
 def why_not(problem: Problem) -> str | None:

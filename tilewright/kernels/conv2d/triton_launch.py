@@ -16,7 +16,7 @@ import triton
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
-from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry, empty_channels_last, to_channels_last
+from tilewright.kernels.conv_geometry import ConvGeometry, check_sizes, empty_channels_last, to_channels_last
 from tilewright.kernels.int8_linear.triton_launch import MAX_K
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.triton_common import FLOAT_DTYPES, why_not_on_gpu
@@ -71,17 +71,8 @@ class ConvCall:
 
     def problem(self) -> Problem:
         """What a heuristic looks at."""
-        geometry = self.geometry
-        return Problem(
-            "int8_conv2d_fused" if self.integer else "conv2d_fused",
-            m=self.rows,
-            n=geometry.out_channels,
-            k=geometry.taps * geometry.group_channels,
-            x_dtype=self.x.dtype,
-            conv=geometry,
-            allow_tf32=self.allow_tf32,
-            **device_facts(self.x.device),
-        )
+        op = "int8_conv2d_fused" if self.integer else "conv2d_fused"
+        return _problem(op, self.geometry, self.x.dtype, self.allow_tf32, self.x.device)
 
     def epilogue(self) -> dict[str, Any]:
         """The run-time arguments of ``triton_epilogue.finish_conv_tile``."""
@@ -104,6 +95,24 @@ class ConvCall:
             "INTEGER": self.integer,
             "PRECISION": "tf32" if self.allow_tf32 else "ieee",
         }
+
+
+# What is known from sizes alone is worked out once: in a small network the cost is overhead for each call.
+_sizes = functools.lru_cache(maxsize=4096)(check_sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(op: str, geometry: ConvGeometry, dtype: torch.dtype, allow_tf32: bool, device: torch.device) -> Problem:
+    return Problem(
+        op,
+        m=math.prod((geometry.batch, geometry.out_height, geometry.out_width)),
+        n=geometry.out_channels,
+        k=geometry.taps * geometry.group_channels,
+        x_dtype=dtype,
+        conv=geometry,
+        allow_tf32=allow_tf32,
+        **device_facts(device),
+    )
 
 
 def unit(*sizes: int) -> int:
@@ -216,7 +225,8 @@ def float_call(
 ) -> ConvCall:
     """What the kernels take for these arguments of ``conv2d_fused``; the result is allocated."""
     check_activation(activation, CONV_ACTIVATIONS)
-    geometry = check_geometry("conv2d_fused", x, weight, stride, padding, dilation, groups)
+    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = _sizes("conv2d_fused", x.shape, weight.shape, *window)
     return ConvCall(
         geometry,
         nhwc(x),
@@ -250,7 +260,8 @@ def int8_call(
 ) -> ConvCall:
     """What the kernels take for these arguments of ``int8_conv2d_fused``; the result is allocated."""
     check_activation(activation, CONV_ACTIVATIONS)
-    geometry = check_geometry("int8_conv2d_fused", x, weight, stride, padding, dilation, groups)
+    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = _sizes("int8_conv2d_fused", x.shape, weight.shape, *window)
     dtype = out_dtype or (torch.float32 if out_scale is None else torch.int8)
     return ConvCall(
         geometry,

@@ -9,6 +9,7 @@ for a tile. 36 of the 53 convolutions of a ResNet-50 are of this kind, with four
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import triton
@@ -32,6 +33,7 @@ from tilewright.kernels.triton_common import grouped_tile
 GROUP_M = 8
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(problem: Problem) -> ConvTile:
     """The tile for ``problem``. A sum that is one step long has no loads to run ahead of."""
     tile = ConvTile.for_problem(problem, problem.k)

@@ -11,6 +11,7 @@ window, read 0.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -37,6 +38,7 @@ MAX_CHANNELS = 4
 BLOCK_K = 32
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(problem: Problem) -> ConvTile:
     """The tile for ``problem``. Loads of single values are not copied asynchronously, so two stages are enough."""
     tile = ConvTile.for_problem(problem, BLOCK_K)
