@@ -95,9 +95,8 @@ class Compiled:
         values = self._ordered(args)
         if 0 in grid:
             return Stats()
-        return emulate(
-            self.text, grid, self.num_warps, values, int(self.target.arch), shared=self.shared_bytes, **options
-        )
+        options = {"shared": self.shared_bytes, "names": self.specialization.run_time, **options}
+        return emulate(self.text, grid, self.num_warps, values, int(self.target.arch), **options)
 
     def _ordered(self, args: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
         names = self.specialization.run_time
