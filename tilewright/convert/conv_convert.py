@@ -79,7 +79,7 @@ class Convolutions:
         folds, reasons = self._folds(regions)
         for name in track(self.planned, "Fusing", progress):
             self._fuse_layer(name, folds, reasons, with_data)
-        self._write_regions(regions)
+        self._write_regions()
         wanted = {name for name, planned in self.planned.items() if isinstance(planned.scheme, Int8Static)}
         for name in self._on_vectors(wanted):
             wanted.discard(name)
@@ -134,7 +134,9 @@ class Convolutions:
             note = f"{NEEDS_DATA}; {note}" if note else NEEDS_DATA
         self.records[name] = LayerRecord(float_scheme.to_json(), str(float_scheme), before, _bytes(new), note=note)
 
-    def _write_regions(self, regions: list[Region]) -> None:
+    def _write_regions(self) -> None:
+        # Traced once more: what stands in place of a batch-norm may call an activation that was part of it.
+        regions, _ = find_regions(self.model)
         self.regions = [(region, rewrite(region)) for region in regions]
         for region, sites in self.regions:
             if sites:

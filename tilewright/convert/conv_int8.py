@@ -215,11 +215,12 @@ class Flow:
         self, user: fx.Node, node: fx.Node, wanted: set[fx.Node], scales: dict[fx.Node, Scale]
     ) -> bool | None:
         """Whether ``user`` gains by ``node`` being int8; None if it cannot take it."""
-        if user in self.sites:
-            return True
-        if self.averages(user) is not None or addends(user) is not None:
+        if (site := self.sites.get(user)) is not None:
+            takes = site.residual is not node or getattr(site.layer, "residual_scale", None) is not None
+            return True if takes else None
+        if self.averages(user) is not None:
             return user in wanted
-        if self.passes(user) or self.joins(user):
+        if self.passes(user) or self.joins(user) or addends(user) is not None:
             return True if user in wanted else None
         return None
 

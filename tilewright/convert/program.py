@@ -84,11 +84,11 @@ class Program(ReplacedForward):
             return type(owner).forward(owner, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._function(owner, *given)
-        if not self._is_current():
-            return type(owner).forward(owner, *args, **kwargs)
         try:
             if self.observer is not None:
                 return self.observer(self, given)
+            if not self._is_current():
+                return type(owner).forward(owner, *args, **kwargs)
             if self._replays is not None and not torch.is_grad_enabled() and self._is_unwatched():
                 return self._replays(*given)
             return self._flat(self._bound, *given)
