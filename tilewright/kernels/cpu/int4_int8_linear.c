@@ -149,7 +149,7 @@ static void int4_part(void *data) {
                 finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
             }
         }
-        tw_barrier(); /* the next block overwrites q */
+        if (first + job->block < job->m) tw_barrier(); /* the next block overwrites q */
     }
 }
 

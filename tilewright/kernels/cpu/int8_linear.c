@@ -144,7 +144,7 @@ static void linear_part(void *data) {
                 finish_tile(job, sums, first + row, count, channel, job->scale + row);
             }
         }
-        tw_barrier(); /* the next block overwrites q */
+        if (first + job->block < job->m) tw_barrier(); /* the next block overwrites q */
     }
 }
 

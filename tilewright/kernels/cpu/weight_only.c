@@ -15,7 +15,7 @@
 #include "nibbles.h"
 #include "parallel.h"
 
-enum { ROW_GROUP = 96, SEGMENT_WORDS = 32, PART = 512 };
+enum { ROW_GROUP = 96, PART = 512 };
 
 static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -111,6 +111,7 @@ INLINE float rounded(float x, int compute) {
 #define ELEMENT float
 #define STEP 1
 #define NEEDS_ROW_SUMS 0
+#define SEGMENT_WORDS 8 /* PyTorch's own sums are short chains too */
 #define WIDEN(value) (value)
 #define STORE(to, value) *(to) = (value)
 #define convert_row convert_row_float
@@ -130,6 +131,7 @@ INLINE floats multiply_add_float(floats sum, floats w, const float *x) { return 
 #undef ELEMENT
 #undef STEP
 #undef NEEDS_ROW_SUMS
+#undef SEGMENT_WORDS
 #undef WIDEN
 #undef STORE
 #undef convert_row
@@ -140,6 +142,7 @@ INLINE floats multiply_add_float(floats sum, floats w, const float *x) { return 
 #define ELEMENT uint16_t
 #define STEP 2
 #define NEEDS_ROW_SUMS 1
+#define SEGMENT_WORDS 32
 #define WIDEN(value) from_bits((uint32_t)(value) << 16)
 #define STORE(to, value) *(to) = (uint16_t)(to_bits(value) >> 16)
 #define convert_row convert_row_pairs

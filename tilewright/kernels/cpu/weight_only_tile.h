@@ -141,7 +141,7 @@ INLINE void NAME(part)(int bits, const NAME(job) *job) {
                 row += count;
             }
         }
-        tw_barrier(); /* the next block overwrites the rows */
+        if (first + job->block < job->m) tw_barrier(); /* the next block overwrites the rows */
     }
 }
 
