@@ -128,6 +128,12 @@ def isa() -> str:
     return name
 
 
+def supports(isa: str) -> bool:
+    """Whether this processor can execute the build called ``isa``; False where there are no C kernels."""
+    library, _ = _load()
+    return library is not None and bool(library.tw_supports(isa.encode()))
+
+
 @functools.cache
 def layout(name: str) -> str:
     """``name`` of a weight's order, made unique to the instruction set in use."""

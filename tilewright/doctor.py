@@ -1,0 +1,119 @@
+"""``tilewright doctor``: what this machine has, which kernels serve on it, what is missing and what that costs."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tilewright.kernels.cpu import build, native
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.router import route
+
+#: What missing C kernels cost on a CPU: the operators of PyTorch that serve instead, 4096 x 4096, two threads of an AMD
+#: EPYC (Zen 4), 1 to 512 rows.
+COST = "int4 layers take up to 5 times as long, int8 weight-only layers up to 3 times, int8 layers up to 2 times"
+#: Layers whose implementation is looked up: operator, what one calls it, further fields of the problem.
+_LAYERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("int8_linear", "int8", {}),
+    ("int8_weight_only_linear", "int8-weight-only", {"compute_dtype": torch.bfloat16}),
+    ("int4_linear", "int4", {"compute_dtype": torch.bfloat16, "group_size": 128, "symmetric": False}),
+    ("int4_int8_linear", "int8-int4", {"group_size": 128, "symmetric": False}),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and whether it is as good as it can be here."""
+
+    subject: str
+    found: str
+    good: bool = True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _triton() -> Finding:
+    if importlib.util.find_spec("triton") is None:
+        return Finding("triton", "not installed: GPU kernels cannot be used", good=not torch.cuda.is_available())
+    return Finding("triton", _version("triton") or "installed, of an unknown version")
+
+
+def _gpu() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding("GPU", "none that PyTorch can use")
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return Finding("GPU", names)
+
+
+def _c_kernels() -> Iterator[Finding]:
+    try:
+        reason = native.why_no_native()
+    except ValueError as error:  # TILEWRIGHT_CPU_ISA asks for what is not there
+        reason = str(error)
+    if reason is None:
+        best = next(name for name in build.isas() if name != "portable" and native.supports(name))
+        note = "" if native.isa() == best else f"; TILEWRIGHT_CPU_ISA turns off the better {best}"
+        yield Finding("C kernels", f"use {native.isa()}{note}", good=not note)
+        return
+    yield Finding("C kernels", reason, good=False)
+    yield Finding("  what that costs", COST, good=False)
+    if not build.LIBRARY.is_file():
+        yield Finding("  what helps", _advice(), good=False)
+
+
+def _advice() -> str:
+    try:
+        compiler = build.find_compiler()
+    except build.BuildError as error:
+        return f"{error}: install one, then install tilewright again"
+    return f"there is a compiler now ({Path(compiler).name}): install tilewright again"
+
+
+def _served() -> Iterator[Finding]:
+    try:
+        native.why_no_native()
+    except ValueError:  # already said
+        return
+    for op, scheme, facts in _LAYERS:
+        chosen = {rows: route(Problem(op, rows, 4096, 4096, torch.float32, **facts)).name for rows in (1, 256)}
+        names = list(dict.fromkeys(chosen.values()))
+        found = names[0] if len(names) == 1 else ", ".join(f"{name} at {rows} rows" for rows, name in chosen.items())
+        yield Finding(f"{scheme} on this CPU", found, good=names != ["reference"])
+
+
+def examine() -> list[Finding]:
+    """Look at this machine. Starts no GPU kernel and changes nothing."""
+    return [
+        Finding("tilewright", _version("tilewright") or "not installed, run from its source"),
+        Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("torch", torch.__version__),
+        _triton(),
+        _gpu(),
+        Finding("CPU threads", str(torch.get_num_threads())),
+        Finding("CPU, as PyTorch sees it", torch.backends.cpu.get_cpu_capability()),
+        *_c_kernels(),
+        *_served(),
+    ]
+
+
+def print_findings(findings: list[Finding], console: Console | None = None) -> None:
+    """A table, with a mark in front of what could be better."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in findings:
+        mark, style = ("", "") if finding.good else ("!", "yellow")
+        table.add_row(mark, finding.subject, finding.found, style=style)
+    (console or Console()).print(table)
