@@ -8,13 +8,16 @@ choose on a target for a range of problems, over tensors without memory: they ar
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from bench.problems import Shape, make_arguments
+from bench.counts import Small
+from bench.problems import QUANTIZERS, Shape, make_arguments
 from tilewright.aot.launch import Launch
 from tilewright.aot.specialize import specialize
 from tilewright.aot.targets import Target
@@ -221,13 +224,17 @@ def _shapes(op: str) -> Iterator[tuple[str, Shape]]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel to compile: its row in the table is named by family, kernel, variant and config."""
+    """One kernel to compile: its row in the table is named by family, kernel, variant and config.
+
+    small: the same binary over a problem that is small enough to emulate, as ``counts.count`` takes it.
+    """
 
     family: str
     kernel: str
     variant: str
     config: str
     launch: Launch
+    small: Callable[[int], Small | None] = field(default=lambda depth: None, compare=False)
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -255,9 +262,47 @@ def launches_for(target: Target) -> Iterator[Entry]:
             config = family.choose(problem)
             arguments = make_arguments(family.op, shape, device="meta")
             launches, _ = family.plan(arguments, config, inline_ptx=target.backend == "cuda")
-            for launch in launches:
-                entry = Entry(family.name, launch.kernel.__name__, variant, describe(config), launch)
+            for index, launch in enumerate(launches):
+                small = functools.partial(_small_launch, family, shape, config, target, index)
+                entry = Entry(family.name, launch.kernel.__name__, variant, describe(config), launch, small)
                 binary = (entry.kernel, str(specialize(launch, target)), launch.num_warps, launch.num_stages)
                 if entry.key not in seen and binary not in seen:
                     seen |= {entry.key, binary}
                     yield entry
+
+
+def _small_launch(family: Family, shape: Shape, config: Any, target: Target, index: int, depth: int) -> Small | None:
+    """The launch number ``index`` for a problem of few tiles with the specialisation that ``shape`` gives it, or None.
+
+    depth: 1, or 2 for twice the columns of K.
+    """
+
+    def planned(size: Shape, device: str) -> Launch:
+        launches, _ = family.plan(make_arguments(family.op, size, device), config)
+        return launches[index]
+
+    wanted = specialize(planned(shape, "meta"), target)
+    for sizes in _small_shapes(family, shape, config):
+        if all(specialize(planned(size, "meta"), target) == wanted for size in sizes):
+            size = sizes[min(depth, len(sizes)) - 1]
+            return Small(planned(size, "cpu"), size.k if len(sizes) > 1 else 0)
+    return None
+
+
+def _small_shapes(family: Family, shape: Shape, config: Any) -> Iterator[tuple[Shape, ...]]:
+    """Problems of one to 16 tiles each way, as ragged as ``shape``: products with some columns of K and with twice as
+    many.
+    """
+    if family.op in QUANTIZERS:
+        rows = config.rows
+        yield from ((replace(shape, m=m),) for m in (rows, 2 * rows, 16 * rows, 2 * rows + 1) if m <= shape.m)
+        return
+    block_m, block_n = getattr(config, "block_m", 16), getattr(config, "block_n", 64)
+    splits = max(getattr(config, "split_k", 1), getattr(config, "splits", 1))
+    odd = 0 if shape.k % 16 == 0 else 11
+    for tiles_m, tiles_n, steps in itertools.product((1, 2, 16), (1, 2, 16), (512, 1024, 2048)):
+        m, n = min(shape.m, tiles_m * block_m - odd), tiles_n * block_n - odd
+        yield tuple(
+            replace(shape, m=m, n=n, k=k, group_size=None if shape.group_size is None else min(shape.group_size, k))
+            for k in (steps * splits + odd, 2 * steps * splits + odd)
+        )

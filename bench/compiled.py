@@ -5,7 +5,8 @@
     python -m bench.compiled --check      only print; exit status 1 if anything differs
     python -m bench.compiled --sample 40  the same for 40 rows spread over the table
 
-Needs no GPU. "compiled" says nothing about results or speed: only what the compiler made.
+Needs no GPU. "compiled" says nothing about results or speed: only what the compiler made, and for sm_80 and sm_90 what
+that code does on an emulated GPU (``bench.counts``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from bench.catalogue import Entry, launches_for
 from bench.conv_catalogue import conv_launches_for
+from bench.counts import count
 from tilewright.aot.compiler import compile_launch
 from tilewright.aot.targets import TARGETS, Target
 
@@ -33,6 +35,7 @@ class Row:
 
     spills, shared: bytes, for each thread and each block. matrix: kind of matrix instruction, of which there are
     ``matrix_count`` in the code. loads_16: 16-byte loads from global memory. async_copies: ``cp.async`` of any width.
+    From ``read_bytes`` on, what was counted on an emulated GPU: see ``counts.Counts``.
     """
 
     family: str
@@ -48,6 +51,13 @@ class Row:
     loads_16: int
     async_copies: int
     triton: str
+    read_bytes: float | None = None
+    read_sectors: float | None = None
+    read_excess: float | None = None
+    write_excess: float | None = None
+    shared_excess: float | None = None
+    matrix_per_step: float | None = None
+    issue_per_matrix: float | None = None
 
     @property
     def key(self) -> Key:
@@ -59,6 +69,15 @@ class Row:
         fields = [field.name for field in dataclasses.fields(self)]
         changed = [name for name in fields if getattr(self, name) != getattr(new, name)]
         return ", ".join(f"{name} {getattr(self, name)} -> {getattr(new, name)}" for name in changed) or None
+
+
+def _count(text: str) -> float | None:
+    return float(text) if text else None
+
+
+_READ = {
+    field.name: {"int": int, "float | None": _count}.get(str(field.type), str) for field in dataclasses.fields(Row)
+}
 
 
 def entries() -> Iterator[tuple[Target, Entry]]:
@@ -76,7 +95,7 @@ def sample(everything: list[tuple[Target, Entry]], size: int) -> list[tuple[Targ
 
 
 def compute(target: Target, entry: Entry) -> Row:
-    """Compile one entry."""
+    """Compile one entry, and count what it does."""
     compiled = compile_launch(entry.launch, target)
     found = compiled.instructions
     return Row(
@@ -90,6 +109,7 @@ def compute(target: Target, entry: Entry) -> Row:
         loads_16=found.loads.get(16, 0),
         async_copies=found.async_copies,
         triton=compiled.triton_version,
+        **dataclasses.asdict(count(entry.small, target)),
     )
 
 
@@ -98,9 +118,8 @@ def read_table(path: Path = TABLE) -> dict[Key, Row]:
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
-        numbers = {field.name for field in dataclasses.fields(Row) if field.type == "int"}
         lines = csv.DictReader(file)
-        rows = [Row(**{k: int(v) if k in numbers else v for k, v in line.items()}) for line in lines]
+        rows = [Row(**{name: _READ[name](text) for name, text in line.items()}) for line in lines]
     return {row.key: row for row in rows}
 
 

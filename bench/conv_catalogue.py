@@ -5,6 +5,8 @@ Layers are those of ResNet-50, ResNeXt, MobileNetV2 and ConvNeXt, batch 1 and mo
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 from bench.catalogue import MULTIPROCESSORS, Entry, describe
 from bench.conv_problems import INTEGERS, ConvShape, make_conv_arguments
+from bench.counts import Small
 from tilewright.aot.launch import Launch
 from tilewright.aot.specialize import specialize
 from tilewright.aot.targets import Target
@@ -120,8 +123,9 @@ def conv_launches_for(target: Target) -> Iterator[Entry]:
         for variant, shape in _shapes(short):
             call = make_call(shape, "meta")
             config = family.choose(problem_on(call, target))
-            for launch in family.plan(call, config):
-                entry = Entry(family.name, launch.kernel.__name__, variant, _in_words(config), launch)
+            for index, launch in enumerate(family.plan(call, config)):
+                small = functools.partial(_small_launch, family, shape, config, target, index)
+                entry = Entry(family.name, launch.kernel.__name__, variant, _in_words(config), launch, small)
                 binary = (entry.kernel, str(specialize(launch, target)), launch.num_warps, launch.num_stages)
                 if entry.key not in seen and binary not in seen:
                     seen |= {entry.key, binary}
@@ -129,10 +133,55 @@ def conv_launches_for(target: Target) -> Iterator[Entry]:
     x = torch.empty(32, 64, 56, 56, device="meta", memory_format=torch.channels_last)
     for variant, image in (("fp32", x), ("bf16", x.bfloat16())):
         for launch in plan_quantize_per_tensor(image, 0.1, torch.empty_like(image, dtype=torch.int8)):
-            yield Entry("int8_conv2d quantize", launch.kernel.__name__, variant, "block=2048 num_warps=4", launch)
+            small = functools.partial(_small_quantize, image.dtype)
+            yield Entry(
+                "int8_conv2d quantize", launch.kernel.__name__, variant, "block=2048 num_warps=4", launch, small
+            )
 
 
 def _in_words(config: Any) -> str:
     if isinstance(config, triton_implicit.ImplicitConfig):
         return f"{describe(config.tile)} flat={int(config.flat)}"
     return describe(config)
+
+
+def _small_quantize(dtype: torch.dtype, depth: int) -> Small:
+    image = torch.randn(2, 64, 8, 8).to(dtype=dtype, memory_format=torch.channels_last)
+    return Small(plan_quantize_per_tensor(image, 0.1, torch.empty_like(image, dtype=torch.int8))[0])
+
+
+def _small_launch(
+    family: ConvFamily, shape: ConvShape, config: Any, target: Target, index: int, depth: int
+) -> Small | None:
+    """The launch number ``index`` for a small image with the specialisation that ``shape`` gives it, or None.
+
+    depth: 1, or 2 for twice the channels.
+    """
+
+    def planned(size: ConvShape, device: str) -> Launch:
+        return family.plan(make_call(size, device), config)[index]
+
+    wanted = specialize(planned(shape, "meta"), target)
+    for sizes in _small_shapes(shape):
+        if all(specialize(planned(size, "meta"), target) == wanted for size in sizes):
+            size = sizes[min(depth, len(sizes)) - 1]
+            call = make_call(size)
+            return Small(family.plan(call, config)[index], call.problem().k if len(sizes) > 1 else 0)
+    return None
+
+
+def _small_shapes(shape: ConvShape) -> Iterator[tuple[ConvShape, ...]]:
+    """Smaller images, with as many channels and with twice as many; then, for layers whose channels are no matter of
+    choice, smaller images alone.
+    """
+    few = {shape.channels} if shape.channels <= 256 else set()
+    images = [
+        replace(shape, batch=min(batch, shape.batch), size=size)
+        for batch in (1, 2, 3, 16)
+        for size in (4, 7, 8, 13, 14, 16, 28, 32)
+    ]
+    if shape.groups == 1 and shape.channels > 4:
+        for image, channels in itertools.product(images, sorted({64, 256, *few})):
+            small = replace(image, channels=channels, out_channels=min(shape.out_channels, 256))
+            yield small, replace(small, channels=2 * channels)
+    yield from ((image,) for image in images)

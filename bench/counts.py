@@ -1,0 +1,99 @@
+"""What the compiled code of a table row does when it runs, counted on an emulated GPU over a small problem.
+
+A row's kernel was compiled for large tensors. The same binary serves small ones of equal specialisation, and what is
+counted for each access and each step along K does not depend on the size. The main loop is what a problem with twice
+the depth executes more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from tilewright.aot.compiler import EMULATED, compile_launch
+from tilewright.aot.emulator import Stats
+from tilewright.aot.launch import Launch
+from tilewright.aot.targets import Target
+
+#: Columns of K that ``matrix_per_step`` is counted for.
+STEP = 64
+
+
+@dataclass(frozen=True)
+class Counts:
+    """read_bytes, read_sectors: what one access of a warp to global memory reads, on average, and the 32-byte sectors
+    it touches. read_excess, write_excess: sectors by the fewest possible. shared_excess: wavefronts of shared memory by
+    the fewest possible. matrix_per_step: matrix instructions, by a warp or by a warp group, that one block executes in
+    the main loop for 64 columns of K. issue_per_matrix: instructions of any kind for each of them, by a warp.
+    """
+
+    read_bytes: float | None = None
+    read_sectors: float | None = None
+    read_excess: float | None = None
+    write_excess: float | None = None
+    shared_excess: float | None = None
+    matrix_per_step: float | None = None
+    issue_per_matrix: float | None = None
+
+
+@dataclass(frozen=True)
+class Small:
+    """A launch over CPU tensors that compiles to the binary of a table row, and its depth: columns of K, or 0."""
+
+    launch: Launch
+    depth: int = 0
+
+
+def count(small: Callable[[int], Small | None], target: Target) -> Counts:
+    """Emulate the launches that ``small`` makes: ``small(1)``, and ``small(2)`` with twice the depth, if it has one.
+
+    All fields are None where the target cannot be emulated, or no small problem has the same binary.
+    """
+    if target.backend != "cuda" or target.arch not in EMULATED:
+        return Counts()
+    first = small(1)
+    if first is None:
+        return Counts()
+    stats = _emulate(first.launch, target)
+    reads = max(stats.accesses["read"], 1)
+    found = {
+        "read_bytes": stats.global_bytes["read"] / reads,
+        "read_sectors": stats.sectors["read"] / reads,
+        "read_excess": stats.sectors_over_ideal("read"),
+        "write_excess": stats.sectors_over_ideal("written"),
+        "shared_excess": stats.wavefronts_over_ideal,
+    }
+    second = small(2) if first.depth and stats.matrix_instructions else None
+    if second is not None:
+        deeper = _emulate(second.launch, target)
+        more = _by_warp(deeper) - _by_warp(stats)
+        steps = (second.depth - first.depth) / STEP
+        found["matrix_per_step"] = (deeper.matrix_instructions - stats.matrix_instructions) / stats.ctas / steps
+        found["issue_per_matrix"] = (deeper.instructions - stats.instructions) / more
+    return Counts(**{name: _rounded(value) for name, value in found.items()})
+
+
+def worse(old: Counts, new: Counts) -> list[str]:
+    """The figures of ``new`` that are higher than in ``old``: less is better in all of them but read_bytes."""
+    return [
+        field.name
+        for field in fields(Counts)
+        if field.name != "read_bytes"
+        and (before := getattr(old, field.name)) is not None
+        and (after := getattr(new, field.name)) is not None
+        and after > before
+    ]
+
+
+def _emulate(launch: Launch, target: Target) -> Stats:
+    return compile_launch(launch, target).emulate(launch.grid, launch.args)
+
+
+def _by_warp(stats: Stats) -> int:
+    return sum(number * (4 if kind == "wgmma" else 1) for kind, number in stats.matrix.items())
+
+
+def _rounded(value: float) -> float:
+    """Three significant digits."""
+    return round(value, 2 - math.floor(math.log10(value))) if value else 0.0
