@@ -162,7 +162,7 @@ class Program(ReplacedForward):
         self._tensors = self._held_tensors()
 
     def _held_tensors(self) -> list[int]:
-        return list(map(id, map(dict.get, self._tensor_tables, self._tensor_names)))
+        return list(map(id, map(dict.get, self._tensor_tables, self._tensor_names)))  # type: ignore[arg-type]
 
     def _is_unwatched(self) -> bool:
         """Whether a recording may run: no hook would miss it, and no tensor was put in the place of another."""

@@ -7,7 +7,6 @@ interpreter in between.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +48,12 @@ class Description(ctypes.Structure):
     ]
 
 
-@functools.cache
 def lanes() -> int:
     """Numbers in a vector of the instruction set in use; 0 where there are no C kernels for convolution."""
     function = native._function("conv_lanes")
     return function() if function else 0
 
 
-@functools.cache
 def why_no_kernels(integer: bool) -> str | None:
     """Why the C kernels cannot convolve float32, or int8 if ``integer``; None if they can."""
     if native.why_no_native():
@@ -152,7 +149,7 @@ def _pack_depthwise(flat: torch.Tensor) -> torch.Tensor:
 
 def packed_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
     """``pack_weight``, once for as long as ``weight`` lives unchanged."""
-    return packed(weight, f"c-conv-{groups}", lambda: pack_weight(weight, groups))
+    return packed(weight, f"c-conv-{groups}-{lanes()}", lambda: pack_weight(weight, groups))
 
 
 # ---- steps
