@@ -6,15 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from tilewright.kernels import router
 from tilewright.kernels.cpu import build, native
-from tilewright.kernels.router import route, serve
 
 
 def forget_choice() -> None:
     """Choose library and instruction set anew, and let the router ask again."""
     native.forget()
-    route.cache_clear()
-    serve.cache_clear()
+    router.forget()
 
 
 @pytest.fixture(params=build.isas())

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.router import when_forgotten
+
 NAMESPACE = "tilewright"
+#: Calls of one operator, by shapes and dtypes, whose implementation is remembered.
+_REMEMBERED = 4096
 Arguments = Mapping[str, Any]
 Binder = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]
 Gradients = Callable[[torch.Tensor, Arguments, frozenset[str]], Mapping[str, "torch.Tensor | None"]]
@@ -49,9 +53,20 @@ def define(operator: Operator) -> None:
     def bind(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {**defaults, **dict(zip(positional, args, strict=False)), **kwargs}
 
+    served: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    when_forgotten(served.clear)
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
         arguments = bind(args, kwargs)
-        return operator.implementation(name, arguments)(**arguments)
+        # Checking and routing look at nothing but what is in the key: they cost more than a small product.
+        key = (*map(_looks, args), *[(name, _looks(value)) for name, value in kwargs.items()])
+        function = served.get(key)
+        if function is None:
+            function = operator.implementation(name, arguments)
+            if len(served) >= _REMEMBERED:
+                served.clear()
+            served[key] = function
+        return function(**arguments)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         arguments = bind(args, kwargs)
@@ -64,6 +79,12 @@ def define(operator: Operator) -> None:
             _library.impl(name, cast, "Autocast" + device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _register_autograd(operator, overload, positional, bind)
+
+
+def _looks(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _autocast(overload: Any, bind: Binder, device: str, names: tuple[str, ...]) -> Callable[..., Any]:

@@ -78,7 +78,7 @@ def register(implementation: Implementation, before: str | None = None) -> None:
             f"operator {implementation.op!r} has no implementation called {before!r}, only {', '.join(names)}"
         )
     known.insert(len(known) if before is None else names.index(before), implementation)
-    _forget()
+    forget()
 
 
 def unregister(op: str, name: str) -> None:
@@ -87,7 +87,7 @@ def unregister(op: str, name: str) -> None:
     if len(kept) == len(_registered.get(op, [])):
         raise ValueError(f"operator {op!r} has no implementation called {name!r}")
     _registered[op] = kept
-    _forget()
+    forget()
 
 
 def implementations(op: str) -> tuple[Implementation, ...]:
@@ -127,7 +127,8 @@ def when_forgotten(clear: Callable[[], None]) -> None:
     _when_forgotten.append(clear)
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Ask every implementation anew: what can be used, or in which order, has changed."""
     route.cache_clear()
     serve.cache_clear()
     for clear in _when_forgotten:

@@ -1,6 +1,6 @@
 """Linear layers by C kernels: weights repacked once, arguments in the order the kernels take them.
 
-Every function takes x float [M, K] of one of ``native.DTYPES`` and an activation of ``native.ACTIVATIONS``, wants all
+Every function takes x float [..., K] of one of ``native.DTYPES`` and an activation of ``native.ACTIVATIONS``, wants all
 dimensions above 0, and raises RuntimeError with the reason where there are no C kernels.
 """
 
@@ -55,6 +55,16 @@ def _residual(residual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor
     return residual.reshape(like.shape).to(like.dtype).contiguous()
 
 
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """[M, K] with columns side by side, M, K."""
+    shape = x.shape
+    if len(shape) != 2:
+        x = x.reshape(-1, shape[-1])
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.shape[0], shape[-1]
+
+
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -85,13 +95,11 @@ def int8_linear(
 ) -> torch.Tensor:
     """See ``int8_linear.reference``."""
     function = _kernel("int8_linear")
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    m, k = x.shape
-    n = len(weight)
+    rows, m, k = _rows(x)
+    n = weight.shape[0]
     values, correction = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
     weight_scale, bias, channel_scale = weight_scale.contiguous(), _floats(bias), _floats(channel_scale)
-    y = torch.empty(m, n, dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     residual = _residual(residual, y)
     stride = -(-k // 4) * 4
     block = min(m, max(1, _BLOCK_BYTES // stride))
@@ -103,10 +111,10 @@ def int8_linear(
         weight_scale.data_ptr(),
         _address(bias),
         _address(channel_scale),
-        x.data_ptr(),
+        rows.data_ptr(),
         native.DTYPES[x.dtype],
         m,
-        x.stride(0),
+        rows.stride(0),
         _address(residual),
         native.ACTIVATIONS[activation],
         y.data_ptr(),
@@ -161,9 +169,7 @@ def int4_int8_linear(
 ) -> torch.Tensor:
     """See ``int4_int8_linear.reference``; ``why_no_int4_groups`` has nothing against the groups."""
     function = _kernel("int4_int8_linear")
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    m, k = x.shape
+    rows, m, k = _rows(x)
     n, groups = weight_scale.shape
     values, scale, zero = packed(
         weight_packed,
@@ -173,7 +179,7 @@ def int4_int8_linear(
         weight_zero,
     )
     bias, channel_scale = _floats(bias), _floats(channel_scale)
-    y = torch.empty(m, n, dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     residual = _residual(residual, y)
     stride = -(-k // 8) * 8
     block = min(m, max(1, _BLOCK_BYTES // stride))
@@ -186,10 +192,10 @@ def int4_int8_linear(
         group_size,
         _address(bias),
         _address(channel_scale),
-        x.data_ptr(),
+        rows.data_ptr(),
         native.DTYPES[x.dtype],
         m,
-        x.stride(0),
+        rows.stride(0),
         _address(residual),
         native.ACTIVATIONS[activation],
         y.data_ptr(),
@@ -250,11 +256,10 @@ def weight_only_linear(
     points, one group); scales are applied to the sums, in float32.
     """
     function = _kernel("weight_only_linear")
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    rows, m, k = _rows(x)
     bits = 8 if weight.dtype == torch.int8 else 4
-    m, k = x.shape
-    n, groups = len(weight), weight_scale.numel() // len(weight)
+    n = weight.shape[0]
+    groups = weight_scale.numel() // n
     values, scale, zero = packed(
         weight,
         native.layout(f"weight only {k}"),
@@ -263,7 +268,7 @@ def weight_only_linear(
         weight_zero,
     )
     bias = _floats(bias)
-    y = torch.empty(m, n, dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     residual = _residual(residual, y)
     compute = native.DTYPES[compute_dtype or x.dtype]
     row_bytes = -(-k // 8) * 8 * _kernel("weight_only_element")(compute)
@@ -277,11 +282,11 @@ def weight_only_linear(
         k,
         group_size,
         _address(bias),
-        x.data_ptr(),
+        rows.data_ptr(),
         native.DTYPES[x.dtype],
         compute,
         m,
-        x.stride(0),
+        rows.stride(0),
         _address(residual),
         native.ACTIVATIONS[activation],
         y.data_ptr(),

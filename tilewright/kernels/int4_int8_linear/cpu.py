@@ -52,11 +52,9 @@ def native_int4_int8_linear(
     channel_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.int4_int8_linear``."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = linear.int4_int8_linear(
-        rows, weight_packed, weight_scale, weight_zero, bias, residual, group_size, activation, channel_scale
+    return linear.int4_int8_linear(
+        x, weight_packed, weight_scale, weight_zero, bias, residual, group_size, activation, channel_scale
     )
-    return y.view(*x.shape[:-1], len(weight_packed))
 
 
 def _prepack(

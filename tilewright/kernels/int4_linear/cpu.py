@@ -42,11 +42,9 @@ def native_int4_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See ``reference.int4_linear``; the scales are applied to the sums of each group, in float32."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = linear.weight_only_linear(
-        rows, weight_packed, weight_scale, weight_zero, bias, residual, group_size, activation, compute_dtype
+    return linear.weight_only_linear(
+        x, weight_packed, weight_scale, weight_zero, bias, residual, group_size, activation, compute_dtype
     )
-    return y.view(*x.shape[:-1], len(weight_packed))
 
 
 def _kernel_group(k: int, group_size: int) -> int | None:

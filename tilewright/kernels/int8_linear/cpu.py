@@ -40,9 +40,7 @@ def native_int8_linear(
     channel_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.int8_linear``."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = linear.int8_linear(rows, weight, weight_scale, bias, residual, activation, channel_scale)
-    return y.view(*x.shape[:-1], len(weight))
+    return linear.int8_linear(x, weight, weight_scale, bias, residual, activation, channel_scale)
 
 
 def _prepack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

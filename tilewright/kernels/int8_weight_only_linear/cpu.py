@@ -29,11 +29,9 @@ def native_int8_weight_only_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See ``reference.int8_weight_only_linear``; the scale is applied to the sums, in float32."""
-    k = x.shape[-1]
-    y = linear.weight_only_linear(
-        x.reshape(-1, k), weight, weight_scale, None, bias, residual, k, activation, compute_dtype
+    return linear.weight_only_linear(
+        x, weight, weight_scale, None, bias, residual, x.shape[-1], activation, compute_dtype
     )
-    return y.view(*x.shape[:-1], len(weight))
 
 
 def why_not_native(problem: Problem) -> str | None:
