@@ -28,9 +28,10 @@ $(STAMP): pyproject.toml constraints-dev.txt hatch_build.py $(wildcard tilewrigh
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
-#: make demo       convert a pretrained sentence encoder and show size, speed and accuracy
+#: make demo       convert a pretrained sentence encoder, then networks for digits: size, speed and accuracy
 demo: $(STAMP)
 	$(BIN)/python examples/minilm_demo.py $(DEMO_ARGS)
+	$(BIN)/python examples/digits_demo.py $(DEMO_ARGS)
 
 #: make test       the tests, then the timing tests alone, then the kernels in Triton's interpreter
 test: $(STAMP)
