@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +153,39 @@ def test_parts_of_what_does_not_trace() -> None:
     assert list(reported.untraced) == ["1"]
     assert "1 does not trace: TraceError" in str(reported)
     assert {layer.name for layer in reported.converted} == {"0.0", "1.a.0", "1.b.0", "1.loose", "2.0"}
+
+
+class TwoInputs(nn.Module):
+    """Traces with its first input alone, and is called with both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(conv_bn(4, 4), nn.ReLU(), conv_bn(4, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        z = self.encoder(x).mean((2, 3))
+        return self.head(z if y is None else z + y)
+
+
+def test_a_model_is_read_as_the_calibration_data_calls_it(tmp_path: Path) -> None:
+    model = settled(TwoInputs())
+    given = (image(), torch.randn(len(image()), 4))
+    fused = tw.convert_model(model, "fuse")
+    assert isinstance(vars(fused)["forward"], Program)
+    converted = tw.convert_model(model, "int8", calibration_data=iter([given, given]))
+    assert "forward" not in vars(converted)
+    assert isinstance(vars(converted.encoder)["forward"], Program)
+    assert list(tw.report(converted).untraced) == [""] and "called with another y" in str(tw.report(converted))
+    schemes = {layer.name: layer.scheme for layer in tw.report(converted).converted}
+    assert schemes == {"encoder.0.0": "Int8Static + batch-norm + relu", "encoder.2.0": "Int8Static + batch-norm"}
+    for arguments in (given, given[:1]):
+        expected = model(*arguments)
+        assert (converted(*arguments) - expected).norm() < 0.05 * expected.norm()
+    tw.save_model(converted, tmp_path)
+    loaded = tw.load_model(tmp_path, lambda: TwoInputs())
+    assert torch.equal(loaded(*given), converted(*given))
+    assert vars(loaded.encoder)["forward"].source == vars(converted.encoder)["forward"].source
 
 
 class OwnForward(nn.Conv2d):

@@ -202,7 +202,7 @@ def test_a_head_that_is_not_tied_converts_when_asked() -> None:
 @pytest.mark.parametrize("name", ["bert", "llama", "whisper"])
 def test_calibration_with_model_inputs(name: str) -> None:
     model = made(name)
-    converted = convert_model(model, "int8", calibration_data=[ARCHITECTURES[name].inputs])
+    converted = convert_model(model, "int8", calibration_data=ARCHITECTURES[name].inputs)
     assert all(layer.output_error is not None and layer.output_error < 0.03 for layer in report(converted).converted)
     assert cosine(run(name, converted), run(name, model)) > 0.999
 

@@ -14,6 +14,7 @@ at all is among the candidates.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +97,18 @@ def observe(
     if not batches:
         raise ValueError("calibration_data is empty")
     return samples
+
+
+def first_of(data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+    """The first item of ``data``, or None, and all of it, that item included. A mapping is one item."""
+    if data is None:
+        return None, None
+    if isinstance(data, Mapping):
+        data = [data]
+    items = iter(data)
+    first = next(items, None)
+    # What can be gone through once only has lost its first item.
+    return first, itertools.chain([] if first is None else [first], items) if items is data else data
 
 
 def call(model: nn.Module, item: Any) -> Any:

@@ -207,7 +207,7 @@ def load_model(
                 _check_values(places[name], name, tensor, folder / shard)
                 loaded[name] = tensor.to(device)
     _put_in(places, manifest, loaded)
-    conv_restore.finish(model)
+    conv_restore.finish(model, dict(manifest.record.untraced))
     if hidden := hidden_meta_tensors(model):
         raise CheckpointError(
             f"{type(model).__name__} keeps tensors in containers that no checkpoint can fill: {listed(hidden)}; "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import layers, structure
+from tilewright.convert import calibrate, layers, structure
 from tilewright.convert.conv_calibrate import Calibration
 from tilewright.convert.conv_int8 import Flow, write_int8
 from tilewright.convert.conv_match import Site, call_counts, find_folds, rewrite
@@ -70,12 +70,16 @@ class Convolutions:
         self.slots[new] = places
 
     # ---- first: in float
-    def fuse(self, with_data: bool, progress: bool | None) -> nn.Module:
-        """Fold batch-norms, put fused layers in place, and find what follows each. Returns the root."""
+    def fuse(self, sample: Any, progress: bool | None) -> nn.Module:
+        """Fold batch-norms, put fused layers in place, and find what follows each. Returns the root.
+
+        sample: a sample input of the model, which says how its parts are called; None if there is no data.
+        """
         if not self.planned:
             return self.model
+        with_data = sample is not None
         remove_programs(self.model)
-        regions, self.untraced = find_regions(self.model)
+        regions, self.untraced = _regions_as_called(self.model, sample)
         folds, reasons = self._folds(regions)
         for name in track(self.planned, "Fusing", progress):
             self._fuse_layer(name, folds, reasons, with_data)
@@ -136,7 +140,7 @@ class Convolutions:
 
     def _write_regions(self) -> None:
         # Traced once more: what stands in place of a batch-norm may call an activation that was part of it.
-        regions, _ = find_regions(self.model)
+        regions, _ = find_regions(self.model, self.untraced)
         self.regions = [(region, rewrite(region)) for region in regions]
         for region, sites in self.regions:
             if sites:
@@ -199,19 +203,52 @@ class Convolutions:
         """Give ``model``, which is this one in its last form, programs, and write down what became of each layer."""
         if not self.concerned:
             return
-        sites = install_programs(model, self.untraced)
+        record.untraced |= self.untraced
+        sites = install_programs(model, record.untraced)
         for name, made in self.records.items():
             made.label += "".join(f" + {each}" for each in sites.get(name, ()))
             record.layers[name] = made
-        record.untraced |= self.untraced
 
 
-def install_programs(model: nn.Module, untraced: dict[str, str] | None = None) -> dict[str, tuple[str, ...]]:
-    """Give every region of ``model`` with fused convolutions its program. Returns what each of them takes over."""
+def _regions_as_called(model: nn.Module, sample: Any) -> tuple[list[Region], dict[str, str]]:
+    """``find_regions``, with a region that the model calls otherwise on ``sample`` taken apart.
+
+    An encoder-decoder traces with the first of its inputs alone, and nobody calls it so; its encoder is another matter.
+    """
+    regions, untraced = find_regions(model)
+    while sample is not None and (refused := _called_otherwise(model, regions, sample)):
+        regions, untraced = find_regions(model, untraced | refused)
+    return regions, untraced
+
+
+def _called_otherwise(model: nn.Module, regions: list[Region], sample: Any) -> dict[str, str]:
+    """The regions whose calls on ``sample`` all ask for something else than their graphs do: name -> reason."""
+    reasons: dict[str, list[str | None]] = {}
+
+    def watch(region: Region) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            reasons.setdefault(region.name, []).append(region.why_not_called_so(args, kwargs))
+
+        return hook
+
+    handles = [each.module.register_forward_pre_hook(watch(each), with_kwargs=True) for each in regions]
+    try:
+        with calibrate.evaluation(model):
+            calibrate.call(model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: said[0] for name, said in reasons.items() if said[0] is not None and None not in said}
+
+
+def install_programs(model: nn.Module, untraced: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """Give every region of ``model`` with fused convolutions its program. Returns what each of them takes over.
+
+    untraced: modules that are known not to trace, name -> reason; what else does not is added.
+    """
     remove_programs(model)
-    regions, reasons = find_regions(model)
-    if untraced is not None:
-        untraced |= reasons
+    regions, reasons = find_regions(model, untraced)
+    untraced |= reasons
     epilogues: dict[str, tuple[str, ...]] = {}
     for region in regions:
         sites = rewrite(region)

@@ -52,11 +52,14 @@ def fold_named(model: nn.Module, folded: Mapping[str, str]) -> None:
                     parent._modules[attribute] = new
 
 
-def finish(model: nn.Module) -> None:
-    """After the tensors are in: read the scales of activations, and give the model its programs."""
+def finish(model: nn.Module, untraced: dict[str, str]) -> None:
+    """After the tensors are in: read the scales of activations, and give the model its programs.
+
+    untraced: what was found not to trace when the model was converted, name -> reason.
+    """
     fused = [module for module in model.modules() if isinstance(module, ConvLayer)]
     for module in fused:
         if isinstance(module, Int8ConvBnAct2d):
             module.refresh()
     if fused:
-        install_programs(model)
+        install_programs(model, untraced)

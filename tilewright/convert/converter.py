@@ -45,9 +45,10 @@ def convert_model(
     layer alone. heads: convert output heads as well. They are left alone by default, as their errors go straight into
         the answer; a head is what ``get_output_embeddings()`` returns or a direct child of the root called lm_head,
         head, score, classifier, ... A rule that spells out its name converts it too.
-    calibration_data: sample inputs, each a mapping (keyword arguments), a tuple or list (positional) or one tensor,
-        for schemes that quantise activations: they then search a scale for each input channel, which lowers the error
-        (``convert.calibrate``). It also gives the report an output error for every layer.
+    calibration_data: an iterable of sample inputs, each a mapping (keyword arguments), a tuple or list (positional) or
+        one tensor; a mapping by itself is one sample. For schemes that quantise activations: they then search a scale
+        for each input channel, which lowers the error (``convert.calibrate``), or fix one for the whole tensor, as
+        convolutions do. It also gives the report an output error for every layer.
     fuse: let a layer apply the activation module that follows it, where tracing shows that nothing else reads what lies
         between (``convert.fusion``); the activation is then taken in float32, before the only cast.
     inplace: change ``model`` itself and free each float weight as soon as its replacement exists. Otherwise ``model``
@@ -71,9 +72,10 @@ def convert_model(
         model = structure.copy_structure(original)
     record = Record([*known.recipes, recipe.to_json()], dict(known.layers), plan.skipped, dict(known.untraced))
     convolutions = Convolutions(model, plan, fused_already=any(isinstance(m, ConvLayer) for m in model.modules()))
+    first, data = calibrate.first_of(calibration_data)
     try:
-        model = convolutions.fuse(calibration_data is not None, progress)
-        samples = _observe(model, plan, convolutions, calibration_data, progress)
+        model = convolutions.fuse(first, progress)
+        samples = _observe(model, plan, convolutions, data, progress)
         model = convolutions.model
         convolutions.release()
         model = _swap(model, plan, samples, record, progress)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tilewright.convert.tracing import NotAsExpected, ReplacedForward, is_known
+from tilewright.convert.tracing import NotAsExpected, ReplacedForward, bind_call, is_known
 from tilewright.kernels.cpu.replay import Replays
 from tilewright.nn.conv_int8 import scales_read
 
@@ -97,24 +97,8 @@ class Program(ReplacedForward):
 
     def _inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """What a call gives the graph's inputs; None if it asks for something else than the graph does."""
-        names = [*inspect.signature(type(self.owner).forward).parameters][1:]
-        if len(args) > len(names):
-            return None
-        values = dict(zip(names, args, strict=False))
-        values.update(kwargs)
-        found = []
-        for name in self.inputs:
-            if name not in values:
-                return None
-            found.append(values.pop(name))
-        for name, value in values.items():
-            if name not in self.defaults:
-                return None
-            wanted = self.defaults[name]
-            plain = isinstance(value, (bool, int, float, str)) and type(value) is type(wanted)
-            if value is not wanted and not (plain and value == wanted):
-                return None
-        return tuple(found)
+        found = bind_call(type(self.owner), self.inputs, self.defaults, args, kwargs)
+        return None if isinstance(found, str) else found
 
     # ---- the fast form
     def _is_current(self) -> bool:

@@ -11,11 +11,13 @@ Arguments with a default are taken at that value, but for the first. Where the c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -189,6 +191,47 @@ class Region:
         """Submodules by the names that the graph uses."""
         return dict(self.module.named_modules(remove_duplicate=False))
 
+    def why_not_called_so(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Which argument of a call the graph was not made for, in words, or None."""
+        found = bind_call(type(self.module), self.inputs, self.defaults, args, kwargs)
+        return f"it is called with another {found} than it traces with" if isinstance(found, str) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameter_names(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def bind_call(
+    kind: type[nn.Module],
+    inputs: tuple[str, ...],
+    defaults: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, ...] | str:
+    """What a call of ``kind.forward`` gives the inputs of a graph; the argument's name if it asks for something else.
+
+    inputs, defaults: as of ``Region``.
+    """
+    names = _parameter_names(kind)
+    if len(args) > len(names):
+        return "number of arguments"
+    values = dict(zip(names, args, strict=False))
+    values.update(kwargs)
+    found = []
+    for name in inputs:
+        if name not in values:
+            return name
+        found.append(values.pop(name))
+    for name, value in values.items():
+        if name not in defaults:
+            return name
+        wanted = defaults[name]
+        plain = isinstance(value, (bool, int, float, str)) and type(value) is type(wanted)
+        if value is not wanted and not (plain and value == wanted):
+            return name
+    return tuple(found)
+
 
 def arguments_of(module: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Names of the inputs of ``forward``, and the other arguments with their defaults. Raises ``Untraceable``."""
@@ -259,8 +302,13 @@ def holds_convolution(module: nn.Module) -> bool:
     return any(isinstance(part, (nn.modules.conv._ConvNd, ConvLayer)) for part in module.modules())
 
 
-def find_regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
-    """The regions of ``model`` that hold convolutions, and the modules whose code does not trace: name -> reason."""
+def find_regions(
+    model: nn.Module, refused: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Region], dict[str, str]]:
+    """The regions of ``model`` that hold convolutions, and the modules whose code does not trace: name -> reason.
+
+    refused: modules that are known not to trace, or not as they are called.
+    """
     regions: list[Region] = []
     untraced: dict[str, str] = {}
     seen: set[int] = set()
@@ -277,6 +325,8 @@ def find_regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
             children(name, module)
             return
         try:
+            if name in refused:
+                raise Untraceable("", refused[name])
             region = _trace_with_opaque_parts(name, module)
         except Untraceable as error:
             untraced[name] = error.reason
