@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.tolerance import assert_close_as_plain
@@ -85,7 +85,21 @@ def needs_c(integer: bool) -> None:
         pytest.skip(reason)
 
 
+ONE_TAP = {"kernel": (1, 1), "stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1}
+#: A float residual has a scale too. Whole vectors and ragged ones have epilogues of their own, as has each result.
+FLOAT_RESIDUAL = {"x": "int8", "residual": "float", "activation": "none", "threads": 1, "seed": 0}
+STRIDED_ROW = {"height": 1, "width": 4, "stride": (2, 2), "padding": (0, 1, 0, 1), "groups": 2}
+
+
 @quick
+@example(
+    sizes={**ONE_TAP, "batch": 1, "in_channels": 2, "out_channels": 2, **STRIDED_ROW}, out=torch.int8, **FLOAT_RESIDUAL
+)
+@example(
+    sizes={**ONE_TAP, "batch": 1, "in_channels": 4, "height": 3, "width": 5, "out_channels": 48},
+    out=torch.float32,
+    **FLOAT_RESIDUAL,
+)
 @given(
     sizes=windows(),
     x=st.sampled_from(("int8", "nonnegative", "uint8")),

@@ -150,8 +150,8 @@ INLINE void store_values(void *p, int type, int64_t at, int n, vec v, vec scale)
 /* sum + bias, then all that follows, of n channels from `channel` on of the pixel numbered `pixel`. */
 INLINE void finish(const tw_step *step, vec v, int64_t pixel, int64_t channel, int n) {
     if (step->residual) {
-        vec r = load_values(step->residual, step->r_type, pixel * step->r_stride + channel, n);
-        v = v_add(v, step->r_type == FLOAT32 ? r : v_mul(r, v_set(step->r_scale)));
+        const vec r = load_values(step->residual, step->r_type, pixel * step->r_stride + channel, n);
+        v = v_add(v, v_mul(r, v_set(step->r_scale)));
     }
     v = activate(v, step->activation, step->slope);
     store_values(step->y, step->y_type, pixel * step->y_stride + channel, n, v, v_set(step->y_scale));
@@ -184,7 +184,8 @@ INLINE void finish_as(const int epilogue, const bounds *b, const tw_step *s, vec
         finish(s, v, pixel, channel, LANES);
         return;
     }
-    if (epilogue == ADD_TO_FLOAT) v = v_add(v, v_load((const float *)s->residual + pixel * s->r_stride + channel));
+    if (epilogue == ADD_TO_FLOAT)
+        v = v_add(v, v_mul(v_load((const float *)s->residual + pixel * s->r_stride + channel), b->r_scale));
     if (epilogue == ADD_TO_INT8)
         v = v_add(v, v_mul(v_load_int8((const int8_t *)s->residual + pixel * s->r_stride + channel, LANES), b->r_scale));
     v = v_max(b->low, v_min(b->high, v));
