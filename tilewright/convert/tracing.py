@@ -203,13 +203,13 @@ def _parameter_names(kind: Any) -> tuple[str, ...]:
 
 
 def bind_call(
-    kind: type[nn.Module],
+    kind: Any,
     inputs: tuple[str, ...],
     defaults: dict[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Any, ...] | str:
-    """What a call of ``kind.forward`` gives the inputs of a graph; the argument's name if it asks for something else.
+    """What a call of the class ``kind`` gives the inputs of a graph; the argument's name if it asks for something else.
 
     inputs, defaults: as of ``Region``.
     """
