@@ -284,8 +284,7 @@ def _small_launch(family: Family, shape: Shape, config: Any, target: Target, ind
     wanted = specialize(planned(shape, "meta"), target)
     for sizes in _small_shapes(family, shape, config):
         if all(specialize(planned(size, "meta"), target) == wanted for size in sizes):
-            size = sizes[min(depth, len(sizes)) - 1]
-            return Small(planned(size, "cpu"), size.k if len(sizes) > 1 else 0)
+            return Small(planned(sizes[depth - 1], "cpu"), sizes[depth - 1].k) if depth <= len(sizes) else None
     return None
 
 
@@ -299,10 +298,13 @@ def _small_shapes(family: Family, shape: Shape, config: Any) -> Iterator[tuple[S
         return
     block_m, block_n = getattr(config, "block_m", 16), getattr(config, "block_n", 64)
     splits = max(getattr(config, "split_k", 1), getattr(config, "splits", 1))
-    odd = 0 if shape.k % 16 == 0 else 11
-    for tiles_m, tiles_n, steps in itertools.product((1, 2, 16), (1, 2, 16), (512, 1024, 2048)):
+    # Ragged: a little more than whole steps, or as much less as ``shape``, with words and groups as divisible as its.
+    short = -shape.k % 512
+    odd = 11 if short else 0
+    extras, tiles, lengths = dict.fromkeys((odd, -short)), (1, 2, 16), (512, 1024, 2048)
+    for extra, tiles_m, tiles_n, length in itertools.product(extras, tiles, tiles, lengths):
         m, n = min(shape.m, tiles_m * block_m - odd), tiles_n * block_n - odd
         yield tuple(
             replace(shape, m=m, n=n, k=k, group_size=None if shape.group_size is None else min(shape.group_size, k))
-            for k in (steps * splits + odd, 2 * steps * splits + odd)
+            for k in (length * splits + extra, 2 * length * splits + extra)
         )

@@ -5,19 +5,25 @@
     python -m bench.compiled --check      only print; exit status 1 if anything differs
     python -m bench.compiled --sample 40  the same for 40 rows spread over the table
 
-Needs no GPU. "compiled" says nothing about results or speed: only what the compiler made, and for sm_80 and sm_90 what
+All takes about 9 minutes of CPU time, divided among ``--jobs`` processes. Figures that became worse are marked. Needs
+no GPU. "compiled" says nothing about results or speed: only what the compiler made, and for sm_80 and sm_90 what
 that code does on an emulated GPU (``bench.counts``).
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import csv
 import dataclasses
+import functools
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from bench.catalogue import Entry, launches_for
 from bench.conv_catalogue import conv_launches_for
@@ -27,6 +33,22 @@ from tilewright.aot.targets import TARGETS, Target
 
 TABLE = Path(__file__).parent / "results" / "compiled.csv"
 Key = tuple[str, str, str, str, str]
+T = TypeVar("T")
+WORSE = "worse"
+#: Figures of which less is better.
+BUDGETS = (
+    "registers",
+    "spills",
+    "shared",
+    "read_sectors",
+    "read_excess",
+    "write_excess",
+    "shared_excess",
+    "matrix_per_step",
+    "issue_per_matrix",
+)
+#: Figures that must not vanish.
+NEEDED = ("matrix", "loads_16", "async_copies")
 
 
 @dataclass(frozen=True)
@@ -65,10 +87,25 @@ class Row:
         return self.family, self.kernel, self.variant, self.config, self.target
 
     def difference(self, new: Row) -> str | None:
-        """What ``new`` has otherwise, in words, or None."""
-        fields = [field.name for field in dataclasses.fields(self)]
-        changed = [name for name in fields if getattr(self, name) != getattr(new, name)]
-        return ", ".join(f"{name} {getattr(self, name)} -> {getattr(new, name)}" for name in changed) or None
+        """What ``new`` has otherwise, in words, or None. What became worse is marked."""
+        words = []
+        for field in dataclasses.fields(self):
+            before, after = getattr(self, field.name), getattr(new, field.name)
+            if before != after:
+                mark = f" ({WORSE})" if field.name in self.worse(new) else ""
+                words.append(f"{field.name} {before} -> {after}{mark}")
+        return ", ".join(words) or None
+
+    def worse(self, new: Row) -> list[str]:
+        """The figures that are worse in ``new``: resources and waste that grew, wide or asynchronous loads and matrix
+        instructions that are gone, counts that are no longer to be had.
+        """
+        found = []
+        for name in BUDGETS:
+            before, after = getattr(self, name), getattr(new, name)
+            if before is not None and (after is None or after > before):
+                found.append(name)
+        return found + [name for name in NEEDED if getattr(self, name) and not getattr(new, name)]
 
 
 def _count(text: str) -> float | None:
@@ -80,15 +117,16 @@ _READ = {
 }
 
 
-def entries() -> Iterator[tuple[Target, Entry]]:
+@functools.cache
+def entries() -> tuple[tuple[Target, Entry], ...]:
     """Everything the table has a row for."""
-    for target in TARGETS.values():
-        for entry in (*launches_for(target), *conv_launches_for(target)):
-            yield target, entry
+    return tuple(
+        (target, entry) for target in TARGETS.values() for entry in (*launches_for(target), *conv_launches_for(target))
+    )
 
 
-def sample(everything: list[tuple[Target, Entry]], size: int) -> list[tuple[Target, Entry]]:
-    """``size`` entries at equal distances, so that every family and target has its share."""
+def sample(everything: Sequence[T], size: int) -> Sequence[T]:
+    """``size`` of them at equal distances, so that every family and target has its share."""
     if size >= len(everything):
         return everything
     return [everything[i * len(everything) // size] for i in range(size)]
@@ -111,6 +149,28 @@ def compute(target: Target, entry: Entry) -> Row:
         triton=compiled.triton_version,
         **dataclasses.asdict(count(entry.small, target)),
     )
+
+
+def _compute_number(number: int) -> Row | str:
+    """Row ``number`` of everything, or what went wrong."""
+    target, entry = entries()[number]
+    try:
+        return compute(target, entry)
+    # A compiler may fail in any way; what failed is listed, and the status says so.
+    except Exception as error:
+        return f"{' | '.join(entry.key)} | {target.name}: {type(error).__name__}: {str(error)[:300]}"
+
+
+def compute_all(numbers: Sequence[int], jobs: int) -> Iterator[Row | str]:
+    """``_compute_number`` of each, in order. A process of its own is worth its start from 50 rows on."""
+    jobs = min(jobs, len(numbers) // 50)
+    if jobs < 2:
+        yield from map(_compute_number, numbers)
+        return
+    # Not forked: the threads of torch do not survive that.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        yield from pool.map(_compute_number, numbers)
 
 
 def read_table(path: Path = TABLE) -> dict[Key, Row]:
@@ -150,24 +210,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare only, do not write the table")
     parser.add_argument("--sample", type=int, metavar="N", help="compile N rows only and compare them; implies --check")
     parser.add_argument("--only", metavar="TEXT", default="", help="compile only rows whose name contains TEXT")
+    parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
-    everything = list(entries())
-    wanted = [(target, entry) for target, entry in everything if options.only in f"{' '.join(entry.key)} {target.name}"]
+    everything = entries()
+    wanted = [
+        number
+        for number, (target, entry) in enumerate(everything)
+        if options.only in f"{' '.join(entry.key)} {target.name}"
+    ]
     chosen = sample(wanted, options.sample or len(wanted))
     rows, failed = [], []
-    for number, (target, entry) in enumerate(chosen, 1):
-        try:
-            rows.append(compute(target, entry))
-        # A compiler may fail in any way; what failed is listed, and the status says so.
-        except Exception as error:
-            failed.append(f"{' | '.join(entry.key)} | {target.name}: {type(error).__name__}: {str(error)[:300]}")
+    for number, found in enumerate(compute_all(chosen, options.jobs), 1):
+        (rows if isinstance(found, Row) else failed).append(found)
         if sys.stderr.isatty():
             print(f"\r{number}/{len(chosen)}", end="", file=sys.stderr)
     table = read_table()
     changed = differences(table, rows, whole=options.sample is None and not options.only)
     print(*changed, sep="\n")
     print(*(f"DOES NOT COMPILE {line}" for line in failed), sep="\n")
-    print(f"{len(rows)} rows compiled, {len(changed)} differ from {TABLE.name}, {len(failed)} do not compile")
+    worse = sum(f"({WORSE})" in line for line in changed)
+    print(
+        f"{len(rows)} rows compiled, {len(changed)} differ from {TABLE.name}, {worse} of them for the worse, "
+        f"{len(failed)} do not compile"
+    )
     if options.check or options.sample is not None:
         return int(bool(changed or failed))
     if not failed:

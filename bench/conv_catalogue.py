@@ -47,9 +47,13 @@ CONV_FAMILIES = {
 
 
 def make_call(shape: ConvShape, device: str = "cpu") -> ConvCall:
-    """``shape`` as the kernels take it, with the result poisoned: NaN, or the largest integer."""
-    arguments = make_conv_arguments(shape, device)
-    call = (int8_call if shape.dtype in INTEGERS else float_call)(**arguments)
+    """``shape`` as the kernels take it: ``poisoned_call``."""
+    return poisoned_call(shape.op, make_conv_arguments(shape, device))
+
+
+def poisoned_call(op: str, arguments: dict[str, Any]) -> ConvCall:
+    """``arguments`` of ``op`` as the kernels take them, with the result poisoned: NaN, or the largest integer."""
+    call = (int8_call if op == "int8_conv2d_fused" else float_call)(**arguments)
     call.out.fill_(127 if call.out.dtype in INTEGERS else torch.nan)
     return call
 
@@ -145,7 +149,9 @@ def _in_words(config: Any) -> str:
     return describe(config)
 
 
-def _small_quantize(dtype: torch.dtype, depth: int) -> Small:
+def _small_quantize(dtype: torch.dtype, depth: int) -> Small | None:
+    if depth > 1:
+        return None
     image = torch.randn(2, 64, 8, 8).to(dtype=dtype, memory_format=torch.channels_last)
     return Small(plan_quantize_per_tensor(image, 0.1, torch.empty_like(image, dtype=torch.int8))[0])
 
@@ -155,7 +161,7 @@ def _small_launch(
 ) -> Small | None:
     """The launch number ``index`` for a small image with the specialisation that ``shape`` gives it, or None.
 
-    depth: 1, or 2 for twice the channels.
+    depth: 1, or 2 for two or three times the channels.
     """
 
     def planned(size: ConvShape, device: str) -> Launch:
@@ -164,15 +170,16 @@ def _small_launch(
     wanted = specialize(planned(shape, "meta"), target)
     for sizes in _small_shapes(shape):
         if all(specialize(planned(size, "meta"), target) == wanted for size in sizes):
-            size = sizes[min(depth, len(sizes)) - 1]
-            call = make_call(size)
-            return Small(family.plan(call, config)[index], call.problem().k if len(sizes) > 1 else 0)
+            if depth > len(sizes):
+                return None
+            call = make_call(sizes[depth - 1])
+            return Small(family.plan(call, config)[index], call.problem().k)
     return None
 
 
 def _small_shapes(shape: ConvShape) -> Iterator[tuple[ConvShape, ...]]:
-    """Smaller images, with as many channels and with twice as many; then, for layers whose channels are no matter of
-    choice, smaller images alone.
+    """Smaller images, with few channels and with two or three times as many; then, for layers whose channels are no
+    matter of choice, smaller images alone.
     """
     few = {shape.channels} if shape.channels <= 256 else set()
     images = [
@@ -181,7 +188,7 @@ def _small_shapes(shape: ConvShape) -> Iterator[tuple[ConvShape, ...]]:
         for size in (4, 7, 8, 13, 14, 16, 28, 32)
     ]
     if shape.groups == 1 and shape.channels > 4:
-        for image, channels in itertools.product(images, sorted({64, 256, *few})):
+        for times, image, channels in itertools.product((2, 3), images, sorted({64, 256, *few})):
             small = replace(image, channels=channels, out_channels=min(shape.out_channels, 256))
-            yield small, replace(small, channels=2 * channels)
+            yield small, replace(small, channels=times * channels)
     yield from ((image,) for image in images)

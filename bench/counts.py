@@ -1,15 +1,15 @@
 """What the compiled code of a table row does when it runs, counted on an emulated GPU over a small problem.
 
 A row's kernel was compiled for large tensors. The same binary serves small ones of equal specialisation, and what is
-counted for each access and each step along K does not depend on the size. The main loop is what a problem with twice
-the depth executes more.
+counted for each access and each step along K does not depend on the size. The main loop is what a deeper problem
+executes more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from tilewright.aot.compiler import EMULATED, compile_launch
 from tilewright.aot.emulator import Stats
@@ -25,7 +25,8 @@ class Counts:
     """read_bytes, read_sectors: what one access of a warp to global memory reads, on average, and the 32-byte sectors
     it touches. read_excess, write_excess: sectors by the fewest possible. shared_excess: wavefronts of shared memory by
     the fewest possible. matrix_per_step: matrix instructions, by a warp or by a warp group, that one block executes in
-    the main loop for 64 columns of K. issue_per_matrix: instructions of any kind for each of them, by a warp.
+    the main loop for 64 columns of K. issue_per_matrix: instructions of any kind for each of them, by a warp. Where the
+    depth is fixed by the code, as in a stem's window, both are of the whole kernel, which has no other loop.
     """
 
     read_bytes: float | None = None
@@ -39,14 +40,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Small:
-    """A launch over CPU tensors that compiles to the binary of a table row, and its depth: columns of K, or 0."""
+    """A launch over CPU tensors that compiles to the binary of a table row. depth: columns of K; of a product alone."""
 
     launch: Launch
     depth: int = 0
 
 
 def count(small: Callable[[int], Small | None], target: Target) -> Counts:
-    """Emulate the launches that ``small`` makes: ``small(1)``, and ``small(2)`` with twice the depth, if it has one.
+    """Emulate the launches that ``small`` makes: ``small(1)``, and ``small(2)``, a deeper one or None.
 
     All fields are None where the target cannot be emulated, or no small problem has the same binary.
     """
@@ -64,26 +65,16 @@ def count(small: Callable[[int], Small | None], target: Target) -> Counts:
         "write_excess": stats.sectors_over_ideal("written"),
         "shared_excess": stats.wavefronts_over_ideal,
     }
-    second = small(2) if first.depth and stats.matrix_instructions else None
-    if second is not None:
-        deeper = _emulate(second.launch, target)
-        more = _by_warp(deeper) - _by_warp(stats)
-        steps = (second.depth - first.depth) / STEP
-        found["matrix_per_step"] = (deeper.matrix_instructions - stats.matrix_instructions) / stats.ctas / steps
-        found["issue_per_matrix"] = (deeper.instructions - stats.instructions) / more
+    if stats.matrix_instructions:
+        matrix, issued, by_warp, depth = stats.matrix_instructions, stats.instructions, _by_warp(stats), first.depth
+        second = small(2)
+        if second is not None:
+            deeper = _emulate(second.launch, target)
+            matrix, issued = deeper.matrix_instructions - matrix, deeper.instructions - issued
+            by_warp, depth = _by_warp(deeper) - by_warp, second.depth - depth
+        found["matrix_per_step"] = matrix / stats.ctas * STEP / depth
+        found["issue_per_matrix"] = issued / by_warp
     return Counts(**{name: _rounded(value) for name, value in found.items()})
-
-
-def worse(old: Counts, new: Counts) -> list[str]:
-    """The figures of ``new`` that are higher than in ``old``: less is better in all of them but read_bytes."""
-    return [
-        field.name
-        for field in fields(Counts)
-        if field.name != "read_bytes"
-        and (before := getattr(old, field.name)) is not None
-        and (after := getattr(new, field.name)) is not None
-        and after > before
-    ]
 
 
 def _emulate(launch: Launch, target: Target) -> Stats:

@@ -15,6 +15,13 @@ def copy_kernel(source_ptr, target_ptr, count, stride, BLOCK: tl.constexpr):
         tl.store(target_ptr + place, values, mask=place < count)
 
 
+@triton.jit
+def scale_kernel(source_ptr, target_ptr, count, BLOCK: tl.constexpr, SCALE: tl.constexpr = 2.0):
+    """target[i] = source[i] * SCALE for i < count."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target_ptr + place, tl.load(source_ptr + place, mask=place < count) * SCALE, mask=place < count)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def arguments_kernel(pointer, rows, number, fraction, flag, SIZE: tl.constexpr):
     """Takes one argument of every type that a launch may have, and writes one value."""
@@ -35,11 +42,11 @@ def product_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr, BLOCK_K: tl.cons
 
 
 @triton.jit
-def spilling_kernel(source_ptr, target_ptr, SIZE: tl.constexpr):
-    """Holds a [SIZE, SIZE] float32 product in the registers of one warp."""
-    place = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+def share_kernel(source_ptr, target_ptr, SIZE: tl.constexpr):
+    """target = source / sum(source), all of it in the registers of one program."""
+    place = tl.arange(0, SIZE)
     values = tl.load(source_ptr + place)
-    tl.store(target_ptr + place, tl.dot(values, values))
+    tl.store(target_ptr + place, values / tl.sum(values))
 
 
 @triton.jit
@@ -49,3 +56,18 @@ def row_sum_kernel(matrix_ptr, sums_ptr, stride, WIDE: tl.constexpr):
     offset = row.to(tl.int64) * stride if WIDE else row * stride
     values = tl.load(matrix_ptr + offset + tl.arange(0, 4))
     tl.store(sums_ptr + row, tl.sum(values.to(tl.int32)))
+
+
+@triton.jit
+def first_of_four_kernel(source_ptr, target_ptr, ROWS: tl.constexpr):
+    """target[row] = source[row, 0] four times for int32 [ROWS, 4], if the four values of a row are packed together."""
+    place = tl.arange(0, ROWS)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    first = tl.inline_asm_elementwise(
+        "mov.b32 $0, $4; mov.b32 $1, $4; mov.b32 $2, $4; mov.b32 $3, $4;",
+        "=&r,=&r,=&r,=&r,r,r,r,r",
+        [tl.load(source_ptr + place)],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=4,
+    )
+    tl.store(target_ptr + place, first)

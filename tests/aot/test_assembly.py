@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tilewright.aot.assembly import read_amd_metadata, read_amdgcn, read_ptx, read_resource_usage
+from tilewright.aot.assembly import read_amd_metadata, read_amdgcn, read_ptx, read_resource_usage, read_sass
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,34 @@ def test_amd_instructions() -> None:
     found = read_amdgcn(assembly)
     assert found.matrix == {"mfma": 2}
     assert found.loads == {16: 2, 1: 1}
+
+
+SASS = """
+	code for sm_90a
+		Function : product_kernel
+	.headerflags	@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                            /* 0x00000a00ff017b82 */
+                                                                                     /* 0x000e220000000800 */
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR14][R2.64] ;        /* 0x0000000000007919 */
+        /*0020*/              @UP2 LDGSTS.E.BYPASS.LTC128B.128 [R3], desc[UR4][R6.64] ;  /* 0x00000000000c79c3 */
+        /*0030*/                   LDG.E.U8 R4, desc[UR14][R2.64+0x80] ;             /* 0x00008a0000187ab9 */
+        /*0040*/                   LDG.E R4, desc[UR14][R2.64] ;                     /* 0x0000040000047882 */
+        /*0050*/                   LDGDEPBAR ;                                       /* 0x00000000000079af */
+        /*0060*/                   HGMMA.64x64x16.F32 R24, R8, gdesc[UR4], R24 ;     /* 0x0000000000007918 */
+        /*0070*/                   HMMA.16816.F32 R4, R8, R12, R4 ;                  /* 0x0000000000007918 */
+        /*0080*/                   STL.64 [R1+0x8], R4 ;                             /* 0x0000000000007918 */
+        /*0090*/                   NOP ;                                             /* 0x0000000000007918 */
+"""
+
+
+def test_machine_code() -> None:
+    found = read_sass(SASS)
+    assert found.instructions == 9
+    assert found.matrix == {"HGMMA.64x64x16.F32": 1, "HMMA.16816.F32": 1}
+    assert found.loads == {16: 2, 1: 1, 4: 1}
+    assert found.local == 1
+    with pytest.raises(ValueError, match="no instructions in what"):
+        read_sass("cuobjdump fatal: no device code")
 
 
 def test_resource_usage() -> None:

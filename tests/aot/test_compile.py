@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ pytest.importorskip("triton", reason="Triton cannot be imported here")
 
 import triton
 from triton import language as tl
+from triton.backends.compiler import GPUTarget
 
-from tests.aot.small_kernels import copy_kernel, product_kernel, spilling_kernel
+from tests.aot.small_kernels import copy_kernel, product_kernel, scale_kernel, share_kernel
 from tilewright import aot
 from tilewright.aot import compiler
 from tilewright.aot.compiler import compile_launch
@@ -78,11 +80,34 @@ def test_too_much_shared_memory_is_said_in_words() -> None:
     assert compiled.over_limits == [f"{compiled.shared_bytes} bytes of shared memory, sm_89 has 101376"]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-def test_spills_are_counted(target: str) -> None:
-    source = torch.empty(128, 128, device="meta")
-    launch = Launch(spilling_kernel, (1,), {"source_ptr": source, "target_ptr": source}, {"SIZE": 128}, num_warps=1)
-    assert compile_launch(launch, target).spill_bytes > 0
+@pytest.mark.parametrize("target, size", [("sm_80", 8192), ("gfx942", 32768)])
+def test_spills_are_counted(target: str, size: int) -> None:
+    source = torch.empty(size, device="meta")
+    launch = Launch(share_kernel, (1,), {"source_ptr": source, "target_ptr": source}, {"SIZE": size}, num_warps=1)
+    compiled = compile_launch(launch, target)
+    assert compiled.spill_bytes > 0
+    assert target == "gfx942" or compiled.sass.local > 0
+
+
+@pytest.mark.parametrize(
+    "target, dtype, opcode",
+    [
+        ("sm_80", torch.float16, "HMMA.16816.F32"),
+        ("sm_89", torch.int8, "IMMA.16832.S8.S8.SAT"),
+        ("sm_90", torch.bfloat16, "HGMMA.64x64x16.F32.BF16"),
+        ("sm_100", torch.float16, "UTCHMMA"),
+    ],
+)
+def test_the_machine_code_has_what_the_ptx_asks_for(target: str, dtype: torch.dtype, opcode: str) -> None:
+    compiled = compile_launch(product_launch(dtype), target)
+    assert set(compiled.sass.matrix) == {opcode}
+    assert compiled.sass.loads == compiled.instructions.loads
+    assert compiled.sass.instructions > 100 and compiled.sass.local == 0
+
+
+def test_other_vendors_have_no_sass() -> None:
+    with pytest.raises(ValueError, match="gfx942 has no SASS"):
+        _ = compile_launch(copy_launch(4096), "gfx942").sass
 
 
 def test_an_unknown_target_is_refused_by_name() -> None:
@@ -118,11 +143,48 @@ def test_types_by_hand_compile_to_what_a_launch_does() -> None:
         ({**COPY_TYPES, "more": "i32"}, {"stride": 1, "BLOCK": 1024}, r"unknown parameters \['more'\]"),
         (COPY_TYPES, {"stride": 1, "BLOCK": 1024, "count": 7}, r"typed and constant \['count'\]"),
         ({**COPY_TYPES, "count": "i32:8"}, {"stride": 1, "BLOCK": 1024}, "only ':16' can be promised"),
+        ({**COPY_TYPES, "BLOCK": "constexpr"}, {"stride": 1}, r"missing \['BLOCK'\]"),
+        ({**COPY_TYPES, "BLOK": "constexpr"}, {"stride": 1, "BLOCK": 4}, r"unknown parameters \['BLOK'\]"),
     ],
 )
 def test_wrong_types_by_hand_are_refused(signature: dict, constants: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         aot.compile(copy_kernel, signature, constants, aot.Config(), "sm_80")
+
+
+CONFIGS = {
+    "config": (aot.Config(2, 3), {"SCALE": 3.0, "BLOCK": 128}),
+    "mapping": ({"num_warps": 2, "num_stages": 3, "BLOCK": 128}, {"SCALE": 3.0}),
+    "triton": (triton.Config({"BLOCK": 128}, num_warps=2, num_stages=3), {"SCALE": 3.0}),
+    "default": ({"num_warps": 2, "num_stages": 3}, {"BLOCK": 128}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_may_be_written_in_several_ways(name: str) -> None:
+    config, constants = CONFIGS[name]
+    types = {"source_ptr": "*fp16", "target_ptr": "*fp16", "count": "i32", "SCALE": "constexpr", "BLOCK": "constexpr"}
+    compiled = aot.compile(scale_kernel, types, constants, config, GPUTarget("cuda", 90, 32))
+    assert (compiled.target.name, compiled.num_warps, compiled.num_stages) == ("sm_90", 2, 3)
+    source, result = torch.randn(300).half(), torch.full((300,), torch.nan).half()
+    stats = compiled.emulate(3, [source, result, 300])
+    assert torch.equal(result, source * (2 if name == "default" else 3))  # SCALE is 2 unless given
+    assert stats.ctas == 3
+
+
+@pytest.mark.parametrize(
+    "config, error, words",
+    [
+        ({"num_warps": 4, "BLOCK": 64}, ValueError, "BLOCK: given by the constants and by the config"),
+        ({"num_warps": 4, "BLOK": 64}, ValueError, r"unknown parameters \['BLOK'\]"),
+        (4, TypeError, "a config has num_warps and num_stages, int 4 has not"),
+        (triton.Config({}, num_ctas=2), ValueError, "num_ctas=2 cannot be compiled here"),
+    ],
+)
+def test_wrong_configs_are_refused(config: Any, error: type[Exception], words: str) -> None:
+    types = {"source_ptr": "*fp16", "target_ptr": "*fp16", "count": "i32"}
+    with pytest.raises(error, match=words):
+        aot.compile(scale_kernel, types, {"BLOCK": 128}, config, "sm_80")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -145,6 +207,7 @@ def test_arguments_that_break_a_promise_are_refused() -> None:
         ({"count": 4095}, "count was promised to be divisible by 16"),
         ({"source_ptr": source[1:]}, "source_ptr was promised to be divisible by 16"),
         ({"stride": 2}, "stride was compiled in as 1, not 2"),
+        ({"source_ptr": source.half()}, r"source_ptr was compiled as \*fp32, and is \*fp16"),
         ({"strides": 2}, "no parameter 'strides'"),
     ):
         with pytest.raises(ValueError, match=words):

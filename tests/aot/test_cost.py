@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="Triton cannot be imported here")
 
 from triton import language as tl
 
+from bench.estimates import OPS, agreement, candidates
+from bench.problems import Shape
 from tests.aot.small_kernels import copy_kernel, product_kernel
 from tilewright import aot
 from tilewright.aot.cost import CHIPS, find_chip
@@ -86,6 +88,50 @@ def test_a_worse_layout_costs_more() -> None:
     assert torch.equal(result, strided[::8])
     good, bad = aot.estimate(compiled, stats, "A100"), aot.estimate(worse, worse_stats, "A100")
     assert bad.memory == pytest.approx(good.memory * (8 + 1) / 2)  # a sector for each element read, as many written
+
+
+def copy_of(blocks: int, stride: int) -> aot.Launch:
+    source, result = torch.randn(1024 * blocks * stride), torch.empty(1024 * blocks)
+    args = {"source_ptr": source, "target_ptr": result, "count": 1024 * blocks, "stride": stride}
+    return aot.Launch(copy_kernel, (blocks,), args, {"BLOCK": 1024})
+
+
+def test_a_few_programs_stand_for_the_grid() -> None:
+    launch = copy_of(blocks=300, stride=1)
+    compiled = aot.compile_launch(launch, "sm_80")
+    whole = aot.estimate(compiled, compiled.emulate(launch.grid, launch.args), "A100")
+    few = aot.estimate_launch(launch, "A100", programs=3)
+    assert few == whole  # a copy moves every tensor once, in whole sectors
+
+
+def test_configurations_are_ranked() -> None:
+    found = aot.rank({"strided": [copy_of(64, 8)], "both": [copy_of(64, 1)] * 2, "plain": [copy_of(64, 1)]}, "A100")
+    assert list(found) == ["plain", "both", "strided"]
+    assert found["both"] == 2 * found["plain"]
+
+
+def test_what_cannot_be_launched_comes_last_and_what_is_empty_takes_no_time() -> None:
+    a = torch.zeros(128, 256, dtype=torch.half)
+    constants = {"BLOCK": 128, "BLOCK_K": 128, "SUM": tl.float32}
+    large = aot.Launch(
+        product_kernel, (1,), {"a_ptr": a, "b_ptr": a, "c_ptr": torch.zeros(128, 128), "K": 256}, constants, 8, 4
+    )
+    empty = dataclasses.replace(copy_of(1, 1), grid=(0,))
+    assert aot.rank({"large": [large], "empty": [empty]}, "A100") == {"empty": 0.0, "large": float("inf")}
+
+
+@pytest.mark.parametrize("op", [OPS[0], *(pytest.param(op, marks=pytest.mark.slow) for op in OPS[1:])])
+def test_the_configurations_of_every_linear_operator_can_be_ranked(op: str) -> None:
+    found = aot.rank(candidates(op, Shape(16, 256, 512, group_size=128), "H100"), "H100")
+    assert len(found) > 1 and all(0 < seconds < 1e-3 for seconds in found.values())
+    assert list(found.values()) == sorted(found.values())
+
+
+def test_agreement_of_two_orders() -> None:
+    one = {"a": 1.0, "b": 2.0, "c": 3.0}
+    assert agreement(one, {"a": 5.0, "b": 6.0, "c": 9.0}) == pytest.approx(1)
+    assert agreement(one, {"a": 9.0, "b": 6.0, "c": 5.0}) == pytest.approx(-1)
+    assert agreement({"a": 1.0}, {"a": 2.0}) == 1.0
 
 
 def test_wrong_chips_and_empty_counts_are_refused() -> None:

@@ -6,6 +6,7 @@
     compiled.registers, compiled.spill_bytes, compiled.instructions.matrix
     stats = compiled.emulate(launch.grid, launch.args)    # fills the CPU tensors among the arguments
     aot.estimate(compiled, stats, "H200").seconds
+    aot.rank({config: plan(config) for config in configs}, "H200")    # seconds, the fastest first
 
 Knows no kernel by name. Triton is imported when one of these is first used, so that importing the package stays cheap.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tilewright.aot.compiler import Compiled, Config, compile, compile_launch, emulate_launch
-    from tilewright.aot.cost import CHIPS, Estimate, estimate
+    from tilewright.aot.cost import CHIPS, Estimate, estimate, estimate_launch, rank
     from tilewright.aot.emulator import Stats
     from tilewright.aot.launch import Launch
     from tilewright.aot.targets import TARGETS, Target
@@ -35,11 +36,15 @@ __all__ = [
     "compile_launch",
     "emulate_launch",
     "estimate",
+    "estimate_launch",
+    "rank",
 ]
 _HOME = {
     "CHIPS": "cost",
     "Estimate": "cost",
     "estimate": "cost",
+    "estimate_launch": "cost",
+    "rank": "cost",
     "Launch": "launch",
     "Stats": "emulator",
     "TARGETS": "targets",

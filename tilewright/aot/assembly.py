@@ -2,7 +2,7 @@
 
 Counts are of instructions as written, not as executed. PTX syntax: PTX ISA 9.0, sections "ld", "cp.async", "mma",
 "wgmma.mma_async" and "tcgen05.mma"; AMD: LLVM's "User Guide for AMDGPU Backend", section "Code Object V5 Metadata",
-and the CDNA3 ISA guide.
+and the CDNA3 ISA guide. SASS: CUDA Binary Utilities 12.9, section "Instruction Set Reference".
 """
 
 from __future__ import annotations
@@ -77,11 +77,51 @@ def read_amdgcn(assembly: str) -> Instructions:
 
 
 @dataclass(frozen=True)
+class Sass:
+    """Static counts of NVIDIA machine code. instructions: of all kinds, padding left out. matrix: by opcode, such as
+    ``HMMA.16816.F32`` or ``HGMMA.64x64x16.F32``. loads: from global memory by bytes for each thread, copies to shared
+    memory included. local: accesses to memory private to a thread, which spills cause.
+    """
+
+    instructions: int
+    matrix: dict[str, int]
+    loads: dict[int, int]
+    local: int
+
+
+_SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
+_SASS_MATRIX = re.compile(r"(?:[HIDQBO]G?|UTC[HIQO])MMA\b")
+_SASS_LOAD = re.compile(r"LDG(?:STS)?\b")
+_SASS_WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128))\b")
+
+
+def read_sass(text: str) -> Sass:
+    """From what ``cuobjdump --dump-sass`` prints for a module with one kernel."""
+    opcodes = [opcode for opcode in _SASS_LINE.findall(text) if opcode != "NOP"]
+    if not opcodes:
+        raise ValueError(f"no instructions in what cuobjdump printed: {text[-500:]!r}")
+    loads: Counter[int] = Counter()
+    for opcode in opcodes:
+        if _SASS_LOAD.match(opcode):
+            width = _SASS_WIDTH.search(opcode)
+            loads[int(width[1] or width[2]) // 8 if width else 4] += 1
+    return Sass(
+        instructions=len(opcodes),
+        matrix=dict(Counter(opcode for opcode in opcodes if _SASS_MATRIX.match(opcode))),
+        loads=dict(loads),
+        local=sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes),
+    )
+
+
+@dataclass(frozen=True)
 class Resources:
-    """Registers of one thread, and bytes of memory private to one thread: what did not fit into registers."""
+    """Registers of one thread, bytes of memory private to one thread (what did not fit into registers), and bytes of
+    shared memory of one block.
+    """
 
     registers: int
     spill_bytes: int
+    shared_bytes: int = 0
 
 
 def read_resource_usage(text: str) -> Resources:

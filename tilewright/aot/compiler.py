@@ -1,7 +1,7 @@
 """Compile a kernel for a chip that is not here, read what came out, and run it on an emulated one.
 
     compiled = compile_launch(launch, "sm_90")
-    compiled.registers, compiled.spill_bytes, compiled.instructions.matrix
+    compiled.resources, compiled.instructions.matrix, compiled.sass.matrix
     compiled.emulate(launch.grid, launch.args)
 
 Needs no GPU: ``ptxas`` and ``cuobjdump`` come inside the Triton package, AMD's assembler is part of it.
@@ -9,11 +9,12 @@ Needs no GPU: ``ptxas`` and ``cuobjdump`` come inside the Triton package, AMD's 
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from triton.compiler import ASTSource
 from tilewright.aot.assembly import (
     Instructions,
     Resources,
+    Sass,
     read_amd_metadata,
     read_amdgcn,
     read_ptx,
     read_resource_usage,
+    read_sass,
 )
 from tilewright.aot.emulator import Stats, emulate
 from tilewright.aot.launch import Launch
-from tilewright.aot.specialize import Specialization, backend_of, parse_signature, specialize
+from tilewright.aot.specialize import Specialization, backend_of, parse_signature, pointer_type, specialize
 from tilewright.aot.targets import Target, find_target
 
 #: Architectures whose PTX the emulator runs.
@@ -51,19 +54,19 @@ class Config:
 class Compiled:
     """One kernel compiled for one target.
 
-    text: PTX, or AMD assembly. resources: registers and memory private to a thread. shared_bytes: shared memory of one
-    block. triton_version: the compiler that made it.
+    text: PTX, or AMD assembly. resources: registers, spills and shared memory. instructions: counts of ``text``.
+    triton_version: the compiler that made it. binary: the cubin, or AMD's code object.
     """
 
     target: Target
     text: str
     resources: Resources
-    shared_bytes: int
     instructions: Instructions
     num_warps: int
     num_stages: int
     specialization: Specialization
     triton_version: str
+    binary: bytes = field(repr=False)
 
     @property
     def registers(self) -> int:
@@ -76,22 +79,40 @@ class Compiled:
         return self.resources.spill_bytes
 
     @property
+    def shared_bytes(self) -> int:
+        """Shared memory of one block."""
+        return self.resources.shared_bytes
+
+    @functools.cached_property
+    def sass(self) -> Sass:
+        """Counts of the machine code, which ``ptxas`` made of the PTX; disassembled when first asked for.
+
+        Raises ValueError for a target of another vendor, FileNotFoundError without ``cuobjdump``, and RuntimeError
+        where that does not know the chip.
+        """
+        if self.target.backend != "cuda":
+            raise ValueError(f"{self.target.name} has no SASS")
+        return read_sass(_cuobjdump("--dump-sass", self.binary))
+
+    @property
     def ptx(self) -> str:
         """The PTX text. Raises ValueError for a target of another vendor."""
         if self.target.backend != "cuda":
             raise ValueError(f"{self.target.name} has no PTX")
         return self.text
 
-    def emulate(self, grid: Sequence[int], args: Mapping[str, Any] | Sequence[Any], **options: Any) -> Stats:
+    def emulate(self, grid: int | Sequence[int], args: Mapping[str, Any] | Sequence[Any], **options: Any) -> Stats:
         """Run this code on an emulated GPU, over CPU tensors, in place. Options and errors: ``emulator.emulate``.
 
         args: by parameter name, as ``Launch.args``, or the run-time parameters in order. Only sm_80 and sm_90 can be
         emulated. Raises ValueError for another target, for arguments that were not given, and for arguments that break
-        a promise the code was compiled with: a value that is not divisible by 16, or not the constant compiled in.
+        a promise the code was compiled with: a tensor of another dtype, a value that is not divisible by 16, or not the
+        constant compiled in.
         """
         if self.target.backend != "cuda" or self.target.arch not in EMULATED:
             known = ", ".join(f"sm_{arch}" for arch in EMULATED)
             raise ValueError(f"{self.target.name} cannot be emulated, only {known} can")
+        grid = (grid,) if isinstance(grid, int) else tuple(grid)
         values = self._ordered(args)
         if 0 in grid:
             return Stats()
@@ -116,6 +137,10 @@ class Compiled:
             constant = self.specialization.constants.get(places[name], value)
             if not isinstance(constant, torch.Tensor) and constant != value:
                 raise ValueError(f"{name} was compiled in as {constant!r}, not {value!r}")
+        for name in names:
+            wanted, found = self.specialization.signature[name], pointer_type(args[name])
+            if wanted.startswith("*") and found not in (None, wanted):
+                raise ValueError(f"{name} was compiled as {wanted}, and is {found}")
         for name in self.specialization.divisible() & set(names):
             value = args[name]
             place = (
@@ -142,21 +167,40 @@ def compile(
     kernel: Any,
     signature: Mapping[str, str],
     constants: Mapping[str, Any],
-    config: Config,
+    config: Any,
     target: str | Target,
 ) -> Compiled:
     """Compile a ``@triton.jit`` function from types alone.
 
-    signature: the type of each run-time parameter as Triton writes it, with ":16" where it is divisible by 16:
-    {"x": "*fp16:16", "count": "i32"}. constants: values of all other parameters. config: anything with ``num_warps``
-    and ``num_stages``. target: of ``targets.TARGETS``.
+        compiled = compile(add, {"x": "*fp16:16", "count": "i32"}, {"BLOCK": 256}, Config(num_warps=4), "sm_90")
+
+    signature: the type of each run-time parameter as Triton writes it, with ":16" where it is divisible by 16;
+    parameters called "constexpr" may be among them. constants: values of all other parameters, unless they have a
+    default. config: ``Config``, ``triton.Config``, or a mapping, whose block sizes are constants too. target: of
+    ``targets.TARGETS``, or Triton's ``GPUTarget`` for one of them.
 
     ``compile_launch`` derives the same from the arguments of a launch, as Triton's launcher would.
-    Raises as ``compile_launch`` does.
+    Raises ValueError and TypeError for wrong arguments, which it names, and otherwise as ``compile_launch`` does.
     """
     found = find_target(target)
-    special = parse_signature(kernel, signature, constants, found)
+    sizes, config = _split_config(config)
+    if twice := sorted(set(sizes) & set(constants)):
+        raise ValueError(f"{', '.join(twice)}: given by the constants and by the config")
+    special = parse_signature(kernel, signature, {**constants, **sizes}, found)
     return _compile(kernel, special, config.num_warps, config.num_stages, found)
+
+
+def _split_config(config: Any) -> tuple[dict[str, Any], Config]:
+    """(constants, the rest) of what ``compile`` takes for a config."""
+    if isinstance(config, Mapping):
+        sizes = dict(config)
+        return sizes, Config(**{name: sizes.pop(name) for name in ("num_warps", "num_stages") if name in sizes})
+    if not (hasattr(config, "num_warps") and hasattr(config, "num_stages")):
+        raise TypeError(f"a config has num_warps and num_stages, {type(config).__name__} {config!r} has not")
+    for name, usual in (("num_ctas", 1), ("maxnreg", None)):
+        if getattr(config, name, usual) != usual:
+            raise ValueError(f"a config with {name}={getattr(config, name)} cannot be compiled here")
+    return dict(getattr(config, "kwargs", {})), Config(config.num_warps, config.num_stages)
 
 
 def compile_launch(launch: Launch, target: str | Target) -> Compiled:
@@ -182,21 +226,23 @@ def _compile(kernel: Any, special: Specialization, num_warps: int, num_stages: i
         options=options.__dict__,
     )
     if target.backend == "cuda":
-        text = made.asm["ptx"]
-        instructions, resources = read_ptx(text), _cubin_resources(made.asm["cubin"])
+        text, binary = made.asm["ptx"], made.asm["cubin"]
+        instructions = read_ptx(text)
+        resources = read_resource_usage(_cuobjdump("--dump-resource-usage", binary))
     else:
-        text = made.asm["amdgcn"]
+        text, binary = made.asm["amdgcn"], made.asm["hsaco"]
         instructions, resources = read_amdgcn(text), read_amd_metadata(text)
     return Compiled(
         target=target,
         text=text,
-        resources=resources,
-        shared_bytes=made.metadata.shared,
+        # Triton asks for shared memory at launch, so the binary does not say how much.
+        resources=replace(resources, shared_bytes=made.metadata.shared),
         instructions=instructions,
         num_warps=made.metadata.num_warps,
         num_stages=made.metadata.num_stages,
         specialization=special,
         triton_version=triton.__version__,
+        binary=binary,
     )
 
 
@@ -209,14 +255,14 @@ def find_cuobjdump() -> str:
     return found
 
 
-def _cubin_resources(cubin: bytes) -> Resources:
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    """What ``cuobjdump`` prints of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [find_cuobjdump(), "--dump-resource-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run([find_cuobjdump(), option, file.name], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(
             f"cuobjdump failed with status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}"
         )
-    return read_resource_usage(done.stdout)
+    return done.stdout

@@ -8,19 +8,27 @@
     t_shared = wavefronts / 1 an SM and clock
 
 The last three are taken on the SM with the most blocks: whole waves count. This is a roofline with two more roofs
-(Williams et al., "Roofline", CACM 2009), not a simulation: it knows no latency, so a launch with few warps or a short
-pipeline takes longer than it says, and no overlap but the perfect one. What ``wgmma`` reads from shared memory is not
-among the wavefronts. Expect a launch to take between 1 and 3 times the estimate on the same chip, and configurations
-that differ by less than a third to be ranked wrongly at times. It has not been compared with a GPU yet.
+(Williams et al., "Roofline", CACM 2009), not a simulation. How wrong it may be: it knows no latency, so a launch with
+few warps or a short pipeline takes longer than it says, and no overlap but the perfect one. Instructions are those of
+the PTX, of which ``ptxas`` makes fewer or more. What ``wgmma`` reads from shared memory is not among the wavefronts.
+Expect a launch to take between 1 and 3 times the estimate on the same chip, and configurations that differ by less than
+a third to be ranked wrongly at times. These bounds are a judgement: it has not been compared with a GPU yet.
+``python -m bench.estimates`` does so where there is one.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
-from tilewright.aot.compiler import Compiled
+import torch
+
+from tilewright.aot.compiler import Compiled, compile_launch
 from tilewright.aot.emulator import Stats
+from tilewright.aot.launch import Launch
 
 _SHAPE = re.compile(r"\.m(\d+)n(\d+)k(\d+)\.")
 _INT8 = re.compile(r"\.[su]8\b")
@@ -140,3 +148,41 @@ def estimate(
         issue=busiest * stats.instructions / 4 / chip.clock,
         shared=busiest * sum(stats.wavefronts.values()) / chip.clock,
     )
+
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def estimate_launch(launch: Launch, chip: str | Chip, programs: int = 2) -> Estimate:
+    """The least time of ``launch`` on ``chip``, from its first ``programs``, which stand for all of the grid.
+
+    The arguments are CPU tensors of the real size, and outputs are written. Every tensor is taken to be moved between
+    memory and the chip once. A launch that breaks a limit of the chip takes forever. Raises ValueError as ``estimate``
+    does, and otherwise as ``Compiled.emulate``.
+    """
+    chip = find_chip(chip)
+    compiled = compile_launch(launch, f"sm_{chip.arch}")
+    blocks = math.prod(launch.grid)
+    if compiled.over_limits:
+        return Estimate(*[math.inf] * len(fields(Estimate)))
+    if not blocks:
+        return Estimate(*[0.0] * len(fields(Estimate)))
+    few: list[int] = []
+    for count in launch.grid:
+        few.append(min(count, programs // math.prod(few) or 1))
+    tensors = [value for value in launch.args.values() if isinstance(value, torch.Tensor)]
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return estimate(compiled, compiled.emulate(few, launch.args), chip, blocks=blocks, dram_bytes=moved)
+
+
+def rank(candidates: Mapping[Name, Sequence[Launch]], chip: str | Chip, programs: int = 2) -> dict[Name, float]:
+    """Seconds that each of ``candidates`` takes at least, the fastest first.
+
+    candidates: by any name, the launches that do one task with one configuration, one after another. programs, errors:
+    as in ``estimate_launch``. How far the order is to be trusted: see above.
+    """
+    seconds = {
+        name: sum(estimate_launch(launch, chip, programs).seconds for launch in launches)
+        for name, launches in candidates.items()
+    }
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))

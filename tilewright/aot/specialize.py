@@ -76,9 +76,12 @@ def parse_signature(
     """
     _check_kernel(kernel)
     names = list(kernel.arg_names)
+    signature = {name: kind for name, kind in signature.items() if kind != "constexpr" or name not in names}
+    defaults = {p.name: p.default for p in kernel.params if p.has_default and p.name not in signature}
     unknown = sorted({*signature, *constants} - set(names))
-    missing = [name for name in names if name not in signature and name not in constants]
     twice = sorted(set(signature) & set(constants))
+    constants = {**defaults, **constants}
+    missing = [name for name in names if name not in signature and name not in constants]
     if unknown or missing or twice:
         raise ValueError(
             f"kernel {kernel.__name__}: unknown parameters {unknown}, missing {missing}, typed and constant {twice}"
@@ -92,6 +95,23 @@ def parse_signature(
         if promise:
             attributes[(place,)] = backend_of(target).parse_attr("D")
     return Specialization(kinds, {(names.index(name),): value for name, value in constants.items()}, attributes)
+
+
+#: Tensors of other dtypes are taken on trust: kernels are given bytes for them.
+_POINTER_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def pointer_type(value: Any) -> str | None:
+    """Triton's type of a tensor whose elements are wider than a byte, or None."""
+    return _POINTER_TYPES.get(value.dtype) if isinstance(value, torch.Tensor) else None
 
 
 def backend_of(target: Target) -> BaseBackend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,16 @@ TARGETS = {
 }
 
 
-def find_target(name: str | Target) -> Target:
-    """The target called ``name``. Raises ValueError that lists those known."""
+def find_target(name: Any) -> Target:
+    """The target called ``name``, or the one that Triton's ``GPUTarget`` stands for.
+
+    Raises ValueError that lists those known.
+    """
     if isinstance(name, Target):
         return name
+    if hasattr(name, "backend") and hasattr(name, "arch"):
+        place = (name.backend, name.arch)
+        name = next((target.name for target in TARGETS.values() if (target.backend, target.arch) == place), name)
     if name not in TARGETS:
         raise ValueError(f"no target is called {name!r}; known: {', '.join(TARGETS)}")
     return TARGETS[name]
