@@ -39,9 +39,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest tests -m "perf and not slow" -q
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter -n $(TEST_WORKERS) -q
 
-#: make test-slow  the tests that take longer than a minute
+#: make test-slow  every kernel and config emulated, and other tests that take longer than a minute
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest tests -m slow -q
+	$(BIN)/python -m pytest tests -n $(TEST_WORKERS) -m "slow and aot" -q
+	$(BIN)/python -m pytest tests -m "slow and not aot" -q
 
 #: make lint       ruff and mypy
 lint: $(STAMP)
@@ -58,7 +59,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench
 
-#: make compiled   compile every kernel for every target and rewrite bench/results/compiled.csv
+#: make compiled   compile every kernel for every target, print what changed and rewrite bench/results/compiled.csv
 compiled: $(STAMP)
 	$(BIN)/python -m bench.compiled
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from bench.compiled import (
 from tilewright.aot.targets import TARGETS, Target
 
 pytestmark = pytest.mark.aot
+ROOT = Path(__file__).parents[2]
 ROWS = list(read_table().values())
 SAMPLE = 24
 LARGE_SAMPLE = 176
@@ -59,6 +61,16 @@ def in_words(rows: list[Row]) -> str:
 def test_every_kernel_of_the_catalogue_has_its_row() -> None:
     wanted = {(*entry.key, target.name) for target, entry in entries()}
     assert {row.key for row in ROWS} == wanted, "the catalogue has changed: `make compiled` makes the table anew"
+
+
+def test_every_kernel_that_is_launched_is_in_the_table() -> None:
+    sources = (ROOT / "tilewright" / "kernels").rglob("*.py")
+    launched = {
+        name for path in sources for name in re.findall(r"\bLaunch\(\s*(\w+)", path.read_text(encoding="utf-8"))
+    }
+    assert len(launched) > 10
+    missing = sorted(launched - {row.kernel for row in ROWS})
+    assert not missing, f"bench.catalogue does not know {missing}, so they are neither in the table nor emulated"
 
 
 def test_no_kernel_breaks_a_limit_of_its_target() -> None:

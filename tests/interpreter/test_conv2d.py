@@ -1,6 +1,6 @@
 """The convolution kernels in the interpreter, every family and both forms of loop, float and int8.
 
-Warps mean nothing to the interpreter; the emulator runs four and eight (tests/aot/test_conv_emulated.py).
+Warps mean nothing to the interpreter; the emulator runs four and eight (tests/kernels/test_emulated_conv.py).
 """
 
 from __future__ import annotations

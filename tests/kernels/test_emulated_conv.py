@@ -9,6 +9,7 @@ for layers of many kinds.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +31,8 @@ from bench.conv_problems import (
 )
 from tests.kernels.exact_conv import assert_rounded
 from tests.tolerance import assert_close_as_plain
-from tilewright.aot import emulate_launch
+from tilewright.aot import compile_launch, emulate_launch
+from tilewright.aot.emulator import AsyncHazard, OutOfBounds
 from tilewright.aot.launch import Launch
 from tilewright.aot.targets import TARGETS
 from tilewright.kernels.conv2d.triton_depthwise import DepthwiseConfig, plan_depthwise
@@ -91,6 +93,28 @@ def test_families(family: str, target: str, dtype: torch.dtype, warps: int) -> N
         assert_rounded(y, exact, arguments["out_scale"])
     else:
         assert_close_as_plain(y, plain_result(arguments), exact)
+
+
+@pytest.mark.parametrize("family", ["pointwise", "taps", "stem", "depthwise"])
+def test_a_dropped_mask_is_out_of_bounds(family: str) -> None:
+    (launch,) = plan(family, make_call(SHAPES[family]), 4)
+    compiled = compile_launch(launch, "sm_80")
+    compiled.emulate(launch.grid, launch.args)
+    unmasked = re.sub(r"@!?%p\d+ (st\.global)", r"\1", compiled.ptx)
+    with pytest.raises(OutOfBounds, match="past the end of out_ptr"):
+        replace(compiled, text=unmasked).emulate(launch.grid, launch.args)
+
+
+@pytest.mark.parametrize("family", ["pointwise", "flat"])
+def test_a_removed_wait_for_copies_is_a_hazard(family: str) -> None:
+    shape = replace(SHAPES[family], channels=256, dtype=torch.bfloat16)
+    (launch,) = plan(family, make_call(shape), 4)
+    compiled = compile_launch(launch, "sm_80")
+    compiled.emulate(launch.grid, launch.args)
+    hasty = re.sub(r"cp\.async\.wait_group\s+\S+;", "", compiled.ptx)
+    assert hasty != compiled.ptx
+    with pytest.raises(AsyncHazard):
+        replace(compiled, text=hasty).emulate(launch.grid, launch.args)
 
 
 @pytest.mark.parametrize("family", ["pointwise", "flat"])
