@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_a_config_may_be_written_in_several_ways(name: str) -> None:
     [
         ({"num_warps": 4, "BLOCK": 64}, ValueError, "BLOCK: given by the constants and by the config"),
         ({"num_warps": 4, "BLOK": 64}, ValueError, r"unknown parameters \['BLOK'\]"),
-        (4, TypeError, "a config has num_warps and num_stages, int 4 has not"),
+        (4, TypeError, "a config has num_warps, int 4 has not"),
         (triton.Config({}, num_ctas=2), ValueError, "num_ctas=2 cannot be compiled here"),
     ],
 )
@@ -185,6 +186,15 @@ def test_wrong_configs_are_refused(config: Any, error: type[Exception], words: s
     types = {"source_ptr": "*fp16", "target_ptr": "*fp16", "count": "i32"}
     with pytest.raises(error, match=words):
         aot.compile(scale_kernel, types, {"BLOCK": 128}, config, "sm_80")
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "ahead-of-time.md").read_text(encoding="utf-8")
+    example = tmp_path / "example.py"  # Triton reads the source of a kernel from its file
+    example.write_text(text.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    found = runpy.run_path(str(example))
+    assert torch.equal(found["y"], 2 * found["x"])
+    assert found["compiled"].over_limits == [] and found["stats"].ctas == 2
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

@@ -176,8 +176,8 @@ def compile(
 
     signature: the type of each run-time parameter as Triton writes it, with ":16" where it is divisible by 16;
     parameters called "constexpr" may be among them. constants: values of all other parameters, unless they have a
-    default. config: ``Config``, ``triton.Config``, or a mapping, whose block sizes are constants too. target: of
-    ``targets.TARGETS``, or Triton's ``GPUTarget`` for one of them.
+    default. config: ``Config`` or anything else with ``num_warps``; of ``triton.Config`` and of a mapping the block
+    sizes are constants too. target: of ``targets.TARGETS``, or Triton's ``GPUTarget`` for one of them.
 
     ``compile_launch`` derives the same from the arguments of a launch, as Triton's launcher would.
     Raises ValueError and TypeError for wrong arguments, which it names, and otherwise as ``compile_launch`` does.
@@ -195,12 +195,13 @@ def _split_config(config: Any) -> tuple[dict[str, Any], Config]:
     if isinstance(config, Mapping):
         sizes = dict(config)
         return sizes, Config(**{name: sizes.pop(name) for name in ("num_warps", "num_stages") if name in sizes})
-    if not (hasattr(config, "num_warps") and hasattr(config, "num_stages")):
-        raise TypeError(f"a config has num_warps and num_stages, {type(config).__name__} {config!r} has not")
+    if not hasattr(config, "num_warps"):
+        raise TypeError(f"a config has num_warps, {type(config).__name__} {config!r} has not")
     for name, usual in (("num_ctas", 1), ("maxnreg", None)):
         if getattr(config, name, usual) != usual:
             raise ValueError(f"a config with {name}={getattr(config, name)} cannot be compiled here")
-    return dict(getattr(config, "kwargs", {})), Config(config.num_warps, config.num_stages)
+    fixed = Config(config.num_warps, getattr(config, "num_stages", Config.num_stages))
+    return dict(getattr(config, "kwargs", {})), fixed
 
 
 def compile_launch(launch: Launch, target: str | Target) -> Compiled:
