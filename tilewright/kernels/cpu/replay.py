@@ -129,8 +129,12 @@ class Replay:
     def _place(self, calls: list[Call], inputs: tuple[torch.Tensor, ...], result: Any) -> None:
         """Give what the calls make a place in one arena, which is free again after the last call that reads it."""
         self.inputs = {_storage(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs}
+        #: Where each input began in its storage, of which it may be a part.
+        self.offsets = {_storage(x): x.storage_offset() for x in inputs}
         if len(self.inputs) != len(inputs):
             raise CannotReplay("two inputs share memory")
+        if any(stride == 0 and size > 1 for x in inputs for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise CannotReplay("an input is expanded")
         born: dict[int, int] = {}
         dies: dict[int, int] = {}
         size: dict[int, int] = {}
@@ -183,7 +187,10 @@ class Replay:
             typed = base[offset : offset + length // tensor.element_size() * tensor.element_size()].view(tensor.dtype)
             return typed.as_strided(tensor.shape, tensor.stride(), typed.storage_offset())
         if key in self.inputs:
-            return self.inputs[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            offset = tensor.storage_offset() - self.offsets[key]
+            if offset < 0:
+                raise CannotReplay("it looks at memory in front of its input")
+            return self.inputs[key].as_strided(tensor.shape, tensor.stride(), offset)
         return tensor
 
     # ---- steps
@@ -341,7 +348,8 @@ class Replays:
             self._replays[key] = 1
             return self.function(*inputs)
         try:
-            with torch.no_grad():
+            # What is made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
                 replay = Replay(self.function, inputs)
                 result, replay.expected = replay.expected, None
                 with replay.lock:
