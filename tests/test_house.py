@@ -17,7 +17,11 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom of the house to the top. A layer may import those before it, and never one after it.
 LAYERS = ("aot", "autotune", "kernels", "nn", "convert")
-ABOVE_CONVERT = ("monitor", "deploy")  # they may import every layer, and nothing but the face may import them
+ABOVE_CONVERT = (
+    "backend",
+    "monitor",
+    "deploy",
+)  # they may import every layer, and nothing but the face may import them
 LAZY_IMPORT = re.compile(r"tilewright(\.\w+)+:\w+")  # "module:function", by which the router loads an implementation
 LONGEST_FILE = 450
 

@@ -9,6 +9,7 @@ print(tw.report(model))
 from importlib.metadata import PackageNotFoundError, version
 
 from tilewright import kernels, nn
+from tilewright.backend import compile_report
 from tilewright.convert import (
     CheckpointError,
     Fuse,
@@ -39,6 +40,7 @@ __all__ = [
     "Int8Static",
     "Int8WeightOnly",
     "Recipe",
+    "compile_report",
     "convert_model",
     "kernels",
     "load_model",

@@ -55,7 +55,7 @@ def make_plan(model: nn.Module, recipe: Recipe, filter_fn: FilterFunction | None
     tied, head_of = structure.tied_to(model), structure.output_heads(model)
     plan = Plan()
     for module, names in layers.items():
-        decided = _decide(module, names, recipe, filter_fn, None if heads else head_of.get(module), tied)
+        decided = decide(module, names, recipe, filter_fn, None if heads else head_of.get(module), tied)
         if isinstance(decided, Planned):
             plan.convert[names[0]] = decided
         else:
@@ -65,7 +65,7 @@ def make_plan(model: nn.Module, recipe: Recipe, filter_fn: FilterFunction | None
     return plan
 
 
-def _decide(
+def decide(
     module: nn.Module,
     names: list[str],
     recipe: Recipe,

@@ -19,7 +19,8 @@ _entries: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 _lock = threading.Lock()
 
 
-def _version(weight: torch.Tensor) -> int:
+def version_of(weight: torch.Tensor) -> int:
+    """How often ``weight`` was written to in place."""
     # Tensors created in inference mode have no version counter.
     return -1 if weight.is_inference() else weight._version
 
@@ -32,7 +33,7 @@ def packed(weight: torch.Tensor, layout: str, make: Callable[[], T], *others: to
     """
     # A square matrix and its transpose differ in nothing but strides.
     key = (weight.data_ptr(), layout, weight.device, weight.shape, weight.stride())
-    state = (_version(weight), *(None if t is None else (t.data_ptr(), _version(t)) for t in others))
+    state = (version_of(weight), *(None if t is None else (t.data_ptr(), version_of(t)) for t in others))
     entry = _entries.get(key)
     if entry is not None and entry[0] == state:
         return entry[1]

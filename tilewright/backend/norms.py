@@ -1,0 +1,224 @@
+"""A norm that only int8 linear layers read becomes one that quantises: normalising and rounding in one pass.
+
+The fused norm does not round its result to the dtype of x in between. It has no gradient, and it is taken only where
+there is a kernel for it: on a CPU the int8 linear layers quantise for themselves, which is faster.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from tilewright.backend.captured import Captured, Order, bound, call_operator, operator_of
+from tilewright.convert.patterns import argument
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.router import route
+
+
+@dataclass
+class _Norm:
+    """A norm in the graph. op: the fused operator. result: the node that has the normalised value."""
+
+    op: str
+    x: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
+    eps: float
+    result: fx.Node
+
+
+def rewrite(captured: Captured) -> None:
+    """Fuse every norm that can be."""
+    for node in list(captured.graph.nodes):
+        norm = _layer_norm(captured, node) or _rms_norm(captured, node) or _written_out(captured, node)
+        if norm is None:
+            continue
+        readers = list(norm.result.users)
+        if not readers or not all(operator_of(user) == "int8_linear" for user in readers):
+            continue
+        calls = {user: bound(user) for user in readers}
+        if any(call["x"] is not norm.result or norm.result in _others(call) for call in calls.values()):
+            continue
+        name = captured.layer_of(norm.weight) if norm.weight is not None else norm.result.name
+        if reason := _why_not(captured, norm, calls):
+            captured.report.left[name] = reason
+            continue
+        _fuse(captured, norm, calls, name)
+
+
+def _others(call: dict[str, Any]) -> list[Any]:
+    return [value for name, value in call.items() if name != "x"]
+
+
+def _why_not(captured: Captured, norm: _Norm, calls: dict[fx.Node, dict[str, Any]]) -> str | None:
+    if captured.trains:
+        return "gradients are on: a norm that quantises has none"
+    scales = {call.get("channel_scale") for call in calls.values()}
+    if len(scales) > 1:
+        return "the layers that read it scale their inputs differently"
+    if any(scale is not None and captured.weight(scale) is None for scale in scales):
+        return "the scales of the layers that read it are computed"
+    x = captured.value(norm.x)
+    if not isinstance(x, torch.Tensor) or not x.dim():
+        return "its input is no tensor"
+    order = Order(captured.graph)
+    if not all(order.undisturbed(norm.x, user, ()) for user in calls):
+        return "its input may be overwritten before it is read"
+    k = int(x.shape[-1])
+    for op in (norm.op, "int8_linear_quantized"):
+        # Shapes other than the width do not matter to whether there is a kernel.
+        dtype = torch.int8 if op == "int8_linear_quantized" else x.dtype
+        decision = route(Problem(op, 1024, k, k, dtype, **device_facts(x.device)))
+        if decision.name == "reference":
+            return f"no kernel but the definition would serve {op} on {x.device.type}"
+    return None
+
+
+def _fuse(captured: Captured, norm: _Norm, calls: dict[fx.Node, dict[str, Any]], name: str) -> None:
+    graph, x = captured.graph, captured.value(norm.x)
+    weight, bias = norm.weight, norm.bias
+    scale = next(iter(calls.values())).get("channel_scale")
+    if scale is not None:
+        weight, bias = _scaled(captured, name, weight, bias, scale)
+    arguments: dict[str, Any] = {"x": norm.x, "weight": weight, "eps": norm.eps}
+    if norm.op == "layer_norm_quantize":
+        arguments["bias"] = bias
+    with graph.inserting_before(next(user for user in graph.nodes if user in calls)):
+        quantized = call_operator(graph, norm.op, arguments)
+        q = graph.call_function(operator.getitem, (quantized, 0))
+        q_scale = graph.call_function(operator.getitem, (quantized, 1))
+    q.meta["example_value"] = x.new_empty(x.shape, dtype=torch.int8)
+    q_scale.meta["example_value"] = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    for user, call in calls.items():
+        call = {key: value for key, value in call.items() if key != "channel_scale"}
+        dtype = captured.value(user).dtype
+        with graph.inserting_before(user):
+            new = call_operator(
+                graph, "int8_linear_quantized", {**call, "x": q, "x_scale": q_scale, "out_dtype": dtype}, like=user
+            )
+        user.replace_all_uses_with(new)
+        graph.erase_node(user)
+    captured.report.add("norm", name, f"{norm.op} for {len(calls)} int8 linear layers")
+
+
+def _scaled(
+    captured: Captured, name: str, weight: fx.Node | None, bias: fx.Node | None, scale: fx.Node
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """Weight and bias of a norm whose result is multiplied by ``scale``."""
+    sources = [node for node in (scale, weight, bias) if node is not None]
+    has_weight = weight is not None
+
+    def make(factor: torch.Tensor, *affine: torch.Tensor) -> list[torch.Tensor]:
+        scaled = [(each.float() * factor) for each in affine]
+        return scaled if has_weight else [factor.clone(), *scaled]
+
+    nodes = captured.prepare(f"{name}_scaled", sources, make)
+    return nodes[0], nodes[1] if bias is not None else None
+
+
+# ---- what a norm looks like
+def _one_dimension(captured: Captured, x: Any, shape: Any) -> bool:
+    value = captured.value(x)
+    return isinstance(value, torch.Tensor) and tuple(shape) == tuple(value.shape[-1:])
+
+
+def _layer_norm(captured: Captured, node: fx.Node) -> _Norm | None:
+    if node.op != "call_function" or node.target is not F.layer_norm:
+        return None
+    x, shape, weight, bias = (argument(node, i, n) for i, n in enumerate(("input", "normalized_shape", *_AFFINE)))
+    eps = captured.number(argument(node, 4, "eps", 1e-5))
+    if eps is None or not isinstance(x, fx.Node) or not _one_dimension(captured, x, shape):
+        return None
+    return _Norm("layer_norm_quantize", x, weight, bias, eps, node)
+
+
+def _rms_norm(captured: Captured, node: fx.Node) -> _Norm | None:
+    if node.op != "call_function" or node.target not in (F.rms_norm, torch.rms_norm):
+        return None
+    x, shape, weight = (argument(node, i, n) for i, n in enumerate(("input", "normalized_shape", "weight")))
+    eps = argument(node, 3, "eps")
+    value = captured.value(x)
+    if not isinstance(x, fx.Node) or not _one_dimension(captured, x, shape):
+        return None
+    number = torch.finfo(value.dtype).eps if eps is None else captured.number(eps)
+    return None if number is None else _Norm("rms_norm_quantize", x, weight, None, number, node)
+
+
+_AFFINE = ("weight", "bias")
+
+
+def _written_out(captured: Captured, node: fx.Node) -> _Norm | None:
+    """weight * (x * rsqrt(mean(x^2) + eps)), with casts to float32 and back, as transformers writes RMS norm."""
+    pair = _operands(node, operator.mul, torch.mul, "mul")
+    if pair is None:
+        return None
+    for weight, normalised in (pair, pair[::-1]):
+        if captured.weight(weight) is None:
+            continue
+        product = _operands(_uncast(normalised), operator.mul, torch.mul, "mul")
+        for x, factor in () if product is None else (product, product[::-1]):
+            eps = _mean_square(captured, factor, x)
+            if eps is not None:
+                value = captured.value(node)
+                source = _uncast(x)
+                if getattr(captured.value(source), "dtype", None) != value.dtype:
+                    return None
+                return _Norm("rms_norm_quantize", source, weight, None, eps, node)
+    return None
+
+
+def _mean_square(captured: Captured, factor: Any, x: Any) -> float | None:
+    """eps, if ``factor`` is rsqrt(mean(x^2, -1) + eps)."""
+    if not isinstance(factor, fx.Node) or not _is_call(factor, torch.rsqrt, "rsqrt"):
+        return None
+    total = factor.args[0]
+    if not isinstance(total, fx.Node) or not _is_call(total, (operator.add, torch.add), "add"):
+        return None
+    mean, eps = total.args[:2]
+    number = captured.number(eps)
+    if number is None or not isinstance(mean, fx.Node) or not _is_call(mean, torch.mean, "mean"):
+        return None
+    dim = argument(mean, 1, "dim")
+    square = mean.args[0]
+    if dim not in (-1, [-1], (-1,)) or argument(mean, 2, "keepdim") is not True or not isinstance(square, fx.Node):
+        return None
+    squares = _is_call(square, (torch.pow, operator.pow), "pow") and square.args[1] == 2
+    same = square.args[0] is x or (_is_call(square, (torch.square,), "square") and square.args[0] is x)
+    return number if squares and same else None
+
+
+def _is_call(node: Any, functions: Any, method: str) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    functions = functions if isinstance(functions, tuple) else (functions,)
+    return (node.op == "call_function" and node.target in functions) or (
+        node.op == "call_method" and node.target == method
+    )
+
+
+def _operands(node: Any, *names: Any) -> tuple[fx.Node, fx.Node] | None:
+    *functions, method = names
+    if not _is_call(node, tuple(functions), method) or len(node.args) != 2:
+        return None
+    a, b = node.args
+    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
+
+
+def _uncast(node: Any) -> Any:
+    """What a cast to another float dtype casts."""
+    while isinstance(node, fx.Node) and (
+        (
+            node.op == "call_method"
+            and node.target == "to"
+            and len(node.args) == 2
+            and isinstance(node.args[1], torch.dtype)
+        )
+        or (node.op == "call_method" and node.target == "float")
+    ):
+        node = node.args[0]
+    return node
