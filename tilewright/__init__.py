@@ -25,6 +25,7 @@ from tilewright.convert import (
     revert_model,
     save_model,
 )
+from tilewright.deploy import export_onnx
 
 try:
     __version__ = version("tilewright")
@@ -42,6 +43,7 @@ __all__ = [
     "Recipe",
     "compile_report",
     "convert_model",
+    "export_onnx",
     "kernels",
     "load_model",
     "nn",
