@@ -25,7 +25,7 @@ from tilewright.convert import (
     revert_model,
     save_model,
 )
-from tilewright.deploy import export_onnx
+from tilewright.deploy import export_onnx, export_package
 
 try:
     __version__ = version("tilewright")
@@ -44,6 +44,7 @@ __all__ = [
     "compile_report",
     "convert_model",
     "export_onnx",
+    "export_package",
     "kernels",
     "load_model",
     "nn",

@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 from tilewright.convert.text import closest, size
 from tilewright.deploy import symbols
+from tilewright.deploy.inputs import arguments, with_dynamic_batch
 from tilewright.deploy.onnx_lower import ACCURACY_LEVELS, lower
 
 #: A protocol buffer holds less than 2 GiB; the graph itself needs a little of that.
@@ -77,9 +77,9 @@ def export_onnx(
         from onnx_ir.passes import common
     except ImportError as error:
         raise ImportError("export_onnx needs onnx and onnxscript: pip install 'tilewright[onnx]'") from error
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     if dynamic_shapes is None and dynamic_batch:
-        args, kwargs, dynamic_shapes = _with_dynamic_batch(args, kwargs)
+        args, kwargs, dynamic_shapes = with_dynamic_batch(args, kwargs)
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         program = program.run_decompositions(symbols.decompositions())
@@ -94,42 +94,6 @@ def export_onnx(
     if not apart and weights > LARGEST_FILE:
         raise ValueError(f"{size(weights)} of weights do not fit into one ONNX file: leave external_data at None")
     return _write(exported, Path(path), apart)
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    raise TypeError(f"example_inputs is a tensor, a tuple or list, or a mapping, not {type(example_inputs).__name__}")
-
-
-def _with_dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """The arguments and their dynamic shapes. A batch of one is doubled: PyTorch takes sizes of one for constants."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
-    sizes = {len(value) for value in tensors}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"the first dimensions of the example inputs differ ({sorted(sizes)}), so they are no batch: "
-            "give dynamic_shapes, or dynamic_batch=False"
-        )
-    if sizes == {0}:
-        raise ValueError("the example inputs are an empty batch: give at least one row")
-    batch = torch.export.Dim("batch", min=1)
-
-    def prepared(value: Any) -> tuple[Any, Any]:
-        if not isinstance(value, torch.Tensor):
-            return value, None
-        if not value.dim():
-            return value, {}
-        return torch.cat([value, value]) if len(value) == 1 else value, {0: batch}
-
-    positional = [prepared(value) for value in args]
-    named = {name: prepared(value) for name, value in kwargs.items()}
-    shapes: Any = tuple(shape for _, shape in positional) if positional else {n: s for n, (_, s) in named.items()}
-    return tuple(value for value, _ in positional), {n: value for n, (value, _) in named.items()}, shapes
 
 
 def _write(exported: Any, path: Path, apart: bool) -> OnnxFile:

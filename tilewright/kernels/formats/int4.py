@@ -20,7 +20,6 @@ from tilewright.kernels.formats.int8 import check_importance, check_weight
 from tilewright.kernels.formats.ranges import row_blocks, search_shrinkage
 
 MIDDLE = 8  # the zero point of a symmetric weight
-_SHIFTS = tuple(range(0, 32, 4))
 
 
 def group_count(k: int, group_size: int) -> int:
@@ -41,14 +40,15 @@ def pack(values: torch.Tensor) -> torch.Tensor:
     rows, columns = values.shape
     words = group_count(columns, 8)
     nibbles = F.pad(values.to(torch.int32), (0, -columns % 8)).reshape(rows, words, 8)
-    shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=values.device)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=values.device)
     # The nibbles do not overlap, so the sum is their union; int32 wraps into the sign bit as it should.
     return (nibbles << shifts).sum(-1, dtype=torch.int32)
 
 
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """int32 [R, ceil(columns / 8)] -> uint8 values 0..15 [R, columns]."""
-    shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=packed.device)
+    # Counted on the device: a list would be copied there, which export and CUDA graphs do not like.
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
     return (
         ((packed.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).reshape(len(packed), packed.shape[1] * 8)[:, :columns]
     )

@@ -1,0 +1,158 @@
+"""The compiled path on this CPU: a BERT-base and a ResNet-50, converted and compiled, beside what others make of them.
+
+    python -m bench.cpu_compiled [--models bert-base resnet50] [--batches 1 8] [--csv FILE]
+
+Random weights; BERT-base with sequences of 32 tokens, ResNet-50 with 224 x 224 pixels. All variants of a model are
+timed in turn in one process, and the medians compared. torchao is needed for its column only; it is no dependency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import datetime
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tilewright as tw
+from bench.cpu_conv import interleaved
+from bench.cpu_conv import model as image_network
+from tilewright.backend import tilewright as backend
+
+RESULTS = Path(__file__).parent / "results" / "cpu_compiled.csv"
+THREADS = 2
+TOKENS = 32
+#: Largest relative error of a result against the float32 model, by variant; int8 on random weights is coarse.
+LARGEST_ERROR = 0.35
+
+
+def bert_base() -> nn.Module:
+    """A BERT of the size of bert-base, random weights."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+
+    class States(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = hf.BertModel(hf.BertConfig(), add_pooling_layer=False)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            """Token ids [N, L] -> hidden states [N, L, 768]."""
+            return self.bert(ids).last_hidden_state
+
+    return States().eval()
+
+
+def torchao_int8(model: nn.Module) -> nn.Module:
+    """torchao's int8 weights with dynamically quantised activations."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = copy.deepcopy(model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def variants(name: str) -> tuple[nn.Module, dict[str, Callable[..., Any]], Callable[[int], torch.Tensor]]:
+    """The float32 model, the contestants, and inputs for a batch size."""
+    if name == "bert-base":
+        eager = bert_base()
+        converted = tw.convert_model(eager, "int8")
+        return (
+            eager,
+            {
+                "compiled": torch.compile(eager),
+                "int8": converted,
+                "int8, compiled": torch.compile(converted),
+                'int8, backend="tilewright"': torch.compile(eager, backend=backend, options={"recipe": "int8"}),
+                "torchao int8, compiled": torch.compile(torchao_int8(eager)),
+            },
+            lambda batch: torch.randint(0, 30000, (batch, TOKENS)),
+        )
+    eager = image_network(name)
+    images = [torch.randn(4, 3, 224, 224) for _ in range(2)]
+    fused, converted = tw.convert_model(eager, "fuse"), tw.convert_model(eager, "int8", calibration_data=images)
+    return (
+        eager,
+        {
+            "compiled": torch.compile(eager),
+            "fused": fused,
+            "fused, compiled": torch.compile(fused),
+            'fused, backend="tilewright"': torch.compile(eager, backend=backend),
+            "int8": converted,
+            "int8, compiled": torch.compile(converted),
+            "torchao int8, compiled": torch.compile(torchao_int8(eager)),
+        },
+        lambda batch: torch.randn(batch, 3, 224, 224),
+    )
+
+
+def measure(name: str, batches: list[int], seconds: float) -> list[dict[str, object]]:
+    """A row for each batch and variant. Raises ValueError if a result is wrong."""
+    rows: list[dict[str, object]] = []
+    for batch in batches:
+        torch._dynamo.reset()
+        eager, contestants, inputs = variants(name)
+        x = inputs(batch)
+        errors = {"eager": 0.0}
+        with torch.no_grad():
+            expected = eager(x)
+            for variant, run in contestants.items():
+                for _ in range(3):
+                    found = run(x)
+                errors[variant] = error = ((found - expected).norm() / expected.norm()).item()
+                if not error <= LARGEST_ERROR:
+                    raise ValueError(f"{variant} {name} at batch {batch} has a relative error of {error:.2g}")
+            calls = {v: (lambda run=run, x=x: run(x)) for v, run in {"eager": eager, **contestants}.items()}
+            medians = interleaved(calls, seconds)
+        rows += [
+            {
+                "model": name,
+                "batch": batch,
+                "variant": variant,
+                "ms": f"{1e3 * value:.2f}",
+                "speedup": f"{medians['eager'] / value:.2f}",
+                "error": f"{errors[variant]:.2g}",
+            }
+            for variant, value in medians.items()
+        ]
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and write the rows with what they were measured on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("bert-base", "resnet50"), default=["bert-base", "resnet50"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each model and batch; default: 8")
+    parser.add_argument("--csv", type=Path, help=f"where to write the rows, for example {RESULTS.name}")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    rows = [row for name in options.models for row in measure(name, options.batches, options.seconds)]
+    for row in rows:
+        print(
+            f"{row['model']:<10} {row['batch']:>3}  {row['variant']:<28} {row['ms']:>9} ms {row['speedup']:>6}x"
+            f"  error {row['error']}"
+        )
+    if options.csv:
+        about = {
+            "machine": platform.processor() or platform.machine(),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "threads": THREADS,
+            "torch": torch.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *about])
+            writer.writeheader()
+            writer.writerows({**row, **about} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
