@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,26 @@ def test_a_model_that_is_converted_already_gains_epilogues() -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-5, atol=1e-6)
     assert [(rewrite.layer, rewrite.what) for rewrite in last().rewrites] == [("up", "gelu"), ("down", "residual")]
+
+
+def test_a_sum_that_is_written_over_an_input_still_is() -> None:
+    layer, conv = nn.Linear(64, 64).eval(), nn.Conv2d(4, 4, 1).eval()
+
+    def adds(module: nn.Module) -> Any:
+        def add(x: torch.Tensor) -> torch.Tensor:
+            x += module(x)
+            return x * 1.0
+
+        return add
+
+    for module, shape in ((layer, (3, 64)), (conv, (2, 4, 5, 5))):
+        torch._dynamo.reset()
+        given, expected = torch.randn(shape), None
+        with torch.no_grad():
+            expected = given + (tw.convert_model(module, "int8") if module is layer else module)(given)
+            found = compiled(adds(module), recipe="int8")(given)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rules_exclusions_and_heads_are_those_of_convert_model() -> None:
@@ -208,7 +230,8 @@ def test_rewrites_can_be_switched_off() -> None:
     assert not last().rewrites
 
 
-def test_two_inductor_graphs_agree_with_eager() -> None:
+@pytest.mark.slow
+def test_inductor_compiles_what_comes_out() -> None:
     model = nn.Sequential(Feed(), Feed()).eval()
     x = torch.randn(4, 64)
     with torch.no_grad():

@@ -87,6 +87,7 @@ def test_a_fresh_process_finds_the_backend_by_name_without_importing_the_package
     )
 
 
+@pytest.mark.slow
 def test_the_log_of_torch_shows_what_was_rewritten() -> None:
     code = (
         "import torch\n"

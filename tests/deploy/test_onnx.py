@@ -83,7 +83,7 @@ def test_the_packed_weight_is_the_state_dict_byte_for_byte(tmp_path: Path) -> No
     "n, k, group", [(5, 64, 32), (8, 100, 32), (3, 40, 40), (16, 512, None), (7, 600, None), (9, 96, 48), (1, 1, 32)]
 )
 def test_any_group_and_shape_is_what_the_definition_dequantises(
-    n: int, k: int, group: int | None, symmetric: bool, tmp_path: Path
+    n: int, k: int, group: int | None, symmetric: bool
 ) -> None:
     layer = exact(
         tw.nn.Int4Linear.from_float(nn.Linear(k, n), group_size=group, symmetric=symmetric, range_search="minmax")
@@ -98,9 +98,13 @@ def test_any_group_and_shape_is_what_the_definition_dequantises(
         offset = torch.stack([zero & 15, zero >> 4], -1).reshape(n, -1)[:, : scales.shape[1], None].float()
     unpacked = ((values - offset) * scales.unsqueeze(-1)).reshape(n, -1)[:, :k]
     assert torch.equal(unpacked, layer.dequantize_weight())
-    path = tmp_path / "model.onnx"
+
+
+@pytest.mark.parametrize("k, group", [(100, 32), (600, None), (96, 48)])
+def test_ragged_groups_run_in_onnx_runtime(k: int, group: int | None, tmp_path: Path) -> None:
+    layer = exact(tw.nn.Int4Linear.from_float(nn.Linear(k, 9), group_size=group, range_search="minmax")).eval()
+    path, x = tmp_path / "model.onnx", torch.randn(4, k)
     tw.export_onnx(layer, path, torch.randn(3, k))
-    x = torch.randn(4, k)
     with torch.no_grad():
         torch.testing.assert_close(run(path, x), layer(x), rtol=1e-4, atol=1e-4)
 
@@ -142,6 +146,7 @@ def test_int8_images_pool_and_pad(tmp_path: Path) -> None:
     torch.testing.assert_close(run(path, data[1]), expected, rtol=0.01, atol=0.01 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_with_two_inputs(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -155,6 +160,7 @@ def test_a_model_of_transformers_with_two_inputs(tmp_path: Path) -> None:
     torch.testing.assert_close(run(path, *wider.values()), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path: Path) -> None:
     model, path = tw.convert_model(layers(bias=False).half(), "int4-g32"), tmp_path / "model.onnx"
     tw.export_onnx(model, path, torch.randn(2, 96).half())
@@ -163,6 +169,7 @@ def test_half_precision(tmp_path: Path) -> None:
         torch.testing.assert_close(run(path, x), model(x), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_accuracy_is_what_onnx_runtime_is_told(tmp_path: Path) -> None:
     model = tw.convert_model(layers(), "int4-g32")
     for accuracy, level in (("float32", 1), ("int8", 4)):
@@ -185,6 +192,7 @@ def test_weights_beside_the_model(tmp_path: Path) -> None:
     assert written.data_path is None and sorted(each.name for each in tmp_path.iterdir()) == ["model.onnx"]
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_go_into_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tilewright.deploy import onnx_export
 
@@ -214,6 +222,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception]
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_the_old_file(tmp_path: Path) -> None:
     class Branches(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -226,6 +235,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_rows_without_a_number_stay_without_one(tmp_path: Path) -> None:
     model, path = tw.convert_model(layers(), "int8"), tmp_path / "model.onnx"
     tw.export_onnx(model, path, torch.randn(2, 96))

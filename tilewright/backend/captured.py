@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from tilewright.backend.record import GraphReport
+from tilewright.convert.patterns import addends
 from tilewright.kernels.packed import version_of
 
 Make = Callable[..., Sequence[torch.Tensor]]
@@ -209,6 +210,14 @@ def mutates(node: fx.Node) -> bool:
 def only_reader(node: fx.Node) -> fx.Node | None:
     """The one node that reads ``node``, if it is one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def residual_of(user: fx.Node, end: fx.Node) -> fx.Node | None:
+    """What ``user`` adds to ``end``; None if it adds nothing, ``end`` itself, or writes the sum over something else."""
+    pair = addends(user)
+    if pair is None or pair[0] is pair[1] or (mutates(user) and user.args[0] is not end):
+        return None
+    return pair[1] if pair[0] is end else pair[0]
 
 
 class Order:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tilewright.backend.captured import Captured, Order, call_operator, only_reader, same_size
+from tilewright.backend.captured import Captured, Order, call_operator, only_reader, residual_of, same_size
 from tilewright.convert.conv_schemes import Fuse
-from tilewright.convert.patterns import activation_of, addends, argument, functionalize, is_identity
+from tilewright.convert.patterns import activation_of, argument, functionalize, is_identity
 from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
 from tilewright.kernels.conv_geometry import ConvGeometry
@@ -152,14 +152,13 @@ class _Convolution:
             return True
 
         while activation[0] == "none" and (user := only_reader(end)) is not None:
-            pair = addends(user)
+            other = residual_of(user, end)
             if is_identity(user, {}) and user.args[0] is end:
                 taken = take(user, "")
             elif norm is None and residual is None and self._is_norm(user, end):
                 taken = take(user, "batch-norm")
                 norm = user if taken else None
-            elif residual is None and pair is not None and pair[0] is not pair[1]:
-                other = pair[1] if pair[0] is end else pair[0]
+            elif residual is None and other is not None:
                 taken = same_size(captured.value(other), captured.value(end)) and take(user, "add")
                 residual = other if taken else None
             elif (found := activation_of(user, {})) is not None and user.args[0] is end:

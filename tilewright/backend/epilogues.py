@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tilewright.backend.captured import Captured, Order, bound, call_operator, only_reader, operator_of, same_size
-from tilewright.convert.patterns import activation_of, addends, is_identity
+from tilewright.backend.captured import (
+    Captured,
+    Order,
+    bound,
+    call_operator,
+    only_reader,
+    operator_of,
+    residual_of,
+    same_size,
+)
+from tilewright.convert.patterns import activation_of, is_identity
 from tilewright.kernels.activation import ACTIVATIONS
 
 
@@ -33,13 +42,12 @@ def _absorb(captured: Captured, node: fx.Node, order: Order) -> bool:
     arguments = bound(node)
     end, chain, words = node, [node], []
     while (user := only_reader(end)) is not None:
-        pair = addends(user)
+        other = residual_of(user, end)
         if is_identity(user, {}) and user.args[0] is end:
             word = ""
         elif arguments["activation"] == "none" and arguments["residual"] is None and _activation(user, end):
             word = _activation(user, end) or ""
-        elif arguments["residual"] is None and pair is not None and pair[0] is not pair[1]:
-            other = pair[1] if pair[0] is end else pair[0]
+        elif arguments["residual"] is None and other is not None:
             if not same_size(captured.value(other), captured.value(end)):
                 break
             word = "residual"
