@@ -192,10 +192,11 @@ def _quantized(place: Place, value: Any, scale: float) -> Any:
 
 
 def _dequantized(place: Place, value: Any, scale: float) -> Any:
-    """A float tensor as it is in float32, an integer one times its scale."""
+    """What a tensor stands for in float32: integers times ``scale``, and so float values if it is not 1."""
     types = place.ir.DataType
     if value.dtype not in (types.INT8, types.UINT8):
-        return place.cast(value, types.FLOAT)
+        wide = place.cast(value, types.FLOAT)
+        return wide if scale == 1.0 else place.write("Mul", [wide, _number(place, "scale", scale)], like=wide)
     inputs = [value, _number(place, "scale", scale), _zero_point(place, value.dtype)]
     return place.write("DequantizeLinear", inputs, dtype=types.FLOAT)
 
