@@ -169,17 +169,36 @@ def test_float32_is_as_good_as_pytorch(
     check_float(float_cpu.conv2d_fused, sizes, residual, activation)
 
 
+#: Results that a comparison of errors needs at least: the plain expression may err by nothing in a few of them.
+ENOUGH = 5000
+
+
 def check_float(function: Any, sizes: dict[str, Any], residual: bool, activation: str) -> None:
     geometry = ConvGeometry(**sizes)
-    x = image(geometry.batch, geometry.in_channels, geometry.height, geometry.width)
-    weight = torch.randn(geometry.out_channels, *geometry.kernel, geometry.group_channels)
-    tensors = [x, weight, torch.randn(geometry.out_channels), image(*geometry.out_shape) if residual else None]
     rest = (*(sizes[name] for name in ("stride", "padding", "dilation", "groups")), activation, 0.1)
-    wide = [None if tensor is None else tensor.double() for tensor in tensors]
-    y = function(*tensors, *rest)
-    plain, exact = float_reference.conv2d_fused(*tensors, *rest), float_reference.conv2d_fused(*wide, *rest)
-    assert y.stride() == plain.stride()
-    assert_close_as_plain(y, plain, exact)
+    found: list[tuple[torch.Tensor, ...]] = []
+    while sum(y.numel() for y, _, _ in found) < ENOUGH:
+        x = image(geometry.batch, geometry.in_channels, geometry.height, geometry.width)
+        weight = torch.randn(geometry.out_channels, *geometry.kernel, geometry.group_channels)
+        tensors = [x, weight, torch.randn(geometry.out_channels), image(*geometry.out_shape) if residual else None]
+        wide = [None if tensor is None else tensor.double() for tensor in tensors]
+        y, plain = function(*tensors, *rest), float_reference.conv2d_fused(*tensors, *rest)
+        assert y.stride() == plain.stride()
+        found.append((y, plain, float_reference.conv2d_fused(*wide, *rest)))
+    assert_close_as_plain(*(torch.cat([part.flatten() for part in parts]) for parts in zip(*found, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "channels, kernel, out_channels", [(33, (5, 5), 24), (8, (2, 4), 5), (200, (3, 3), 16)], ids=["825", "64", "1800"]
+)
+def test_long_sums_of_floats_are_as_good_as_pytorchs(
+    isa: str, channels: int, kernel: tuple[int, int], out_channels: int
+) -> None:
+    needs_c(integer=False)
+    torch.manual_seed(0)
+    sizes = {**ONE_TAP, "batch": 1, "in_channels": channels, "height": 10, "width": 6, "out_channels": out_channels}
+    for _ in range(3):
+        check_float(float_cpu.conv2d_fused, {**sizes, "kernel": kernel}, False, "none")
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu", "relu6", "hardswish", "gelu_tanh"])
