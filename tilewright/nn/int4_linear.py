@@ -9,9 +9,13 @@ from torch import nn
 
 from tilewright.kernels import ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.checks import check_vector
+from tilewright.kernels.eager import caller
 from tilewright.kernels.formats import int4
 from tilewright.nn.int8_linear import resolve_compute_dtype
 from tilewright.nn.quantized_linear import QuantizedLinear, check_linear, common_options, dtype_name, parse_dtype
+
+_int4_linear = caller("int4_linear")
+_int4_int8_linear = caller("int4_int8_linear")
 
 
 class _Int4Weight(QuantizedLinear):
@@ -148,7 +152,7 @@ class Int4Linear(_Int4Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        return torch.ops.tilewright.int4_linear(
+        return _int4_linear(
             x,
             self.weight_packed,
             self.weight_scale,
@@ -221,7 +225,7 @@ class Int8ActInt4WeightLinear(_Int4Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        return torch.ops.tilewright.int4_int8_linear(
+        return _int4_int8_linear(
             x,
             self.weight_packed,
             self.weight_scale,

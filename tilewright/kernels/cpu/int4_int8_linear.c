@@ -61,6 +61,8 @@ typedef struct {
     int32_t *q_sums;
     float *row_scale;
     int64_t block;
+    int own; /* as in int8_linear.c */
+    tw_queue *units;
 } int4_job;
 
 /* `rows` is a constant wherever this is called: loops over rows and vectors unroll, and the sums stay in registers. */
@@ -130,25 +132,37 @@ static void quantize_block(const int4_job *job, int64_t first, int64_t row) {
 }
 
 static void int4_part(void *data) {
-    const int4_job *job = data;
+    int4_job mine = *(const int4_job *)data;
+    const int4_job *job = &mine;
     const int64_t panels = divide_up(job->out.n, PANEL);
-    for (int64_t first = 0; first < job->m; first += job->block) {
-        int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin, end;
-        tw_share(rows, &begin, &end);
-        for (int64_t row = begin; row < end; row++) quantize_block(job, first, row);
-        tw_barrier();
-        int64_t row_groups = divide_up(rows, ROW_GROUP);
-        tw_share(panels * row_groups, &begin, &end);
-        for (int64_t unit = begin; unit < end; unit++) {
-            int64_t panel = unit / row_groups, row = unit % row_groups * ROW_GROUP;
-            int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
-            for (; row < last; row += TILE_ROWS) {
-                float sums[TILE_ROWS][PANEL];
-                int count = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
-                multiply_tile(count, job, row, panel, sums);
-                finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
-            }
+    int number, threads;
+    tw_team(&number, &threads);
+    if (job->own) {
+        mine.q += number * job->m * job->words * 8;
+        mine.q_sums += number * job->m * job->groups;
+        mine.row_scale += number * job->m;
+    }
+    for (int64_t first = 0, round = 0; first < job->m; first += job->block, round++) {
+        int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin = 0, end = rows;
+        if (!job->own) {
+            tw_share(rows, &begin, &end);
+            if (!number) tw_refill(job->units, round);
         }
+        for (int64_t row = begin; row < end; row++) quantize_block(job, first, row);
+        if (!job->own) tw_barrier();
+        const int64_t row_groups = divide_up(rows, ROW_GROUP), units = panels * row_groups;
+        const int64_t step = panels >= 8 * threads ? row_groups : 1;
+        for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
+            for (int64_t unit = taken; unit < taken + step; unit++) {
+                int64_t panel = unit / row_groups, row = unit % row_groups * ROW_GROUP;
+                int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
+                for (; row < last; row += TILE_ROWS) {
+                    float sums[TILE_ROWS][PANEL];
+                    int count = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
+                    multiply_tile(count, job, row, panel, sums);
+                    finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
+                }
+            }
         if (first + job->block < job->m) tw_barrier(); /* the next block overwrites q */
     }
 }
@@ -156,17 +170,18 @@ static void int4_part(void *data) {
 /* packed, scale, zero: from pack. x: [m, k] in the format `dtype`, rows x_stride elements apart; y and residual (or NULL):
    [m, n], contiguous, in the same format. group: columns that share a scale, a multiple of 8 or at least k. bias:
    float32 [n] or NULL; channel_scale: float32 [k] or NULL. Scratch for `block` rows, which are quantised at a time: q of
-   block * (k rounded up to 8) bytes, q_sums of block * groups, row_scale of block. Returns 0, or 1 for a format that
-   this build cannot read. */
+   block * (k rounded up to 8) bytes, q_sums of block * groups, row_scale of block; if `own`, block is m and every thread
+   has a part of that size. Returns 0, or 1 for a format that this build cannot read. */
 EXPORT int ISA_NAME(tw_int4_int8_linear)(const uint8_t *packed, const float *scale, const uint8_t *zero, int64_t n,
                                          int64_t k, int64_t group, const float *bias, const float *channel_scale,
                                          const void *x, int dtype, int64_t m, int64_t x_stride, const void *residual,
                                          int activation, void *y, int8_t *q, int32_t *q_sums, float *row_scale,
-                                         int64_t block, int threads) {
+                                         int64_t block, int own, int threads) {
     if (dtype == FLOAT16 && !HAS_FLOAT16) return 1;
     int64_t words = divide_up(k, 8), group_words = group < k ? group / 8 : words;
+    tw_queue units = {{0, 0}};
     int4_job job = {packed, zero, scale, channel_scale, k, words, group_words, divide_up(words, group_words), x, m,
-                    x_stride, {bias, residual, activation, y, dtype, n}, q, q_sums, row_scale, block};
+                    x_stride, {bias, residual, activation, y, dtype, n}, q, q_sums, row_scale, block, own, &units};
     tw_parallel(int4_part, &job, threads);
     return 0;
 }

@@ -92,6 +92,8 @@ typedef struct {
     uint8_t *q;
     float *scale;
     int64_t block;
+    int own; /* every thread quantises all rows for itself: for few of them that is quicker than to wait for each other */
+    tw_queue *units;
 } linear_job;
 
 /* `channels` is a constant, PANEL, wherever that many are left: then the loops over it unroll. */
@@ -118,47 +120,63 @@ static void finish_tile(const linear_job *job, int32_t sums[][PANEL], int64_t ro
         finish_channels(job, sums, row, rows, channel, channels, scale);
 }
 
+static void quantize_rows(const linear_job *job, int64_t first, int64_t begin, int64_t end, uint8_t *q, float *scale) {
+    const int64_t q_stride = round_up(job->k, 4);
+    for (int64_t row = begin; row < end; row++) {
+        uint8_t *to = q + row * q_stride;
+        scale[row] = quantize_row(job->x, job->out.dtype, (first + row) * job->x_stride, job->k, job->channel_scale,
+                                  ZERO_POINT, to);
+        for (int64_t i = job->k; i < q_stride; i++) to[i] = ZERO_POINT; /* their weights are 0 */
+    }
+}
+
 static void linear_part(void *data) {
     const linear_job *job = data;
     const int64_t steps = round_up(job->k, 4) / 4, q_stride = steps * 4, panels = (job->out.n + PANEL - 1) / PANEL;
-    for (int64_t first = 0; first < job->m; first += job->block) {
-        int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin, end;
-        tw_share(rows, &begin, &end);
-        for (int64_t row = begin; row < end; row++) {
-            uint8_t *q = job->q + row * q_stride;
-            job->scale[row] = quantize_row(job->x, job->out.dtype, (first + row) * job->x_stride, job->k,
-                                           job->channel_scale, ZERO_POINT, q);
-            for (int64_t i = job->k; i < q_stride; i++) q[i] = ZERO_POINT; /* their weights are 0 */
+    int number, threads;
+    tw_team(&number, &threads);
+    uint8_t *q = job->q + (job->own ? number * job->m * q_stride : 0);
+    float *scale = job->scale + (job->own ? number * job->m : 0);
+    for (int64_t first = 0, round = 0; first < job->m; first += job->block, round++) {
+        int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin = 0, end = rows;
+        if (!job->own) {
+            tw_share(rows, &begin, &end);
+            if (!number) tw_refill(job->units, round);
         }
-        tw_barrier();
-        int64_t groups = (rows + ROW_GROUP - 1) / ROW_GROUP;
-        tw_share(panels * groups, &begin, &end);
-        for (int64_t unit = begin; unit < end; unit++) {
-            int64_t channel = unit / groups * PANEL, row = unit % groups * ROW_GROUP;
-            int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
-            const int8_t *panel = job->packed + channel * q_stride;
-            for (; row < last; row += TILE_ROWS) {
-                int32_t sums[TILE_ROWS][PANEL];
-                int count = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
-                multiply_tile(count, job->q + row * q_stride, q_stride, panel, steps, sums);
-                finish_tile(job, sums, first + row, count, channel, job->scale + row);
+        quantize_rows(job, first, begin, end, q, scale);
+        if (!job->own) tw_barrier();
+        const int64_t groups = (rows + ROW_GROUP - 1) / ROW_GROUP, units = panels * groups;
+        const int64_t step = panels >= 8 * threads ? groups : 1; /* a panel stays in the cache of one core */
+        for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
+            for (int64_t unit = taken; unit < taken + step; unit++) {
+                int64_t channel = unit / groups * PANEL, row = unit % groups * ROW_GROUP;
+                int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
+                const int8_t *panel = job->packed + channel * q_stride;
+                for (; row < last; row += TILE_ROWS) {
+                    int32_t sums[TILE_ROWS][PANEL];
+                    int count = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
+                    multiply_tile(count, q + row * q_stride, q_stride, panel, steps, sums);
+                    finish_tile(job, sums, first + row, count, channel, scale + row);
+                }
             }
-        }
         if (first + job->block < job->m) tw_barrier(); /* the next block overwrites q */
     }
 }
 
 /* packed, correction: from pack. x: [m, k] in the format `dtype`, rows x_stride elements apart; y and residual (or NULL):
    [m, n], contiguous, in the same format. weight_scale, bias (or NULL): float32 [n]. channel_scale: float32 [k] or NULL.
-   q: scratch of block * (k rounded up to 4) bytes, scale: scratch of block floats; block: rows quantised at a time.
-   Returns 0, or 1 for a format that this build cannot read. */
+   block: rows quantised at a time, all m if `own`, which has every thread quantise them for itself. q: scratch of block *
+   (k rounded up to 4) bytes, scale: scratch of block floats; for each thread if `own`. Returns 0, or 1 for a format that this build cannot read. */
 EXPORT int ISA_NAME(tw_int8_linear)(const int8_t *packed, const int32_t *correction, int64_t n, int64_t k,
                                     const float *weight_scale, const float *bias, const float *channel_scale,
                                     const void *x, int dtype, int64_t m, int64_t x_stride, const void *residual,
-                                    int activation, void *y, uint8_t *q, float *scale, int64_t block, int threads) {
+                                    int activation, void *y, uint8_t *q, float *scale, int64_t block, int own,
+                                    int threads) {
     if (dtype == FLOAT16 && !HAS_FLOAT16) return 1;
     output out = {bias, residual, activation, y, dtype, n};
-    linear_job job = {packed, correction, k, weight_scale, channel_scale, x, m, x_stride, out, q, scale, block};
+    tw_queue units = {{0, 0}};
+    linear_job job = {packed, correction, k, weight_scale, channel_scale, x, m, x_stride, out, q, scale, block, own,
+                      &units};
     tw_parallel(linear_part, &job, threads);
     return 0;
 }

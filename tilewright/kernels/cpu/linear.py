@@ -21,6 +21,8 @@ _BLOCK_BYTES = 4 << 20
 _TILE_ROWS = 12
 #: Below this many products a second thread costs more than it brings.
 _GRAIN = 32768
+#: Up to so many activations every thread quantises all of them, rather than wait until others have done their part.
+_OWN_ELEMENTS = 8192
 
 
 def why_not(problem: Problem) -> str | None:
@@ -102,7 +104,9 @@ def int8_linear(
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     residual = _residual(residual, y)
     stride = -(-k // 4) * 4
-    block = min(m, max(1, _BLOCK_BYTES // stride))
+    threads, own = _threads(m * n * k), m * k <= _OWN_ELEMENTS
+    block = m if own else min(m, max(1, _BLOCK_BYTES // stride))
+    held = block * threads if own else block
     function(
         values.data_ptr(),
         correction.data_ptr(),
@@ -118,10 +122,11 @@ def int8_linear(
         _address(residual),
         native.ACTIVATIONS[activation],
         y.data_ptr(),
-        scratch((block * stride,), torch.uint8, "quantized").data_ptr(),
-        scratch((block,), torch.float32, "row scale").data_ptr(),
+        scratch((held * stride,), torch.uint8, "quantized").data_ptr(),
+        scratch((held,), torch.float32, "row scale").data_ptr(),
         block,
-        _threads(m * n * k),
+        own,
+        threads,
     )
     return y
 
@@ -182,7 +187,9 @@ def int4_int8_linear(
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     residual = _residual(residual, y)
     stride = -(-k // 8) * 8
-    block = min(m, max(1, _BLOCK_BYTES // stride))
+    threads, own = _threads(m * n * k), m * k <= _OWN_ELEMENTS
+    block = m if own else min(m, max(1, _BLOCK_BYTES // stride))
+    held = block * threads if own else block
     function(
         values.data_ptr(),
         scale.data_ptr(),
@@ -199,11 +206,12 @@ def int4_int8_linear(
         _address(residual),
         native.ACTIVATIONS[activation],
         y.data_ptr(),
-        scratch((block * stride,), torch.int8, "quantized").data_ptr(),
-        scratch((block * groups,), torch.int32, "group sums").data_ptr(),
-        scratch((block,), torch.float32, "row scale").data_ptr(),
+        scratch((held * stride,), torch.int8, "quantized").data_ptr(),
+        scratch((held * groups,), torch.int32, "group sums").data_ptr(),
+        scratch((held,), torch.float32, "row scale").data_ptr(),
         block,
-        _threads(m * n * k),
+        own,
+        threads,
     )
     return y
 

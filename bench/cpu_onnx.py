@@ -1,0 +1,122 @@
+"""ONNX Runtime's int4 and int8 linear layers and whole models, as its own tools make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import quantization
+from torch import nn
+
+from tilewright.kernels.formats import int4
+
+GROUP = 128
+Run = Callable[..., torch.Tensor]
+
+
+def session(path: str | bytes, threads: int) -> Run:
+    """A function of tensors in the order of the model's inputs that returns its first output."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    made = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in made.get_inputs()]
+    return lambda *xs: torch.from_numpy(made.run(None, {n: x.numpy() for n, x in zip(names, xs, strict=True)})[0])
+
+
+def _model(nodes: list[Any], k: int, n: int, initializers: list[Any]) -> Any:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", n])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(
+        helper.make_graph(nodes, "linear", [x], [y], initializers), opset_imports=opsets, ir_version=10
+    )
+
+
+def int4_linear(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, k: int, threads: int) -> Run:
+    """MatMulNBits at accuracy level 4 (activations in int8) on the very integers and scales of our layer."""
+    n, groups = scale.shape
+    arrays = {"w": packed.view(torch.uint8).reshape(n, groups, GROUP // 2), "s": scale.float().reshape(-1)}
+    if zero is not None:
+        zeros = int4.unpack_zero(zero, n).to(torch.uint8)
+        if groups % 2:
+            zeros = nn.functional.pad(zeros, (0, 1))
+        arrays["z"] = (zeros[:, ::2] | zeros[:, 1::2] << 4).reshape(-1)
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", *arrays],
+        ["y"],
+        domain="com.microsoft",
+        K=k,
+        N=n,
+        bits=4,
+        block_size=GROUP,
+        accuracy_level=4,
+    )
+    initializers = [numpy_helper.from_array(array.contiguous().numpy(), name) for name, array in arrays.items()]
+    return session(_model([node], k, n, initializers).SerializeToString(), threads)
+
+
+def int8_linear(weight: torch.Tensor, folder: Path, threads: int) -> Run:
+    """A float product of weight [N, K], quantised by ``quantize_dynamic`` with a scale for each output channel."""
+    n, k = weight.shape
+    plain, small = str(folder / "float.onnx"), str(folder / "int8.onnx")
+    initializer = numpy_helper.from_array(weight.t().contiguous().numpy(), "w")
+    onnx.save(_model([helper.make_node("MatMul", ["x", "w"], ["y"])], k, n, [initializer]), plain)
+    _quantize(plain, small)
+    return session(small, threads)
+
+
+def _quantize(plain: str, small: str) -> None:
+    quantization.quantize_dynamic(
+        plain,
+        small,
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+        extra_options={
+            "DefaultTensorType": TensorProto.FLOAT
+        },  # it does not know the types that fused operators return
+    )
+
+
+class HiddenState(nn.Module):
+    """An encoder that returns a plain tensor."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Two int64 [batch, sequence] -> float32 [batch, sequence, hidden]."""
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def encoders(encoder: nn.Module, heads: int, hidden: int, folder: Path, threads: int) -> dict[str, Run]:
+    """ONNX Runtime's dynamic int8 sessions of a BERT: as exported, and after its optimiser for transformers, which
+    fuses attention, GELU and normalisation.
+    """
+    from onnxruntime.transformers import optimizer
+
+    plain, fused = str(folder / "float.onnx"), str(folder / "fused.onnx")
+    inputs = (torch.ones(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64))
+    names = ["input_ids", "attention_mask"]
+    torch.onnx.export(
+        HiddenState(encoder),
+        inputs,
+        plain,
+        input_names=names,
+        output_names=["hidden"],
+        dynamic_axes={name: {0: "batch", 1: "sequence"} for name in (*names, "hidden")},
+        dynamo=False,
+    )
+    optimizer.optimize_model(plain, "bert", num_heads=heads, hidden_size=hidden).save_model_to_file(fused)
+    found = {}
+    for name, path in (("ONNX Runtime int8", plain), ("ONNX Runtime int8, fused", fused)):
+        _quantize(path, f"{path}.int8")
+        found[name] = session(f"{path}.int8", threads)
+    return found
