@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -119,6 +121,8 @@ def test_result_depends_neither_on_the_batch_nor_on_threads(isa: str):
     weight, weight_scale = int8_weight(200, 160)
     x = torch.randn(123, 160)
     whole = linear.int8_linear(x, weight, weight_scale, None, None, "silu", None)
+    few = torch.cat([linear.int8_linear(part, weight, weight_scale, None, None, "silu", None) for part in x.split(7)])
+    assert torch.equal(whole, few)
     alone = torch.cat([linear.int8_linear(row[None], weight, weight_scale, None, None, "silu", None) for row in x])
     assert torch.equal(whole, alone)
     threads = torch.get_num_threads()
@@ -157,6 +161,50 @@ def test_several_python_threads_at_once(isa: str):
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_other_python_threads_run_while_a_kernel_does(isa: str):
+    weight, weight_scale = int8_weight(1024, 1024)
+    x = torch.randn(512 if isa != "portable" else 64, 1024)
+    steps, stop = [0], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            steps[0] += 1
+
+    linear.int8_linear(x, weight, weight_scale, None, None, "none", None)
+    counter = threading.Thread(target=count)
+    counter.start()
+    try:
+        moved = 0
+        for _ in range(20):
+            before = steps[0]
+            linear.int8_linear(x, weight, weight_scale, None, None, "none", None)
+            moved += steps[0] > before
+    finally:
+        stop.set()
+        counter.join()
+    assert moved
+
+
+def test_threads_are_pytorchs_own():
+    if native.why_no_native() is not None:
+        pytest.skip("no C kernels here")
+    script = """
+import os, torch
+torch.set_num_threads(3)
+torch.randn(1 << 20).exp_()
+runtimes = lambda: {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split()[-1]}
+before = len(os.listdir("/proc/self/task")), runtimes()
+from tilewright.kernels.cpu import linear, native
+weight = torch.ones(512, 512, dtype=torch.int8)
+for _ in range(3):
+    linear.int8_linear(torch.randn(256, 512), weight, torch.ones(512), None, None, "none", None)
+assert native.why_no_native() is None
+assert before == (len(os.listdir("/proc/self/task")), runtimes()), "other threads, or another OpenMP runtime"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_writing_into_the_weight_is_noticed(isa: str):

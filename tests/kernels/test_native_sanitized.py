@@ -63,10 +63,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_native.py", "test_native_weights.py"])
+@pytest.mark.parametrize("file", ["test_native.py", "test_native_weights.py", "test_conv_cpu.py"])
 def test_sanitized(library: str, file: str):
     done = run_sanitized(
-        SCRIPT, library, str(HERE / file), "-k", "not other_sources and not compiler and not python_threads"
+        SCRIPT,
+        library,
+        str(HERE / file),
+        "-k",
+        "not other_sources and not compiler and not python_threads and not pytorchs_own and not onednn",
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+from tilewright.kernels.cpu import choices
 from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import Implementation, register
+from tilewright.kernels.router import Implementation, prefer_by, register
 
 _PACKAGE = "tilewright.kernels."
 _FOLDERS = {
@@ -90,6 +91,7 @@ def register_all() -> None:
             "dequantise and multiply", "int4_linear", _always, f"{_PACKAGE}int4_linear.dequantize:int4_linear"
         )
     )
+    prefer_by(choices.faster)
     for op, folder in _FOLDERS.items():
         # The definition itself: right everywhere, and slow.
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))

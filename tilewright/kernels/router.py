@@ -99,13 +99,34 @@ def implementations(op: str) -> tuple[Implementation, ...]:
 def route(problem: Problem) -> Decision:
     """Which implementation serves ``problem``. Raises NotImplementedError that lists every reason if none does."""
     declined: list[tuple[str, str]] = []
+    faster = None if _faster is None else _faster(problem)
+    if faster is not None and not _takes(faster[0], problem):
+        faster = None
     for implementation in _registered.get(problem.op, ()):
         reason = implementation.why_not(problem)
+        if reason is None and faster is not None and implementation.name != faster[0]:
+            reason = faster[1]
         if reason is None:
             return Decision(implementation, tuple(declined))
         declined.append((implementation.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in declined) or "nothing is registered for it"
     raise NotImplementedError(f"no implementation of {problem.op} takes {problem}: {reasons}")
+
+
+def _takes(name: str, problem: Problem) -> bool:
+    return any(other.name == name and other.why_not(problem) is None for other in implementations(problem.op))
+
+
+_faster: Callable[[Problem], tuple[str, str] | None] | None = None
+
+
+def prefer_by(faster: Callable[[Problem], tuple[str, str] | None]) -> None:
+    """Have ``route`` pass over all others for the implementation that ``faster`` names, with the words that it gives
+    for it, where that takes the problem; it returns None where the order of registration stands.
+    """
+    global _faster
+    _faster = faster
+    forget()
 
 
 @functools.lru_cache(maxsize=8192)

@@ -1,0 +1,135 @@
+"""Times the C kernels of linear layers against the other implementations of their operators, for the router's table.
+
+    python -m bench.cpu_choices [--shape N K ...] [--batches M ...] [--write]
+
+``--write`` puts what was timed into ``tilewright/kernels/cpu/choices.csv``, in place of the rows of the same operator,
+instruction set, dtype, shape and batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("OMP_PROC_BIND", "true")
+
+import torch
+from torch import nn
+
+import tilewright.nn as tnn
+from tilewright.kernels.cpu import choices, native
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.router import implementations
+
+THREADS = 2
+SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (4096, 4096))
+BATCHES = (1, 4, 16, 64, 128, 512)
+C_KERNEL = "C kernel"
+#: Neither is meant to be fast.
+LEFT_OUT = ("reference", "exact float32", "dequantise and multiply")
+Row = dict[str, object]
+
+
+def layers(n: int, k: int) -> Iterator[Any]:
+    """One layer for each operator and dtype that is multiplied."""
+    linear = nn.Linear(k, n)
+    yield tnn.Int8Linear.from_float(linear)
+    yield tnn.Int8ActInt4WeightLinear.from_float(linear, group_size=128, range_search="minmax")
+    for dtype in (torch.bfloat16, torch.float32):
+        yield tnn.Int8WeightOnlyLinear.from_float(linear, compute_dtype=dtype)
+        yield tnn.Int4Linear.from_float(linear, group_size=128, range_search="minmax", compute_dtype=dtype)
+
+
+def arguments_of(layer: Any) -> dict[str, Any]:
+    """What ``layer`` calls its operator with, beside the activations."""
+    names = (
+        ("weight_packed", "weight_scale", "weight_zero")
+        if hasattr(layer, "weight_packed")
+        else ("weight", "weight_scale")
+    )
+    found = {name: getattr(layer, name) for name in names}
+    if hasattr(layer, "group_size"):
+        found["group_size"] = layer.group_size
+    if hasattr(layer, "compute_dtype"):
+        found["compute_dtype"] = layer.compute_dtype
+    return {**found, "bias": layer.bias}
+
+
+def medians(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median milliseconds of each function, all timed in turn."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    start = time.perf_counter()
+    while len(next(iter(times.values()))) < 4 or time.perf_counter() - start < seconds:
+        for name, function in functions.items():
+            function()
+            begin = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def measure(n: int, k: int, batches: list[int], seconds: float) -> Iterator[Row]:
+    """A row for each layer and batch that the C kernel and another implementation take."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for layer in layers(n, k):
+            for m in batches:
+                x, problem = torch.randn(m, k), layer.problem(m)
+                functions = _functions(problem, x, arguments_of(layer))
+                if C_KERNEL not in functions or len(functions) < 2:
+                    continue
+                found = medians(functions, seconds)
+                ours = found.pop(C_KERNEL)
+                other = min(found, key=lambda name: found[name])
+                values = (problem.op, native.isa(), choices.multiplied(problem), m, n, k)
+                times = (f"{ours:.4f}", other, f"{found[other]:.4f}")
+                yield dict(zip(choices.COLUMNS, (*values, *times), strict=True))
+
+
+def _functions(problem: Problem, x: torch.Tensor, arguments: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    return {
+        other.name: lambda f=other.function: f(x, **arguments)  # type: ignore[misc]
+        for other in implementations(problem.op)
+        if other.name not in LEFT_OUT and other.why_not(problem) is None
+    }
+
+
+def write(rows: list[Row]) -> None:
+    """Into the table, in place of older rows of the same problems."""
+    key = choices.COLUMNS[:6]
+    known = {}
+    if choices.TABLE.is_file():
+        with choices.TABLE.open(newline="", encoding="utf-8") as file:
+            known = {tuple(row[name] for name in key): row for row in csv.DictReader(file)}
+    known |= {tuple(str(row[name]) for name in key): row for row in rows}  # type: ignore[misc]
+    with choices.TABLE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, choices.COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(known.values())
+
+
+def main() -> None:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs=2, type=int, action="append", metavar=("N", "K"))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--seconds", type=float, default=0.1, help="for each row; default: 0.1")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    rows = []
+    for n, k in options.shape or SHAPES:
+        for row in measure(n, k, options.batches, options.seconds):
+            rows.append(row)
+            print(*row.values(), flush=True)
+    if options.write:
+        write(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The table of measured choices: what the router makes of it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.conftest import forget_choice
+from tilewright.kernels.cpu import build, choices, native
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.router import implementations, route
+
+SMALL = Problem("int8_linear", 16, 1024, 1024, torch.float32, device="cpu")
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A table in which oneDNN is twice as fast at 16 rows, and the C kernel at 128."""
+    if native.why_no_native():
+        pytest.skip(native.why_no_native())
+    path = tmp_path / "choices.csv"
+    rows = [
+        ("int8_linear", native.isa(), "int8", m, 1024, 1024, 2, "oneDNN", other) for m, other in ((16, 1), (128, 4))
+    ]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([choices.COLUMNS, *rows])
+    monkeypatch.setattr(choices, "TABLE", path)
+    choices._table.cache_clear()
+    forget_choice()
+    yield path
+    monkeypatch.undo()
+    choices._table.cache_clear()
+    forget_choice()
+
+
+def test_the_faster_one_serves_and_the_reason_is_given(table: Path):
+    decision = route(SMALL)
+    if dict(decision.declined).get("oneDNN"):
+        pytest.skip(f"oneDNN: {dict(decision.declined)['oneDNN']}")
+    assert decision.name == "oneDNN"
+    assert dict(decision.declined)["C kernel"] == "oneDNN was 2.00 times as fast at 16 x 1024 x 1024 (M x N x K)"
+    assert route(SMALL.with_rows(20)).name == "oneDNN"
+    assert route(SMALL.with_rows(200)).name == "C kernel"
+    y = torch.ops.tilewright.int8_linear(torch.randn(16, 8), torch.ones(8, 8, dtype=torch.int8), torch.ones(8))
+    assert y.shape == (16, 8)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Problem("int8_linear", 16, 64, 64, torch.float32),  # 256 times smaller than what was timed
+        Problem("int4_int8_linear", 16, 1024, 1024, torch.float32, group_size=128),
+        Problem("int8_linear", 16, 1024, 1024, torch.float64),
+    ],
+    ids=["far", "other operator", "not taken"],
+)
+def test_the_table_is_silent_elsewhere(table: Path, other: Problem):
+    found = dict(route(other).declined)
+    assert "times as fast" not in found.get("C kernel", "")
+
+
+def test_an_implementation_that_cannot_serve_is_not_preferred(table: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tilewright.kernels.int8_linear.cpu.why_not", lambda problem: "not on Sundays")
+    forget_choice()
+    assert route(SMALL).name == "C kernel"
+
+
+def test_the_table_that_comes_with_the_package_names_what_there_is():
+    names = {op: {other.name for other in implementations(op)} for op in ("int8_linear", "int4_linear")}
+    rows = choices._table()
+    assert rows
+    for (op, isa, _), timed in rows.items():
+        assert isa in build.ISAS
+        known = names.setdefault(op, {other.name for other in implementations(op)})
+        assert {row.other for row in timed} <= known
+        assert all(row.c_kernel_ms > 0 and row.other_ms > 0 for row in timed)
