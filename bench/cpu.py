@@ -32,7 +32,11 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # so that `python bench/cpu.py` finds the packages
 os.environ.setdefault("OMP_PROC_BIND", "true")
 
-import onnxruntime
+try:
+    import onnx  # noqa: F401  (cpu_onnx makes models with it)
+    import onnxruntime
+except ImportError as error:
+    sys.exit(f"{error}: this benchmark needs onnx and onnxruntime, and transformers for the encoders")
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -112,17 +116,19 @@ def measure_linear(n: int, k: int, batches: list[int], seconds: float, peak: cpu
     """A row for each batch and variant."""
     torch.manual_seed(0)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder:
         made = layers(n, k, Path(folder))
         for m in batches:
             x = torch.randn(m, k)
             calls: dict[str, Callable[[], object]] = {}
             errors: dict[str, tuple[float, float]] = {}
-            for variant, (ours, theirs, weight) in made.items():
-                expected = F.linear(x.double(), weight)
-                errors[variant] = error_of(ours(x), expected), error_of(theirs(x), expected)
-                calls |= {f"{variant} ours": lambda f=ours, x=x: f(x), f"{variant} theirs": lambda f=theirs, x=x: f(x)}
-            found = medians(calls, seconds)
+            with torch.no_grad():
+                for variant, (ours, theirs, weight) in made.items():
+                    expected = F.linear(x.double(), weight)
+                    errors[variant] = error_of(ours(x), expected), error_of(theirs(x), expected)
+                    calls[f"{variant} ours"] = lambda f=ours, x=x: f(x)
+                    calls[f"{variant} theirs"] = lambda f=theirs, x=x: f(x)
+                found = medians(calls, seconds)
             for variant, (bits, goal) in GOALS.items():
                 ours_s, theirs_s = found[f"{variant} ours"], found[f"{variant} theirs"]
                 rows.append(

@@ -68,8 +68,6 @@ def define(operator: Operator) -> None:
             served[key] = function
         return function(**arguments)
 
-    _kernels[name] = kernel
-
     def fake(*args: Any, **kwargs: Any) -> Any:
         arguments = bind(args, kwargs)
         return operator.fake(arguments, operator.check(name, arguments))
@@ -81,14 +79,6 @@ def define(operator: Operator) -> None:
             _library.impl(name, cast, "Autocast" + device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _register_autograd(operator, overload, positional, bind)
-
-
-_kernels: dict[str, Callable[..., Any]] = {}
-
-
-def kernel_of(name: str) -> Callable[..., Any]:
-    """What the dispatcher calls in the end for the operator called ``name``."""
-    return _kernels[name]
 
 
 def _looks(value: Any) -> Any:

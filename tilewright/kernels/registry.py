@@ -27,7 +27,14 @@ _CONV_FOLDERS = {
 }
 
 
-def _cpu(op: str, name: str, function: str | None = None, reason: str = "why_not", module: str = "cpu") -> None:
+def _cpu(
+    op: str,
+    name: str,
+    function: str | None = None,
+    reason: str = "why_not",
+    module: str = "cpu",
+    prepare: str | None = None,
+) -> None:
     """Register ``function`` (by default named like the operator) of a module in the operator's folder, which says
     itself what it does not take.
     """
@@ -38,7 +45,8 @@ def _cpu(op: str, name: str, function: str | None = None, reason: str = "why_not
             return f"runs on the CPU, not on {problem.device}"
         return getattr(importlib.import_module(path), reason)(problem)
 
-    register(Implementation(name, op, why_not, f"{path}:{function or op}"))
+    prepared = prepare and f"{_PACKAGE}cpu.linear:{prepare}"
+    register(Implementation(name, op, why_not, f"{path}:{function or op}", prepared))
 
 
 def _gpu(op: str, name: str, module: str, folder: str | None = None) -> None:
@@ -69,7 +77,7 @@ def register_all() -> None:
         _gpu(op, "Triton, operands swapped", "triton_swapped")
         _gpu(op, "Triton, tiles", "triton_tile")
         if op == "int8_linear":
-            _cpu(op, "C kernel", "native_int8_linear", "why_not_native")
+            _cpu(op, "C kernel", "native_int8_linear", "why_not_native", prepare="prepare_int8")
         _cpu(op, "oneDNN")
         _cpu(op, "exact float32", f"float_{op}", "why_not_float")
     _gpu("int8_weight_only_linear", "Triton, operands swapped", "triton_swapped")
@@ -84,7 +92,7 @@ def register_all() -> None:
     _cpu("int4_linear", "C kernel", "native_int4_linear", "why_not_native")
     _cpu("int4_linear", "ATen int4pack")
     _cpu("int4_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")
-    _cpu("int4_int8_linear", "C kernel", "native_int4_int8_linear", "why_not_native")
+    _cpu("int4_int8_linear", "C kernel", "native_int4_int8_linear", "why_not_native", prepare="prepare_int4_int8")
     _cpu("int4_int8_linear", "oneDNN by group")
     register(
         Implementation(

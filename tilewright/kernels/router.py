@@ -30,18 +30,30 @@ class Implementation:
 
     name: as the report prints it. op: the operator. why_not: the reason why it does not take a problem, or None if it
     does. target: "module:function" of a function with the operator's signature, imported when it first serves a call.
+    prepare: likewise, of a function of the operator's arguments but x and the residual that returns one of x alone. Layers
+    call that in eager inference.
     """
 
     name: str
     op: str
     why_not: Callable[[Problem], str | None]
     target: str
+    prepare: str | None = None
+
+    @functools.cached_property
+    def prepared(self) -> Callable[..., Any] | None:
+        """The function behind ``prepare``, or None."""
+        return None if self.prepare is None else _imported(self.prepare)
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
         """The function behind ``target``."""
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _imported(self.target)
+
+
+def _imported(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,14 @@ def serve(
     return route(problem).implementation.function
 
 
+_age = 0
+
+
+def age() -> int:
+    """How often ``forget`` was called: a decision that was remembered at another age may be another now."""
+    return _age
+
+
 _when_forgotten: list[Callable[[], None]] = []
 
 
@@ -150,6 +170,8 @@ def when_forgotten(clear: Callable[[], None]) -> None:
 
 def forget() -> None:
     """Ask every implementation anew: what can be used, or in which order, has changed."""
+    global _age
+    _age += 1
     route.cache_clear()
     serve.cache_clear()
     for clear in _when_forgotten:

@@ -9,13 +9,9 @@ from torch import nn
 
 from tilewright.kernels import ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.checks import check_vector
-from tilewright.kernels.eager import caller
 from tilewright.kernels.formats import int4
 from tilewright.nn.int8_linear import resolve_compute_dtype
 from tilewright.nn.quantized_linear import QuantizedLinear, check_linear, common_options, dtype_name, parse_dtype
-
-_int4_linear = caller("int4_linear")
-_int4_int8_linear = caller("int4_int8_linear")
 
 
 class _Int4Weight(QuantizedLinear):
@@ -152,7 +148,7 @@ class Int4Linear(_Int4Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        return _int4_linear(
+        return torch.ops.tilewright.int4_linear(
             x,
             self.weight_packed,
             self.weight_scale,
@@ -172,6 +168,7 @@ class Int8ActInt4WeightLinear(_Int4Weight):
     """
 
     channel_scale: torch.Tensor | None
+    _operands = ("weight_packed", "weight_scale", "weight_zero", "channel_scale")
     scheme_name = "int8-activation-int4-weight"
     op_name = "int4_int8_linear"
 
@@ -225,7 +222,10 @@ class Int8ActInt4WeightLinear(_Int4Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        return _int4_int8_linear(
+        call = None if residual is not None else self._short_cut(x)
+        if call is not None:
+            return call(x)
+        return torch.ops.tilewright.int4_int8_linear(
             x,
             self.weight_packed,
             self.weight_scale,
@@ -236,6 +236,9 @@ class Int8ActInt4WeightLinear(_Int4Weight):
             group_size=self.group_size,
             activation=self.activation,
         )
+
+    def _arguments(self) -> dict[str, Any]:
+        return {**super()._arguments(), "group_size": self.group_size, "k": self.in_features}
 
 
 def default_scale_dtype(dtype: torch.dtype) -> torch.dtype:

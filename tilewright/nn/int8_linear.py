@@ -9,12 +9,8 @@ from torch import nn
 
 from tilewright.kernels import ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.checks import check_vector
-from tilewright.kernels.eager import caller
 from tilewright.kernels.formats import int8
 from tilewright.nn.quantized_linear import QuantizedLinear, check_linear, common_options, dtype_name, parse_dtype
-
-_int8_linear = caller("int8_linear")
-_int8_weight_only_linear = caller("int8_weight_only_linear")
 
 
 class _Int8Weight(QuantizedLinear):
@@ -46,6 +42,7 @@ class Int8Linear(_Int8Weight):
     """
 
     channel_scale: torch.Tensor | None
+    _operands = ("weight", "weight_scale", "channel_scale")
     scheme_name = "int8"
     op_name = "int8_linear"
 
@@ -89,7 +86,12 @@ class Int8Linear(_Int8Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        return _int8_linear(x, self.weight, self.weight_scale, self.bias, residual, self.activation, self.channel_scale)
+        call = None if residual is not None else self._short_cut(x)
+        if call is not None:
+            return call(x)
+        return torch.ops.tilewright.int8_linear(
+            x, self.weight, self.weight_scale, self.bias, residual, self.activation, self.channel_scale
+        )
 
 
 class Int8WeightOnlyLinear(_Int8Weight):
@@ -145,7 +147,7 @@ class Int8WeightOnlyLinear(_Int8Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        return _int8_weight_only_linear(
+        return torch.ops.tilewright.int8_weight_only_linear(
             x, self.weight, self.weight_scale, self.bias, residual, self.activation, self.compute_dtype
         )
 

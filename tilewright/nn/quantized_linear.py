@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.eager import forget as forget_calls
+from tilewright.kernels.eager import short_cut
 from tilewright.kernels.packed import forget
 from tilewright.kernels.problem import Problem, device_facts
 
@@ -41,6 +43,9 @@ class QuantizedLinear(nn.Module):
     #: Buffers that must arrive with just this dtype when a state dict is loaded.
     _integer_buffers: ClassVar[tuple[str, ...]]
     _scale_buffers: ClassVar[tuple[str, ...]] = ("weight_scale", "channel_scale")
+
+    #: Buffers that the operator reads, as it calls them.
+    _operands: ClassVar[tuple[str, ...]] = ()
 
     bias: nn.Parameter | None
     weight_scale: torch.Tensor
@@ -145,6 +150,19 @@ class QuantizedLinear(nn.Module):
                 f"not input of shape {list(x.shape)}"
             )
 
+    def _short_cut(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What serves a call on ``x`` without a residual, or None: then the operator is to be called."""
+        if torch.compiler.is_compiling():  # asked here, so that nothing of what follows is compiled
+            return None
+        tensors = [self._buffers.get(name) for name in self._operands]
+        tensors.append(self._parameters["bias"])
+        return short_cut(self, x, tensors, self.activation, self.problem, self._arguments)
+
+    def _arguments(self) -> dict[str, Any]:
+        """Of the operator, without x and the residual."""
+        found = {name: self._buffers.get(name) for name in self._operands}
+        return {**found, "bias": self.bias, "activation": self.activation}
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
         before = {name: self._buffers.get(name) for name in self._scale_buffers}
         super()._apply(fn, recurse)
@@ -153,6 +171,7 @@ class QuantizedLinear(nn.Module):
                 after = self.get_buffer(name)
                 if after.dtype != scale.dtype:
                     self._buffers[name] = scale.to(after.device)
+        forget_calls(self)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return self
 

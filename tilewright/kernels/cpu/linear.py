@@ -96,39 +96,51 @@ def int8_linear(
     channel_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """See ``int8_linear.reference``."""
+    return prepare_int8(weight, weight_scale, bias, activation, channel_scale)(x, residual)
+
+
+def prepare_int8(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    channel_scale: torch.Tensor | None,
+) -> Callable[..., torch.Tensor]:
+    """``int8_linear`` as a function of x and the residual, for as long as nobody writes into the tensors given here."""
     function = _kernel("int8_linear")
-    rows, m, k = _rows(x)
-    n = weight.shape[0]
+    n, k = weight.shape
     values, correction = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
     weight_scale, bias, channel_scale = weight_scale.contiguous(), _floats(bias), _floats(channel_scale)
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    residual = _residual(residual, y)
-    stride = -(-k // 4) * 4
-    threads, own = _threads(m * n * k), m * k <= _OWN_ELEMENTS
-    block = m if own else min(m, max(1, _BLOCK_BYTES // stride))
-    held = block * threads if own else block
-    function(
-        values.data_ptr(),
-        correction.data_ptr(),
-        n,
-        k,
-        weight_scale.data_ptr(),
-        _address(bias),
-        _address(channel_scale),
-        rows.data_ptr(),
-        native.DTYPES[x.dtype],
-        m,
-        rows.stride(0),
-        _address(residual),
-        native.ACTIVATIONS[activation],
-        y.data_ptr(),
-        scratch((held * stride,), torch.uint8, "quantized").data_ptr(),
-        scratch((held,), torch.float32, "row scale").data_ptr(),
-        block,
-        own,
-        threads,
-    )
-    return y
+    fixed = (values.data_ptr(), correction.data_ptr(), n, k, weight_scale.data_ptr(), _address(bias))
+    channels, activated, stride = _address(channel_scale), native.ACTIVATIONS[activation], -(-k // 4) * 4
+    kept = (values, correction, weight_scale, bias, channel_scale)
+
+    def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:
+        rows, m, _ = _rows(x)
+        y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+        residual = _residual(residual, y)
+        threads, own = _threads(m * n * k), m * k <= _OWN_ELEMENTS
+        block = m if own else min(m, max(1, _BLOCK_BYTES // stride))
+        held = block * threads if own else block
+        function(
+            *fixed,
+            channels,
+            rows.data_ptr(),
+            native.DTYPES[x.dtype],
+            m,
+            rows.stride(0),
+            _address(residual),
+            activated,
+            y.data_ptr(),
+            scratch((held * stride,), torch.uint8, "quantized").data_ptr(),
+            scratch((held,), torch.float32, "row scale").data_ptr(),
+            block,
+            own,
+            threads,
+        )
+        return y
+
+    return call
 
 
 def _pack_int4(
@@ -173,8 +185,27 @@ def int4_int8_linear(
     channel_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """See ``int4_int8_linear.reference``; ``why_no_int4_groups`` has nothing against the groups."""
+    k = x.shape[-1]
+    prepared = prepare_int4_int8(
+        weight_packed, weight_scale, weight_zero, bias, group_size, activation, channel_scale, k
+    )
+    return prepared(x, residual)
+
+
+def prepare_int4_int8(
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+    channel_scale: torch.Tensor | None,
+    k: int,
+) -> Callable[..., torch.Tensor]:
+    """``int4_int8_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into the
+    tensors given here.
+    """
     function = _kernel("int4_int8_linear")
-    rows, m, k = _rows(x)
     n, groups = weight_scale.shape
     values, scale, zero = packed(
         weight_packed,
@@ -184,36 +215,37 @@ def int4_int8_linear(
         weight_zero,
     )
     bias, channel_scale = _floats(bias), _floats(channel_scale)
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    residual = _residual(residual, y)
-    stride = -(-k // 8) * 8
-    threads, own = _threads(m * n * k), m * k <= _OWN_ELEMENTS
-    block = m if own else min(m, max(1, _BLOCK_BYTES // stride))
-    held = block * threads if own else block
-    function(
-        values.data_ptr(),
-        scale.data_ptr(),
-        zero.data_ptr(),
-        n,
-        k,
-        group_size,
-        _address(bias),
-        _address(channel_scale),
-        rows.data_ptr(),
-        native.DTYPES[x.dtype],
-        m,
-        rows.stride(0),
-        _address(residual),
-        native.ACTIVATIONS[activation],
-        y.data_ptr(),
-        scratch((held * stride,), torch.int8, "quantized").data_ptr(),
-        scratch((held * groups,), torch.int32, "group sums").data_ptr(),
-        scratch((held,), torch.float32, "row scale").data_ptr(),
-        block,
-        own,
-        threads,
-    )
-    return y
+    fixed = (values.data_ptr(), scale.data_ptr(), zero.data_ptr(), n, k, group_size, _address(bias))
+    channels, activated, stride = _address(channel_scale), native.ACTIVATIONS[activation], -(-k // 8) * 8
+    kept = (values, scale, zero, bias, channel_scale)
+
+    def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:
+        rows, m, _ = _rows(x)
+        y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+        residual = _residual(residual, y)
+        threads, own = _threads(m * n * k), m * k <= _OWN_ELEMENTS
+        block = m if own else min(m, max(1, _BLOCK_BYTES // stride))
+        held = block * threads if own else block
+        function(
+            *fixed,
+            channels,
+            rows.data_ptr(),
+            native.DTYPES[x.dtype],
+            m,
+            rows.stride(0),
+            _address(residual),
+            activated,
+            y.data_ptr(),
+            scratch((held * stride,), torch.int8, "quantized").data_ptr(),
+            scratch((held * groups,), torch.int32, "group sums").data_ptr(),
+            scratch((held,), torch.float32, "row scale").data_ptr(),
+            block,
+            own,
+            threads,
+        )
+        return y
+
+    return call
 
 
 def why_not_weight_only(problem: Problem) -> str | None:
