@@ -30,8 +30,8 @@ class Implementation:
 
     name: as the report prints it. op: the operator. why_not: the reason why it does not take a problem, or None if it
     does. target: "module:function" of a function with the operator's signature, imported when it first serves a call.
-    prepare: likewise, of a function of the operator's arguments but x and the residual that returns one of x alone. Layers
-    call that in eager inference.
+    prepare: likewise, of a function of the operator's arguments but x and the residual, which returns one of x alone.
+    Layers call that in eager inference.
     """
 
     name: str

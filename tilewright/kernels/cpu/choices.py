@@ -47,9 +47,8 @@ def _table() -> dict[tuple[str, str, str], list[Timed]]:
     found: dict[tuple[str, str, str], list[Timed]] = {}
     with TABLE.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            timed = Timed(
-                *(int(row[name]) for name in "mnk"), float(row["c_kernel_ms"]), row["other"], float(row["other_ms"])
-            )
+            m, n, k = (int(row[name]) for name in "mnk")
+            timed = Timed(m, n, k, float(row["c_kernel_ms"]), row["other"], float(row["other_ms"]))
             found.setdefault((row["op"], row["isa"], row["multiplied"]), []).append(timed)
     return found
 
