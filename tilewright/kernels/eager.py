@@ -69,8 +69,8 @@ class _Known:
         if self.age != router.age():
             return False
         for tensor, (ref, version) in zip(tensors, self.tensors, strict=True):
-            if tensor is None or ref is None:
-                if tensor is not ref:
+            if ref is None or tensor is None:
+                if (ref is None) != (tensor is None):
                     return False
             elif ref() is not tensor or tensor._version != version:
                 return False
