@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # so that `python bench/cpu.py` finds the packages
 os.environ.setdefault("OMP_PROC_BIND", "true")
+CORES = sorted(os.sched_getaffinity(0))  # before OpenMP binds this thread to one of them
 
 try:
     import onnx  # noqa: F401  (cpu_onnx makes models with it)
@@ -247,7 +248,7 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep the rows that FILE has of other layers and models")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    peak = cpu_peak.measure(THREADS)
+    peak = cpu_peak.measure(CORES[:THREADS])
     print(f"int8 peak {peak.int8 / 1e9:.0f} GOPS, memory {peak.memory / 1e9:.1f} GB/s, {THREADS} threads")
     print("| what | batch | variant | ms | ONNX Runtime ms | over it | over eager | goal | % peak | % memory | by |")
     print("|---" * 11 + "|")

@@ -28,8 +28,9 @@ class Peak:
     memory: float
 
 
-def measure(threads: int) -> Peak:
-    """The best of several runs of ``threads`` threads. Raises RuntimeError where there are no C kernels."""
+def measure(cores: list[int]) -> Peak:
+    """The best of several runs of one thread on each of ``cores``. Raises RuntimeError where there are no C kernels."""
+    threads = len(cores)
     flags = build.ISAS[native.isa()]
     with tempfile.TemporaryDirectory() as folder:
         library_path = Path(folder) / "peak.so"
@@ -40,7 +41,6 @@ def measure(threads: int) -> Peak:
         function.restype = ctypes.c_int64
     library.peak_int8.argtypes = (ctypes.c_int64,)
     library.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-    cores = sorted(os.sched_getaffinity(0))
 
     def on_core(i: int, function: Callable[..., int], *arguments: int) -> int:
         os.sched_setaffinity(0, {cores[i]})  # of this thread alone; two on one core would measure one core
@@ -63,8 +63,3 @@ def measure(threads: int) -> Peak:
             lambda _: sum(map(len, parts)),
         )
     return Peak(int8, memory)
-
-
-if __name__ == "__main__":
-    found = measure(torch.get_num_threads())
-    print(f"{found.int8 / 1e9:.0f} GOPS int8, {found.memory / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
