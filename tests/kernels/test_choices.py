@@ -55,8 +55,9 @@ def test_the_faster_one_serves_and_the_reason_is_given(table: Path):
         Problem("int8_linear", 16, 64, 64, torch.float32),  # 256 times smaller than what was timed
         Problem("int4_int8_linear", 16, 1024, 1024, torch.float32, group_size=128),
         Problem("int8_linear", 16, 1024, 1024, torch.float64),
+        Problem("int8_linear", 16, 1024, 1024, torch.float32, activation="gelu"),
     ],
-    ids=["far", "other operator", "not taken"],
+    ids=["far", "other operator", "not taken", "activation"],
 )
 def test_the_table_is_silent_elsewhere(table: Path, other: Problem):
     found = dict(route(other).declined)

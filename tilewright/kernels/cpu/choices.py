@@ -2,7 +2,8 @@
 
 ``choices.csv`` holds, for each operator, instruction set, dtype that is multiplied, batch and shape that was timed, the
 milliseconds of the C kernel and of the fastest other implementation; ``python -m bench.cpu_choices`` writes it. A
-problem looks at the nearest shape and the nearest batch, in powers of two. Other instruction sets than those of the
+problem looks at the nearest shape and the nearest batch, in powers of two. Layers with an activation or a residual are
+not judged by it: the C kernels have them in their epilogue, the others take another pass over the result. Other instruction sets than those of the
 table are not judged: the C kernel serves them.
 """
 
@@ -62,6 +63,8 @@ def multiplied(problem: Problem) -> str:
 def faster(problem: Problem) -> tuple[str, str] | None:
     """The implementation that is faster than the C kernel, and the words for it; None where none is known to be."""
     if problem.device != "cpu" or 0 in (problem.m, problem.n, problem.k) or native.why_no_native():
+        return None
+    if problem.activation != "none" or problem.residual:
         return None
     rows = _table().get((problem.op, native.isa(), multiplied(problem)), [])
     nearest = min(rows, key=lambda row: row.distance(problem), default=None)
