@@ -3,8 +3,8 @@
 ``choices.csv`` holds, for each operator, instruction set, dtype that is multiplied, batch and shape that was timed, the
 milliseconds of the C kernel and of the fastest other implementation; ``python -m bench.cpu_choices`` writes it. A
 problem looks at the nearest shape and the nearest batch, in powers of two. Layers with an activation or a residual are
-not judged by it: the C kernels have them in their epilogue, the others take another pass over the result. Other instruction sets than those of the
-table are not judged: the C kernel serves them.
+not judged by it: the C kernels have them in their epilogue, the others take another pass over the result. Nor are other
+instruction sets than those of the table: the C kernel serves them.
 """
 
 from __future__ import annotations
