@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.activation import apply_activation
-from tilewright.kernels.formats import int4
+from tilewright.kernels.formats import int4, sparse24
+from tilewright.kernels.gradients import dequantized_weight
 from tilewright.kernels.quantize.reference import quantize_per_row
 
 FOLDERS = {
@@ -23,8 +24,12 @@ FOLDERS = {
     "int8_weight_only_linear": "int8_weight_only_linear",
     "int4_linear": "int4_linear",
     "int4_int8_linear": "int4_int8_linear",
+    "sparse24_linear": "sparse24_linear",
+    "sparse24_int8_linear": "sparse24_linear",
+    "sparse24_int4_linear": "sparse24_linear",
 }
 QUANTIZERS = ("quantize_per_row", "rms_norm_quantize", "layer_norm_quantize")
+SPARSE = ("sparse24_linear", "sparse24_int8_linear", "sparse24_int4_linear")
 LINEAR = tuple(op for op in FOLDERS if op not in QUANTIZERS)
 
 
@@ -100,6 +105,8 @@ def _arguments(op: str, shape: Shape, generator: torch.Generator | None) -> dict
         if op == "int4_linear":
             weight["compute_dtype"] = shape.compute_dtype
         return {"x": x, **weight, **end}
+    if op in SPARSE:
+        return {"x": x, **_sparse_weight(op, shape, normal, positive, integers), **end}
     weight = {
         "weight": integers(-127, 128, n, k, dtype=torch.int8),
         "weight_scale": positive(n) * (spread / 73),
@@ -112,8 +119,43 @@ def _arguments(op: str, shape: Shape, generator: torch.Generator | None) -> dict
     return {"x": x, **weight, **end}
 
 
+def _sparse_weight(
+    op: str,
+    shape: Shape,
+    normal: Callable[..., torch.Tensor],
+    positive: Callable[..., torch.Tensor],
+    integers: Callable[..., torch.Tensor],
+) -> dict[str, Any]:
+    """Random places and values: sums are of order 1 with half the weights."""
+    n, k = shape.n, shape.k
+    kept, groups = sparse24.kept_count(k), sparse24.group_count(k)
+    spread = max(k / 2, 1) ** -0.5
+    nibbles = torch.tensor(sparse24.VALID, dtype=torch.uint8)[integers(0, 6, n, groups, dtype=torch.int64)]
+    pairs = F.pad(nibbles, (0, groups % 2))
+    weight: dict[str, Any] = {"weight_meta": pairs[:, ::2] | pairs[:, 1::2] << 4}
+    if op == "sparse24_linear":
+        values = normal(n, kept, dtype=torch.float32) * spread
+        dtype = shape.compute_dtype or shape.dtype
+        return {"weight_values": values.to(dtype), **weight, "compute_dtype": shape.compute_dtype}
+    if op == "sparse24_int8_linear":
+        values = integers(-127, 128, n, kept, dtype=torch.int8)
+        return {"weight_values": values, **weight, "weight_scale": positive(n) * (spread / 73)}
+    group_size = min(shape.group_size or k, k) or 1
+    scales = int4.group_count(k, group_size)
+    return {
+        "weight_values": integers(-(2**31), 2**31, n, -(-kept // 8), dtype=torch.int32),
+        **weight,
+        "weight_scale": (positive(n, scales) * (spread / 5)).to(shape.dtype),
+        "weight_zero": None if shape.symmetric else integers(-(2**31), 2**31, -(-n // 8), scales, dtype=torch.int32),
+        "group_size": group_size,
+        "compute_dtype": shape.compute_dtype,
+    }
+
+
 def dense_weight(op: str, arguments: dict[str, Any]) -> torch.Tensor:
     """The float64 weight [N, K] that the quantised one of a linear operator stands for."""
+    if op in SPARSE:
+        return dequantized_weight(arguments, torch.float64)
     if "weight_packed" in arguments:
         k = arguments["x"].shape[-1]
         packed = (arguments[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
@@ -126,7 +168,7 @@ def exact_result(op: str, arguments: dict[str, Any]) -> torch.Tensor:
     x = arguments["x"]
     if op == "int8_linear_quantized":
         rows = x.double() * arguments["x_scale"].double().unsqueeze(-1)
-    elif op in ("int8_linear", "int4_int8_linear"):
+    elif op in ("int8_linear", "int4_int8_linear", "sparse24_int8_linear"):
         q, scale = quantize_per_row(x, arguments.get("channel_scale"))
         rows = q.double() * scale.double().unsqueeze(-1)
     else:
@@ -138,7 +180,7 @@ def exact_result(op: str, arguments: dict[str, Any]) -> torch.Tensor:
 
 def plain_result(op: str, arguments: dict[str, Any]) -> torch.Tensor:
     """What a user without this package would write, in the same dtype; where activations are int8, the reference."""
-    if op not in ("int4_linear", "int8_weight_only_linear"):
+    if "compute_dtype" not in arguments:
         return reference(op)(**arguments)
     x, bias, residual = (arguments[name] for name in ("x", "bias", "residual"))
     dtype = arguments["compute_dtype"] or x.dtype

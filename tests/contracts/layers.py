@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.nn import Int4Linear, Int8ActInt4WeightLinear, Int8Linear, Int8WeightOnlyLinear, QuantizedLinear
+from tilewright.kernels.formats import sparse24
+from tilewright.nn import (
+    Int4Linear,
+    Int8ActInt4WeightLinear,
+    Int8Linear,
+    Int8WeightOnlyLinear,
+    QuantizedLinear,
+    Sparse24Int4Linear,
+    Sparse24Int8Linear,
+    Sparse24Linear,
+)
 
 K, N = 80, 40
 
@@ -30,7 +40,12 @@ class Layer:
         return self.quantize(self.linear(k, n, dtype), **more)
 
     def linear(self, k: int = K, n: int = N, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        return nn.Linear(k, n, self.bias, dtype=dtype)
+        """A random layer; for 2:4 weights one that is pruned already, so that what remains is rounding."""
+        linear = nn.Linear(k, n, self.bias, dtype=dtype)
+        if self.name.startswith("sparse24"):
+            with torch.no_grad():
+                linear.weight *= sparse24.best_mask(linear.weight.abs())
+        return linear
 
     def quantize(self, linear: nn.Linear, **more: Any) -> QuantizedLinear:
         options = {**self.options, **more}
@@ -52,5 +67,16 @@ LAYERS = (
     ),
     Layer("int8-activation-int4-weight", Int8ActInt4WeightLinear, {"group_size": 32, "symmetric": True}),
     Layer("int8-activation-int4-weight-smooth", Int8ActInt4WeightLinear, {"symmetric": False}, bias=False, smooth=True),
+    Layer("sparse24", Sparse24Linear),
+    Layer("sparse24-float32", Sparse24Linear, {"values_dtype": None, "compute_dtype": None}, bias=False),
+    Layer("sparse24-int8", Sparse24Int8Linear),
+    Layer("sparse24-int8-smooth-no_bias", Sparse24Int8Linear, {"range_search": "mse"}, bias=False, smooth=True),
+    Layer("sparse24-int4", Sparse24Int4Linear, {"group_size": 32}),
+    Layer(
+        "sparse24-int4-asymmetric-float32",
+        Sparse24Int4Linear,
+        {"group_size": -1, "symmetric": False, "compute_dtype": None},
+        bias=False,
+    ),
 )
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=[layer.name for layer in LAYERS])

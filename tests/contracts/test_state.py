@@ -19,6 +19,8 @@ CANONICAL = {
     "weight": ({torch.int8}, 2),
     "weight_scale": ({torch.float32, torch.bfloat16, torch.float16}, None),
     "weight_packed": ({torch.int32}, 2),
+    "weight_values": ({torch.float32, torch.bfloat16, torch.int8, torch.int32}, 2),
+    "weight_meta": ({torch.uint8}, 2),
     "weight_zero": ({torch.int32}, 2),
     "channel_scale": ({torch.float32}, 1),
     "bias": ({torch.float32}, 1),
@@ -54,8 +56,9 @@ def test_the_state_dict_holds_plain_canonical_tensors(layer: Layer) -> None:
     assert ("bias" in state) == layer.bias
     assert ("channel_scale" in state) == layer.smooth
     assert ("weight_zero" in state) == (layer.options.get("symmetric") is False)
-    weights = {"weight_packed", "weight_scale"} if "weight_packed" in state else {"weight", "weight_scale"}
+    weights = {"weight_values", "weight_meta"} if "weight_values" in state else {"weight_scale"}
     assert weights <= state.keys()
+    assert len(state.keys() & {"weight", "weight_packed", "weight_values"}) == 1
     module(torch.randn(3, K))
     assert module.state_dict().keys() == state.keys(), "a forward added to the state"
 
@@ -96,7 +99,7 @@ def test_changing_one_scale_in_place_changes_the_output(layer: Layer) -> None:
     module, x = layer.make(), torch.randn(5, K)
     module.bias = None
     before = module(x)
-    module.weight_scale.mul_(2)
+    (module.weight_scale if hasattr(module, "weight_scale") else module.weight_values).mul_(2)
     torch.testing.assert_close(module(x), before * 2, rtol=1e-5, atol=1e-5)
 
 
@@ -137,8 +140,9 @@ def test_copies(layer: Layer) -> None:
     same(module, copy.deepcopy(module))
     same(module, pickle.loads(pickle.dumps(module)))  # noqa: S301 (what this test has just pickled)
     twin = copy.deepcopy(module)
-    twin.weight_scale.mul_(3)
-    assert not torch.equal(twin.weight_scale, module.weight_scale)
+    name = "weight_scale" if hasattr(twin, "weight_scale") else "weight_values"
+    twin.get_buffer(name).mul_(3)
+    assert not torch.equal(twin.get_buffer(name), module.get_buffer(name))
 
 
 @each_layer
@@ -183,9 +187,9 @@ def test_a_float_state_dict_is_refused(layer: Layer) -> None:
     for name in module._integer_buffers:
         if name in before:
             bad = {**before, name: before[name].float()}
-            with pytest.raises(RuntimeError, match=f"{name} must be torch.int.*not torch.float32"):
+            with pytest.raises(RuntimeError, match=f"{name} must be torch.u?int.*not torch.float32"):
                 module.load_state_dict(bad)
-            with pytest.raises(RuntimeError, match=f"{name} must be torch.int.*not torch.float32"):
+            with pytest.raises(RuntimeError, match=f"{name} must be torch.u?int.*not torch.float32"):
                 module.load_state_dict(bad, assign=True)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items() if name != "bias")
 

@@ -108,3 +108,25 @@ def int4_int8_linear(q: np.ndarray, x_scale: np.ndarray, int4: dict[str, Any]) -
     for g in range(scale.shape[1]):
         total = total + (q[..., group == g] @ integers[:, group == g].T) * scale[:, g]
     return total * x_scale.astype(np.float64)[..., None]
+
+
+def dense_of_24(values: np.ndarray, meta: torch.Tensor, k: int) -> np.ndarray:
+    """Kept values [N, 2 G] and their places -> the dense matrix [N, K], a column of kept values at a time."""
+    groups = values.shape[1] // 2
+    out = np.zeros((len(values), 4 * groups), dtype=values.dtype)
+    bits, rows = meta.numpy().astype(np.int64), np.arange(len(values))
+    for kept in range(values.shape[1]):
+        group, which = divmod(kept, 2)
+        place = bits[:, group // 2] >> (4 * (group % 2) + 2 * which) & 3
+        out[rows, 4 * group + place] = values[:, kept]
+    return out[:, :k]
+
+
+def int4_values(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group_size: int, k: int
+) -> np.ndarray:
+    """The kept values [N, 2 G] of an int4 2:4 weight with a scale for each ``group_size`` of ``k`` columns."""
+    kept = 2 * -(-k // 4)
+    if group_size >= k:
+        return int4_weight(packed, scale, zero, max(kept, 1), kept)
+    return int4_weight(packed, scale, zero, group_size // 2, kept)

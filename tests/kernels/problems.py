@@ -11,9 +11,19 @@ import torch.nn.functional as F
 
 from tests.kernels import exact
 from tilewright.kernels.activation import apply_activation
-from tilewright.kernels.formats import int4, int8
+from tilewright.kernels.formats import int4, int8, sparse24
 
-LINEAR_OPS = ("int8_linear", "int8_linear_quantized", "int8_weight_only_linear", "int4_linear", "int4_int8_linear")
+SPARSE_OPS = ("sparse24_linear", "sparse24_int8_linear", "sparse24_int4_linear")
+LINEAR_OPS = (
+    "int8_linear",
+    "int8_linear_quantized",
+    "int8_weight_only_linear",
+    "int4_linear",
+    "int4_int8_linear",
+    *SPARSE_OPS,
+)
+#: Operators that multiply in ``compute_dtype``.
+COMPUTE_OPS = ("int8_weight_only_linear", "int4_linear", "sparse24_linear", "sparse24_int4_linear")
 QUANTIZERS = ("quantize_per_row", "rms_norm_quantize", "layer_norm_quantize")
 
 
@@ -37,11 +47,15 @@ class Case:
 
     @property
     def is_int4(self) -> bool:
-        return self.op.startswith("int4")
+        return "int4_" in self.op
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.op in SPARSE_OPS
 
     @property
     def multiplies_floats(self) -> bool:
-        return self.op in ("int8_weight_only_linear", "int4_linear")
+        return self.op in COMPUTE_OPS
 
     def __str__(self) -> str:
         parts = [self.op, f"{self.m}x{self.n}x{self.k}", str(self.dtype).removeprefix("torch.")]
@@ -75,7 +89,9 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
         arguments["out_dtype"] = case.dtype
     else:
         arguments["x"] = randn(case.m, case.k).to(case.dtype)
-    if case.is_int4:
+    if case.is_sparse:
+        arguments |= _sparse_weight(case, weight)
+    elif case.is_int4:
         packed, scale, zero = int4.quantize(weight, case.group_size, case.symmetric, scale_dtype=case.scale_dtype)
         size = int4.resolve_group_size(case.k, case.group_size)
         arguments |= {"weight_packed": packed, "weight_scale": scale, "weight_zero": zero, "group_size": size}
@@ -86,9 +102,25 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
     arguments["activation"] = case.activation
     if case.multiplies_floats:
         arguments["compute_dtype"] = case.compute_dtype
-    if case.op in ("int8_linear", "int4_int8_linear"):
+    if case.op in ("int8_linear", "int4_int8_linear", "sparse24_int8_linear"):
         arguments["channel_scale"] = torch.rand(case.k, generator=g) + 0.5 if case.channel_scale else None
     return arguments
+
+
+def _sparse_weight(case: Case, weight: torch.Tensor) -> dict[str, Any]:
+    mask = sparse24.best_mask(weight.abs())
+    values, meta = sparse24.pack(weight, mask)
+    if case.op == "sparse24_linear":
+        return {"weight_values": values.to(case.compute_dtype or case.dtype), "weight_meta": meta}
+    if not case.is_int4:
+        values, scale = int8.quantize(values)
+        return {"weight_values": values, "weight_meta": meta, "weight_scale": scale}
+    # Groups of columns are made of groups of four.
+    size = int4.resolve_group_size(case.k, case.group_size if case.group_size < 0 else -(-case.group_size // 4) * 4)
+    kept = sparse24.kept_group_size(case.k, size)
+    packed, scale, zero = int4.quantize(values, kept, case.symmetric, scale_dtype=case.scale_dtype)
+    weights = {"weight_values": packed, "weight_meta": meta, "weight_scale": scale, "weight_zero": zero}
+    return {**weights, "group_size": size}
 
 
 def float64(case: Case, arguments: dict[str, Any]) -> torch.Tensor:
@@ -97,7 +129,10 @@ def float64(case: Case, arguments: dict[str, Any]) -> torch.Tensor:
         z = exact.weight_only(arguments["x"], weight64(case, arguments))
     else:
         q, scale = integers(case, arguments)
-        if case.is_int4:
+        if case.is_sparse:
+            weight = exact.dense_of_24(arguments["weight_values"].numpy(), arguments["weight_meta"], q.shape[-1])
+            z = exact.int8_linear(q, scale, torch.from_numpy(weight), arguments["weight_scale"])
+        elif case.is_int4:
             z = exact.int4_int8_linear(q, scale, arguments)
         else:
             z = exact.int8_linear(q, scale, arguments["weight"], arguments["weight_scale"])
@@ -113,11 +148,25 @@ def integers(case: Case, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndar
 
 def weight64(case: Case, arguments: dict[str, Any]) -> np.ndarray:
     """The dequantised weight, NumPy float64 [N, K]."""
+    if case.is_sparse:
+        return _sparse64(case, arguments)
     if not case.is_int4:
         return exact.array(arguments["weight"]) * exact.array(arguments["weight_scale"])[:, None]
     zero, size = arguments["weight_zero"], arguments["group_size"]
     k = arguments["x"].shape[-1]
     return exact.int4_weight(arguments["weight_packed"], arguments["weight_scale"], zero, size, k)
+
+
+def _sparse64(case: Case, arguments: dict[str, Any]) -> np.ndarray:
+    values, k = arguments["weight_values"], arguments["x"].shape[-1]
+    if case.is_int4:
+        scale, zero = arguments["weight_scale"], arguments["weight_zero"]
+        kept = exact.int4_values(values, scale, zero, arguments["group_size"], k)
+    else:
+        kept = exact.array(values)
+        if "weight_scale" in arguments:
+            kept = kept * exact.array(arguments["weight_scale"])[:, None]
+    return exact.dense_of_24(kept, arguments["weight_meta"], k)
 
 
 def plain(case: Case, arguments: dict[str, Any]) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.problems import LINEAR_OPS, Case, float64, make, plain
+from tests.kernels.problems import COMPUTE_OPS, LINEAR_OPS, SPARSE_OPS, Case, float64, make, plain
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels import cpu_support, router
 from tilewright.kernels.int4_linear import cpu as int4_cpu
@@ -40,7 +40,7 @@ def problem(case: Case) -> Problem:
 
 def fast(op: str) -> list[router.Implementation]:
     """The implementations made for a CPU."""
-    return [one for one in router.implementations(op) if one.target.split(":")[0].endswith(".cpu")]
+    return [one for one in router.implementations(op) if one.target.split(":")[0].endswith((".cpu", ".dense"))]
 
 
 def willing(op: str) -> Iterator[Any]:
@@ -89,7 +89,7 @@ def accepted(cases: list[Case]) -> list[Any]:
 # ---- right on every shape
 def shapes(op: str) -> list[Case]:
     """Every M with every K once, N ragged and growing where M is small: 32 outputs at least."""
-    base = Case(op, compute_dtype=torch.bfloat16 if op in ("int4_linear", "int8_weight_only_linear") else None)
+    base = Case(op, compute_dtype=torch.bfloat16 if op in COMPUTE_OPS else None)
     found = []
     for i, (m, k) in enumerate(itertools.product(ROWS, COLUMNS)):
         n = (33, 48, 65, 130)[i % 4]
@@ -118,7 +118,7 @@ OPTIONS = [
         (torch.bfloat16, torch.float32, "none"),
         (torch.float32, torch.float16, "none"),
     )
-    if compute is None or op in ("int4_linear", "int8_weight_only_linear")
+    if compute is None or op in COMPUTE_OPS
 ]
 
 
@@ -181,7 +181,7 @@ def test_leading_dimensions_and_strides(op: str, name: str) -> None:
     assert_close_as_plain(function(**arguments | single), plain(case, arguments)[5], float64(case, arguments)[5])
 
 
-@pytest.mark.parametrize("op, name", [each for each in EACH if each.values[0] != "int4_linear"])
+@pytest.mark.parametrize("op, name", [each for each in EACH if each.values[0] not in ("int4_linear", *SPARSE_OPS)])
 def test_a_weight_is_not_taken_for_its_transpose(op: str, name: str) -> None:
     """Both have one address and, if square, one shape."""
     case = usual(op, name, n=96, bias=False)
@@ -399,7 +399,7 @@ SWEEP = """
     for op, m, n, k in itertools.product(LINEAR_OPS, rows, outputs, columns):
         for group, symmetric in ((32, True), (16, False), (128, False)) if op.startswith("int4") else ((32, True),):
             case = Case(op, m, n, k, group_size=group, symmetric=symmetric,
-                        compute_dtype=torch.bfloat16 if op in ("int4_linear", "int8_weight_only_linear") else None)
+                        compute_dtype=torch.bfloat16 if op in COMPUTE_OPS else None)
             for one in fast(op):
                 if one.why_not(problem(case)) is None:
                     print(one.name, case, flush=True)

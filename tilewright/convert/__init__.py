@@ -14,6 +14,7 @@ from tilewright.convert.schemes import (
     Scheme,
     register_scheme,
 )
+from tilewright.convert.sparse_schemes import Sparse24, Sparse24Int4, Sparse24Int8
 
 __all__ = [
     "PRESETS",
@@ -28,6 +29,9 @@ __all__ = [
     "Report",
     "Rule",
     "Scheme",
+    "Sparse24",
+    "Sparse24Int4",
+    "Sparse24Int8",
     "convert_model",
     "load_model",
     "register_scheme",

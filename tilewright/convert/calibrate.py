@@ -164,10 +164,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float | None
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found. options: keyword arguments of ``build``; empty where none is best. exponent: its."""
+    """What a search found. options: keyword arguments of ``build``; empty where none is best. exponent: its. note: for
+    the reader of the report.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     exponent: float | None = None
+    note: str = ""
 
 
 def output_error(layer: nn.Module, replacement: nn.Module, sample: RowSample | None) -> float | None:

@@ -114,6 +114,9 @@ def _observe(
 ) -> dict[str, calibrate.RowSample]:
     """Run the calibration data through the model, sample what reaches linear layers, and quantise convolutions."""
     if data is None:
+        for name, planned in plan.convert.items():
+            if planned.scheme.needs_data:
+                raise ValueError(f"{planned.scheme}, the scheme of {shown_name(name)!r}, needs calibration_data")
         return {}
     if not any(planned.scheme.calibrated for planned in plan.convert.values()):
         logger.warning("no scheme of this recipe makes use of calibration_data; it only measures output errors")
@@ -127,7 +130,8 @@ def _observe(
             yield item
 
     with convolutions.watching():
-        samples = calibrate.observe(model, linear, stream())
+        rows = max([planned.scheme.sample_rows for planned in plan.convert.values()], default=calibrate.MAX_ROWS)
+        samples = calibrate.observe(model, linear, stream(), rows)
     with calibrate.evaluation(model):
         convolutions.quantize(kept, calibrate.call, progress)
     return samples
@@ -174,8 +178,9 @@ def _convert_layer(
         weight_error=scheme.weight_error(old, new),
         output_error=calibrate.output_error(old, new, sample),
         smoothing=found.exponent,
+        note=found.note,
     )
-    if sample is not None and sample.rows is None:
+    if sample is not None and sample.rows is None and not made.note:
         made.note = "the calibration data did not reach it"
     return new, made
 

@@ -26,6 +26,7 @@ from tilewright.convert.schemes import (
     Scheme,
     scheme_from_json,
 )
+from tilewright.convert.sparse_schemes import Sparse24, Sparse24Int4, Sparse24Int8
 from tilewright.convert.text import closest
 
 Pattern = str | type[nn.Module]
@@ -47,6 +48,9 @@ PRESETS: dict[str, Scheme] = {
     "int8-int4-g32": Int8ActInt4Weight(group_size=32),
     "fuse": Fuse(),
     "int8-static": Int8Static(),
+    "sparse24": Sparse24(),
+    "sparse24-int8": Sparse24Int8(),
+    "sparse24-int4": Sparse24Int4(),
 }
 #: What a string stands for beyond its first scheme, for layers of other kinds.
 FURTHER: dict[str, tuple[Scheme, ...]] = {"int8": (Int8Static(),), "w8a8": (Int8Static(),)}

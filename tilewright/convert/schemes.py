@@ -16,6 +16,7 @@ from torch import nn
 
 from tilewright.convert import layers
 from tilewright.convert.calibrate import (
+    MAX_ROWS,
     Found,
     RowSample,
     output_error,
@@ -47,6 +48,16 @@ class Scheme(ABC):
     def calibrated(self) -> bool:
         """Whether ``build`` can make use of what calibration data tells."""
         return False
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether nothing can be built without calibration data."""
+        return False
+
+    @property
+    def sample_rows(self) -> int:
+        """Input rows that ``search`` would like to have."""
+        return MAX_ROWS
 
     @classmethod
     @abstractmethod

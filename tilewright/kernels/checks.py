@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tilewright.kernels.activation import check_activation
-from tilewright.kernels.formats import int4
+from tilewright.kernels.formats import int4, sparse24
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INPUT_DTYPES = (*SCALE_DTYPES, torch.float64)
@@ -94,7 +94,18 @@ def check_int4_weight(
             f"{op}: the last dimension of x is {k}, which needs {int4.group_count(k, 8)} words a row, "
             f"but weight_packed has {weight_packed.shape[1]}"
         )
-    groups = int4.group_count(k, group_size)
+    _check_int4_scales(op, n, int4.group_count(k, group_size), group_size, weight_scale, weight_zero)
+    return n
+
+
+def _check_int4_scales(
+    op: str,
+    n: int,
+    groups: int,
+    group_size: int,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+) -> None:
     if weight_scale.dtype not in SCALE_DTYPES:
         raise TypeError(f"{op}: weight_scale must be float16, bfloat16 or float32, not {weight_scale.dtype}")
     if weight_scale.shape != (n, groups):
@@ -108,4 +119,58 @@ def check_int4_weight(
             raise TypeError(f"{op}: weight_zero must be int32, not {weight_zero.dtype}")
         if weight_zero.shape != shape:
             raise ValueError(f"{op}: weight_zero must have shape {list(shape)}, not {list(weight_zero.shape)}")
+
+
+def check_sparse24_weight(
+    op: str,
+    x: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    weight_scale: torch.Tensor | None = None,
+    weight_zero: torch.Tensor | None = None,
+    group_size: int | None = None,
+) -> int:
+    """The canonical 2:4 weight fits x; returns N. group_size: given for int4 values alone, weight_scale for integers.
+
+    The places in ``weight_meta`` are not looked at: that would wait for the device.
+    """
+    k = x.shape[-1]
+    for name, value in (("weight_values", weight_values), ("weight_meta", weight_meta)):
+        if value.dim() != 2:
+            raise ValueError(f"{op}: {name} must be a matrix, not of shape {list(value.shape)}")
+    if weight_meta.dtype != torch.uint8:
+        raise TypeError(f"{op}: weight_meta must be uint8, not {weight_meta.dtype}")
+    n = weight_values.shape[0]
+    if weight_meta.shape != (n, sparse24.meta_count(k)):
+        raise ValueError(
+            f"{op}: the last dimension of x is {k}, so weight_meta must have shape {[n, sparse24.meta_count(k)]}, "
+            f"not {list(weight_meta.shape)}"
+        )
+    if group_size is not None and weight_scale is not None:
+        if group_size <= 0 or (group_size < k and group_size % sparse24.GROUP):
+            raise ValueError(
+                f"{op}: group_size must be a multiple of {sparse24.GROUP} or the whole row, not {group_size}"
+            )
+        if weight_values.dtype != torch.int32:
+            raise TypeError(f"{op}: weight_values must be int32, not {weight_values.dtype}")
+        width = int4.group_count(sparse24.kept_count(k), 8)
+        _check_int4_scales(op, n, int4.group_count(k, group_size), group_size, weight_scale, weight_zero)
+    elif weight_scale is not None:
+        width = sparse24.kept_count(k)
+        if weight_values.dtype != torch.int8:
+            raise TypeError(f"{op}: weight_values must be int8, not {weight_values.dtype}")
+        if weight_scale.dtype != torch.float32:
+            raise TypeError(f"{op}: weight_scale must be float32, not {weight_scale.dtype}")
+        check_vector(op, "weight_scale", weight_scale, n)
+    else:
+        width = sparse24.kept_count(k)
+        if weight_values.dtype not in INPUT_DTYPES:
+            raise TypeError(
+                f"{op}: weight_values must be a float tensor of 16, 32 or 64 bits, not {weight_values.dtype}"
+            )
+    if weight_values.shape[1] != width:
+        raise ValueError(
+            f"{op}: the last dimension of x is {k}, so weight_values must have shape {[n, width]}, "
+            f"not {list(weight_values.shape)}"
+        )
     return n

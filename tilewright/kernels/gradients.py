@@ -19,23 +19,36 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.activation import activation_gradient
-from tilewright.kernels.formats import int4, int8
+from tilewright.kernels.formats import int4, int8, sparse24
 
 
-def dequantized_weight(arguments: Mapping[str, Any]) -> torch.Tensor:
-    """The weight [N, K] that an operator called with ``arguments`` multiplies x with, float32."""
-    if "weight_packed" in arguments:
+def dequantized_weight(arguments: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight [N, K] that an operator called with ``arguments`` multiplies x with, float32 or float64."""
+    if "weight_values" in arguments:
+        weight = _unpacked_weight(arguments, dtype)
+    elif "weight_packed" in arguments:
         weight = int4.dequantize(
             arguments["weight_packed"],
             arguments["weight_scale"],
             arguments["weight_zero"],
             arguments["group_size"],
             arguments["x"].shape[-1],
+            dtype,
         )
     else:
-        weight = int8.dequantize(arguments["weight"], arguments["weight_scale"])
+        weight = int8.dequantize(arguments["weight"], arguments["weight_scale"], dtype)
     channel_scale = arguments.get("channel_scale")
-    return weight if channel_scale is None else weight * channel_scale.float()
+    return weight if channel_scale is None else weight * channel_scale.to(dtype)
+
+
+def _unpacked_weight(arguments: Mapping[str, Any], dtype: torch.dtype) -> torch.Tensor:
+    values, k = arguments["weight_values"], arguments["x"].shape[-1]
+    if "group_size" in arguments:
+        kept, group_size = sparse24.kept_count(k), sparse24.kept_group_size(k, arguments["group_size"])
+        values = int4.dequantize(values, arguments["weight_scale"], arguments["weight_zero"], group_size, kept, dtype)
+    elif "weight_scale" in arguments:
+        values = int8.dequantize(values, arguments["weight_scale"], dtype)
+    return sparse24.unpack(values, arguments["weight_meta"], k).to(dtype)
 
 
 def linear_gradients(

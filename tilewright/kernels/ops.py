@@ -19,6 +19,7 @@ from tilewright.kernels.checks import (
     check_input,
     check_int4_weight,
     check_int8_weight,
+    check_sparse24_weight,
     check_vector,
 )
 from tilewright.kernels.operators import Arguments, Operator, define
@@ -82,6 +83,17 @@ def _check_int4_linear(op: str, arguments: Arguments) -> int:
     return n
 
 
+def _check_sparse24_linear(op: str, arguments: Arguments) -> int:
+    x = arguments["x"]
+    check_input(op, x)
+    check_devices(op, arguments)
+    names = ("weight_values", "weight_meta", "weight_scale", "weight_zero", "group_size")
+    n = check_sparse24_weight(op, x, *(arguments.get(name) for name in names))  # type: ignore[arg-type]
+    check_epilogue(op, x, n, arguments["bias"], arguments["residual"], arguments["activation"])
+    check_vector(op, "channel_scale", arguments.get("channel_scale"), x.shape[-1])
+    return n
+
+
 def _linear_facts(arguments: Arguments) -> dict[str, Any]:
     return {
         "activation": arguments["activation"],
@@ -108,6 +120,7 @@ def _fake_linear(arguments: Arguments, n: int) -> torch.Tensor:
 
 _INT8 = "Tensor weight, Tensor weight_scale"
 _INT4 = "Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero=None"
+_SPARSE24 = "Tensor weight_values, Tensor weight_meta"
 _END = "Tensor? bias=None, Tensor? residual=None"
 _ACTIVATION = "str activation='none'"
 _GRADIENTS = ("x", "bias", "residual")
@@ -192,6 +205,32 @@ OPERATORS = {
             "int4_int8_linear",
             f"(Tensor x, {_INT4}, {_END}, Tensor? channel_scale=None, *, int group_size, {_ACTIVATION}) -> Tensor",
             _check_int4_linear,
+            _int4_facts,
+            _fake_linear,
+            _GRADIENTS,
+        ),
+        _operator(
+            "sparse24_linear",
+            f"(Tensor x, {_SPARSE24}, {_END}, {_ACTIVATION}, ScalarType? compute_dtype=None) -> Tensor",
+            _check_sparse24_linear,
+            _linear_facts,
+            _fake_linear,
+            _GRADIENTS,
+        ),
+        _operator(
+            "sparse24_int8_linear",
+            f"(Tensor x, {_SPARSE24}, Tensor weight_scale, {_END}, {_ACTIVATION}, Tensor? channel_scale=None) "
+            "-> Tensor",
+            _check_sparse24_linear,
+            _linear_facts,
+            _fake_linear,
+            _GRADIENTS,
+        ),
+        _operator(
+            "sparse24_int4_linear",
+            f"(Tensor x, {_SPARSE24}, Tensor weight_scale, Tensor? weight_zero=None, {_END}, *, int group_size, "
+            f"{_ACTIVATION}, ScalarType? compute_dtype=None) -> Tensor",
+            _check_sparse24_linear,
             _int4_facts,
             _fake_linear,
             _GRADIENTS,

@@ -19,7 +19,11 @@ _FOLDERS = {
     "int8_weight_only_linear": "int8_weight_only_linear",
     "int4_linear": "int4_linear",
     "int4_int8_linear": "int4_int8_linear",
+    "sparse24_linear": "sparse24_linear",
+    "sparse24_int8_linear": "sparse24_linear",
+    "sparse24_int4_linear": "sparse24_linear",
 }
+_SPARSE24 = f"{_PACKAGE}sparse24_linear."
 _CONV_FOLDERS = {
     "conv2d_fused": "conv2d",
     "quantize_per_tensor": "int8_conv2d",
@@ -68,6 +72,10 @@ def _always(problem: Problem) -> str | None:
     return None
 
 
+def _why_not_unpacked(problem: Problem) -> str | None:
+    return importlib.import_module(f"{_SPARSE24}dense").why_not(problem)
+
+
 def register_all() -> None:
     """Called once, when the operators are defined."""
     _gpu("quantize_per_row", "Triton", "triton_quantize")
@@ -100,6 +108,8 @@ def register_all() -> None:
         )
     )
     prefer_by(choices.faster)
+    for op in ("sparse24_linear", "sparse24_int8_linear", "sparse24_int4_linear"):
+        register(Implementation("unpacked once, then dense", op, _why_not_unpacked, f"{_SPARSE24}dense:{op}"))
     for op, folder in _FOLDERS.items():
         # The definition itself: right everywhere, and slow.
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))

@@ -8,6 +8,7 @@ from tilewright.nn.fused_activation import FusedActivation
 from tilewright.nn.int4_linear import Int4Linear, Int8ActInt4WeightLinear
 from tilewright.nn.int8_linear import Int8Linear, Int8WeightOnlyLinear
 from tilewright.nn.quantized_linear import QuantizedLinear
+from tilewright.nn.sparse24_linear import Sparse24Int4Linear, Sparse24Int8Linear, Sparse24Linear
 
 __all__ = [
     "ConvBnAct2d",
@@ -20,4 +21,7 @@ __all__ = [
     "Int8Linear",
     "Int8WeightOnlyLinear",
     "QuantizedLinear",
+    "Sparse24Int4Linear",
+    "Sparse24Int8Linear",
+    "Sparse24Linear",
 ]

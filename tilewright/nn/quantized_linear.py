@@ -83,6 +83,10 @@ class QuantizedLinear(nn.Module):
         """Fields of ``Problem`` that this kind of layer adds."""
         return {}
 
+    def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
+        """Why ``value``, of the right shape and dtype, cannot be the buffer called ``name``, or None."""
+        return None
+
     # ---- public
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""

@@ -117,8 +117,11 @@ def why_not_blocks(problem: Problem) -> str | None:
     """Why dequantised blocks do not take the problem, or None."""
     if 0 in (problem.m, problem.n, problem.k):
         return "nothing to multiply"
-    if (problem.group_size or 0) < problem.k and (problem.group_size or 0) % 2:
+    group_size = problem.group_size or problem.k
+    if group_size < problem.k and group_size % 2:
         return f"groups must have an even size, not {problem.group_size}"
+    if group_size < problem.k and int4.group_count(problem.k, group_size) * group_size < -(-problem.k // 8) * 8:
+        return f"the last word of a row reaches beyond the last group of {group_size}"
     return None
 
 
