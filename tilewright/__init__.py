@@ -23,10 +23,13 @@ from tilewright.convert import (
     Sparse24Int4,
     Sparse24Int8,
     convert_model,
+    hold_masks,
     load_model,
+    prune_model,
     report,
     revert_model,
     save_model,
+    search_pruning,
 )
 from tilewright.deploy import export_onnx, export_package
 
@@ -51,10 +54,13 @@ __all__ = [
     "convert_model",
     "export_onnx",
     "export_package",
+    "hold_masks",
     "kernels",
     "load_model",
     "nn",
+    "prune_model",
     "report",
     "revert_model",
     "save_model",
+    "search_pruning",
 ]

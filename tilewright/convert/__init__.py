@@ -3,6 +3,8 @@
 from tilewright.convert.checkpoint import load_model, save_model
 from tilewright.convert.conv_schemes import Fuse, Int8Static
 from tilewright.convert.converter import convert_model, revert_model
+from tilewright.convert.prune_model import HeldMasks, hold_masks, prune_model
+from tilewright.convert.prune_search import PruneSearch, search_pruning
 from tilewright.convert.recipes import PRESETS, Recipe, Rule
 from tilewright.convert.report import Report, report
 from tilewright.convert.safetensors_file import CheckpointError
@@ -20,11 +22,13 @@ __all__ = [
     "PRESETS",
     "CheckpointError",
     "Fuse",
+    "HeldMasks",
     "Int4WeightOnly",
     "Int8ActInt4Weight",
     "Int8Dynamic",
     "Int8Static",
     "Int8WeightOnly",
+    "PruneSearch",
     "Recipe",
     "Report",
     "Rule",
@@ -33,9 +37,12 @@ __all__ = [
     "Sparse24Int4",
     "Sparse24Int8",
     "convert_model",
+    "hold_masks",
     "load_model",
+    "prune_model",
     "register_scheme",
     "report",
     "revert_model",
     "save_model",
+    "search_pruning",
 ]
