@@ -34,6 +34,10 @@ from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize import triton_quantize
 from tilewright.kernels.quantize.reference import quantize_per_row
 from tilewright.kernels.quantize.triton_quantize import QuantizeConfig
+from tilewright.kernels.sparse24_linear import layout as sparse24_layout
+from tilewright.kernels.sparse24_linear import triton_fragments as sparse24_fragments
+from tilewright.kernels.sparse24_linear import triton_unpack as sparse24_unpack
+from tilewright.kernels.sparse24_linear.fragments import fragment_order
 
 Arguments = dict[str, Any]
 Outputs = tuple[torch.Tensor, ...]
@@ -93,7 +97,7 @@ def _rows_and_scales(a: Arguments) -> Outputs:
 
 
 def _result(a: Arguments) -> Outputs:
-    weight = a["weight_packed"] if "weight_packed" in a else a["weight"]
+    weight = a[next(name for name in ("weight", "weight_packed", "weight_values") if name in a)]
     return (
         torch.full((len(a["x"]), len(weight)), torch.nan, dtype=a.get("out_dtype", a["x"].dtype), device=weight.device),
     )
@@ -168,6 +172,40 @@ def _plan_int4_int8(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -
     )
 
 
+def _step_weight(a: Arguments) -> Any:
+    k, values, meta = a["x"].shape[1], a["weight_values"], a["weight_meta"]
+    if "group_size" in a:
+        scales = (a["weight_scale"], a["weight_zero"], a["group_size"])
+        return sparse24_layout.int4_order(values, meta, *scales, k)
+    if "weight_scale" in a:
+        return sparse24_layout.int8_order(values, meta, k)
+    return sparse24_layout.float_order(values, meta, k, a["compute_dtype"] or a["x"].dtype)
+
+
+def _fragment_weight(a: Arguments) -> Any:
+    is_int8 = a["weight_values"].dtype == torch.int8
+    dtype = torch.int8 if is_int8 else a["compute_dtype"] or a["x"].dtype
+    return fragment_order(a["weight_values"], a["weight_meta"], a["x"].shape[1], dtype)
+
+
+def _sparse24_family(name: str, op: str, module: Any, config: Any, plan: Callable, order: Callable) -> Family:
+    """What the kernel can compute, whether or not it pays there."""
+    plan_with = _plan_sparse24(plan, order)
+    return Family(name, op, list(module.CONFIGS), config.for_problem, module.why_cannot, plan_with, _result)
+
+
+def _plan_sparse24(plan: Callable[..., list[Launch]], order: Callable[[Arguments], Any]) -> Callable[..., list[Launch]]:
+    def plan_with(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+        x, scales, dtype = a["x"], {}, a.get("compute_dtype") or a["x"].dtype
+        if a["weight_values"].dtype == torch.int8:
+            x, x_scale = quantize_per_row(x)
+            scales, dtype = {"x_scale": x_scale, "w_scale": a["weight_scale"]}, torch.int8
+        end = {"activation": a["activation"], "compute_dtype": dtype, "config": config, "inline_ptx": inline_ptx}
+        return plan(x, order(a), a["bias"], a["residual"], *out, **end, **scales)
+
+    return plan_with
+
+
 def _family(name: str, op: str, module: Any, config: Any, plan_with: Callable, allocate: Callable = _result) -> Family:
     return Family(name, op, list(module.CONFIGS), config.for_problem, module.why_not, plan_with, allocate)
 
@@ -177,6 +215,13 @@ _INT8_SWAPPED = (int8_swapped, int8_swapped.SwappedConfig, _plan_int8(int8_swapp
 _INT8_TILE = (int8_tile, int8_tile.TileConfig, _plan_int8(int8_tile.plan_tile))
 _INT8_WEIGHT_ONLY = (int8_weight_only_swapped, int8_weight_only_swapped.SwappedConfig, _plan_int8_weight_only)
 _DEQUANTIZE = (triton_dequantize, triton_dequantize.DequantizeConfig, _plan_dequantize, _dense_weight)
+_SPARSE24_UNPACK = (sparse24_unpack, sparse24_unpack.UnpackConfig, sparse24_unpack.plan_unpack, _step_weight)
+_SPARSE24_FRAGMENTS = (
+    sparse24_fragments,
+    sparse24_fragments.FragmentConfig,
+    sparse24_fragments.plan_fragments,
+    _fragment_weight,
+)
 FAMILIES = (
     _family("quantize", "quantize_per_row", triton_quantize, QuantizeConfig, _plan_quantize, _rows_and_scales),
     _family("norm_quantize rms", "rms_norm_quantize", *_NORM),
@@ -186,6 +231,9 @@ FAMILIES = (
     _family("int8_weight_only_linear swapped", "int8_weight_only_linear", *_INT8_WEIGHT_ONLY),
     _family("int4_linear dequantize", "int4_linear", *_DEQUANTIZE),
     _family("int4_linear fused", "int4_linear", int4_fused, int4_fused.FusedConfig, _plan_int4),
+    *(_sparse24_family(f"{op} unpacked", op, *_SPARSE24_UNPACK) for op in sparse24_unpack.KINDS),
+    _sparse24_family("sparse24_linear mma.sp", "sparse24_linear", *_SPARSE24_FRAGMENTS),
+    _sparse24_family("sparse24_int8_linear mma.sp", "sparse24_int8_linear", *_SPARSE24_FRAGMENTS),
     _family("int4_int8_linear fused", "int4_int8_linear", int4_int8_fused, Int4Int8Config, _plan_int4_int8),
 )
 

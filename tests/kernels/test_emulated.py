@@ -29,6 +29,10 @@ GROUPS: tuple[dict[str, Any], ...] = (
     {"group_size": 64, "symmetric": False, "activation": "gelu_tanh"},
     {"group_size": None, "activation": "silu", "bias": False, "residual": True},
 )
+#: Of int4 values at 2:4, whose blocks have 128 columns.
+SPARSE_GROUPS = tuple(
+    {**options, "group_size": size} for options, size in zip(GROUPS, (128, 256, 128, None), strict=True)
+)
 ENDS: tuple[dict[str, Any], ...] = (
     {"bias": False},
     {"activation": "relu", "residual": True},
@@ -50,10 +54,16 @@ def shapes_of(family: Family, config: Any, turn: int) -> list[Shape]:
             for i, ((m, size), dtype) in enumerate(zip(sizes, dtypes_from(turn), strict=True))
         ]
     options = GROUPS if family.op.startswith("int4") else ENDS
+    if family.op == "sparse24_int4_linear":
+        options = SPARSE_GROUPS
     m, n = getattr(config, "block_m", 8), getattr(config, "block_n", 64)
     splits = max(getattr(config, "split_k", 1), getattr(config, "splits", 1))
     whole_k = 256 * max(splits, 2)
     sizes = ((m, 2 * n, whole_k), (m + 3, n + 9, whole_k + 43), (1, n - 7, 75))
+    if family.name.startswith("sparse24"):
+        # Steps of up to 512 columns, each a part of its own; mma.sp takes nothing but units of 128.
+        odd = (384, 128) if "mma.sp" in family.name else (299, 75)
+        sizes = ((m, 2 * n, 512 * splits), (m + 3, n + 9, 512 + odd[0]), (1, n - 7, odd[1]))
     return [
         Shape(*size, dtype, **options[(turn + i) % len(options)])
         for i, (size, dtype) in enumerate(zip(sizes, dtypes_from(turn), strict=True))
@@ -117,11 +127,13 @@ def words(shape: Shape) -> str:
 
 
 def sample(everything: list[Any]) -> list[Any]:
-    """One in eight of each large family, one in four of the others: spread over configs, targets and shapes."""
+    """One in eight of each large family, one in eleven of those at 2:4, one in four of the others: spread over configs,
+    targets and shapes.
+    """
     chosen = []
     for family in FAMILIES:
         mine = [case for case in everything if case.values[0] is family]
-        chosen += mine[:: 8 if len(mine) > 36 else 4]
+        chosen += mine[:: 11 if family.name.startswith("sparse24") else 8 if len(mine) > 36 else 4]
     return chosen
 
 

@@ -109,6 +109,11 @@ def register_all() -> None:
     )
     prefer_by(choices.faster)
     for op in ("sparse24_linear", "sparse24_int8_linear", "sparse24_int4_linear"):
+        if op != "sparse24_int4_linear":
+            _gpu(op, "Triton, mma.sp", "triton_fragments")
+        _gpu(op, "Triton, unpacked in registers", "triton_unpack")
+        if op != "sparse24_int4_linear":
+            _gpu(op, "cuSPARSELt", "cusparselt")
         register(Implementation("unpacked once, then dense", op, _why_not_unpacked, f"{_SPARSE24}dense:{op}"))
     for op, folder in _FOLDERS.items():
         # The definition itself: right everywhere, and slow.

@@ -1,0 +1,481 @@
+"""Linear layers on 2:4 weights with the sparse matrix instruction ``mma.sp``, issued through inline assembly.
+
+    y[m, n] = activation(sum_k x[m, k] * w[n, k] + b[n]) + r[m, n]
+
+x [M, K] fp16 or bf16 (int8 with a scale for each row where values are int8), K a multiple of 128; the weight in the
+order of ``fragments.py``; b [N]; r [M, N] of any strides; y [M, N].
+
+A warp holds 16 output features and 8 or 16 rows of x in the registers of its threads, and every thread loads its own
+registers: weights in 16 bytes at a time, as they lie; x as pairs of columns from its rows, which all warps share in the
+L1 cache (int8: 16 bytes). No shared memory, no conversion. Weights of the next unit are on their way while one is
+multiplied.
+
+The compiler does not know that the instruction works across a warp. It gives thread i element i of a vector of as many
+elements as there are threads, which is what the instruction needs, as long as weights are loaded in 16 bytes: so their
+address must be a multiple of 16, which the launcher checks, and the vectors have 32 elements for each warp, no more and
+no fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from tilewright.aot.launch import Launch
+from tilewright.kernels.activation import check_activation
+from tilewright.kernels.int4_linear.triton_tiles import finish_arguments, plan_sum_parts, rows_of
+from tilewright.kernels.int8_linear.triton_launch import MAX_K
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.quantize.triton_quantize import quantize_per_row
+from tilewright.kernels.sparse24_linear import gate
+from tilewright.kernels.sparse24_linear.fragments import (
+    TILE_M,
+    TILE_N,
+    UNIT,
+    FragmentWeight,
+    fragment_order,
+    unit_count,
+)
+from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+
+_TILE_N = tl.constexpr(TILE_N)
+_TILE_M = tl.constexpr(TILE_M)
+_UNIT = tl.constexpr(UNIT)
+#: Bytes that the weight's address must be a multiple of.
+ALIGNMENT = 16
+# $0-$3: sums, $4-$7: A, $8-$11: B, $12-$15: sums so far, $16: metadata, of the pair of lanes that the selector names.
+_MMA = (
+    "mma.sp::ordered_metadata.sync.aligned.SHAPE {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9, $10, $11}, "
+    "{$12, $13, $14, $15}, $16, SELECTOR;"
+)
+
+
+def _mma(shape: str, selector: int) -> tl.constexpr:
+    return tl.constexpr(_MMA.replace("SHAPE", shape).replace("SELECTOR", hex(selector)))
+
+
+_FP16_0, _FP16_1 = (_mma("m16n8k32.row.col.f32.f16.f16.f32", selector) for selector in (0, 1))
+_BF16_0, _BF16_1 = (_mma("m16n8k32.row.col.f32.bf16.bf16.f32", selector) for selector in (0, 1))
+_INT8_0 = _mma("m16n8k64.row.col.s32.s8.s8.s32", 0)
+_FLOAT_CONSTRAINTS = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r")
+_INT_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r")
+
+
+@dataclass(frozen=True)
+class FragmentConfig:
+    """block_m: rows of x of a program, 8 or 16. splits: parts that K is cut into, at most."""
+
+    block_m: int
+    num_warps: int
+    splits: int = 1
+
+    @property
+    def block_n(self) -> int:
+        """Output features of a program: a tile for each warp."""
+        return TILE_N * self.num_warps
+
+    @property
+    def num_stages(self) -> int:
+        """Loads are ordered in the source."""
+        return 1
+
+    @classmethod
+    def for_problem(cls, problem: Problem) -> FragmentConfig:
+        """As many programs as keep the memory busy, by N, K and the GPU alone: eight small ones share a
+        multiprocessor.
+        """
+        config = TILES[0] if problem.m <= TILES[0].block_m else TILES[1]
+        tiles = triton.cdiv(problem.n, config.block_n)
+        return replace(config, splits=choose_split(8 * (problem.multiprocessors or 132), tiles, unit_count(problem.k)))
+
+
+TILES = (FragmentConfig(block_m=8, num_warps=4), FragmentConfig(block_m=16, num_warps=4))
+CONFIGS = [replace(tile, splits=splits) for tile in TILES for splits in (1, 2)]
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason why this implementation does not take ``problem``, or None: it cannot, or it does not pay."""
+    return why_cannot(problem) or gate.why_not_fragments(problem)
+
+
+def why_cannot(problem: Problem) -> str | None:
+    """The reason why the kernel cannot compute ``problem``, or None."""
+    if reason := why_not_on_gpu(problem):
+        return reason
+    if problem.capability is None:
+        return "mma.sp is an instruction of NVIDIA's GPUs"
+    if problem.capability[0] >= 10:
+        return "mma.sp was emulated for compute capability 8.0 and 9.0 only"
+    if problem.x_dtype not in FLOAT_DTYPES:
+        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
+    if problem.op == "sparse24_int8_linear":
+        if problem.k > MAX_K:
+            return f"sums of {problem.k} products may leave int32, which holds {MAX_K}"
+    elif problem.op != "sparse24_linear":
+        return "multiplies int8 and 16-bit floats, which int4 values are not until they are unpacked"
+    elif problem.multiply_dtype not in (torch.float16, torch.bfloat16):
+        return f"multiplies in float16 and bfloat16, not in {problem.multiply_dtype}"
+    if problem.k % UNIT or not problem.k:
+        return f"takes rows of a multiple of {UNIT} columns, not of {problem.k}"
+    return None
+
+
+@triton.jit
+def _apart(registers):
+    """[threads, 4] as four vectors [threads]; thread i keeps element i of each."""
+    even, odd = tl.split(tl.reshape(registers, (registers.shape[0], 2, 2)))
+    r0, r2 = tl.split(even)
+    r1, r3 = tl.split(odd)
+    return r0, r1, r2, r3
+
+
+@triton.jit
+def _multiply(a0, a1, a2, a3, b0, b1, b2, b3, meta, s0, s1, s2, s3, STEP: tl.constexpr, DTYPE: tl.constexpr):
+    """One instruction of each warp: the sums with a step of K added. All are vectors [threads]."""
+    if tl.int8 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _INT8_0,
+            _INT_CONSTRAINTS,
+            [a0, a1, a2, a3, b0, b1, b2, b3, s0, s1, s2, s3, meta],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    elif tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _FP16_0 if STEP % 2 == 0 else _FP16_1,
+            _FLOAT_CONSTRAINTS,
+            [a0, a1, a2, a3, b0, b1, b2, b3, s0, s1, s2, s3, meta],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            _BF16_0 if STEP % 2 == 0 else _BF16_1,
+            _FLOAT_CONSTRAINTS,
+            [a0, a1, a2, a3, b0, b1, b2, b3, s0, s1, s2, s3, meta],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _x_registers(x_row, unit, lane4, STEP: tl.constexpr, IS_INT8: tl.constexpr):
+    """Operand B of one step: four words of the row that each thread points to."""
+    if IS_INT8:
+        words = x_row[:, None] + unit * (_UNIT // 4) + STEP * 16 + lane4[:, None] * 4 + tl.arange(0, 4)[None, :]
+        return _apart(tl.load(words))
+    else:
+        words = x_row + unit * (_UNIT // 2) + STEP * 16 + lane4
+        return tl.load(words), tl.load(words + 4), tl.load(words + 8), tl.load(words + 12)
+
+
+@triton.jit
+def _load_unit(values, meta, unit, STEPS: tl.constexpr):
+    """The weight's registers of one unit: metadata, and [threads, 4] for each step."""
+    here = values + unit * (STEPS * 128)
+    m0 = tl.load(meta + unit * 64)
+    m1 = tl.load(meta + unit * 64 + 32)
+    a0 = tl.load(here)
+    a1 = tl.load(here + 128)
+    if STEPS == 4:
+        return m0, m1, a0, a1, tl.load(here + 256), tl.load(here + 384)
+    else:
+        return m0, m1, a0, a1, a0, a1
+
+
+@triton.jit
+def _store(
+    s0,
+    s1,
+    s2,
+    s3,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    workspace_ptr,
+    part,
+    row,
+    column,
+    M,
+    N,
+    stride_residual_m,
+    stride_residual_n,
+    IS_INT8: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Sums of rows ``row``, ``row`` + 1 and features ``column``, ``column`` + 8, as the instruction leaves them."""
+    for i in tl.static_range(4):
+        total = s0 if i == 0 else (s1 if i == 1 else (s2 if i == 2 else s3))
+        m = row + i % 2
+        n = column + 8 * (i // 2)
+        inside = (m < M) & (n < N)
+        if workspace_ptr is not None:
+            tl.store(workspace_ptr + (part.to(tl.int64) * M + m) * N + n, total, mask=inside)
+        else:
+            y = total.to(tl.float32)
+            if IS_INT8:
+                y *= tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
+                y *= tl.load(w_scale_ptr + n, mask=n < N, other=0.0)
+            finish_tile(
+                y, out_ptr, bias_ptr, residual_ptr, m, n, M, N, stride_residual_m, stride_residual_n, ACTIVATION
+            )
+
+
+@triton.jit(do_not_specialize=["M"])
+def sparse24_fragment_kernel(
+    x_ptr,
+    values_ptr,
+    meta_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    workspace_ptr,
+    M,
+    N,
+    stride_x,
+    stride_residual_m,
+    stride_residual_n,
+    units,
+    units_per_part,
+    row_tiles,
+    tiles_m,
+    DTYPE: tl.constexpr,
+    THREADS: tl.constexpr,
+    TWO: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """16 features for each warp, 8 rows of x or (TWO) 16. x_ptr, values_ptr, meta_ptr: int32; stride_x in words.
+
+    row_tiles: tiles of 16 features of the weight. THREADS: exactly as many as the launch has.
+    """
+    IS_INT8: tl.constexpr = tl.int8 == DTYPE
+    SUM: tl.constexpr = tl.int32 if IS_INT8 else tl.float32
+    STEPS: tl.constexpr = 2 if IS_INT8 else 4
+    thread = tl.arange(0, THREADS)
+    lane = thread % 32
+    part = tl.program_id(1)
+    tile = tl.program_id(0) // tiles_m * (THREADS // 32) + thread // 32
+    first_row = tl.program_id(0) % tiles_m * (_TILE_M * (2 if TWO else 1))
+    first = part * units_per_part
+    last = tl.minimum(first + units_per_part, units)
+    # A warp past the end repeats the last tile: all threads must take part in the instruction.
+    inner = tl.minimum(tile, row_tiles - 1).to(tl.int64)
+    values = values_ptr + (inner * units * (STEPS * 128) + lane * 4)[:, None] + tl.arange(0, 4)[None, :]
+    meta = meta_ptr + inner * units * 64 + lane
+    x_row = x_ptr + tl.minimum(first_row + lane // 4, M - 1).to(tl.int64) * stride_x
+    other_row = x_ptr + tl.minimum(first_row + _TILE_M + lane // 4, M - 1).to(tl.int64) * stride_x
+    lane4 = lane % 4
+    s0 = tl.zeros((THREADS,), SUM)
+    s1 = tl.zeros((THREADS,), SUM)
+    s2 = tl.zeros((THREADS,), SUM)
+    s3 = tl.zeros((THREADS,), SUM)
+    t0, t1, t2, t3 = s0, s1, s2, s3
+    m0, m1, r0, r1, r2, r3 = _load_unit(values, meta, first, STEPS)
+    for unit in range(first, last):
+        following = tl.minimum(unit + 1, last - 1)
+        next_m0, next_m1, next_r0, next_r1, next_r2, next_r3 = _load_unit(values, meta, following, STEPS)
+        for step in tl.static_range(STEPS):
+            registers = r0 if step == 0 else (r1 if step == 1 else (r2 if step == 2 else r3))
+            places = m0 if step * 2 < STEPS else m1
+            a0, a1, a2, a3 = _apart(registers)
+            b0, b1, b2, b3 = _x_registers(x_row, unit, lane4, step, IS_INT8)
+            s0, s1, s2, s3 = _multiply(a0, a1, a2, a3, b0, b1, b2, b3, places, s0, s1, s2, s3, step, DTYPE)
+            if TWO:
+                c0, c1, c2, c3 = _x_registers(other_row, unit, lane4, step, IS_INT8)
+                t0, t1, t2, t3 = _multiply(a0, a1, a2, a3, c0, c1, c2, c3, places, t0, t1, t2, t3, step, DTYPE)
+        m0, m1, r0, r1, r2, r3 = next_m0, next_m1, next_r0, next_r1, next_r2, next_r3
+    row = first_row + 2 * lane4
+    column = tile * _TILE_N + lane // 4
+    _store(
+        s0,
+        s1,
+        s2,
+        s3,
+        x_scale_ptr,
+        w_scale_ptr,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        workspace_ptr,
+        part,
+        row,
+        column,
+        M,
+        N,
+        stride_residual_m,
+        stride_residual_n,
+        IS_INT8,
+        ACTIVATION,
+    )
+    if TWO:
+        _store(
+            t0,
+            t1,
+            t2,
+            t3,
+            x_scale_ptr,
+            w_scale_ptr,
+            bias_ptr,
+            residual_ptr,
+            out_ptr,
+            workspace_ptr,
+            part,
+            row + _TILE_M,
+            column,
+            M,
+            N,
+            stride_residual_m,
+            stride_residual_n,
+            IS_INT8,
+            ACTIVATION,
+        )
+
+
+def _words(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K], K a multiple of 128, as int32 words [M, ...]: a view where its rows begin at whole words, else of a
+    copy.
+    """
+    per_word = 4 // x.element_size()
+    aligned = x.stride(1) == 1 and x.stride(0) % (4 * per_word) == 0 and x.data_ptr() % ALIGNMENT == 0
+    return (x if aligned else x.clone(memory_format=torch.contiguous_format)).view(torch.int32)
+
+
+def plan_fragments(
+    x: torch.Tensor,
+    weight: FragmentWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    activation: str,
+    compute_dtype: torch.dtype,
+    config: FragmentConfig,
+    inline_ptx: bool = True,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
+) -> list[Launch]:
+    """The launches that fill ``out`` [M, N]: the product, and the sum over parts where K is cut.
+
+    x [M, K] in compute_dtype, or int8 with x_scale [M] and w_scale [N]; bias [N] contiguous. Raises ValueError for a
+    weight that is not 16-byte aligned, and where there is no inline PTX: there is no other way to issue ``mma.sp``.
+    """
+    if not inline_ptx:
+        raise ValueError("mma.sp is issued through inline PTX, which this target does not take")
+    for name, tensor in (("values", weight.values), ("meta", weight.meta)):
+        if not tensor.is_meta and tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(f"the {name} of a weight in fragment order must be aligned to {ALIGNMENT} bytes")
+    x = _words(x.to(compute_dtype)) if not x.is_meta else x.to(compute_dtype).view(torch.int32)
+    m, n = len(x), weight.n
+    units_per_part = triton.cdiv(weight.units, config.splits)
+    parts = triton.cdiv(weight.units, units_per_part)
+    sum_dtype = torch.int32 if weight.is_int8 else torch.float32
+    workspace = torch.empty((parts, m, n), dtype=sum_dtype, device=out.device) if parts > 1 else None
+    tiles_m = triton.cdiv(m, config.block_m)
+    end = finish_arguments(bias, residual, out)
+    args: dict[str, Any] = {
+        "x_ptr": x,
+        "values_ptr": weight.values,
+        "meta_ptr": weight.meta,
+        "x_scale_ptr": x_scale,
+        "w_scale_ptr": w_scale,
+        "workspace_ptr": workspace,
+        "M": m,
+        "N": n,
+        "stride_x": x.stride(0),
+        "units": weight.units,
+        "units_per_part": units_per_part,
+        "row_tiles": len(weight.values),
+        "tiles_m": tiles_m,
+        **end,
+    }
+    constants = {
+        "DTYPE": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}[compute_dtype],
+        "THREADS": 32 * config.num_warps,
+        "TWO": config.block_m == 2 * TILE_M,
+        "ACTIVATION": activation,
+    }
+    grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
+    product = Launch(sparse24_fragment_kernel, grid, args, constants, config.num_warps, config.num_stages)
+    if workspace is None:
+        return [product]
+    if weight.is_int8:
+        epilogue = {**end, "x_scale_ptr": x_scale, "w_scale_ptr": w_scale, "M": m, "N": n}
+        return [product, plan_reduce_parts(workspace, epilogue, activation)]
+    return [product, plan_sum_parts(workspace, None, bias, residual, out, activation)]
+
+
+def _run(
+    op: str,
+    x: torch.Tensor,
+    weight: FragmentWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check_activation(activation)
+    out = torch.empty(*x.shape[:-1], weight.n, dtype=out_dtype, device=x.device)
+    if not out.numel():
+        return out
+    problem = Problem(op, out.numel() // weight.n, weight.n, x.shape[-1], x.dtype, **device_facts(x.device))
+    launches = plan_fragments(
+        rows_of(x),
+        weight,
+        None if bias is None else bias.contiguous(),
+        None if residual is None else as_matrix(residual.expand(out.shape)),
+        as_matrix(out),
+        activation=activation,
+        compute_dtype=compute_dtype,
+        config=FragmentConfig.for_problem(problem),
+        x_scale=None if x_scale is None else x_scale.reshape(-1),
+        w_scale=None if w_scale is None else w_scale.contiguous(),
+    )
+    for launch in launches:
+        launch.run()
+    return out
+
+
+def sparse24_linear(
+    x: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.sparse24_linear``. K must be a multiple of 128."""
+    narrow = compute_dtype or x.dtype
+    weight = fragment_order(weight_values, weight_meta, x.shape[-1], narrow)
+    return _run("sparse24_linear", x, weight, bias, residual, activation, narrow, x.dtype)
+
+
+def sparse24_int8_linear(
+    x: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    channel_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See ``reference.sparse24_int8_linear``. K must be a multiple of 128."""
+    q, x_scale = quantize_per_row(x, channel_scale)
+    weight, scales = fragment_order(weight_values, weight_meta, x.shape[-1], torch.int8), (x_scale, weight_scale)
+    return _run("sparse24_int8_linear", q, weight, bias, residual, activation, torch.int8, x.dtype, *scales)

@@ -1,0 +1,377 @@
+"""Linear layers on 2:4 weights in one pass over values and places, unpacked in registers: for small batches.
+
+    y[m, n] = activation(sum_k x[m, k] * w[n, k] + b[n]) + r[m, n]
+
+x [M, K] fp16 or bf16 with unit stride along K (int8 with a scale for each row where values are int8); the weight in
+the order of ``layout.py``; b [N]; r [M, N] of any strides; y [M, N].
+
+Bound by bytes: 1.125 for each bf16 weight, 0.625 for int8, 0.39 for int4, against the 2 of dense bf16. Tensor cores
+then multiply densely, so from some batch on this cannot win (``gate``). A tile is held transposed, as in
+``int4_linear``: unpacked weights go from registers into the product. Each group of four columns is taken apart, w_c
+holding column 4 i + c of every group i of a block, and so is x:
+
+    T[n, m] = sum over blocks and c of w_c[n, i] * x[m, 4 i + c]
+
+int4 values are (u - z), exact in 16 bits, and the scale of a group multiplies the sum over its blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from tilewright.aot.launch import Launch
+from tilewright.kernels.activation import check_activation
+from tilewright.kernels.int4_linear.triton_nibbles import nibble_number, offset_of
+from tilewright.kernels.int4_linear.triton_tiles import (
+    finish_arguments,
+    inline_ptx_by_default,
+    plan_sum_parts,
+    rows_of,
+    store_part,
+)
+from tilewright.kernels.int8_linear.triton_launch import MAX_K
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.quantize.triton_quantize import quantize_per_row
+from tilewright.kernels.sparse24_linear import gate, layout
+from tilewright.kernels.sparse24_linear.layout import BLOCK, GROUPS, INT8, StepWeight
+from tilewright.kernels.sparse24_linear.triton_select import select_columns
+from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+
+KINDS = {"sparse24_linear": layout.FLOAT, "sparse24_int8_linear": layout.INT8, "sparse24_int4_linear": layout.INT4}
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
+_BLOCK = tl.constexpr(BLOCK)
+_GROUPS = tl.constexpr(GROUPS)
+_INT8 = tl.constexpr(INT8)
+_INT4 = tl.constexpr(layout.INT4)
+WHOLE_ROW = tl.constexpr(0)
+
+
+@dataclass(frozen=True)
+class UnpackConfig:
+    """block_n, block_m: output features and rows of x of a tile. splits: parts that K is cut into, at most."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+    @classmethod
+    def for_problem(cls, problem: Problem) -> UnpackConfig:
+        """Batch tile by M; parts of K by N, K and the GPU alone, so that a row's result depends on no other."""
+        config = next((c for c in TILES if problem.m <= c.block_m), TILES[-1])
+        steps = layout.step_count(KINDS[problem.op], problem.k)
+        programs = 2 * (problem.multiprocessors or 132)
+        # A step is as long as four of other kernels.
+        splits = choose_split(programs, triton.cdiv(problem.n, config.block_n), 4 * steps)
+        config = replace(config, splits=min(splits, max(steps, 1)))
+        return config if problem.gpu_arch is None else replace(config, num_stages=1)
+
+
+#: Two stages of 64 features let two programs share a multiprocessor: one loads while the other multiplies.
+TILES = (
+    UnpackConfig(block_n=64, block_m=16, num_warps=4, num_stages=2),
+    UnpackConfig(block_n=64, block_m=32, num_warps=4, num_stages=2),
+    UnpackConfig(block_n=64, block_m=64, num_warps=4, num_stages=2),
+)
+CONFIGS = [replace(tile, splits=splits) for tile in TILES for splits in (1, 2)]
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason why this implementation does not take ``problem``, or None: it cannot, or it does not pay."""
+    return why_cannot(problem) or gate.why_not_unpacked(problem)
+
+
+def why_cannot(problem: Problem) -> str | None:
+    """The reason why the kernel cannot compute ``problem``, or None."""
+    if reason := why_not_on_gpu(problem):
+        return reason
+    if problem.x_dtype not in FLOAT_DTYPES:
+        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
+    if problem.op == "sparse24_int8_linear":
+        if problem.k > MAX_K:
+            return f"sums of {problem.k} products may leave int32, which holds {MAX_K}"
+    elif problem.multiply_dtype not in TRITON_DTYPES:
+        return f"multiplies in float16 and bfloat16, not in {problem.multiply_dtype}"
+    if problem.op == "sparse24_int4_linear":
+        return layout.why_no_blocks(problem.k, problem.group_size or problem.k)
+    return None
+
+
+@triton.jit
+def _columns_of_x(x_rows, start, K, DTYPE: tl.constexpr, EVEN_K: tl.constexpr):
+    """Columns start + 4 i + c of a tile of x, i < 32, as four tiles [32, BM] for c = 0 to 3."""
+    column = start + tl.arange(0, _BLOCK)[None, :]
+    if EVEN_K:
+        x = tl.load(x_rows + column)
+    else:
+        x = tl.load(x_rows + column, mask=column < K, other=0)
+    even, odd = tl.split(tl.reshape(x.to(DTYPE), (x.shape[0], _GROUPS, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0.trans(), x1.trans(), x2.trans(), x3.trans()
+
+
+@triton.jit(do_not_specialize=["M"])
+def sparse24_unpack_kernel(
+    x_ptr,
+    values_ptr,
+    mask_ptr,
+    scale_ptr,
+    zero_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    workspace_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_residual_m,
+    stride_residual_n,
+    steps,
+    steps_per_part,
+    tiles_m,
+    KIND: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PER_GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INLINE_PTX: tl.constexpr,
+):
+    """One tile of out, or with a workspace one part of its sum. BLOCKS: of a step. DTYPE: what is multiplied."""
+    SUM: tl.constexpr = tl.int32 if KIND == _INT8 else tl.float32
+    # Elements of a row of values in a step: two tiles a block, or an int4 word for two blocks.
+    PER_BLOCK: tl.constexpr = _GROUPS // 2 if KIND == _INT4 else 2 * _GROUPS
+    part = tl.program_id(1)
+    row = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = part * steps_per_part
+    last = tl.minimum(first + steps_per_part, steps)
+    x_rows = x_ptr + tl.minimum(row, M - 1).to(tl.int64)[:, None] * stride_xm
+    inner = tl.minimum(column, N - 1).to(tl.int64)
+    word = tl.arange(0, _GROUPS)[None, :]
+    values = values_ptr + inner[:, None] * steps * (BLOCKS * PER_BLOCK) + word
+    masks = mask_ptr + inner[:, None] * steps * _GROUPS + word
+    total = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+    zero = tl.full((BLOCK_N,), 8, tl.uint8)
+    if KIND == _INT4 and BLOCKS_PER_GROUP == WHOLE_ROW:
+        if zero_ptr is not None:
+            zero = tl.load(zero_ptr + inner)
+    for step in range(first, last):
+        words = tl.load(masks + step * _GROUPS)
+        here = values + step * (BLOCKS * PER_BLOCK)
+        for block in tl.static_range(BLOCKS):
+            if KIND == _INT4:
+                if BLOCKS_PER_GROUP != WHOLE_ROW:
+                    group = (step * BLOCKS + block) // BLOCKS_PER_GROUP * N + inner
+                    if zero_ptr is not None:
+                        zero = tl.load(zero_ptr + group)
+                if block % 2 == 0:
+                    packed = tl.load(here + block // 2 * _GROUPS)
+                offset = tl.broadcast_to(offset_of(zero, DTYPE)[:, None], packed.shape)
+                v0 = nibble_number(packed, 2 * (block % 2), offset, DTYPE, INLINE_PTX).to(tl.int16, bitcast=True)
+                v1 = nibble_number(packed, 2 * (block % 2) + 1, offset, DTYPE, INLINE_PTX).to(tl.int16, bitcast=True)
+            else:
+                v0 = tl.load(here + block * PER_BLOCK)
+                v1 = tl.load(here + block * PER_BLOCK + _GROUPS)
+            w0, w1, w2, w3 = select_columns(v0, v1, words, block, DTYPE, INLINE_PTX)
+            x0, x1, x2, x3 = _columns_of_x(x_rows, (step * BLOCKS + block) * _BLOCK, K, DTYPE, EVEN_K)
+            if KIND == _INT4 and BLOCKS_PER_GROUP != WHOLE_ROW:
+                sums = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+            else:
+                sums = total
+            sums = tl.dot(w0, x0, sums, out_dtype=SUM)
+            sums = tl.dot(w1, x1, sums, out_dtype=SUM)
+            sums = tl.dot(w2, x2, sums, out_dtype=SUM)
+            sums = tl.dot(w3, x3, sums, out_dtype=SUM)
+            if KIND == _INT4 and BLOCKS_PER_GROUP != WHOLE_ROW:
+                total += sums * tl.load(scale_ptr + group).to(tl.float32)[:, None]
+            else:
+                total = sums
+    if KIND == _INT4 and BLOCKS_PER_GROUP == WHOLE_ROW:
+        total *= tl.load(scale_ptr + inner).to(tl.float32)[:, None]
+    if workspace_ptr is not None:
+        store_part(total, workspace_ptr, part, row, column, M, N)
+    else:
+        y = total.to(tl.float32)
+        if KIND == _INT8:
+            y *= tl.load(x_scale_ptr + row, mask=row < M, other=0.0)[None, :]
+            y *= tl.load(w_scale_ptr + inner)[:, None]
+        finish_tile(
+            y,
+            out_ptr,
+            bias_ptr,
+            residual_ptr,
+            row[None, :],
+            column[:, None],
+            M,
+            N,
+            stride_residual_m,
+            stride_residual_n,
+            ACTIVATION,
+        )
+
+
+def plan_unpack(
+    x: torch.Tensor,
+    weight: StepWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    activation: str,
+    compute_dtype: torch.dtype,
+    config: UnpackConfig,
+    inline_ptx: bool,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
+) -> list[Launch]:
+    """The launches that fill ``out`` [M, N]: the product, and the sum over parts where K is cut.
+
+    x [M, K] with unit stride along K, int8 with x_scale [M] and w_scale [N] for int8 values; bias [N] contiguous.
+    """
+    steps = max(weight.steps, 1)
+    steps_per_part = triton.cdiv(steps, config.splits)
+    parts = triton.cdiv(steps, steps_per_part)
+    m, n, blocks = len(x), out.shape[1], layout.blocks_per_step(weight.kind)
+    sum_dtype = torch.int32 if weight.kind == INT8 else torch.float32
+    workspace = torch.empty((parts, m, n), dtype=sum_dtype, device=out.device) if parts > 1 else None
+    tiles_m = triton.cdiv(m, config.block_m)
+    end = finish_arguments(bias, residual, out)
+    args: dict[str, Any] = {
+        "x_ptr": x,
+        "values_ptr": weight.values if weight.kind == INT8 else weight.values.view(torch.int16),
+        "mask_ptr": weight.mask,
+        "scale_ptr": weight.scale,
+        "zero_ptr": weight.zero,
+        "x_scale_ptr": x_scale,
+        "w_scale_ptr": w_scale,
+        "workspace_ptr": workspace,
+        "M": m,
+        "N": n,
+        "K": weight.k,
+        "stride_xm": x.stride(0),
+        "steps": weight.steps,
+        "steps_per_part": steps_per_part,
+        "tiles_m": tiles_m,
+        **end,
+    }
+    constants = {
+        "KIND": weight.kind,
+        "BLOCKS": blocks,
+        "BLOCKS_PER_GROUP": weight.blocks_per_group,
+        "DTYPE": TRITON_DTYPES[compute_dtype],
+        "EVEN_K": weight.k % (blocks * BLOCK) == 0,
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "ACTIVATION": activation,
+        "INLINE_PTX": inline_ptx,
+    }
+    grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
+    product = Launch(sparse24_unpack_kernel, grid, args, constants, config.num_warps, config.num_stages)
+    if workspace is None:
+        return [product]
+    if weight.kind == INT8:
+        epilogue = {**end, "x_scale_ptr": x_scale, "w_scale_ptr": w_scale, "M": m, "N": n}
+        return [product, plan_reduce_parts(workspace, epilogue, activation)]
+    return [product, plan_sum_parts(workspace, None, bias, residual, out, activation)]
+
+
+def _run(
+    op: str,
+    x: torch.Tensor,
+    weight: StepWeight,
+    n: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check_activation(activation)
+    out = torch.empty(*x.shape[:-1], n, dtype=out_dtype, device=x.device)
+    if not out.numel():
+        return out
+    problem = Problem(op, out.numel() // n, n, x.shape[-1], x.dtype, **device_facts(x.device))
+    launches = plan_unpack(
+        rows_of(x),
+        weight,
+        None if bias is None else bias.contiguous(),
+        None if residual is None else as_matrix(residual.expand(out.shape)),
+        as_matrix(out),
+        activation=activation,
+        compute_dtype=compute_dtype,
+        config=UnpackConfig.for_problem(problem),
+        inline_ptx=inline_ptx_by_default(x.device),
+        x_scale=None if x_scale is None else x_scale.reshape(-1),
+        w_scale=None if w_scale is None else w_scale.contiguous(),
+    )
+    for launch in launches:
+        launch.run()
+    return out
+
+
+def sparse24_linear(
+    x: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.sparse24_linear``."""
+    narrow = compute_dtype or x.dtype
+    weight = layout.float_order(weight_values, weight_meta, x.shape[-1], narrow)
+    return _run("sparse24_linear", x, weight, len(weight_values), bias, residual, activation, narrow, x.dtype)
+
+
+def sparse24_int8_linear(
+    x: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    channel_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See ``reference.sparse24_int8_linear``."""
+    q, x_scale = quantize_per_row(x, channel_scale)
+    weight, n = layout.int8_order(weight_values, weight_meta, x.shape[-1]), len(weight_values)
+    scales = (x_scale, weight_scale)
+    return _run("sparse24_int8_linear", q, weight, n, bias, residual, activation, torch.int8, x.dtype, *scales)
+
+
+def sparse24_int4_linear(
+    x: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    group_size: int,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.sparse24_int4_linear``. Raises ValueError for groups that have no kernel order."""
+    k = x.shape[-1]
+    weight = layout.int4_order(weight_values, weight_meta, weight_scale, weight_zero, group_size, k)
+    narrow = compute_dtype or x.dtype
+    return _run("sparse24_int4_linear", x, weight, len(weight_values), bias, residual, activation, narrow, x.dtype)
