@@ -92,7 +92,8 @@ def sparse24_linear(
     narrow = compute_dtype or x.dtype
     weight = _compressed(weight_values, weight_meta, x.shape[-1], narrow)
     y = multiply(as_matrix(x).to(narrow), weight, narrow).view(*x.shape[:-1], len(weight_values))
-    return finish(y.float(), bias, residual, activation, x.dtype)
+    # NaN and Inf meet only the weights that are kept; the whole row must show them.
+    return finish(y + 0 * x.sum(-1, keepdim=True, dtype=torch.float32), bias, residual, activation, x.dtype)
 
 
 def sparse24_int8_linear(

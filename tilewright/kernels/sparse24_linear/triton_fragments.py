@@ -10,6 +10,10 @@ registers: weights in 16 bytes at a time, as they lie; x as pairs of columns fro
 L1 cache (int8: 16 bytes). No shared memory, no conversion. Weights of the next unit are on their way while one is
 multiplied.
 
+A weight that is not kept is not multiplied, so NaN and Inf of x would reach only some outputs of their row. Two columns
+of x at a time are therefore multiplied by 0 and added up as well: anything but 0 turns the row into NaN. (int8: the
+scale of such a row is not finite.)
+
 The compiler does not know that the instruction works across a warp. It gives thread i element i of a vector of as many
 elements as there are threads, which is what the instruction needs, as long as weights are loaded in 16 bytes: so their
 address must be a multiple of 16, which the launcher checks, and the vectors have 32 elements for each warp, no more and
@@ -64,6 +68,10 @@ _BF16_0, _BF16_1 = (_mma("m16n8k32.row.col.f32.bf16.bf16.f32", selector) for sel
 _INT8_0 = _mma("m16n8k64.row.col.s32.s8.s8.s32", 0)
 _FLOAT_CONSTRAINTS = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r")
 _INT_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r")
+
+# $0: 0 so far, in both halves, $1: two numbers, $2: the same as $0 before.
+_FP16_TIMES_0 = tl.constexpr("{ .reg .b32 none; mov.b32 none, 0; fma.rn.f16x2 $0, $1, none, $2; }")
+_BF16_TIMES_0 = tl.constexpr("{ .reg .b32 none; mov.b32 none, 0; fma.rn.bf16x2 $0, $1, none, $2; }")
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,31 @@ def _multiply(a0, a1, a2, a3, b0, b1, b2, b3, meta, s0, s1, s2, s3, STEP: tl.con
             is_pure=True,
             pack=1,
         )
+
+
+@triton.jit
+def _watch(words, zeros, DTYPE: tl.constexpr):
+    """``zeros`` (packed pairs) plus 0 times each number in ``words``: NaN from the first that is not finite."""
+    return tl.inline_asm_elementwise(
+        _FP16_TIMES_0 if tl.float16 == DTYPE else _BF16_TIMES_0,
+        "=r,r,r",
+        [words, zeros],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _poison(zeros, THREADS: tl.constexpr):
+    """What to add to a thread's sums of rows 2 t and 2 t + 1: 0, or NaN. ``zeros``: of lanes 4 g + t, which have row
+    g.
+    """
+    bad = tl.where((zeros & 0x7FFF7FFF) != 0, float("nan"), 0.0)
+    rows = tl.sum(tl.reshape(bad, (THREADS // 32, 8, 4)), axis=2)
+    pairs = tl.reshape(rows, (THREADS // 32, 1, 4, 2))
+    first, second = tl.split(tl.broadcast_to(pairs, (THREADS // 32, 8, 4, 2)))
+    return tl.reshape(first, (THREADS,)), tl.reshape(second, (THREADS,))
 
 
 @triton.jit
@@ -282,6 +315,8 @@ def sparse24_fragment_kernel(
     s2 = tl.zeros((THREADS,), SUM)
     s3 = tl.zeros((THREADS,), SUM)
     t0, t1, t2, t3 = s0, s1, s2, s3
+    zeros = tl.zeros((THREADS,), tl.int32)
+    other_zeros = zeros
     m0, m1, r0, r1, r2, r3 = _load_unit(values, meta, first, STEPS)
     for unit in range(first, last):
         following = tl.minimum(unit + 1, last - 1)
@@ -292,10 +327,21 @@ def sparse24_fragment_kernel(
             a0, a1, a2, a3 = _apart(registers)
             b0, b1, b2, b3 = _x_registers(x_row, unit, lane4, step, IS_INT8)
             s0, s1, s2, s3 = _multiply(a0, a1, a2, a3, b0, b1, b2, b3, places, s0, s1, s2, s3, step, DTYPE)
+            if not IS_INT8:
+                zeros = _watch(b3, _watch(b2, _watch(b1, _watch(b0, zeros, DTYPE), DTYPE), DTYPE), DTYPE)
             if TWO:
                 c0, c1, c2, c3 = _x_registers(other_row, unit, lane4, step, IS_INT8)
                 t0, t1, t2, t3 = _multiply(a0, a1, a2, a3, c0, c1, c2, c3, places, t0, t1, t2, t3, step, DTYPE)
+                if not IS_INT8:
+                    other_zeros = _watch(c1, _watch(c0, other_zeros, DTYPE), DTYPE)
+                    other_zeros = _watch(c3, _watch(c2, other_zeros, DTYPE), DTYPE)
         m0, m1, r0, r1, r2, r3 = next_m0, next_m1, next_r0, next_r1, next_r2, next_r3
+    if not IS_INT8:
+        even, odd = _poison(zeros, THREADS)
+        s0, s1, s2, s3 = s0 + even, s1 + odd, s2 + even, s3 + odd
+        if TWO:
+            even, odd = _poison(other_zeros, THREADS)
+            t0, t1, t2, t3 = t0 + even, t1 + odd, t2 + even, t3 + odd
     row = first_row + 2 * lane4
     column = tile * _TILE_N + lane // 4
     _store(
