@@ -112,7 +112,7 @@ def fragment_order(
     is_int8 = dtype == torch.int8
 
     def places() -> torch.Tensor:
-        if reason := sparse24.why_bad_meta(weight_meta, k):
+        if not weight_meta.is_meta and (reason := sparse24.why_bad_meta(weight_meta, k)):
             raise ValueError(f"weight_meta is no 2:4 pattern: {reason}")
         return pack_meta(weight_meta, k, is_int8)
 
