@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.nn import ConvBnAct2d, ConvLayer, Int8ConvBnAct2d
+from tilewright.kernels.formats.sparse24 import best_mask
+from tilewright.nn import ConvBnAct2d, ConvLayer, Int8ConvBnAct2d, Sparse24ConvBnAct2d
 
 CHANNELS, OUT = 6, 9
 
@@ -31,6 +32,10 @@ class Convolution:
         kinds: dict[int, Any] = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}
         conv_kind, norm_kind = kinds[self.dims]
         conv = conv_kind(**{"in_channels": CHANNELS, "out_channels": OUT, "kernel_size": 3, **self.conv}, dtype=dtype)
+        if self.is_sparse:  # pruned already, so that the plain layer is what is stood for
+            with torch.no_grad():
+                rows = conv.weight.movedim(1, -1)
+                conv.weight *= best_mask(rows.abs().flatten(0, -2)).reshape(rows.shape).movedim(-1, 1)
         return conv, random_norm(norm_kind(OUT, dtype=dtype)) if self.norm else None
 
     def make(self, dtype: torch.dtype = torch.float32, **more: Any) -> ConvLayer:
@@ -43,6 +48,10 @@ class Convolution:
     def input(self, batch: int = 2) -> torch.Tensor:
         size = (7, 5) if self.dims == 2 else (11,)
         return torch.randn(batch, self.conv.get("in_channels", CHANNELS), *size)
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.cls is Sparse24ConvBnAct2d
 
     @property
     def is_int8(self) -> bool:
@@ -64,6 +73,9 @@ CONVOLUTIONS = (
     Convolution("float-same-dilated", ConvBnAct2d, {"padding": "same", "dilation": 2}, norm=False),
     Convolution("float-no_bias", ConvBnAct2d, {"kernel_size": 1, "bias": False}, norm=False),
     Convolution("float-1d", ConvBnAct2d, {"padding": 1}, dims=1),
+    Convolution("sparse24", Sparse24ConvBnAct2d, {"padding": 1, "bias": False}),
+    Convolution("sparse24-strided-grouped", Sparse24ConvBnAct2d, {"stride": 3, "padding": (2, 1), "groups": 3}),
+    Convolution("sparse24-1d-1x1", Sparse24ConvBnAct2d, {"kernel_size": 1}, norm=False, dims=1),
     Convolution("int8", Int8ConvBnAct2d, {"padding": 1, "bias": False}, STATIC),
     Convolution("int8-strided-grouped", Int8ConvBnAct2d, {"stride": 3, "padding": (2, 1), "groups": 3}, STATIC),
     Convolution("int8-no_bias-mse", Int8ConvBnAct2d, {"bias": False}, {**STATIC, "range_search": "mse"}, norm=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -241,17 +242,25 @@ def test_the_state_dict_holds_plain_canonical_tensors(convolution: Convolution) 
     state = module.state_dict()
     groups = convolution.conv.get("groups", 1)
     kernel = convolution.conv.get("kernel_size", 3)
-    assert state["weight"].shape == (OUT, kernel if convolution.dims == 2 else 1, kernel, CHANNELS // groups)
-    assert state["weight"].dtype == (torch.int8 if convolution.is_int8 else torch.float16)
+    shape = (OUT, kernel if convolution.dims == 2 else 1, kernel, CHANNELS // groups)
+    if convolution.is_sparse:
+        rows, groups_of_four = math.prod(shape[:3]), -(-shape[3] // 4)
+        assert state["weight_values"].shape == (rows, 2 * groups_of_four)
+        assert state["weight_meta"].shape == (rows, -(-groups_of_four // 2))
+        assert (state["weight_values"].dtype, state["weight_meta"].dtype) == (torch.float16, torch.uint8)
+    else:
+        assert state["weight"].shape == shape
+        assert state["weight"].dtype == (torch.int8 if convolution.is_int8 else torch.float16)
     assert ("bias" in state) == (convolution.norm or convolution.conv.get("bias", True))
-    expected = {"weight", *(["bias"] if "bias" in state else [])}
+    weights = {"weight_values", "weight_meta"} if convolution.is_sparse else {"weight"}
+    expected = {*weights, *(["bias"] if "bias" in state else [])}
     if convolution.is_int8:
         expected |= {"weight_scale", "input_scale"}
         expected |= {name for name in ("residual_scale", "output_scale") if name in convolution.options}
     assert state.keys() == expected
     for name, value in state.items():
         assert type(value) is torch.Tensor and value.is_contiguous()
-        assert name == "weight" or value.dtype == torch.float32
+        assert name in weights or value.dtype == torch.float32
     module(convolution.input().half())
     assert module.state_dict().keys() == state.keys(), "a forward added to the state"
 

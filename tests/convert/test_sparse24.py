@@ -169,3 +169,69 @@ def test_a_mask_can_be_given_to_one_layer() -> None:
     with pytest.raises(ValueError, match="NaN or Inf"):
         Sparse24Linear.from_float(nn.Linear(4, 4).requires_grad_(False), weight=torch.full((4, 4), torch.nan),
                                   mask=mask[:4, :4])  # fmt: skip
+
+
+# ---- convolutions
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.wide, self.bn2 = nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
+        self.point, self.fc = nn.Conv2d(32, 24, 1), nn.Linear(24, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.stem(x)))
+        x = torch.relu(self.bn2(self.wide(x)))
+        return self.fc(self.point(x).relu().mean((2, 3)))
+
+
+def images_model() -> Images:
+    torch.manual_seed(0)
+    return Images().eval()
+
+
+def test_pruned_convolutions_are_fused_as_they_are_and_others_left_alone(tmp_path: Path) -> None:
+    model, x = images_model(), torch.randn(4, 3, 12, 12)
+    pruned = tw.prune_model(model, exclude="stem")
+    converted = tw.convert_model(pruned, {"fc": tw.Sparse24(compute_dtype=None), "*": "sparse24"})
+    report = tw.report(converted)
+    kinds = {layer.name: layer.kind for layer in report.converted}
+    assert kinds == {"wide": "Sparse24ConvBnAct2d", "point": "Sparse24ConvBnAct2d", "fc": "Sparse24Linear"}
+    assert {layer.name: layer.reason for layer in report.skipped} == {
+        "stem": "2:4 takes four input channels of a group or more, not 3"
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), pruned(x), rtol=1e-4, atol=1e-4)
+    tw.save_model(converted, tmp_path)
+    assert torch.equal(tw.load_model(tmp_path, images_model)(x), converted(x))
+    reverted = tw.revert_model(converted)
+    with torch.no_grad():
+        torch.testing.assert_close(reverted(x), pruned(x), rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_that_are_not_2_4_need_to_be_asked_for() -> None:
+    model = images_model()
+    skipped = {layer.name: layer.reason for layer in tw.report(tw.convert_model(model, "sparse24")).skipped}
+    assert "its weight is not 2:4: prune_model makes it so" in skipped["wide"]
+    converted = tw.convert_model(model, "sparse24-conv")
+    assert type(converted.wide).__name__ == "Sparse24ConvBnAct2d"
+    weight = converted.wide.dequantize_weight()
+    assert sparse24.why_not_24(weight.flatten(0, -2)) is None
+    with pytest.raises(ValueError, match="pruning must be 'given' or 'magnitude'"):
+        tw.Sparse24Conv(pruning="wanda")
+
+
+def test_the_operator_of_convolutions() -> None:
+    op = torch.ops.tilewright.sparse24_conv2d_fused
+    values, meta = sparse24.pack(torch.randn(6 * 9, 8) * sparse24.best_mask(torch.rand(6 * 9, 8)))
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    bias = torch.randn(6, requires_grad=True)
+    window = {"kernel_size": (3, 3), "padding": (1, 1, 1, 1)}
+    torch.library.opcheck(op.default, (x, values, meta, bias), {**window, "activation": "silu"})
+    weight = sparse24.unpack(values, meta, 8).reshape(6, 3, 3, 8).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.silu(torch.nn.functional.conv2d(x, weight, bias, padding=1))
+    torch.testing.assert_close(op(x, values, meta, bias, **window, activation="silu"), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"weight_values and weight_meta must have 4 and 1 columns"):
+        op(x, values[:, :2], meta, **window)
+    with pytest.raises(TypeError, match="weight_meta must be uint8"):
+        op(x, values, meta.float(), **window)

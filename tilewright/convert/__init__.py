@@ -1,7 +1,7 @@
 """From a model to a smaller, faster one: recipes, the converter, calibration, the report, save and load."""
 
 from tilewright.convert.checkpoint import load_model, save_model
-from tilewright.convert.conv_schemes import Fuse, Int8Static
+from tilewright.convert.conv_schemes import Fuse, Int8Static, Sparse24Conv
 from tilewright.convert.converter import convert_model, revert_model
 from tilewright.convert.prune_model import HeldMasks, hold_masks, prune_model
 from tilewright.convert.prune_search import PruneSearch, search_pruning
@@ -34,6 +34,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "Sparse24",
+    "Sparse24Conv",
     "Sparse24Int4",
     "Sparse24Int8",
     "convert_model",

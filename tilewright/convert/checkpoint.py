@@ -51,6 +51,7 @@ MODULES: dict[str, type[QuantizedLinear | ConvLayer]] = {
         quantized.Sparse24Int4Linear,
         quantized.ConvBnAct2d,
         quantized.Int8ConvBnAct2d,
+        quantized.Sparse24ConvBnAct2d,
     )
 }
 
@@ -321,8 +322,10 @@ def _check_values(slot: Slot, name: str, tensor: torch.Tensor, path: Path) -> No
     scale = _is_fixed(slot) and slot.kind != "parameter" and tensor.is_floating_point()
     if scale and not torch.isfinite(tensor).all():
         raise CheckpointError(f"{path}: tensor {name!r} holds a scale that is NaN or Inf")
-    if isinstance(slot.module, QuantizedLinear) and (reason := slot.module.why_bad_buffer(slot.attribute, tensor)):
+    if isinstance(slot.module, layers.CONVERTED) and (reason := slot.module.why_bad_buffer(slot.attribute, tensor)):
         raise CheckpointError(f"{path}: tensor {name!r} is no 2:4 pattern: {reason}")
+    if slot.attribute == "weight_values":
+        return
     if scale and isinstance(slot.module, ConvLayer) and not (tensor > 0).all():
         raise CheckpointError(f"{path}: tensor {name!r} holds a scale that is not positive")
 

@@ -14,7 +14,8 @@ from tilewright.convert.conv_match import why_not_convolution
 from tilewright.convert.observers import check_observer
 from tilewright.convert.schemes import Scheme, register_scheme
 from tilewright.kernels.formats.ranges import check_range_search
-from tilewright.nn import ConvBnAct2d, ConvLayer, Int8ConvBnAct2d
+from tilewright.kernels.formats.sparse24 import why_not_24
+from tilewright.nn import ConvBnAct2d, ConvLayer, Int8ConvBnAct2d, Sparse24ConvBnAct2d
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,38 @@ class Fuse(ConvScheme):
     def build(self, module: nn.Module, **calibration: Any) -> nn.Module:
         """The fused layer. calibration: ``norm``, the batch-norm to fold in."""
         return ConvBnAct2d.from_float(module, allow_tf32=self.allow_tf32, **calibration)  # type: ignore[arg-type]
+
+
+@register_scheme
+@dataclass(frozen=True)
+class Sparse24Conv(ConvScheme):
+    """Float convolutions, fused as by ``Fuse``, whose weights are 2:4 along the input channels.
+
+    pruning: "given" takes weights that are 2:4 already, as ``prune_model`` makes them, and leaves all others alone;
+    "magnitude" prunes them.
+    """
+
+    pruning: str = "given"
+    allow_tf32: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pruning not in ("given", "magnitude"):
+            raise ValueError(f"pruning must be 'given' or 'magnitude' for convolutions, not {self.pruning!r}")
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """As for every convolution; also fewer than four input channels in a group, and a weight that is not 2:4."""
+        if reason := super().why_not(module):
+            return reason
+        weight: torch.Tensor = module._parameters["weight"]  # type: ignore[assignment]
+        if weight.shape[1] < 4:
+            return f"2:4 takes four input channels of a group or more, not {weight.shape[1]}"
+        if self.pruning == "given" and why_not_24(weight.movedim(1, -1).flatten(0, -2)):
+            return "its weight is not 2:4: prune_model makes it so, and it can then be fine-tuned"
+        return None
+
+    def build(self, module: nn.Module, **calibration: Any) -> nn.Module:
+        """The fused layer. calibration: ``norm``, the batch-norm to fold in."""
+        return Sparse24ConvBnAct2d.from_float(module, allow_tf32=self.allow_tf32, **calibration)  # type: ignore[arg-type]
 
 
 @register_scheme

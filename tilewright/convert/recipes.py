@@ -17,7 +17,7 @@ from typing import Any, Union
 
 from torch import nn
 
-from tilewright.convert.conv_schemes import Fuse, Int8Static
+from tilewright.convert.conv_schemes import Fuse, Int8Static, Sparse24Conv
 from tilewright.convert.schemes import (
     Int4WeightOnly,
     Int8ActInt4Weight,
@@ -51,9 +51,14 @@ PRESETS: dict[str, Scheme] = {
     "sparse24": Sparse24(),
     "sparse24-int8": Sparse24Int8(),
     "sparse24-int4": Sparse24Int4(),
+    "sparse24-conv": Sparse24Conv(pruning="magnitude"),
 }
 #: What a string stands for beyond its first scheme, for layers of other kinds.
-FURTHER: dict[str, tuple[Scheme, ...]] = {"int8": (Int8Static(),), "w8a8": (Int8Static(),)}
+FURTHER: dict[str, tuple[Scheme, ...]] = {
+    "int8": (Int8Static(),),
+    "w8a8": (Int8Static(),),
+    "sparse24": (Sparse24Conv(),),
+}
 PRESETS |= {
     "w8a8": PRESETS["int8"],
     "w8a16": PRESETS["int8-weight-only"],

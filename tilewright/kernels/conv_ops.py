@@ -11,7 +11,7 @@ its arguments are right and who serves it, is worked out once and remembered.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.checks import SCALE_DTYPES, check_devices, check_input, check_vector
 from tilewright.kernels.conv2d.gradients import conv_gradients
 from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry, empty_channels_last
+from tilewright.kernels.formats import sparse24
 from tilewright.kernels.operators import Arguments, Operator, define
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.router import route, when_forgotten
+from tilewright.kernels.sparse24_conv2d.reference import unpack_weight
 
 INTEGERS = (torch.int8, torch.uint8)
 _REMEMBERED = 8192
@@ -62,6 +64,38 @@ def _check_conv(op: str, arguments: Arguments) -> ConvGeometry:
     if residual is not None and not residual.is_floating_point():
         raise TypeError(f"{op}: residual must be a float tensor, not {residual.dtype}")
     return geometry
+
+
+def _check_sparse24_conv(op: str, arguments: Arguments) -> ConvGeometry:
+    return _check_conv(op, _with_dense_shape(op, arguments))
+
+
+def _with_dense_shape(op: str, arguments: Arguments) -> dict[str, Any]:
+    """The arguments with a ``weight`` of the shape that the 2:4 one stands for, and no memory."""
+    x, values, meta = arguments["x"], arguments["weight_values"], arguments["weight_meta"]
+    check_input(op, x)
+    kernel_size, groups = list(arguments["kernel_size"]), arguments["groups"]
+    if x.dim() != 4 or len(kernel_size) != 2 or min(kernel_size) < 1 or groups < 1 or x.shape[1] % groups:
+        raise ValueError(
+            f"{op}: x must be [N, C, H, W] with C a multiple of groups={groups} and kernel_size two positive integers, "
+            f"not {list(x.shape)} and {kernel_size}"
+        )
+    for name, value in (("weight_values", values), ("weight_meta", meta)):
+        if value.dim() != 2:
+            raise ValueError(f"{op}: {name} must be a matrix, not of shape {list(value.shape)}")
+    if not values.is_floating_point():
+        raise TypeError(f"{op}: weight_values must be a float tensor, not {values.dtype}")
+    if meta.dtype != torch.uint8:
+        raise TypeError(f"{op}: weight_meta must be uint8, not {meta.dtype}")
+    channels, window = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
+    rows, wanted = values.shape[0], (sparse24.kept_count(channels), sparse24.meta_count(channels))
+    if rows % window or meta.shape[0] != rows or (values.shape[1], meta.shape[1]) != wanted:
+        raise ValueError(
+            f"{op}: for {channels} channels and a window of {kernel_size}, weight_values and weight_meta must have "
+            f"{wanted[0]} and {wanted[1]} columns and a multiple of {window} rows, "
+            f"not shapes {list(values.shape)} and {list(meta.shape)}"
+        )
+    return {**arguments, "weight": x.new_empty(()).expand(rows // window, *kernel_size, channels)}
 
 
 def _check_int8_conv(op: str, arguments: Arguments) -> ConvGeometry:
@@ -134,6 +168,17 @@ def _quantize_problem(op: str, arguments: Arguments) -> Problem:
     return Problem(op, x.numel() // max(k, 1), 0, k, x.dtype, out_dtype=dtype, **device_facts(x.device))
 
 
+def _sparse24_problem(op: str, arguments: Arguments) -> Problem:
+    return _conv_problem(op, _with_dense_shape(op, arguments))
+
+
+def _sparse24_gradients(
+    grad: torch.Tensor, arguments: Arguments, wanted: frozenset[str]
+) -> Mapping[str, torch.Tensor | None]:
+    names = ("x", "weight_values", "weight_meta", "kernel_size", "groups")
+    return conv_gradients(grad, {**arguments, "weight": unpack_weight(*(arguments[name] for name in names))}, wanted)
+
+
 # ---- fake results
 def _fake_conv(arguments: Arguments, geometry: ConvGeometry) -> torch.Tensor:
     return empty_channels_last(geometry.out_shape, arguments["x"].dtype, arguments["x"].device)
@@ -193,6 +238,17 @@ CONV_OPERATORS = {
             autocast=("x", "weight", "residual"),
             differentiable=("x", "weight", "bias", "residual"),
             gradients=conv_gradients,
+        ),
+        Operator(
+            "sparse24_conv2d_fused",
+            "(Tensor x, Tensor weight_values, Tensor weight_meta, Tensor? bias=None, Tensor? residual=None, "
+            f"int[2] kernel_size=1, {_WINDOW}, {_ACTIVATION}, bool allow_tf32=False) -> Tensor",
+            _check_sparse24_conv,
+            _remembering(_sparse24_problem),
+            _fake_conv,
+            autocast=("x", "residual"),
+            differentiable=("x", "bias", "residual"),
+            gradients=_sparse24_gradients,
         ),
         Operator(
             "quantize_per_tensor",

@@ -26,6 +26,7 @@ _FOLDERS = {
 _SPARSE24 = f"{_PACKAGE}sparse24_linear."
 _CONV_FOLDERS = {
     "conv2d_fused": "conv2d",
+    "sparse24_conv2d_fused": "sparse24_conv2d",
     "quantize_per_tensor": "int8_conv2d",
     "int8_conv2d_fused": "int8_conv2d",
 }
@@ -132,5 +133,7 @@ def register_convolutions() -> None:
         _cpu(op, "C")
         _cpu(op, "oneDNN", f"onednn_{op}", "why_not_onednn")
     _cpu("quantize_per_tensor", "C", reason="why_not_quantize")
+    op = "sparse24_conv2d_fused"
+    register(Implementation("unpacked once, then dense", op, _always, f"{_PACKAGE}sparse24_conv2d.dense:{op}"))
     for op, folder in _CONV_FOLDERS.items():
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))

@@ -4,6 +4,7 @@ from tilewright.nn.conv import ConvBnAct2d
 from tilewright.nn.conv_folded import FoldedBatchNorm
 from tilewright.nn.conv_int8 import Int8ConvBnAct2d
 from tilewright.nn.conv_layer import ConvLayer
+from tilewright.nn.conv_sparse24 import Sparse24ConvBnAct2d
 from tilewright.nn.fused_activation import FusedActivation
 from tilewright.nn.int4_linear import Int4Linear, Int8ActInt4WeightLinear
 from tilewright.nn.int8_linear import Int8Linear, Int8WeightOnlyLinear
@@ -21,6 +22,7 @@ __all__ = [
     "Int8Linear",
     "Int8WeightOnlyLinear",
     "QuantizedLinear",
+    "Sparse24ConvBnAct2d",
     "Sparse24Int4Linear",
     "Sparse24Int8Linear",
     "Sparse24Linear",

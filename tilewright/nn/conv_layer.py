@@ -137,6 +137,10 @@ class ConvLayer(nn.Module):
     ) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__}._convolve")
 
+    def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
+        """Why ``value``, of the right shape and dtype, cannot be the buffer called ``name``, or None."""
+        return None
+
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
         raise NotImplementedError(f"{type(self).__name__}.dequantize_weight")

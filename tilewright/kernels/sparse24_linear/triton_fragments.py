@@ -44,6 +44,7 @@ from tilewright.kernels.sparse24_linear.fragments import (
     fragment_order,
     unit_count,
 )
+from tilewright.kernels.sparse24_linear.triton_mma_sp import apart, multiply_step, poison, watch
 from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
 
@@ -52,26 +53,6 @@ _TILE_M = tl.constexpr(TILE_M)
 _UNIT = tl.constexpr(UNIT)
 #: Bytes that the weight's address must be a multiple of.
 ALIGNMENT = 16
-# $0-$3: sums, $4-$7: A, $8-$11: B, $12-$15: sums so far, $16: metadata, of the pair of lanes that the selector names.
-_MMA = (
-    "mma.sp::ordered_metadata.sync.aligned.SHAPE {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9, $10, $11}, "
-    "{$12, $13, $14, $15}, $16, SELECTOR;"
-)
-
-
-def _mma(shape: str, selector: int) -> tl.constexpr:
-    return tl.constexpr(_MMA.replace("SHAPE", shape).replace("SELECTOR", hex(selector)))
-
-
-_FP16_0, _FP16_1 = (_mma("m16n8k32.row.col.f32.f16.f16.f32", selector) for selector in (0, 1))
-_BF16_0, _BF16_1 = (_mma("m16n8k32.row.col.f32.bf16.bf16.f32", selector) for selector in (0, 1))
-_INT8_0 = _mma("m16n8k64.row.col.s32.s8.s8.s32", 0)
-_FLOAT_CONSTRAINTS = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r")
-_INT_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r")
-
-# $0: 0 so far, in both halves, $1: two numbers, $2: the same as $0 before.
-_FP16_TIMES_0 = tl.constexpr("{ .reg .b32 none; mov.b32 none, 0; fma.rn.f16x2 $0, $1, none, $2; }")
-_BF16_TIMES_0 = tl.constexpr("{ .reg .b32 none; mov.b32 none, 0; fma.rn.bf16x2 $0, $1, none, $2; }")
 
 
 @dataclass(frozen=True)
@@ -134,77 +115,11 @@ def why_cannot(problem: Problem) -> str | None:
 
 
 @triton.jit
-def _apart(registers):
-    """[threads, 4] as four vectors [threads]; thread i keeps element i of each."""
-    even, odd = tl.split(tl.reshape(registers, (registers.shape[0], 2, 2)))
-    r0, r2 = tl.split(even)
-    r1, r3 = tl.split(odd)
-    return r0, r1, r2, r3
-
-
-@triton.jit
-def _multiply(a0, a1, a2, a3, b0, b1, b2, b3, meta, s0, s1, s2, s3, STEP: tl.constexpr, DTYPE: tl.constexpr):
-    """One instruction of each warp: the sums with a step of K added. All are vectors [threads]."""
-    if tl.int8 == DTYPE:
-        return tl.inline_asm_elementwise(
-            _INT8_0,
-            _INT_CONSTRAINTS,
-            [a0, a1, a2, a3, b0, b1, b2, b3, s0, s1, s2, s3, meta],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    elif tl.float16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            _FP16_0 if STEP % 2 == 0 else _FP16_1,
-            _FLOAT_CONSTRAINTS,
-            [a0, a1, a2, a3, b0, b1, b2, b3, s0, s1, s2, s3, meta],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            _BF16_0 if STEP % 2 == 0 else _BF16_1,
-            _FLOAT_CONSTRAINTS,
-            [a0, a1, a2, a3, b0, b1, b2, b3, s0, s1, s2, s3, meta],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def _watch(words, zeros, DTYPE: tl.constexpr):
-    """``zeros`` (packed pairs) plus 0 times each number in ``words``: NaN from the first that is not finite."""
-    return tl.inline_asm_elementwise(
-        _FP16_TIMES_0 if tl.float16 == DTYPE else _BF16_TIMES_0,
-        "=r,r,r",
-        [words, zeros],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _poison(zeros, THREADS: tl.constexpr):
-    """What to add to a thread's sums of rows 2 t and 2 t + 1: 0, or NaN. ``zeros``: of lanes 4 g + t, which have row
-    g.
-    """
-    bad = tl.where((zeros & 0x7FFF7FFF) != 0, float("nan"), 0.0)
-    rows = tl.sum(tl.reshape(bad, (THREADS // 32, 8, 4)), axis=2)
-    pairs = tl.reshape(rows, (THREADS // 32, 1, 4, 2))
-    first, second = tl.split(tl.broadcast_to(pairs, (THREADS // 32, 8, 4, 2)))
-    return tl.reshape(first, (THREADS,)), tl.reshape(second, (THREADS,))
-
-
-@triton.jit
 def _x_registers(x_row, unit, lane4, STEP: tl.constexpr, IS_INT8: tl.constexpr):
     """Operand B of one step: four words of the row that each thread points to."""
     if IS_INT8:
         words = x_row[:, None] + unit * (_UNIT // 4) + STEP * 16 + lane4[:, None] * 4 + tl.arange(0, 4)[None, :]
-        return _apart(tl.load(words))
+        return apart(tl.load(words))
     else:
         words = x_row + unit * (_UNIT // 2) + STEP * 16 + lane4
         return tl.load(words), tl.load(words + 4), tl.load(words + 8), tl.load(words + 12)
@@ -324,23 +239,23 @@ def sparse24_fragment_kernel(
         for step in tl.static_range(STEPS):
             registers = r0 if step == 0 else (r1 if step == 1 else (r2 if step == 2 else r3))
             places = m0 if step * 2 < STEPS else m1
-            a0, a1, a2, a3 = _apart(registers)
+            a0, a1, a2, a3 = apart(registers)
             b0, b1, b2, b3 = _x_registers(x_row, unit, lane4, step, IS_INT8)
-            s0, s1, s2, s3 = _multiply(a0, a1, a2, a3, b0, b1, b2, b3, places, s0, s1, s2, s3, step, DTYPE)
+            s0, s1, s2, s3 = multiply_step(a0, a1, a2, a3, b0, b1, b2, b3, places, s0, s1, s2, s3, step, DTYPE)
             if not IS_INT8:
-                zeros = _watch(b3, _watch(b2, _watch(b1, _watch(b0, zeros, DTYPE), DTYPE), DTYPE), DTYPE)
+                zeros = watch(b3, watch(b2, watch(b1, watch(b0, zeros, DTYPE), DTYPE), DTYPE), DTYPE)
             if TWO:
                 c0, c1, c2, c3 = _x_registers(other_row, unit, lane4, step, IS_INT8)
-                t0, t1, t2, t3 = _multiply(a0, a1, a2, a3, c0, c1, c2, c3, places, t0, t1, t2, t3, step, DTYPE)
+                t0, t1, t2, t3 = multiply_step(a0, a1, a2, a3, c0, c1, c2, c3, places, t0, t1, t2, t3, step, DTYPE)
                 if not IS_INT8:
-                    other_zeros = _watch(c1, _watch(c0, other_zeros, DTYPE), DTYPE)
-                    other_zeros = _watch(c3, _watch(c2, other_zeros, DTYPE), DTYPE)
+                    other_zeros = watch(c1, watch(c0, other_zeros, DTYPE), DTYPE)
+                    other_zeros = watch(c3, watch(c2, other_zeros, DTYPE), DTYPE)
         m0, m1, r0, r1, r2, r3 = next_m0, next_m1, next_r0, next_r1, next_r2, next_r3
     if not IS_INT8:
-        even, odd = _poison(zeros, THREADS)
+        even, odd = poison(zeros, THREADS)
         s0, s1, s2, s3 = s0 + even, s1 + odd, s2 + even, s3 + odd
         if TWO:
-            even, odd = _poison(other_zeros, THREADS)
+            even, odd = poison(other_zeros, THREADS)
             t0, t1, t2, t3 = t0 + even, t1 + odd, t2 + even, t3 + odd
     row = first_row + 2 * lane4
     column = tile * _TILE_N + lane // 4
