@@ -3,6 +3,7 @@
     python -m bench.gpu                  all operators and shapes; writes bench/results/gpu_<device>.csv
     python -m bench.gpu --quick          M = 1, 64 and 1024 of the first shape
     python -m bench.gpu --ops int4_linear int8_linear
+    python -m bench.sparse24_gpu         2:4 against dense, cuSPARSELt and int4, every implementation of them
 
 Every result is compared with the definition before it is timed. Calls are replayed from a CUDA graph, so that the
 host's share is not in the time, each after a write of twice the L2 cache, so that weights come from memory; times are
@@ -26,15 +27,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.problems import Shape, dense_weight, make_arguments, reference
+from bench.problems import SPARSE, Shape, dense_weight, make_arguments, reference
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.router import route
 
 RESULTS = Path(__file__).parent / "results"
-OPS = ("int8_linear", "int8_linear_quantized", "int8_weight_only_linear", "int4_linear", "int4_int8_linear")
+OPS = ("int8_linear", "int8_linear_quantized", "int8_weight_only_linear", "int4_linear", "int4_int8_linear", *SPARSE)
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 FEATURES = ((4096, 4096), (28672, 4096))
-INTEGER = ("int8_linear", "int8_linear_quantized", "int4_int8_linear")
+INTEGER = ("int8_linear", "int8_linear_quantized", "int4_int8_linear", "sparse24_int8_linear")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def assert_near_definition(op: str, arguments: dict[str, Any], found: torch.Tens
         for name in ("x", "x_scale"):
             if name in few:
                 few[name] = few[name][m_part]
-        for name in ("weight", "weight_packed", "weight_scale", "bias"):
+        for name in ("weight", "weight_packed", "weight_values", "weight_meta", "weight_scale", "bias"):
             if few.get(name) is not None:
                 few[name] = few[name][n_part]
         few = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in few.items()}
@@ -176,7 +177,7 @@ def measure(op: str, shape: Shape, ceilings: Ceilings, flush: torch.Tensor) -> I
         time = seconds(lambda: torch._int_mm(a, b.t()), flush)
         yield row("torch._int_mm to int32", time, m * k + n * k + 4 * m * n, integer=True)
     facts = device_facts(torch.device("cuda", torch.cuda.current_device()))
-    if "weight_packed" in arguments:
+    if "group_size" in arguments:
         facts = {**facts, "group_size": arguments["group_size"], "scale_dtype": arguments["weight_scale"].dtype}
     implementation = route(Problem(op, m, n, k, arguments["x"].dtype, **facts)).implementation
     run = getattr(torch.ops.tilewright, op)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from bench.gpu import OPS, Ceilings, assert_near_definition, bytes_moved, main, slug
-from bench.problems import Shape, make_arguments, reference
+from bench import sparse24_gpu
+from bench.gpu import OPS, Ceilings, Row, assert_near_definition, bytes_moved, main, slug
+from bench.problems import SPARSE, Shape, make_arguments, reference
+from tilewright.kernels.problem import Problem
 
 
 def test_the_longer_of_bytes_and_operations_bounds_the_time() -> None:
@@ -33,10 +37,36 @@ def test_a_wrong_corner_stops_the_benchmark(op: str, m: int) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("main", [main, sparse24_gpu.main], ids=["gpu", "sparse24_gpu"])
+def test_without_a_gpu_it_says_so(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 1
     assert "no GPU here" in capsys.readouterr().out
 
 
 def test_a_device_name_becomes_a_file_name() -> None:
     assert slug("NVIDIA H200") == "nvidia_h200"
+
+
+@pytest.mark.parametrize("op", SPARSE)
+def test_what_the_gate_refuses_is_measured_all_the_same(op: str) -> None:
+    """A gate can be set by what was measured only if that includes what it refuses now."""
+    pytest.importorskip("triton", reason="Triton cannot be imported here")
+    gpu = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "group_size": 128}
+    names = {name for name, _ in sparse24_gpu.runnable(op, Problem(op, 512, 4096, 4096, torch.bfloat16, **gpu))}
+    kernels = {"Triton, unpacked in registers", "unpacked once, then dense"}
+    assert names == (kernels if op == "sparse24_int4_linear" else {*kernels, "Triton, mma.sp"})
+
+
+def test_goals_are_judged_by_the_worst_of_what_users_get() -> None:
+    def row(implementation: str, m: int, speedup: float, op: str = "sparse24_linear") -> Row:
+        return Row(op, implementation, m, 4096, 4096, 1.0, speedup, 1.0, 1.0, 1.0, "a GPU", "2", "3", "today")
+
+    rows = [
+        row("Triton, mma.sp", 1, 0.1),
+        row("routed: x", 1, 1.6),
+        row("routed: x", 16, 1.4),
+        row("routed: x", 64, 1.0),
+    ]
+    first, second = sparse24_gpu.goals(rows)
+    assert first.startswith("MISSED: 2:4 bf16 at M <= 16 >= 1.5x") and "1.40x (sparse24_linear, M = 16" in first
+    assert second.startswith("met: anything at 2:4 >= 0.97x") and "1.00x" in second

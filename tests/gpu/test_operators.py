@@ -64,7 +64,7 @@ def problem_of(op: str, shape: Shape) -> Problem:
         n=shape.n or shape.k,
         k=shape.k,
         x_dtype=torch.int8 if op == "int8_linear_quantized" else shape.dtype,
-        group_size=(shape.group_size or shape.k) if op.startswith("int4") else None,
+        group_size=(shape.group_size or shape.k) if "int4" in op else None,
         symmetric=shape.symmetric,
         scale_dtype=shape.dtype,
         compute_dtype=shape.compute_dtype,
@@ -124,9 +124,11 @@ def test_every_config(family: Any, config: Any) -> None:
     else:
         options = GROUPS if family.op.startswith("int4") else ENDS
         m, n = getattr(config, "block_m", 8) + 3, getattr(config, "block_n", 64) + 9
-        wanted = [
-            Shape(m, n, k, dtype, **end) for k, dtype, end in zip((299, 512, 300), DTYPES, options[1:], strict=False)
-        ]
+        is_sparse = family.name.startswith("sparse24")
+        depths = (384, 512, 256) if is_sparse else (299, 512, 300)
+        wanted = [Shape(m, n, k, dtype, **end) for k, dtype, end in zip(depths, DTYPES, options[1:], strict=False)]
+        if is_sparse:  # float32 is not for the tensor cores
+            wanted = [shape for shape in wanted if family.why_not(problem_of(family.op, shape)) is None]
     for shape in wanted:
         arguments = make_arguments(family.op, shape)
         launches, outputs = family.plan(on_gpu(arguments), config, inline_ptx=torch.version.hip is None)

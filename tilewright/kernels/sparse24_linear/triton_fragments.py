@@ -305,11 +305,11 @@ def sparse24_fragment_kernel(
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
-    """x [M, K], K a multiple of 128, as int32 words [M, ...]: a view where its rows begin at whole words, else of a
-    copy.
+    """x [M, K], K a multiple of 128, as int32 words [M, ...]: a view where the compiler will know that its rows are
+    aligned, which takes strides of a multiple of 16 words, else of a copy.
     """
-    per_word = 4 // x.element_size()
-    aligned = x.stride(1) == 1 and x.stride(0) % (4 * per_word) == 0 and x.data_ptr() % ALIGNMENT == 0
+    words = 16 * 4 // x.element_size()
+    aligned = x.stride(1) == 1 and x.stride(0) % words == 0 and x.data_ptr() % ALIGNMENT == 0
     return (x if aligned else x.clone(memory_format=torch.contiguous_format)).view(torch.int32)
 
 

@@ -1,0 +1,147 @@
+"""2:4 linear layers on a GPU against dense bfloat16, cuSPARSELt and int4: every implementation, whether or not the
+router would choose it, so that the gate (``tilewright.kernels.sparse24_linear.gate``) can be set by what was measured.
+
+    python -m bench.sparse24_gpu            all shapes; writes bench/results/sparse24_<device>.csv and says which goals
+                                            are met
+    python -m bench.sparse24_gpu --quick    M = 1, 16 and 512 of the first shape
+
+Timed as ``bench.gpu`` does. A row called "routed" is what a user gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bench.gpu import (
+    RESULTS,
+    Ceilings,
+    Row,
+    assert_near_definition,
+    bytes_moved,
+    in_words,
+    measure_ceilings,
+    plain_linear_seconds,
+    seconds,
+    slug,
+    triton_version,
+    write,
+)
+from bench.problems import SPARSE, Shape, make_arguments
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.router import implementations, route
+from tilewright.kernels.sparse24_linear import cusparselt, gate, triton_fragments, triton_unpack
+
+BATCHES = (1, 8, 16, 64, 512, 4096)
+#: N x K.
+FEATURES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+OPS = (*SPARSE, "int4_linear")
+
+
+def runnable(op: str, problem: Problem) -> list[tuple[str, Callable[..., Any]]]:
+    """Implementations that can compute the problem, by name, the gate left aside; without the definition."""
+    reasons = {
+        "Triton, mma.sp": triton_fragments.why_cannot,
+        "Triton, unpacked in registers": triton_unpack.why_cannot,
+        "cuSPARSELt": _why_no_library,
+    }
+    if op not in SPARSE:
+        return []
+    found = []
+    for one in implementations(op):
+        if one.name != "reference" and reasons.get(one.name, one.why_not)(problem) is None:
+            found.append((one.name, one.function))
+    return found
+
+
+def _why_no_library(problem: Problem) -> str | None:
+    reason = cusparselt.why_not(problem)
+    return cusparselt.why_no_cusparselt() if reason and reason.startswith(gate.KEPT_DENSE) else reason
+
+
+def measure(op: str, shape: Shape, ceilings: Ceilings, flush: torch.Tensor) -> Iterator[Row]:
+    """Rows for dense bfloat16, for each implementation, and for what the router chooses."""
+    arguments = make_arguments(op, shape)
+    arguments = {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+    m, n, k = shape.m, shape.n, shape.k
+    baseline = plain_linear_seconds(op, arguments, flush)
+    integer = op == "sparse24_int8_linear"
+
+    def row(name: str, time: float, moved: int) -> Row:
+        return Row(
+            op,
+            name,
+            m,
+            n,
+            k,
+            microseconds=round(time * 1e6, 2),
+            speedup=round(baseline / time, 3),
+            gigabytes_per_second=round(moved / time / 1e9, 1),
+            teraops_per_second=round(2 * m * n * k / time / 1e12, 2),
+            of_ceiling=round(ceilings.shortest(moved, 2 * m * n * k, integer) / time, 3),
+            device=torch.cuda.get_device_name(),
+            torch=torch.__version__,
+            triton=triton_version(),
+            date=datetime.date.today().isoformat(),
+        )
+
+    yield row("F.linear bfloat16", baseline, (m * k + n * k + m * n) * 2)
+    facts = device_facts(torch.device("cuda", torch.cuda.current_device()))
+    if "group_size" in arguments:
+        facts = {**facts, "group_size": arguments["group_size"], "scale_dtype": arguments["weight_scale"].dtype}
+    problem, moved = Problem(op, m, n, k, arguments["x"].dtype, **facts), bytes_moved(arguments, n, 2)
+    routed = route(problem).implementation
+    for name, function in [*runnable(op, problem), (f"routed: {routed.name}", routed.function)]:
+        assert_near_definition(op, arguments, function(**arguments))
+        yield row(name, seconds(lambda function=function: function(**arguments), flush), moved)  # type: ignore[misc]
+
+
+def goals(rows: list[Row]) -> list[str]:
+    """Each goal with the worst figure it was missed or met by."""
+    routed = [row for row in rows if row.implementation.startswith("routed")]
+    asked = (
+        ("2:4 bf16 at M <= 16", 1.5, [r for r in routed if r.op == "sparse24_linear" and r.m <= 16]),
+        ("2:4 int4 at M <= 16", 3.8, [r for r in routed if r.op == "sparse24_int4_linear" and r.m <= 16]),
+        ("anything at 2:4", 0.97, [r for r in routed if r.op in SPARSE]),
+    )
+    lines = []
+    for name, wanted, found in asked:
+        if found:
+            worst = min(found, key=lambda row: row.speedup)
+            verdict = "met" if worst.speedup >= wanted else "MISSED"
+            where = f"{worst.op}, M = {worst.m}, {worst.n} x {worst.k}"
+            lines.append(f"{verdict}: {name} >= {wanted}x dense bfloat16; the least is {worst.speedup:.2f}x ({where})")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line above; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no GPU here: torch.cuda.is_available() is False")
+        return 1
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    flush = torch.empty(2 * l2, dtype=torch.uint8, device="cuda")
+    ceilings = measure_ceilings(flush)
+    rows = []
+    for n, k in FEATURES[: 1 if options.quick else None]:
+        for m in (1, 16, 512) if options.quick else BATCHES:
+            for op in OPS:
+                for row in measure(op, Shape(m, n, k, group_size=128, bias=False), ceilings, flush):
+                    rows.append(row)
+                    print(in_words(row), flush=True)
+    print(*goals(rows), sep="\n")
+    if not options.quick:
+        write(rows, RESULTS / f"sparse24_{slug(torch.cuda.get_device_name())}.csv")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
