@@ -260,6 +260,9 @@ def _shapes(op: str) -> Iterator[tuple[str, Shape]]:
             (" row", {}),
         )
         ragged = {"group_size": 32, "symmetric": False}
+    if op == "sparse24_int4_linear":
+        groups = ((" g128", {"group_size": 128}), (" g256 zero", {"group_size": 256, "symmetric": False}), (" row", {}))
+        ragged = {"group_size": 128, "symmetric": False}
     for group, options in groups:
         for n, k in _FEATURES:
             for m in _BATCHES:

@@ -46,7 +46,7 @@ WITHOUT_PRODUCT = (
     "quantize_per_tensor_kernel",
 )
 #: Families that multiply floats.
-FLOAT = ("int4_linear", "int8_weight_only_linear")
+FLOAT = ("int4_linear", "int8_weight_only_linear", "sparse24_linear", "sparse24_int4_linear")
 #: Triton has no tcgen05 for int8 operands.
 MATRIX_INSTRUCTION = {
     "int8": {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma", "sm_100": "mma.sync", "gfx942": "mfma"},
@@ -87,7 +87,8 @@ def test_no_kernel_spills_where_loads_are_aligned() -> None:
 def test_ragged_rows_spill_in_the_known_families_alone() -> None:
     """A K that is no multiple of 16 makes int8 loads of single bytes, whose pointers and masks fill the registers."""
     spilling = {row.family for row in ROWS if row.spills}
-    assert spilling <= {"int8_linear swapped", "int8_linear tile", "int8_weight_only_linear swapped"}
+    known = {"int8_linear swapped", "int8_linear tile", "int8_weight_only_linear swapped"}
+    assert spilling <= known | {"sparse24_linear unpacked", "sparse24_int4_linear unpacked"}
 
 
 def test_products_use_the_matrix_instruction_of_their_target() -> None:
@@ -102,7 +103,9 @@ def test_products_use_the_matrix_instruction_of_their_target() -> None:
         # IEEE float32 products have no matrix instruction on NVIDIA.
         ieee = is_float and row.variant.startswith("fp32") and row.target != "gfx942"
         kind = "float" if is_float else "int8"
-        if row.matrix != ("" if ieee else MATRIX_INSTRUCTION[kind][row.target]):
+        if row.family.endswith("mma.sp"):
+            wrong += [row] if row.matrix != "mma.sp" else []
+        elif row.matrix != ("" if ieee else MATRIX_INSTRUCTION[kind][row.target]):
             wrong.append(row)
     assert not wrong, in_words(wrong)
 

@@ -19,11 +19,15 @@ import torch.nn.functional as F
 from tilewright.kernels.cpu_support import finish_rows
 from tilewright.kernels.epilogue import finish
 from tilewright.kernels.formats import sparse24
+from tilewright.kernels.gradients import dequantized_weight
 from tilewright.kernels.int4_linear.dequantize import wide_product
 from tilewright.kernels.int8_weight_only_linear.cpu import library_dtype
 from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.router import serve
+
+#: Rows up to which a product that reads int4 beats one in bfloat16 on a CPU (384 x 384 to 4096 x 4096, two threads).
+SMALL_INT4_BATCH = 8
 
 
 def why_not(problem: Problem) -> str | None:
@@ -59,8 +63,22 @@ def _has_prepacked_bfloat16() -> bool:
         return False
 
 
-def _multiply_prepacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _multiply_prepacked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _reorder(weight: torch.Tensor) -> torch.Tensor:
+    """A bfloat16 weight [N, K] in oneDNN's order: a tensor of its own, which keeps nothing of ``weight``."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16), None)
+
+
+def _prepacked(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int) -> torch.Tensor:
+    return packed(
+        weight_values,
+        f"2:4 unpacked for oneDNN, {k} columns",
+        lambda: _reorder(sparse24.unpack(weight_values, weight_meta, k)),
+        weight_meta,
+    )
 
 
 def _cpu_product(
@@ -69,16 +87,7 @@ def _cpu_product(
     """x [M, K] times the transposed weight, in the dtype of the library's product."""
     k = x.shape[1]
     if narrow == torch.bfloat16 and _has_prepacked_bfloat16():
-        weight = packed(
-            weight_values,
-            f"2:4 unpacked for oneDNN, {k} columns",
-            # The reordered weight is a tensor of oneDNN's own, which keeps nothing of the unpacked one.
-            lambda: torch.ops.mkldnn._reorder_linear_weight(
-                sparse24.unpack(weight_values, weight_meta, k).to(narrow), None
-            ),
-            weight_meta,
-        )
-        return _multiply_prepacked(x.to(narrow).contiguous(), weight)
+        return _multiply_prepacked(x.to(narrow).contiguous(), _prepacked(weight_values, weight_meta, k))
     # Without instructions for it, bfloat16 is as slow as float16 is everywhere; either is exact in float32.
     library = torch.float32 if narrow == torch.bfloat16 else library_dtype(narrow)
     dense = packed(
@@ -103,12 +112,16 @@ def sparse24_linear(
     narrow = compute_dtype or x.dtype
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     shape = (*x.shape[:-1], len(weight_values))
+    plain = activation == "none" and residual is None and narrow == x.dtype and (bias is None or bias.dtype == narrow)
     if x.device.type == "cpu":
+        if plain and narrow == torch.bfloat16 and _has_prepacked_bfloat16():
+            weight = _prepacked(weight_values, weight_meta, x.shape[-1])
+            return _multiply_prepacked(rows.contiguous(), weight, bias).view(shape)  # adds the bias and rounds once
         y = _cpu_product(rows, weight_values, weight_meta, narrow)
         y = y if y.dtype == torch.float64 else y.float()
         return finish_rows(y, None, bias, residual, activation, x.dtype).view(shape)
     weight = unpacked(weight_values, weight_meta, x.shape[-1], narrow)
-    if activation == "none" and residual is None and narrow == x.dtype and (bias is None or bias.dtype == narrow):
+    if plain:
         return F.linear(x, weight, bias)  # the library adds the bias and rounds once
     return finish(wide_product(rows.to(narrow), weight).view(shape), bias, residual, activation, x.dtype)
 
@@ -154,7 +167,27 @@ def sparse24_int4_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See ``reference.sparse24_int4_linear``."""
-    k = x.shape[-1]
+    k, rows = x.shape[-1], math.prod(x.shape[:-1])
+    narrow = compute_dtype or x.dtype
+    if x.device.type == "cpu" and rows > SMALL_INT4_BATCH and narrow == torch.bfloat16 and _has_prepacked_bfloat16():
+        arguments = {
+            "x": x,
+            "weight_values": weight_values,
+            "weight_meta": weight_meta,
+            "weight_scale": weight_scale,
+            "weight_zero": weight_zero,
+            "group_size": group_size,
+        }
+        dense = packed(
+            weight_values,
+            f"2:4 int4 dequantised for oneDNN, {k} columns in groups of {group_size}",
+            lambda: _reorder(dequantized_weight(arguments)),
+            weight_meta,
+            weight_scale,
+            weight_zero,
+        )
+        y = _multiply_prepacked(x.reshape(rows, k).to(narrow).contiguous(), dense).float()
+        return finish_rows(y, None, bias, residual, activation, x.dtype).view(*x.shape[:-1], len(weight_values))
     weight = packed(
         weight_values,
         f"2:4 int4 unpacked, {k} columns in groups of {group_size}",

@@ -65,20 +65,34 @@ class UnpackConfig:
     @classmethod
     def for_problem(cls, problem: Problem) -> UnpackConfig:
         """Batch tile by M; parts of K by N, K and the GPU alone, so that a row's result depends on no other."""
-        config = next((c for c in TILES if problem.m <= c.block_m), TILES[-1])
+        tiles = [tile for tile in TILES if tile.suits(problem)]
+        config = next((tile for tile in tiles if problem.m <= tile.block_m), tiles[-1])
         steps = layout.step_count(KINDS[problem.op], problem.k)
         programs = 2 * (problem.multiprocessors or 132)
         # A step is as long as four of other kernels.
         splits = choose_split(programs, triton.cdiv(problem.n, config.block_n), 4 * steps)
         config = replace(config, splits=min(splits, max(steps, 1)))
-        return config if problem.gpu_arch is None else replace(config, num_stages=1)
+        if problem.gpu_arch is None:
+            return config
+        # Warps are 64 wide there: fewer of them leave each thread 16 bytes of int8.
+        return replace(config, num_stages=1, num_warps=2 if problem.op == "sparse24_int8_linear" else 4)
+
+    def suits(self, problem: Problem) -> bool:
+        """Whether ``for_problem`` may choose this tile: those that spill registers on a chip are left out there."""
+        capability = problem.capability or (9, 0)
+        if capability < (9, 0) and problem.op == "sparse24_int4_linear":
+            return self.block_m == 16 and self.num_warps == 8
+        wide = capability >= (10, 0) and problem.op == "sparse24_linear"
+        return self.num_warps == (8 if wide else 4)
 
 
-#: Two stages of 64 features let two programs share a multiprocessor: one loads while the other multiplies.
+#: Two stages of 64 features let two programs share a multiprocessor: one loads while the other multiplies. A batch tile
+#: of 64 spills registers on sm_80 and sm_89.
 TILES = (
     UnpackConfig(block_n=64, block_m=16, num_warps=4, num_stages=2),
     UnpackConfig(block_n=64, block_m=32, num_warps=4, num_stages=2),
-    UnpackConfig(block_n=64, block_m=64, num_warps=4, num_stages=2),
+    UnpackConfig(block_n=64, block_m=16, num_warps=8, num_stages=2),
+    UnpackConfig(block_n=64, block_m=32, num_warps=8, num_stages=2),
 )
 CONFIGS = [replace(tile, splits=splits) for tile in TILES for splits in (1, 2)]
 
