@@ -27,6 +27,7 @@ from tilewright.kernels.conv2d import triton_launch
 from tilewright.kernels.int4_int8_linear import triton_fused as int4_int8_fused
 from tilewright.kernels.int4_linear import triton_fused as int4_fused
 from tilewright.kernels.int8_conv2d.reference import quantize_per_tensor
+from tilewright.kernels.sparse24_linear import triton_unpack
 
 pytestmark = pytest.mark.aot
 #: (operator, module, rows): each module at a number of rows that the router gives it.
@@ -38,6 +39,14 @@ LINEAR = (
     ("int4_linear", "int4_linear.triton_fused", 9),
     ("int4_linear", "int4_linear.triton_dequantize", 70),
     ("int4_int8_linear", "int4_int8_linear.triton_fused", 9),
+)
+#: (operator, module, rows, columns): ``mma.sp`` takes units of 128 columns.
+SPARSE = (
+    ("sparse24_linear", "triton_fragments", 11, 384),
+    ("sparse24_int8_linear", "triton_fragments", 5, 384),
+    ("sparse24_linear", "triton_unpack", 19, 299),
+    ("sparse24_int8_linear", "triton_unpack", 19, 299),
+    ("sparse24_int4_linear", "triton_unpack", 9, 299),
 )
 CONVOLUTIONS = {
     "pointwise": ConvShape(2, 24, (7, 9), 41, stride=(2, 1)),
@@ -61,7 +70,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     chip = {"device": "cuda", "capability": divmod(int(request.param[3:]), 10), "multiprocessors": 132}
     monkeypatch.setitem(problem._device_facts, torch.device("cpu"), chip)
     triton_launch._problem.cache_clear()
-    for module in (int4_fused, int4_int8_fused):
+    for module in (int4_fused, int4_int8_fused, triton_unpack):
         monkeypatch.setattr(module, "inline_ptx_by_default", lambda device: True)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # poisons what torch.empty hands out
@@ -91,6 +100,16 @@ def test_linear_operators(op: str, module: str, rows: int, gpu: list[str]) -> No
         given["x_scale"] = given["x_scale"][None]
     y = launcher(module, op)(**given)
     assert y.shape == (1, rows, 75) and gpu
+    check(op, y[0], arguments)
+
+
+@pytest.mark.parametrize("op, module, rows, columns", SPARSE, ids=lambda value: str(value))
+def test_sparse_operators(op: str, module: str, rows: int, columns: int, gpu: list[str]) -> None:
+    shape = Shape(rows, 75, columns, torch.bfloat16, group_size=128, symmetric=False, residual=True, activation="gelu")
+    arguments = make_arguments(op, shape)
+    given = {**arguments, "x": spread(arguments["x"]), "residual": arguments["residual"].t().contiguous().t()[None]}
+    y = launcher(f"sparse24_linear.{module}", op)(**given)
+    assert y.shape == (1, rows, 75) and any("sparse24" in name for name in gpu)
     check(op, y[0], arguments)
 
 

@@ -5,6 +5,7 @@ from tilewright.convert.conv_schemes import Fuse, Int8Static, Sparse24Conv
 from tilewright.convert.converter import convert_model, revert_model
 from tilewright.convert.prune_model import HeldMasks, hold_masks, prune_model
 from tilewright.convert.prune_search import PruneSearch, search_pruning
+from tilewright.convert.pruning import Pruned, prune_magnitude, prune_sparsegpt, prune_wanda
 from tilewright.convert.recipes import PRESETS, Recipe, Rule
 from tilewright.convert.report import Report, report
 from tilewright.convert.safetensors_file import CheckpointError
@@ -29,6 +30,7 @@ __all__ = [
     "Int8Static",
     "Int8WeightOnly",
     "PruneSearch",
+    "Pruned",
     "Recipe",
     "Report",
     "Rule",
@@ -40,7 +42,10 @@ __all__ = [
     "convert_model",
     "hold_masks",
     "load_model",
+    "prune_magnitude",
     "prune_model",
+    "prune_sparsegpt",
+    "prune_wanda",
     "register_scheme",
     "report",
     "revert_model",
