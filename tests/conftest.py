@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,14 @@ OPTIONAL_TEST_PACKAGES = tuple(
     name for name in ("hypothesis", "pytest_benchmark") if not importlib.util.find_spec(name)
 )
 left_out: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What somebody tuned on this machine must not decide which kernels are tested, nor a test leave anything there."""
+    folder = tempfile.TemporaryDirectory(prefix="tilewright-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["TILEWRIGHT_CACHE_DIR"] = folder.name
+    os.environ.pop("TILEWRIGHT_AUTOTUNE", None)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+_recording: ContextVar[list[Launch] | None] = ContextVar("recorded launches", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, and in this thread alone, launches are not run but appended to the list.
+
+    So an operator called on tensors without memory gives what it would launch, to be compiled ahead of time.
+    """
+    launches: list[Launch] = []
+    token = _recording.set(launches)
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,14 @@ class Launch:
         return next(value.device for value in self.args.values() if isinstance(value, torch.Tensor))
 
     def run(self) -> None:
-        """Launch on the device that holds the tensors, whichever device is current. An empty grid launches nothing."""
+        """Launch on the device that holds the tensors, whichever device is current. An empty grid launches nothing.
+
+        Inside ``recorded`` the launch is noted down instead.
+        """
+        recording = _recording.get()
+        if recording is not None:
+            recording.append(self)
+            return
         if 0 in self.grid:
             return
         device = self.device

@@ -24,7 +24,7 @@ from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry, empty
 from tilewright.kernels.formats import sparse24
 from tilewright.kernels.operators import Arguments, Operator, define
 from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.router import route, when_forgotten
+from tilewright.kernels.router import route_call, when_forgotten
 from tilewright.kernels.sparse24_conv2d.reference import unpack_weight
 
 INTEGERS = (torch.int8, torch.uint8)
@@ -208,7 +208,7 @@ def _remembering(problem: Callable[[str, Arguments], Problem]) -> Callable[[str,
         key = (op, *[_looks(arguments[name]) for name in sorted(arguments)])
         function = _served.get(key)
         if function is None:
-            function = route(problem(op, arguments)).implementation.function
+            function = route_call(problem(op, arguments)).implementation.function
             if len(_served) >= _REMEMBERED:
                 _served.clear()
             _served[key] = function

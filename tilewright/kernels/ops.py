@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels import gradients, registry
+from tilewright.autotune.changes import when_changed
+from tilewright.kernels import gradients, registry, tuning
 from tilewright.kernels.checks import (
     check_devices,
     check_epilogue,
@@ -23,7 +24,7 @@ from tilewright.kernels.checks import (
     check_vector,
 )
 from tilewright.kernels.operators import Arguments, Operator, define
-from tilewright.kernels.router import serve
+from tilewright.kernels.router import forget, measure_with, serve
 
 Facts = Callable[[Arguments], dict[str, Any]]
 
@@ -240,5 +241,7 @@ OPERATORS = {
 
 
 registry.register_all()
+measure_with(tuning.preferred, tuning.tune_on_first_use)
+when_changed(forget)
 for _each in OPERATORS.values():
     define(_each)

@@ -20,6 +20,9 @@ class Problem:
 
     conv: sizes of a convolution, whose m, n and k are those of the product it amounts to: pixels of the result, output
     channels, values in the window of one group. out_dtype: what it returns. residual_dtype: None without a residual.
+
+    device_name: what the driver calls a GPU: tables of tuned configurations are kept by it. aligned: rows of x begin
+    where 16 bytes can be loaded at once.
     """
 
     op: str
@@ -42,6 +45,8 @@ class Problem:
     out_dtype: torch.dtype | None = None
     residual_dtype: torch.dtype | None = None
     allow_tf32: bool = False
+    device_name: str = ""
+    aligned: bool = True
 
     @property
     def multiply_dtype(self) -> torch.dtype:
@@ -51,6 +56,12 @@ class Problem:
     def with_rows(self, m: int) -> Problem:
         """The same problem at another batch."""
         return replace(self, m=m)
+
+
+def rows_aligned(x: torch.Tensor) -> bool:
+    """``Problem.aligned`` of a matrix. Allocators align what they hand out, so only the offset in it counts."""
+    size = x.element_size()
+    return x.storage_offset() * size % 16 == 0 and x.stride(0) * size % 16 == 0
 
 
 _device_facts: dict[torch.device, dict[str, Any]] = {}
@@ -64,6 +75,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             facts["multiprocessors"] = properties.multi_processor_count
+            facts["device_name"] = properties.name
             if torch.version.hip:
                 facts["gpu_arch"] = properties.gcnArchName.split(":")[0]
             else:

@@ -32,6 +32,11 @@ _CONV_FOLDERS = {
 }
 
 
+def folder_of(op: str) -> str | None:
+    """The folder of the implementations of ``op``, None for an operator that is not ours."""
+    return (_FOLDERS | _CONV_FOLDERS).get(op)
+
+
 def _cpu(
     op: str,
     name: str,
@@ -43,7 +48,7 @@ def _cpu(
     """Register ``function`` (by default named like the operator) of a module in the operator's folder, which says
     itself what it does not take.
     """
-    path = f"{_PACKAGE}{(_FOLDERS | _CONV_FOLDERS)[op]}.{module}"
+    path = f"{_PACKAGE}{folder_of(op)}.{module}"
 
     def why_not(problem: Problem) -> str | None:
         if problem.device != "cpu":
@@ -56,7 +61,7 @@ def _cpu(
 
 def _gpu(op: str, name: str, module: str, folder: str | None = None) -> None:
     """Register the function named like the operator of a module that needs Triton."""
-    path = f"{_PACKAGE}{folder or (_FOLDERS | _CONV_FOLDERS)[op]}.{module}"
+    path = f"{_PACKAGE}{folder or folder_of(op)}.{module}"
 
     def why_not(problem: Problem) -> str | None:
         # The module imports Triton, so it must not be touched where there is none.

@@ -111,7 +111,11 @@ def implementations(op: str) -> tuple[Implementation, ...]:
 def route(problem: Problem) -> Decision:
     """Which implementation serves ``problem``. Raises NotImplementedError that lists every reason if none does."""
     declined: list[tuple[str, str]] = []
-    faster = None if _faster is None else _faster(problem)
+    measured = None if _measured is None else _measured(problem)
+    if measured is not None:
+        faster: tuple[str, str] | None = (measured, f"slower than {measured} when they were timed here")
+    else:
+        faster = None if _faster is None else _faster(problem)
     if faster is not None and not _takes(faster[0], problem):
         faster = None
     for implementation in _registered.get(problem.op, ()):
@@ -148,8 +152,27 @@ def serve(
     """The function that serves a call on ``device``; ``facts`` are further fields of ``Problem``. Remembered, for
     speed.
     """
-    problem = Problem(op, m, n, k, x_dtype, **facts, **device_facts(device))
-    return route(problem).implementation.function
+    return route_call(Problem(op, m, n, k, x_dtype, **facts, **device_facts(device))).implementation.function
+
+
+def route_call(problem: Problem) -> Decision:
+    """``route`` for a call that is about to be served: what the user wants tuned on first use is tuned before."""
+    if _before_call is not None:
+        _before_call(problem)
+    return route(problem)
+
+
+_measured: Callable[[Problem], str | None] | None = None
+_before_call: Callable[[Problem], None] | None = None
+
+
+def measure_with(measured: Callable[[Problem], str | None], before_call: Callable[[Problem], None]) -> None:
+    """Have ``route`` prefer the implementation that ``measured`` names for a problem, if it takes it; ``before_call``
+    is run for each problem that is served for the first time.
+    """
+    global _measured, _before_call
+    _measured, _before_call = measured, before_call
+    forget()
 
 
 _age = 0

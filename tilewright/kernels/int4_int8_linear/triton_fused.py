@@ -26,6 +26,7 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
 from tilewright.kernels.int4_linear.layout import SPAN, SpanWeight, kernel_order, span_count, why_no_spans
 from tilewright.kernels.int4_linear.triton_tiles import (
+    SHARED_SOURCES,
     TileConfig,
     Tiling,
     finish_arguments,
@@ -34,11 +35,14 @@ from tilewright.kernels.int4_linear.triton_tiles import (
     plan_sum_parts,
     span_arguments,
     store_part,
+    tile_candidates,
+    why_not_tile,
 )
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton_split_k import choose_split
+from tilewright.kernels.tuning import tunable
 
 SMALL_M, MIDDLE_M = 16, 256
 #: A product of a signed byte and u - z is at most 127 * 15 = 1905 in magnitude: a whole row of these stays inside
@@ -72,6 +76,22 @@ TILES = (
 )
 #: Every kernel the heuristic can choose: each tile, with K whole and cut.
 CONFIGS = [replace(config, splits=splits) for config in TILES for splits in (1, 2)]
+
+
+def why_not_config(config: Int4Int8Config, problem: Problem) -> str | None:
+    """The reason why a launch with ``config`` cannot serve ``problem``, or does so wastefully for sure; or None."""
+    if problem.m > MIDDLE_M and config.splits > 1:
+        return "a large batch fills the GPU without cutting K"
+    return why_not_tile(config, problem, 1)
+
+
+TUNED = tunable(
+    __name__,
+    Int4Int8Config.for_problem,
+    lambda problem: tile_candidates(Int4Int8Config, problem),
+    why_not_config,
+    shares=SHARED_SOURCES,
+)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -229,6 +249,7 @@ def int4_int8_linear(
         k=k,
         x_dtype=x.dtype,
         group_size=group_size,
+        symmetric=weight_zero is None,
         **device_facts(x.device),
     )
     launches = plan_int4_int8_linear(
@@ -239,7 +260,7 @@ def int4_int8_linear(
         None if residual is None else as_matrix(residual.expand(out.shape)),
         as_matrix(out),
         activation=activation,
-        config=Int4Int8Config.for_problem(problem),
+        config=TUNED.choose(problem),
         inline_ptx=inline_ptx_by_default(x.device),
     )
     for launch in launches:

@@ -24,8 +24,9 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
 from tilewright.kernels.int4_linear.dequantize import row_blocks, wide_product
 from tilewright.kernels.int4_linear.triton_tiles import plan_sum_parts
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.tuning import tunable
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class DequantizeConfig:
 
 
 CONFIGS = [DequantizeConfig(rows=8, words=64, num_warps=4)]
+TUNED = tunable(
+    __name__,
+    DequantizeConfig.for_problem,
+    lambda problem: (DequantizeConfig(rows, 512 // rows, warps) for rows in (2, 4, 8, 16) for warps in (2, 4, 8)),
+)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -161,7 +167,19 @@ def int4_linear(
     rounds_once = (
         activation == "none" and residual is None and narrow == x.dtype and (bias is None or bias.dtype == narrow)
     )
-    config = DequantizeConfig.for_problem(Problem("int4_linear", len(rows), n, k, x.dtype))
+    config = TUNED.choose(
+        Problem(
+            "int4_linear",
+            len(rows),
+            n,
+            k,
+            x.dtype,
+            group_size=group_size,
+            symmetric=weight_zero is None,
+            compute_dtype=compute_dtype,
+            **device_facts(x.device),
+        )
+    )
     for first, last in row_blocks(n, k, narrow):
         scratch = torch.empty(last - first, 8 * weight_packed.shape[1], dtype=narrow, device=x.device)
         for launch in plan_dequantize(

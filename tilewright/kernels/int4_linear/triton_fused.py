@@ -27,6 +27,7 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
 from tilewright.kernels.int4_linear.layout import SpanWeight, kernel_order, span_count, why_no_spans
 from tilewright.kernels.int4_linear.triton_tiles import (
+    SHARED_SOURCES,
     TileConfig,
     Tiling,
     finish_arguments,
@@ -36,10 +37,13 @@ from tilewright.kernels.int4_linear.triton_tiles import (
     rows_of,
     span_arguments,
     store_part,
+    tile_candidates,
+    why_not_tile,
 )
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton_split_k import choose_split
+from tilewright.kernels.tuning import tunable
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 LARGEST_M = 256
@@ -78,6 +82,20 @@ TENSOR_CORE = (
 FLOAT32 = FusedConfig(block_n=64, block_m=16, num_warps=2, num_stages=2)
 #: Every kernel the heuristic can choose: each tile, with K whole and cut.
 CONFIGS = [replace(config, splits=splits) for config in (*TENSOR_CORE, FLOAT32) for splits in (1, 2)]
+
+
+def why_not_config(config: FusedConfig, problem: Problem) -> str | None:
+    """The reason why a launch with ``config`` cannot serve ``problem``, or does so wastefully for sure; or None."""
+    return why_not_tile(config, problem, problem.multiply_dtype.itemsize)
+
+
+TUNED = tunable(
+    __name__,
+    FusedConfig.for_problem,
+    lambda problem: tile_candidates(FusedConfig, problem),
+    why_not_config,
+    shares=SHARED_SOURCES,
+)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -231,6 +249,7 @@ def int4_linear(
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
+    rows = rows_of(x)
     problem = Problem(
         "int4_linear",
         m=out.numel() // n,
@@ -238,18 +257,20 @@ def int4_linear(
         k=k,
         x_dtype=x.dtype,
         group_size=group_size,
+        symmetric=weight_zero is None,
         compute_dtype=compute_dtype,
+        aligned=rows_aligned(rows),
         **device_facts(x.device),
     )
     launches = plan_int4_linear(
-        rows_of(x),
+        rows,
         kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
         None if bias is None else bias.contiguous(),
         None if residual is None else as_matrix(residual.expand(out.shape)),
         as_matrix(out),
         activation=activation,
         compute_dtype=problem.multiply_dtype,
-        config=FusedConfig.for_problem(problem),
+        config=TUNED.choose(problem),
         inline_ptx=inline_ptx_by_default(x.device),
     )
     for launch in launches:

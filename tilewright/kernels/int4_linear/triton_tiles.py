@@ -14,6 +14,8 @@ narrower than half a group, and one rounding less for each weight.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -26,11 +28,13 @@ from tilewright.kernels.int4_linear.layout import QUARTER, SPAN, SpanWeight, spa
 from tilewright.kernels.int4_linear.triton_nibbles import nibble_number, offset_of
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.triton_common import as_matrix, finish_tile
+from tilewright.kernels.tuning import why_too_large
 
 WHOLE_ROW = tl.constexpr(0)  # value of QUARTERS_PER_GROUP when one group is the whole row
 _QUARTER = tl.constexpr(QUARTER)
 _SPAN = tl.constexpr(SPAN)
 REDUCE_BLOCK = 512
+MOST_STEPS_APART = 4
 _Config = TypeVar("_Config", bound="TileConfig")
 
 
@@ -47,6 +51,32 @@ class TileConfig:
     def within_limits(self: _Config, problem: Problem) -> _Config:
         """Two stages on AMD, whose 64 KiB of local memory hold no more."""
         return self if problem.gpu_arch is None else replace(self, num_stages=2)
+
+
+#: Modules that the speed of both fused kernels depends on.
+SHARED_SOURCES = tuple(
+    f"tilewright.kernels.int4_linear.{name}" for name in ("triton_tiles", "triton_nibbles", "layout")
+)
+
+
+def tile_candidates(kind: type[_Config], problem: Problem) -> Iterator[_Config]:
+    """Tiles worth timing: batch tiles that the batch fills at least by half, and the next smaller one."""
+    full = min(max(triton.next_power_of_2(problem.m), 16), 128)
+    stages = (2,) if problem.gpu_arch is not None else (2, 3, 4, 5)
+    for block_m in (size for size in (16, 32, 64, 128) if full // 2 <= size <= full):
+        for block_n, num_warps in ((64, 4), (128, 4), (128, 8)):
+            for num_stages, splits in itertools.product(stages, (1, 2, 4, 8)):
+                yield kind(block_n, block_m, num_warps, num_stages, splits)
+
+
+def why_not_tile(config: TileConfig, problem: Problem, x_bytes: int) -> str | None:
+    """What every fused kernel refuses. x_bytes: of one activation as it is multiplied."""
+    if config.splits > 1 and config.splits * MOST_STEPS_APART > span_count(problem.k):
+        return f"parts of less than {MOST_STEPS_APART} steps do not fill the pipeline of loads"
+    if problem.gpu_arch is not None and config.num_stages > 2:
+        return "64 KiB of local memory hold two stages"
+    tile = config.block_n * QUARTER * 2 + config.block_m * SPAN * x_bytes
+    return why_too_large(problem, tile, config.num_stages)
 
 
 @triton.jit

@@ -13,6 +13,8 @@ neither the split nor the batch changes a result.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,10 +23,11 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.int8_linear.triton_launch import run_quantized, why_not_int8_product
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.triton_common import finish_tile
 from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+from tilewright.kernels.tuning import tunable, why_too_large
 
 MAX_M = 128
 SMALL_M = 16
@@ -79,6 +82,26 @@ _CONFIGS = [
 ]
 #: Every tile that the heuristic chooses, with and without a split, on NVIDIA and on AMD.
 CONFIGS = [*_CONFIGS, *(replace(config, num_stages=AMD_STAGES) for config in _CONFIGS)]
+
+
+def candidates(problem: Problem) -> Iterator[SwappedConfig]:
+    """Batch tiles that the batch fills at least by half, and the next smaller one."""
+    full = min(max(triton.next_power_of_2(problem.m), 16), MAX_M)
+    stages = (AMD_STAGES,) if problem.gpu_arch is not None else (3, 4, 5)
+    for block_m in (size for size in (16, 32, 64, 128) if full // 2 <= size <= full):
+        for block_n, num_warps in ((64, 4), (128, 4), (128, 8)):
+            for num_stages, split_k in itertools.product(stages, (1, 2, 4, 8)):
+                yield SwappedConfig(block_m, block_n, split_k, num_warps, num_stages)
+
+
+def why_not_config(config: SwappedConfig, problem: Problem) -> str | None:
+    """The reason why a launch with ``config`` cannot serve ``problem``, or does so wastefully for sure; or None."""
+    if config.split_k > 1 and config.split_k * 4 > triton.cdiv(problem.k, BLOCK_K):
+        return "parts of less than four steps do not fill the pipeline of loads"
+    return why_too_large(problem, (config.block_m + config.block_n) * BLOCK_K, config.num_stages)
+
+
+TUNED = tunable(__name__, SwappedConfig.for_problem, candidates, why_not_config)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -162,8 +185,8 @@ def plan_swapped(
     """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] int8 with contiguous rows."""
     (m, k), n = x.shape, weight.shape[0]
     if config is None:
-        facts = device_facts(x.device)
-        config = SwappedConfig.for_problem(Problem("int8_linear_quantized", m=m, n=n, k=k, x_dtype=x.dtype, **facts))
+        facts = {"aligned": rows_aligned(x), **device_facts(x.device)}
+        config = TUNED.choose(Problem("int8_linear_quantized", m=m, n=n, k=k, x_dtype=x.dtype, **facts))
     split_k = config.split_k
     sums = None if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.int32, device=x.device)
     epilogue = {

@@ -11,6 +11,8 @@ cache. Takes any batch; up to ``triton_swapped.MAX_M`` that kernel is faster.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +21,13 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.int8_linear.triton_launch import run_quantized, why_not_int8_product
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.triton_common import finish_tile, grouped_tile
+from tilewright.kernels.tuning import tunable, why_too_large
 
 GROUP_M = 8
+TILE_SIZES = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128))
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,26 @@ MIDDLE_TILE = TileConfig(128, 128, 128, epilogue_parts=2, num_warps=8, num_stage
 SMALL_TILE = TileConfig(64, 128, 128, epilogue_parts=2, num_warps=4, num_stages=4)
 AMD_TILE = TileConfig(128, 128, 64, epilogue_parts=1, num_warps=8, num_stages=2)
 CONFIGS = [BIG_TILE, BIG_TILE_MMA_SYNC, MIDDLE_TILE, SMALL_TILE, AMD_TILE]
+
+
+def candidates(problem: Problem) -> Iterator[TileConfig]:
+    """Tiles of 64 to 256 each way. Large ones finish in slices, see ``epilogue_parts``."""
+    stages = (AMD_TILE.num_stages,) if problem.gpu_arch is not None else (3, 4)
+    for (block_m, block_n), block_k, num_stages in itertools.product(TILE_SIZES, (64, 128), stages):
+        for num_warps in (4, 8):
+            parts = min(max(block_m * block_n // (32 * 32 * num_warps), 1), 4)
+            yield TileConfig(block_m, block_n, block_k, 1 if parts == 3 else parts, num_warps, num_stages)
+
+
+def why_not_config(config: TileConfig, problem: Problem) -> str | None:
+    """The reason why a launch with ``config`` cannot serve ``problem``, or does so wastefully for sure; or None."""
+    sums = config.block_m * config.block_n // (32 * config.num_warps)
+    if sums > 128:
+        return f"a thread would hold {sums} sums, which leaves no registers for anything else"
+    return why_too_large(problem, (config.block_m + config.block_n) * config.block_k, config.num_stages)
+
+
+TUNED = tunable(__name__, TileConfig.for_problem, candidates, why_not_config)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -167,8 +191,8 @@ def plan_tile(
     """The launch that writes ``out`` [M, N]; x [M, K] and weight [N, K] int8 with contiguous rows."""
     (m, k), n = x.shape, weight.shape[0]
     if config is None:
-        facts = device_facts(x.device)
-        config = TileConfig.for_problem(Problem("int8_linear_quantized", m=m, n=n, k=k, x_dtype=x.dtype, **facts))
+        facts = {"aligned": rows_aligned(x), **device_facts(x.device)}
+        config = TUNED.choose(Problem("int8_linear_quantized", m=m, n=n, k=k, x_dtype=x.dtype, **facts))
     args = {
         "x_ptr": x,
         "x_scale_ptr": x_scale,

@@ -13,6 +13,8 @@ returns to shared memory. Its scale multiplies the sums. Where N alone gives too
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,9 +24,10 @@ import triton.language as tl
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
 from tilewright.kernels.int8_linear.triton_launch import inner_contiguous
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+from tilewright.kernels.tuning import tunable, why_too_large
 
 SMALL_M = 16
 MAX_M = 256
@@ -104,6 +107,31 @@ _CONFIGS = [*_TILES, *(replace(config, split_k=4) for config in _TILES if config
 _HOPPER = [replace(config, block_sums=True) for config in _CONFIGS if not config.block_sums]
 #: Every tile that the heuristic chooses, with and without a split, on NVIDIA and on AMD.
 CONFIGS = [*_CONFIGS, *_HOPPER, *(replace(config, num_stages=AMD_STAGES) for config in _CONFIGS)]
+
+
+def candidates(problem: Problem) -> Iterator[SwappedConfig]:
+    """Batch tiles that the batch fills at least by half, and the next smaller one; one shape in float32."""
+    heuristic = SwappedConfig.for_problem(problem)
+    full = min(max(triton.next_power_of_2(problem.m), 16), 128)
+    stages = (AMD_STAGES,) if problem.gpu_arch is not None else (3, 4, 5)
+    if problem.multiply_dtype == torch.float32:
+        yield from (replace(heuristic, split_k=split_k) for split_k in (1, 2, 4, 8))
+        return
+    for block_m in (size for size in (16, 32, 64, 128) if full // 2 <= size <= full):
+        for block_n, block_k, num_warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)):
+            for num_stages, split_k in itertools.product(stages, (1, 2, 4, 8)):
+                yield SwappedConfig(block_m, block_n, block_k, split_k, num_warps, num_stages, heuristic.block_sums)
+
+
+def why_not_config(config: SwappedConfig, problem: Problem) -> str | None:
+    """The reason why a launch with ``config`` cannot serve ``problem``, or does so wastefully for sure; or None."""
+    if config.split_k > 1 and config.split_k * 4 > triton.cdiv(problem.k, config.block_k):
+        return "parts of less than four steps do not fill the pipeline of loads"
+    tile = config.block_k * (config.block_n + config.block_m * problem.x_dtype.itemsize)
+    return why_too_large(problem, tile, config.num_stages)
+
+
+TUNED = tunable(__name__, SwappedConfig.for_problem, candidates, why_not_config)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -197,7 +225,7 @@ def plan_swapped(
     (m, k), n = x.shape, weight.shape[0]
     if config is None:
         problem = Problem("int8_weight_only_linear", m=m, n=n, k=k, x_dtype=x.dtype, compute_dtype=compute_dtype)
-        config = SwappedConfig.for_problem(replace(problem, **device_facts(x.device)))
+        config = TUNED.choose(replace(problem, aligned=rows_aligned(x), **device_facts(x.device)))
     split_k = config.split_k
     sums = None if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
     epilogue = {

@@ -19,11 +19,21 @@ import triton.language as tl
 from tilewright.aot.launch import Launch
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.quantize.triton_quantize import CONFIGS as QUANTIZE_CONFIGS
-from tilewright.kernels.quantize.triton_quantize import QuantizeConfig, magnitude_bits, quantize_values, scale_of
+from tilewright.kernels.quantize.triton_quantize import (
+    QuantizeConfig,
+    candidates,
+    magnitude_bits,
+    quantize_values,
+    scale_of,
+)
 from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.tuning import tunable
 
 #: Rows are cut up as for quantisation alone: the statistics need no more registers than the values.
 CONFIGS = QUANTIZE_CONFIGS
+TUNED = tunable(
+    __name__, QuantizeConfig.for_problem, candidates, shares=("tilewright.kernels.quantize.triton_quantize",)
+)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -128,7 +138,7 @@ def plan_norm_quantize(
     if config is None:
         facts = device_facts(x.device)
         op = "layer_norm_quantize" if subtract_mean else "rms_norm_quantize"
-        config = QuantizeConfig.for_problem(Problem(op, m=m, n=0, k=k, x_dtype=x.dtype, **facts))
+        config = TUNED.choose(Problem(op, m=m, n=0, k=k, x_dtype=x.dtype, **facts))
     args = {
         "x_ptr": x,
         "weight_ptr": weight,

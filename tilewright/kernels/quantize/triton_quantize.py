@@ -11,7 +11,9 @@ A program takes whole rows. Up to 16,384 columns stay in registers and x is read
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,6 +22,7 @@ import triton.language as tl
 from tilewright.aot.launch import Launch
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.tuning import tunable
 
 MAX_BLOCK_K = 16384
 
@@ -48,6 +51,17 @@ CONFIGS = [
     QuantizeConfig.for_problem(Problem("quantize_per_row", m=1, n=0, k=k, x_dtype=torch.float16))
     for k in (64, 512, 2048, 4096, 16384, MAX_BLOCK_K + 1)
 ]
+
+
+def candidates(problem: Problem) -> Iterator[QuantizeConfig]:
+    """More or fewer rows and warps than the heuristic's."""
+    one = QuantizeConfig.for_problem(problem)
+    for rows, num_warps in itertools.product((1, 2, 4, 8, 16), (2, 4, 8, 16)):
+        if 4 <= rows * one.block_k // (32 * num_warps) <= 64:
+            yield replace(one, rows=rows, num_warps=num_warps)
+
+
+TUNED = tunable(__name__, QuantizeConfig.for_problem, candidates)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -138,7 +152,7 @@ def plan_quantize_per_row(
     m, k = x.shape
     if config is None:
         facts = device_facts(x.device)
-        config = QuantizeConfig.for_problem(Problem("quantize_per_row", m=m, n=0, k=k, x_dtype=x.dtype, **facts))
+        config = TUNED.choose(Problem("quantize_per_row", m=m, n=0, k=k, x_dtype=x.dtype, **facts))
     args = {
         "x_ptr": x,
         "channel_scale_ptr": channel_scale,

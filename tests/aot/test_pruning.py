@@ -1,0 +1,76 @@
+"""Short lists made without a GPU: what is dropped and why, and that the tuner takes what is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton publishes wheels for Linux alone")
+
+from tilewright import autotune
+from tilewright.autotune.store import TableError
+from tilewright.kernels import tuning
+from tilewright.kernels.problem import Problem
+
+pytestmark = pytest.mark.aot
+H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "device_name": "NVIDIA H200"}
+
+
+@pytest.fixture(scope="module")
+def pruned() -> autotune.Pruned:
+    asked = Problem("int4_linear", 16, 4096, 4096, torch.bfloat16, group_size=128, **H200)
+    tuned, found = next(iter(tuning.kernels_for(asked)))
+    few = [c for c in tuned.candidates(found) if c.splits == 1 and c.num_stages in (2, 4) and c.block_m == 16]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tuned), "all_candidates", lambda self, p: [self.heuristic(p), *few])
+        yield autotune.prune(tuned, found, "sm_90")
+
+
+def test_the_figures_of_what_is_kept(pruned: autotune.Pruned):
+    assert len(pruned.kept) >= 4 and pruned.tunable.heuristic(pruned.problem) in pruned.kept
+    for config, figures in pruned.kept.items():
+        assert 16 < figures.registers <= 255 and figures.spill_bytes == 0
+        assert 0 < figures.shared_bytes <= 227 * 1024 and "wgmma" in figures.matrix, config
+
+
+def test_what_spills_or_does_not_fit_is_dropped_with_the_figure():
+    asked = Problem("int8_linear_quantized", 4096, 4096, 4096, torch.int8, **H200)
+    tuned, found = list(tuning.kernels_for(asked))[-1]
+    sizes = {(c.block_m, c.block_n, c.num_warps): c for c in tuned.candidates(found) if c.block_k == 128}
+    few = [sizes[128, 128, 8], sizes[256, 128, 8]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tuned), "all_candidates", lambda self, p: few)
+        on_small = autotune.prune(tuned, found, "sm_89")
+    assert set(on_small.kept) | set(on_small.dropped) == set(few) and on_small.dropped
+    assert all("shared memory" in why or "spill" in why for why in on_small.dropped.values()), on_small.dropped
+
+
+def test_a_short_list_is_read_back_for_the_same_problem_alone(pruned: autotune.Pruned, tmp_path: Path):
+    path = tmp_path / "short.json"
+    autotune.write_short_list(path, "sm_90", [pruned])
+    short = autotune.ShortList(path)
+    assert short.target == "sm_90"
+    assert set(short.candidates(pruned.tunable, pruned.problem) or ()) == set(pruned.kept)
+    assert short.candidates(pruned.tunable, pruned.problem.with_rows(64)) is None
+    text = json.loads(path.read_text())
+    text["lists"] = {key.replace("source=", "source=x"): value for key, value in text["lists"].items()}
+    path.write_text(json.dumps(text))
+    assert autotune.ShortList(path).candidates(pruned.tunable, pruned.problem) is None  # of another kernel
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 9}', '{"format": 1, "target": "x", "lists": 3}', "[" * 9999]
+)
+def test_what_is_no_short_list_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "short.json").write_text(text)
+    with pytest.raises(TableError):
+        autotune.ShortList(tmp_path / "short.json")
+
+
+def test_implementations_have_nothing_to_compile():
+    asked = Problem("int4_linear", 16, 4096, 4096, torch.bfloat16, group_size=128)
+    with pytest.raises(ValueError, match="nothing to compile"):
+        autotune.prune(tuning.implementation_of("int4_linear"), asked, "sm_90")

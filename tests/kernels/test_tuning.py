@@ -1,0 +1,248 @@
+"""How kernels join autotune: their spaces, what a choice depends on, CPU implementations that are timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tolerance import assert_close_as_plain
+from tilewright import autotune
+from tilewright.autotune.buckets import EDGES, upper_edge
+from tilewright.kernels import tuning
+from tilewright.kernels.problem import Problem, rows_aligned
+from tilewright.kernels.router import Implementation, forget, register, route, unregister
+from tilewright.kernels.samples import make_arguments
+
+H200: dict[str, Any] = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "device_name": "NVIDIA H200"}
+A10: dict[str, Any] = {"device": "cuda", "capability": (8, 6), "multiprocessors": 72, "device_name": "NVIDIA A10"}
+MI300: dict[str, Any] = {"device": "cuda", "gpu_arch": "gfx942", "multiprocessors": 304, "device_name": "MI300X"}
+OPS = (
+    "quantize_per_row",
+    "layer_norm_quantize",
+    "int8_linear",
+    "int8_weight_only_linear",
+    "int4_linear",
+    "int4_int8_linear",
+)
+BATCHES = (1, 16, 33, 128, 256, 4096)
+
+
+@pytest.fixture(autouse=True)
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path))
+    autotune.forget_tables()
+    yield
+    autotune.forget_tables()
+
+
+def problem(op: str, m: int = 16, facts: dict[str, Any] = H200, **more: Any) -> Problem:
+    group = {"group_size": 128} if op.startswith("int4") else {}
+    n = 4096 if "linear" in op else 0
+    return Problem(op, m, n, 4096, torch.bfloat16, **{**facts, **group, **more})
+
+
+def test_buckets():
+    assert [upper_edge(m) for m in (1, 2, 3, 16, 17, 64, 65, 8192)] == [1, 2, 4, 16, 32, 64, 128, 8192]
+    assert upper_edge(8193) == upper_edge(10**6) == 16384
+    assert list(EDGES) == sorted(set(EDGES))
+
+
+triton_is_here = pytest.mark.skipif(not list(tuning.kernels_for(problem("int4_linear"))), reason="needs Triton")
+
+
+@triton_is_here
+@pytest.mark.parametrize("facts", [H200, A10, MI300], ids=["H200", "A10", "MI300X"])
+@pytest.mark.parametrize("m", BATCHES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_space_has_the_heuristic_first_and_fits_the_device(op: str, m: int, facts: dict[str, Any]):
+    kernels = list(tuning.kernels_for(problem(op, m, facts)))
+    assert kernels or (op == "int8_weight_only_linear" and m > 256)
+    for tuned, asked in kernels:
+        serving, refused = tuned.split_candidates(asked)
+        assert serving[0] == tuned.heuristic(asked) == tuned.choose(asked)
+        assert len(serving) >= 3 and len(set(serving)) == len(serving) <= 200
+        assert all(isinstance(reason, str) and reason for reason in refused.values())
+        if facts is MI300:
+            assert all(getattr(config, "num_stages", 2) <= 2 for config in serving)
+        encoded = [tuned.encode(config) for config in serving]
+        assert all(isinstance(value, (int, str, bool)) for fields in encoded for value in fields.values())
+
+
+@triton_is_here
+def test_shared_memory_is_estimated_and_the_reason_says_so():
+    tuned, asked = list(tuning.kernels_for(problem("int8_linear_quantized", 256, A10)))[-1]
+    _, refused = tuned.split_candidates(asked)
+    assert any("shared memory, a block has 101376" in reason for reason in refused.values())
+
+
+@triton_is_here
+def test_the_launcher_and_the_tuner_ask_the_same_question(monkeypatch: pytest.MonkeyPatch):
+    """A choice that is stored under other facts than the launcher looks up would never be used."""
+    from tilewright.aot.launch import recorded
+
+    for op in OPS:
+        for tuned, asked in tuning.kernels_for(problem(op, 16)):
+            seen: list[Problem] = []
+
+            def choose(self: Any, found: Problem, tuned: Any = tuned, seen: list[Problem] = seen) -> Any:
+                if self is tuned:
+                    seen.append(found)
+                return self.heuristic(found)
+
+            with monkeypatch.context() as patch, recorded() as launches:
+                patch.setattr(autotune.Tunable, "choose", choose)
+                module = __import__(tuned.modules[0], fromlist=["x"])
+                getattr(module, asked.op)(**make_arguments(asked, "meta"))
+            assert launches and [tuning.facts_of(found) for found in seen[-1:]] == [tuning.facts_of(asked)]
+
+
+def test_alignment_and_dtypes_are_part_of_the_key():
+    base = problem("int4_linear")
+    others = [
+        replace(base, aligned=False),
+        replace(base, x_dtype=torch.float16),
+        replace(base, compute_dtype=torch.float16),
+        replace(base, group_size=64),
+        replace(base, symmetric=False),
+        replace(base, n=4097),
+        replace(base, k=8192),
+        base.with_rows(17),
+    ]
+    found = [str(tuning.facts_of(one)) for one in (base, *others)]
+    assert len(set(found)) == len(found)
+    assert tuning.facts_of(base.with_rows(9)) == tuning.facts_of(base)
+    assert tuning.facts_of(replace(base, compute_dtype=torch.bfloat16)) == tuning.facts_of(base)
+
+
+def test_rows_that_begin_at_odd_places():
+    x = torch.zeros(4, 65, dtype=torch.bfloat16)
+    assert rows_aligned(torch.zeros(4, 64, dtype=torch.bfloat16))
+    assert not rows_aligned(x) and not rows_aligned(x[:, 1:])
+    arguments = make_arguments(problem("int4_linear", aligned=False))
+    assert not rows_aligned(arguments["x"]) and arguments["x"].shape == (16, 4096)
+
+
+@pytest.mark.parametrize("device", [H200, MI300, {}], ids=["H200", "MI300X", "CPU"])
+def test_device_kinds(device: dict[str, Any]):
+    kind = tuning.device_kind(problem("int4_linear", facts=device))
+    assert kind.name and kind.units and kind.is_cpu == (not device)
+    assert kind.arch == {"cuda": "sm_90"}.get(str(device.get("device")), kind.arch) or kind.arch == "gfx942"
+
+
+# ---- CPU implementations
+LINEAR = ("int8_linear", "int8_weight_only_linear", "int4_linear", "int4_int8_linear")
+
+
+def cpu_problem(op: str, m: int = 4) -> Problem:
+    return replace(problem(op, m, {}), n=256, k=256, x_dtype=torch.float32, compute_dtype=torch.bfloat16, bias=True)
+
+
+@pytest.mark.parametrize("op", LINEAR)
+def test_timing_decides_between_cpu_implementations(op: str):
+    asked = cpu_problem(op)
+    tuned = tuning.implementation_of(op)
+    outcome = autotune.tune(tuned, asked, budget=5)
+    assert not outcome.failed and set(outcome.seconds) == set(tuned.candidates(asked)) and len(outcome.seconds) >= 2
+    assert route(asked).name == outcome.config
+    if route(asked).declined:
+        assert "reference" not in outcome.seconds
+
+
+def slow_and_fast(speed: float):
+    def function(x: torch.Tensor, channel_scale: torch.Tensor | None = None) -> Any:
+        from tilewright.kernels.quantize.reference import quantize_per_row
+
+        time.sleep(speed)
+        return quantize_per_row(x, channel_scale)
+
+    return function
+
+
+def sleepy(x: torch.Tensor, channel_scale: torch.Tensor | None = None) -> Any:
+    return slow_and_fast(0.03)(x, channel_scale)
+
+
+def wrong(x: torch.Tensor, channel_scale: torch.Tensor | None = None) -> Any:
+    q, scale = slow_and_fast(0)(x, channel_scale)
+    q[-1, -1] += 50
+    return q, scale
+
+
+@pytest.fixture
+def impostors():
+    """Two implementations preferred to the package's own: one that is slow, one that is wrong."""
+    for name in ("sleepy", "wrong"):
+        target = f"{__name__}:{name}"
+        first = "Triton"
+        register(Implementation(name, "quantize_per_row", lambda p: None if p.device == "cpu" else "no", target), first)
+    yield
+    for name in ("sleepy", "wrong"):
+        unregister("quantize_per_row", name)
+
+
+def test_first_use_finds_what_is_slow_and_refuses_what_is_wrong(impostors: None):
+    x = torch.randn(3, 64)
+    asked = Problem("quantize_per_row", 3, 64, 64, torch.float32)
+    assert route(asked).name == "sleepy"
+    with autotune.on_first_use():
+        torch.ops.tilewright.quantize_per_row(x)
+    decision = route(asked)
+    assert decision.name == "blocks of rows"
+    assert ("sleepy", "slower than blocks of rows when they were timed here") in decision.declined
+    autotune.forget_tables()
+    forget()
+    assert route(asked).name == "blocks of rows"  # the table says so
+    begin = time.perf_counter()
+    q, _ = torch.ops.tilewright.quantize_per_row(x)
+    assert time.perf_counter() - begin < 0.02 and q.shape == (3, 64)
+
+
+def test_asking_the_router_never_tunes(impostors: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TILEWRIGHT_AUTOTUNE", "1")
+    assert route(Problem("quantize_per_row", 3, 64, 64, torch.float32)).name == "sleepy"
+
+
+def test_a_table_cannot_route_to_what_does_not_take_the_problem():
+    asked = cpu_problem("int4_linear")
+    tuned = tuning.implementation_of("int4_linear")
+    from tilewright.autotune import tables
+
+    device = tuning.device_kind(asked)
+    before = route(asked).name
+    for name in ("Triton, fused", "no such implementation", 7):
+        key = tables.key_of(tuned.name, tuning.facts_of(asked), device.driver, tuned.source())
+        tables.remember(device, {key: {"config": {"implementation": name}}})
+        assert route(asked).name == before
+
+
+@pytest.mark.parametrize("op", LINEAR)
+@pytest.mark.parametrize("m", [0, 1, 5])
+def test_results_are_right_while_tuning(op: str, m: int):
+    asked = cpu_problem(op, m)
+    arguments = make_arguments(asked)
+    with autotune.on_first_use():
+        y = getattr(torch.ops.tilewright, op)(**arguments)
+    from bench.problems import exact_result, plain_result
+
+    assert_close_as_plain(y, plain_result(op, arguments), exact_result(op, arguments))
+
+
+@pytest.mark.parametrize("op", [*LINEAR, "int8_linear_quantized", "quantize_per_row", "rms_norm_quantize"])
+def test_sample_arguments_are_what_the_operator_takes(op: str):
+    for m, n, k in ((3, 17, 65), (1, 1, 1), (0, 4, 8)):
+        asked = Problem(op, m, n if "linear" in op else 0, k, torch.float16, bias=True, residual=True, symmetric=False)
+        result = getattr(torch.ops.tilewright, op)(**make_arguments(asked))
+        first = result[0] if isinstance(result, tuple) else result
+        assert first.shape == (m, n if "linear" in op else k)
+        meta = make_arguments(asked, "meta")
+        for name, value in make_arguments(asked).items():
+            assert isinstance(value, torch.Tensor) == isinstance(meta[name], torch.Tensor)
+            if isinstance(value, torch.Tensor):
+                assert (value.shape, value.dtype) == (meta[name].shape, meta[name].dtype)
+    assert [field.name for field in dataclasses.fields(Problem)][-1] == "aligned"

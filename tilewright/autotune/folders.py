@@ -1,0 +1,28 @@
+"""Where tables lie: those shipped with the package, and the user's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+#: Moves the user's tables elsewhere.
+VARIABLE = "TILEWRIGHT_CACHE_DIR"
+SHIPPED = Path(__file__).parent / "tables"
+
+
+def user_folder() -> Path:
+    """The folder of the user's tables, which need not exist: ``TILEWRIGHT_CACHE_DIR``, else the platform's cache."""
+    given = os.environ.get(VARIABLE)
+    if given:
+        return Path(given).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(base).expanduser() / "tilewright"
+    except RuntimeError:  # there is no home at all
+        return Path(base.replace("~", os.curdir, 1)) / "tilewright"

@@ -1,0 +1,140 @@
+"""Pruning a space without the GPU it is for: compile each candidate ahead of time and drop what cannot be fast.
+
+What spills registers, or takes more shared memory than the chip has, is dropped with the figures that say so. The rest
+is a short list that a GPU only has to time: ``tilewright tune --offline --target sm_90`` writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tilewright.autotune.device import triton_version
+from tilewright.autotune.space import Tunable
+from tilewright.autotune.store import MAX_BYTES, TableError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The worst of a candidate's kernels: registers of a thread, bytes that spilled, bytes of shared memory of a block.
+    matrix: kinds of matrix instruction.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    matrix: str
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One problem's candidates: kept with their figures, dropped with the reason."""
+
+    tunable: Tunable
+    problem: Any
+    kept: Mapping[Any, Compiled]
+    dropped: Mapping[Any, str]
+
+
+def prune(tunable: Tunable, problem: Any, target: str, progress: Callable[[int, int], None] | None = None) -> Pruned:
+    """Compile every candidate for ``target``, of ``aot.TARGETS``. Raises ValueError for what is no Triton kernel.
+
+    A candidate that does not compile is dropped with the compiler's words.
+    """
+    from tilewright.aot.compiler import compile_launch
+    from tilewright.aot.targets import find_target
+
+    chip = find_target(target)
+    if tunable.hooks.launches is None:
+        raise ValueError(f"{tunable.name} chooses between implementations: there is nothing to compile")
+    sample = tunable.hooks.representative(problem)
+    serving, refused = tunable.split_candidates(sample)
+    kept: dict[Any, Compiled] = {}
+    dropped = dict(refused)
+    for place, config in enumerate(serving):
+        try:
+            launches = tunable.hooks.launches(tunable, sample, config, chip.backend)
+            made = [compile_launch(launch, chip) for launch in launches]
+        except Exception as error:  # a compiler may fail in any way
+            dropped[config] = f"does not compile: {type(error).__name__}: {error}"[:500]
+        else:
+            limits = [words for compiled in made for words in compiled.over_limits]
+            spilled = max((compiled.spill_bytes for compiled in made), default=0)
+            if spilled:
+                limits.append(f"{spilled} bytes of registers spill")
+            if limits:
+                dropped[config] = "; ".join(limits)
+            else:
+                kept[config] = Compiled(
+                    max((compiled.registers for compiled in made), default=0),
+                    spilled,
+                    max((compiled.shared_bytes for compiled in made), default=0),
+                    " ".join(sorted({kind for compiled in made for kind in compiled.instructions.matrix})),
+                )
+        if progress is not None:
+            progress(place + 1, len(serving))
+    return Pruned(tunable, sample, kept, dropped)
+
+
+def _key(tunable: Tunable, problem: Any) -> str:
+    """Without the driver, which compiled code does not depend on, and the device, which the list names."""
+    facts = [f"{what}={value}" for what, value in tunable.hooks.facts(problem).items()]
+    return " | ".join([tunable.name, *facts, f"triton={triton_version()}", f"source={tunable.source()}"])
+
+
+def write_short_list(path: Path, target: str, found: Sequence[Pruned]) -> None:
+    """Write what ``prune`` found. Raises OSError."""
+    lists = {
+        _key(one.tunable, one.problem): {
+            "kept": [
+                {
+                    "config": one.tunable.encode(config),
+                    "registers": figures.registers,
+                    "shared_bytes": figures.shared_bytes,
+                    "matrix": figures.matrix,
+                }
+                for config, figures in one.kept.items()
+            ],
+            "dropped": [
+                {"config": one.tunable.encode(config), "reason": reason} for config, reason in one.dropped.items()
+            ],
+        }
+        for one in found
+    }
+    text = json.dumps({"format": FORMAT, "target": target, "lists": lists}, indent=1)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class ShortList:
+    """A short list that was written by ``write_short_list``. Raises TableError for a file that is none."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise TableError(f"{path} is larger than {MAX_BYTES} bytes")
+        try:
+            data = json.loads(raw)
+            if data["format"] != FORMAT:
+                raise TableError(f"{path} has the format {data['format']!r}, not {FORMAT}")
+            self.target = str(data["target"])
+            self.lists = {
+                str(key): [dict(one["config"]) for one in found["kept"]] for key, found in data["lists"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise TableError(f"{path} is no short list of candidates: {error}") from error
+
+    def candidates(self, tunable: Tunable, problem: Any) -> list[Any] | None:
+        """Those kept for ``problem``, as configurations; None if the list does not speak of it, or of other code."""
+        sample = tunable.hooks.representative(problem)
+        kept = self.lists.get(_key(tunable, sample))
+        if kept is None:
+            return None
+        return [config for config in tunable.all_candidates(sample) if tunable.encode(config) in kept]

@@ -1,0 +1,86 @@
+"""Finding the fastest of many candidates without timing all of them well.
+
+Every candidate is timed a little, those that are clearly slower drop out, the rest are timed more. The first candidate,
+the one that would be used without tuning, stays in to the end: what wins has beaten it side by side.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Of each round: how often a candidate is timed, and by how much it may be slower than the best to stay.
+ROUNDS = ((3, 1.5), (7, 1.15), (15, 1.05), (30, 1.0))
+#: What beats the first candidate by less than this is noise.
+MARGIN = 0.97
+
+
+@dataclass
+class Race:
+    """medians: seconds of those that were timed, from their last round. failed: candidate -> what went wrong. left_out:
+    not timed, for want of time. finalists: how many reached the last round that was run.
+    """
+
+    medians: dict[Any, float] = field(default_factory=dict)
+    failed: dict[Any, str] = field(default_factory=dict)
+    left_out: list[Any] = field(default_factory=list)
+    finalists: list[Any] = field(default_factory=list)
+
+    def winner(self, first: Any) -> Any | None:
+        """The fastest finalist, but ``first`` unless it was beaten clearly; None if nothing worked."""
+        timed = [candidate for candidate in self.finalists if candidate in self.medians]
+        if not timed:
+            return None
+        best = min(timed, key=lambda candidate: self.medians[candidate])
+        if first in self.medians and self.medians[best] > MARGIN * self.medians[first]:
+            return first
+        return best
+
+
+def race(
+    candidates: Sequence[Hashable],
+    measure: Callable[[Any, int], list[float]],
+    budget: float,
+    progress: Callable[[int, int], None] | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> Race:
+    """Race ``candidates``, of which the first is the one to beat.
+
+    measure: seconds of that many calls of a candidate; what it raises disqualifies the candidate. budget: seconds in
+    all, after which what is known decides. progress: called with (candidates done, of how many) in the first round.
+    """
+    found = Race()
+    start = now()
+    left = list(candidates)
+    for number, (repeats, tolerance) in enumerate(ROUNDS):
+        timed: list[Any] = []
+        medians: dict[Any, float] = {}
+        for place, candidate in enumerate(left):
+            # The one to beat is timed in any case: without it nothing can be said of the others.
+            if now() - start > budget and timed:
+                break
+            try:
+                medians[candidate] = statistics.median(measure(candidate, repeats))
+                timed.append(candidate)
+            except Exception as error:  # a compiler, a driver or a launch may fail in any way
+                found.failed[candidate] = f"{type(error).__name__}: {error}"[:500]
+                found.medians.pop(candidate, None)
+            if progress is not None and number == 0:
+                progress(place + 1, len(left))
+        if number == 0:
+            found.left_out = [c for c in left if c not in timed and c not in found.failed]
+        complete = len(timed) + sum(c in found.failed for c in left) == len(left)
+        if complete or number == 0:
+            # Medians of one round only are compared with each other: clocks drift.
+            found.medians.update(medians)
+            found.finalists = timed
+        if not complete or len(timed) < 2:
+            break
+        best = min(medians.values())
+        left = [c for c in timed if c == candidates[0] or medians[c] <= best * tolerance]
+        if len(left) < 2:
+            break
+    return found

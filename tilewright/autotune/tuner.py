@@ -1,0 +1,125 @@
+"""Timing the candidates for one problem and writing down the fastest."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright.autotune import modes, tables
+from tilewright.autotune.racing import Race, race
+from tilewright.autotune.space import Trials, Tunable
+
+logger = logging.getLogger("tilewright")
+#: What a first use may cost, beside compiling the first candidate.
+FIRST_USE_SECONDS = 20.0
+#: Two tunings at once would time each other.
+_one_at_a_time = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tuning a problem found. config: the fastest, None if nothing could be timed. seconds: by candidate. failed:
+    candidates that could not run, or gave a wrong result, with what happened; refused: by a constraint. left_out: for
+    want of time. reason: why nothing was done.
+    """
+
+    config: Any | None
+    heuristic: Any
+    seconds: Mapping[Any, float]
+    failed: Mapping[Any, str]
+    refused: Mapping[Any, str]
+    left_out: Sequence[Any] = ()
+    reason: str = ""
+
+    @property
+    def speedup(self) -> float | None:
+        """Over the heuristic's configuration, if both were timed."""
+        if self.config not in self.seconds or self.heuristic not in self.seconds:
+            return None
+        return self.seconds[self.heuristic] / self.seconds[self.config]
+
+    def words(self) -> list[str]:
+        """Why there is no configuration."""
+        return [self.reason] if self.reason else [f"{config}: {error}" for config, error in self.failed.items()]
+
+
+def tune(
+    tunable: Tunable,
+    problem: Any,
+    budget: float,
+    *,
+    candidates: Sequence[Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    save: bool = True,
+) -> Outcome:
+    """Race the configurations of ``tunable`` for the bucket of ``problem`` and remember the fastest.
+
+    budget: seconds. candidates: a short list instead of the whole space (``offline``); the heuristic's is added. Never
+    raises for a candidate's sake: what fails is recorded with its error and cannot win. During CUDA-graph capture
+    nothing is run and nothing remembered.
+    """
+    sample = tunable.hooks.representative(problem)
+    heuristic = tunable.heuristic(sample)
+    serving, refused = tunable.split_candidates(sample)
+    if candidates is not None:
+        serving = [c for c in serving if c == heuristic or c in candidates]
+    reason = modes.why_not_now()
+    if reason is None and not serving:
+        reason = "no configuration serves the problem"
+    if reason is not None:
+        return Outcome(None, heuristic, {}, {}, refused, reason=reason)
+    with _one_at_a_time:
+        try:
+            trials = tunable.hooks.trials(tunable, sample)
+        except Exception as error:  # out of memory, for one
+            logger.warning("%s cannot be tuned: %s", tunable.name, error)
+            return Outcome(None, heuristic, {}, {}, refused, reason=f"{type(error).__name__}: {error}")
+        found = _race(trials, serving, budget, progress)
+    winner = found.winner(serving[0])
+    outcome = Outcome(winner, heuristic, found.medians, found.failed, refused, found.left_out)
+    for config, words in found.failed.items():
+        logger.warning("%s: %s failed in tuning: %s", tunable.name, tunable.encode(config), words)
+    if winner is not None and save:
+        key_facts = (tunable.name, tunable.hooks.facts(problem))
+        device = tunable.hooks.device(problem)
+        key = tables.key_of(*key_facts, device.driver, tunable.source())
+        tables.remember(device, {key: _entry(tunable, outcome)})
+    return outcome
+
+
+def _race(trials: Trials, candidates: Sequence[Any], budget: float, progress: Any) -> Race:
+    prepared: dict[Any, Callable[[], Any]] = {}
+
+    def measure(config: Any, count: int) -> list[float]:
+        if config not in prepared:
+            wrong = trials.check(trials.run(config))
+            if wrong is not None:
+                raise ValueError(f"wrong result: {wrong}")
+            prepared[config] = trials.clock.prepare(lambda: trials.run(config))
+        return trials.clock.seconds(prepared[config], count)
+
+    return race(candidates, measure, budget, progress)
+
+
+def _entry(tunable: Tunable, outcome: Outcome) -> dict[str, Any]:
+    """What the table keeps: the configuration, and how it was found."""
+
+    def shown(seconds: float | None) -> float | None:
+        return None if seconds is None else round(1e6 * seconds, 3)
+
+    return {
+        "config": tunable.encode(outcome.config),
+        "microseconds": shown(outcome.seconds.get(outcome.config)),
+        "heuristic": tunable.encode(outcome.heuristic),
+        "heuristic_microseconds": shown(outcome.seconds.get(outcome.heuristic)),
+        "timed": len(outcome.seconds),
+        "left_out": len(outcome.left_out),
+        "failed": [
+            {"config": tunable.encode(config), "error": error[:200]} for config, error in outcome.failed.items()
+        ][:20],
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
