@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from tilewright import doctor
+from tilewright.commands import cache, tune
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit status: for ``doctor`` 1 if something could be better."""
+    """Run a subcommand; returns its exit status: for ``doctor`` 1 if something could be better, 2 for wrong usage."""
     parser = argparse.ArgumentParser(prog="tilewright", description="Fast int8 and int4 layers for PyTorch models.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help=doctor.__doc__)
-    parser.parse_args(arguments)
-    findings = doctor.examine()
-    doctor.print_findings(findings)
-    return int(not all(finding.good for finding in findings))
+    for name, module in (("doctor", doctor), ("tune", tune), ("cache", cache)):
+        summary, _, rest = (module.__doc__ or "").partition("\n")
+        module.add_arguments(
+            commands.add_parser(
+                name,
+                help=summary.partition(": ")[2].rstrip("."),
+                description=f"{summary}\n{rest}",
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
+    options = parser.parse_args(arguments)
+    run = {"doctor": doctor.run, "tune": tune.run, "cache": cache.run}[options.command]
+    try:
+        return run(options)
+    except (ValueError, OSError) as error:
+        print(f"tilewright {options.command}: {error}", file=sys.stderr)  # noqa: T201  (a command speaks to its user)
+        return 2
 
 
 if __name__ == "__main__":

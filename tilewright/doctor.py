@@ -1,7 +1,17 @@
-"""``tilewright doctor``: what this machine has, which kernels serve on it, what is missing and what that costs."""
+"""``tilewright doctor``: what this machine has and which kernels serve on it; what converting a model could give.
+
+    tilewright doctor                                          this machine: what is missing and what that costs
+    tilewright doctor MODEL --batch 8 --chip H200              each layer: bound by memory or compute, the best any
+                                                               format could give, or why this will not help
+
+MODEL is a folder with a Hugging Face config.json, a .safetensors file or a folder of them, or "module:function" where
+the function returns an nn.Module. --tokens 128 or --image 3,224,224 say what an input looks like: without either, a
+linear layer is taken to see one row for each input of the batch. Nothing is converted and no weight is read.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import platform
 from collections.abc import Iterator
@@ -14,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tilewright.diagnosis import diagnose
 from tilewright.kernels.cpu import build, native
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.router import route
@@ -108,6 +119,34 @@ def examine() -> list[Finding]:
         *_c_kernels(),
         *_served(),
     ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("model", nargs="?", help="what to look at; without it, this machine")
+    parser.add_argument("--batch", type=int, default=1, help="inputs at once; default: 1")
+    parser.add_argument("--chip", help="a GPU by name, or cpu; default: the GPU that is here, else this CPU")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: each layer's")
+    parser.add_argument("--tokens", type=int, help="an input is so many token ids")
+    parser.add_argument("--image", metavar="C,H,W", help="an input is an image")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns its exit status: of the machine 1 if something could be better. Wrong input raises
+    ValueError or OSError.
+    """
+    if options.model is None:
+        findings = examine()
+        print_findings(findings)
+        return int(not all(finding.good for finding in findings))
+    from tilewright.model_files import example_input, skeleton
+
+    model = skeleton(options.model)
+    inputs = example_input(options.batch, options.tokens, options.image)
+    chip = options.chip or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[options.dtype]
+    diagnose(model, inputs, batch=options.batch, chip=chip, dtype=dtype).print(Console())
+    return 0
 
 
 def print_findings(findings: list[Finding], console: Console | None = None) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate, layers, structure
+from tilewright.convert import calibrate, layers, structure, timing
 from tilewright.convert.conv_calibrate import ERROR_SAMPLES
 from tilewright.convert.conv_convert import Convolutions, check_mode
 from tilewright.convert.conv_schemes import ConvScheme
@@ -23,6 +24,8 @@ from tilewright.convert.text import shown_name, size
 from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
 
 logger = logging.getLogger("tilewright")
+#: How the reason begins for which ``keep_if_faster`` gave a layer back.
+NOT_FASTER = "not faster converted"
 
 
 def convert_model(
@@ -33,6 +36,8 @@ def convert_model(
     filter_fn: FilterFunction | None = None,
     heads: bool = False,
     calibration_data: Iterable[Any] | None = None,
+    example_inputs: Iterable[Any] | Mapping[str, Any] | torch.Tensor | None = None,
+    keep_if_faster: bool = False,
     fuse: bool = True,
     inplace: bool = False,
     progress: bool | None = None,
@@ -49,6 +54,12 @@ def convert_model(
         one tensor; a mapping by itself is one sample. For schemes that quantise activations: they then search a scale
         for each input channel, which lowers the error (``convert.calibrate``), or fix one for the whole tensor, as
         convolutions do. It also gives the report an output error for every layer.
+    example_inputs: inputs as the model will see them, one (a mapping or a tensor) or an iterable of them. Each linear
+        layer is then timed before and after, side by side on what reaches it, on the device where it is; ``report``
+        shows both times.
+    keep_if_faster: give back every linear layer that is not faster on ``example_inputs`` than it was, with both times
+        as the reason. Convolutions hand integers to each other, so they are timed together, in the whole model, and
+        all or none are kept.
     fuse: let a layer apply the activation module that follows it, where tracing shows that nothing else reads what lies
         between (``convert.fusion``); the activation is then taken in float32, before the only cast.
     inplace: change ``model`` itself and free each float weight as soon as its replacement exists. Otherwise ``model``
@@ -56,18 +67,28 @@ def convert_model(
     progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.
 
     Layers that cannot be converted, tied weights and heads are left alone; ``report`` lists them with the reason.
-    Raises ValueError for a pattern that matches nothing and if nothing would be converted; TypeError if ``model`` is
-    no ``nn.Module`` or compiled.
+    Raises ValueError for a pattern that matches nothing, if nothing would be converted, and for ``keep_if_faster``
+    without ``example_inputs``; TypeError if ``model`` is no ``nn.Module`` or compiled. Where ``keep_if_faster`` gives
+    every layer back that is no error: the model comes back as it was, with the reasons in its report.
 
     >>> import tilewright as tw
     >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     >>> small = tw.convert_model(model, {"0": "int4-g32", "*": "int8"})
     """
     _check_model(model)
+    if keep_if_faster and example_inputs is None:
+        raise ValueError("keep_if_faster needs example_inputs: what is faster depends on what the model is called on")
+    examples = None if example_inputs is None else timing.single_or_many(example_inputs)
     recipe = Recipe.of(recipe).excluding(exclude)
     plan = make_plan(model, recipe, filter_fn, heads)
     check_mode(model, plan.convert)
+    if keep_if_faster and examples is not None and any(isinstance(p.scheme, ConvScheme) for p in plan.convert.values()):
+        if calibration_data is not None and not isinstance(calibration_data, (Mapping, torch.Tensor)):
+            calibration_data = list(calibration_data)  # it is run through the model twice
+        options: dict[str, Any] = {"heads": heads, "calibration_data": calibration_data, "progress": progress}
+        _leave_slow_convolutions(model, plan, examples, functools.partial(convert_model, model, recipe, **options))
     known, original = record_of(model), model
+    reached = _reached(model, plan, examples)
     if not inplace:
         model = structure.copy_structure(original)
     record = Record([*known.recipes, recipe.to_json()], dict(known.layers), plan.skipped, dict(known.untraced))
@@ -78,7 +99,7 @@ def convert_model(
         samples = _observe(model, plan, convolutions, data, progress)
         model = convolutions.model
         convolutions.release()
-        model = _swap(model, plan, samples, record, progress)
+        model = _swap(model, plan, samples, record, progress, reached, keep_if_faster)
         if fuse:
             for source in fuse_activations(model).values():
                 record.layers[source].label += f" + {model.get_submodule(source).activation}"
@@ -89,6 +110,9 @@ def convert_model(
         record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
         record.attach(model)
     if not any(name in record.layers for name in plan.convert):
+        if any(reason.startswith(NOT_FASTER) for reason in record.skipped.values()):
+            logger.warning("no layer is faster converted: the model is as it was")
+            return model
         known.attach(model)
         raise ValueError(nothing_to_convert(model, record.skipped))
     if not inplace:
@@ -137,8 +161,36 @@ def _observe(
     return samples
 
 
+def _leave_slow_convolutions(
+    model: nn.Module, plan: Plan, examples: list[Any], convert: Callable[..., nn.Module]
+) -> None:
+    """Take the convolutions out of ``plan`` unless a copy of ``model`` is faster with them converted."""
+    names = [name for name, planned in plan.convert.items() if isinstance(planned.scheme, ConvScheme)]
+    convolutions = {model.get_submodule(name) for name in names}
+    trial = convert(filter_fn=lambda module, name: module in convolutions)
+    times = timing.compare_models(model, trial, examples)
+    if times.lost:
+        for name in names:
+            del plan.convert[name]
+            plan.skipped[name] = f"{NOT_FASTER}: the whole model takes {times.words()}"
+
+
+def _reached(model: nn.Module, plan: Plan, examples: list[Any] | None) -> dict[str, list[timing.Reached]]:
+    """What reaches each linear layer that is to be converted."""
+    if examples is None:
+        return {}
+    names = [name for name, planned in plan.convert.items() if not isinstance(planned.scheme, ConvScheme)]
+    return timing.inputs_of(model, {name: model.get_submodule(name) for name in names}, examples)
+
+
 def _swap(
-    model: nn.Module, plan: Plan, samples: dict[str, calibrate.RowSample], record: Record, progress: bool | None
+    model: nn.Module,
+    plan: Plan,
+    samples: dict[str, calibrate.RowSample],
+    record: Record,
+    progress: bool | None,
+    reached: dict[str, list[timing.Reached]],
+    keep_if_faster: bool,
 ) -> nn.Module:
     """Replace every planned layer, one at a time, and write down what became of it. Returns the root."""
     slots = structure.slots_of(model)
@@ -153,6 +205,12 @@ def _swap(
         if made.bytes_after >= made.bytes_before and not plan.convert[name].explicit:
             record.skipped[name] = f"too small to pay: {made.bytes_before} bytes would become {made.bytes_after}"
             continue
+        times = timing.compare(old, new, reached.pop(name, []))
+        if times is not None:
+            made.microseconds_before, made.microseconds_after = 1e6 * times.before, 1e6 * times.after
+            if keep_if_faster and times.lost:
+                record.skipped[name] = f"{NOT_FASTER}: {times.words()}"
+                continue
         layers.carry_over(old, new)
         new.layer_name = name  # type: ignore[assignment]
         model = structure.replace(model, old, new, slots)

@@ -23,7 +23,8 @@ class LayerRecord:
     scheme: its JSON form. label: the same as a reader sees it. bytes_before, bytes_after: of weight, scales and bias.
     weight_error: ||W' - W|| / ||W|| of the dequantised weight W'. output_error: the same of the layer's output on the
     calibration rows, if there were any. smoothing: the exponent found for ``channel_scale``, if there is one. note:
-    what else a reader of the report should know.
+    what else a reader of the report should know. microseconds_before, microseconds_after: of the layer as it was and as
+    it is, on the example inputs, if they were given.
     """
 
     scheme: dict[str, Any]
@@ -34,6 +35,8 @@ class LayerRecord:
     output_error: float | None = None
     smoothing: float | None = None
     note: str = ""
+    microseconds_before: float | None = None
+    microseconds_after: float | None = None
 
 
 @dataclass
@@ -61,9 +64,10 @@ class Record:
                 raise ValueError(f"the label or note of {name!r} is no text")
             if not isinstance(layer.bytes_before, int) or not isinstance(layer.bytes_after, int):
                 raise ValueError(f"the byte counts of {name!r} are not integers")
-            for error in (layer.weight_error, layer.output_error, layer.smoothing):
+            numbers = (layer.weight_error, layer.output_error, layer.smoothing)
+            for error in (*numbers, layer.microseconds_before, layer.microseconds_after):
                 if error is not None and not isinstance(error, (int, float)):
-                    raise ValueError(f"an error of {name!r} is not a number")
+                    raise ValueError(f"an error or time of {name!r} is not a number")
         skipped = {str(name): str(reason) for name, reason in data["skipped"].items()}
         untraced = {str(name): str(reason) for name, reason in data.get("untraced", {}).items()}
         return cls(list(data["recipes"]), layers, skipped, untraced)

@@ -35,6 +35,7 @@ class ReportedLayer:
     each of ``BATCHES`` what the router chooses on the device where the layer is. declined: implementations that are
     preferred to the chosen one but do not take the layer, with the reason. bytes: of weight, scales and bias.
     weight_error, output_error: relative, ||y' - y|| / ||y||; None if not known. reason: why it was left alone.
+    microseconds_before, microseconds_after: on the example inputs of the conversion, if there were any.
     """
 
     name: str
@@ -49,6 +50,8 @@ class ReportedLayer:
     output_error: float | None = None
     smoothing: float | None = None
     reason: str = ""
+    microseconds_before: float | None = None
+    microseconds_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class Report:
         has_output = any(layer.output_error is not None for layer in self.converted)
         header = ["layer", "scheme", *(f"M={m}" for m in BATCHES), "before", "after", "weight err."]
         header += ["output err."] if has_output else []
+        timed = any(layer.microseconds_after is not None for layer in self.converted)
+        header += ["us before", "us after"] if timed else []
         # The headlines spell the options out. In the table they would only take room, unless two layers differ in them.
         names = Counter(scheme.partition(":")[0] for scheme in {layer.scheme for layer in self.converted})
         rows = []
@@ -129,7 +134,9 @@ class Report:
             scheme = name if names[name] == 1 else layer.scheme
             row = [shown_name(layer.name), scheme, *(layer.implementations[m] for m in BATCHES)]
             row += [size(layer.bytes_before), size(layer.bytes_after), _percent(layer.weight_error)]
-            rows.append(row + ([_percent(layer.output_error)] if has_output else []))
+            row += [_percent(layer.output_error)] if has_output else []
+            times = (layer.microseconds_before, layer.microseconds_after)
+            rows.append(row + (["-" if time is None else f"{time:.4g}" for time in times] if timed else []))
         return header, rows
 
     def _notes(self) -> list[str]:
@@ -182,7 +189,7 @@ class Report:
             made = Table(box=None, pad_edge=False, header_style="bold")
             for title in header:
                 # A cut name or reason helps nobody: cells fold instead. Numbers stay whole.
-                numeric = title in ("before", "after") or title.endswith("err.")
+                numeric = title.endswith(("before", "after", "err."))
                 whole = numeric or (title == "scheme" and width >= 80 and all(_fits(row[1]) for row in rows))
                 made.add_column(title, overflow="fold", no_wrap=whole, justify="right" if numeric else "left")
             for row in rows:
@@ -283,6 +290,8 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
         errors.get(name, made.output_error),
         made.smoothing,
         made.note,
+        made.microseconds_before,
+        made.microseconds_after,
     )
 
 

@@ -1,0 +1,191 @@
+"""The commands ``tilewright tune`` and ``tilewright cache``, and ``doctor`` for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tilewright as tw
+from tilewright import autotune, doctor
+from tilewright.__main__ import main
+from tilewright.autotune import tables
+from tilewright.kernels import tuning
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.roofline import CEILINGS, ceilings_for, floor, measure_cpu
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "tables"))
+    monkeypatch.setenv("COLUMNS", "400")
+    autotune.forget_tables()
+    yield tmp_path / "tables"
+    autotune.forget_tables()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in arguments])
+    found = capsys.readouterr()
+    return status, found.out, found.err
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 128))
+    tw.save_model(tw.convert_model(model, {"2": "int4-g32", "*": "int8"}), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_tune_a_model_then_show_export_clear_import(saved: Path, folder: Path, tmp_path: Path, capsys):
+    status, out, _ = run(capsys, "tune", saved, "--m", "1,3,4", "--device", "cpu", "--seconds", 60)
+    assert status == 0 and "int8_linear.implementation M=1 N=128 K=64" in out and "timed" in out
+    # Two layers of one shape, and two batches of one bucket, are tuned once.
+    assert out.count("int8_linear.implementation") == 2 and out.count("int4_linear.implementation") == 2
+    (path,) = tables.user_tables()
+    assert path.parent == folder
+    status, out, _ = run(capsys, "cache", "show")
+    assert status == 0 and "4 entries" in out and "implementation=" in out and "m=<=4 n=128 k=64" in out
+    copy = tmp_path / "copy.json"
+    assert run(capsys, "cache", "export", copy)[0] == 0
+    assert run(capsys, "cache", "export", copy)[0] == 2
+    assert "deleted 1 tables with 4 entries" in run(capsys, "cache", "clear")[1]
+    assert run(capsys, "cache", "export", tmp_path / "other.json")[2].startswith("tilewright cache: there is no table")
+    assert "added 4 entries" in run(capsys, "cache", "import", copy)[1]
+    asked = Problem("int8_linear", 2, 128, 64, torch.float32)
+    assert tuning.preferred(asked.with_rows(4)) is not None and tuning.preferred(asked.with_rows(64)) is None
+
+
+def test_a_bad_table_is_shown_as_such(folder: Path, capsys):
+    folder.mkdir()
+    (folder / "x.v1.json").write_text("torn")
+    status, out, _ = run(capsys, "cache", "show")
+    assert status == 1 and "no JSON" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["tune"], "name a folder that save_model wrote, or an operator"),
+        (["tune", "nowhere"], "tilewright.json"),
+        (["tune", "--op", "int8_linear", "--device", "cuda"], "no GPU can be used here"),
+        (["tune", "--op", "int8_linear", "--device", "cpu", "--shortlist", "nowhere.json"], "nowhere.json"),
+        (["cache", "import", "nowhere.json"], "does not exist"),
+        (["doctor", "nowhere"], "is no folder"),
+        (["doctor", "no_such_module:x"], "cannot be imported"),
+        (["doctor", "torch.nn:Linear"], "without arguments"),
+        (["doctor", "builtins:dict"], "returned dict, not an nn.Module"),
+        (["doctor", "torch.nn:Identity"], "no linear or convolution layer"),
+        (["doctor", f"{__name__}:perceptron", "--chip", "Abacus"], "no ceilings are known for 'Abacus'"),
+        (["doctor", f"{__name__}:perceptron", "--batch", "0"], "batch must be at least 1"),
+        (["doctor", f"{__name__}:perceptron", "--image", "3,2"], "is not like 3,224,224"),
+        (["doctor", f"{__name__}:perceptron", "--image", "3,2,2", "--tokens", "4"], "either tokens or an image"),
+    ],
+)
+def test_what_the_user_got_wrong_is_said_in_words(arguments: list[str], words: str, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and words in err
+
+
+@pytest.mark.parametrize("batches", ["0", "1,x", ""])
+def test_bad_batches(batches: str):
+    with pytest.raises(SystemExit) as stopped:
+        main(["tune", "--op", "int8_linear", "--m", batches])
+    assert stopped.value.code == 2
+
+
+def test_time_that_is_over_is_said_and_is_no_success(saved: Path, capsys):
+    status, out, _ = run(capsys, "tune", saved, "--m", "1,16", "--device", "cpu", "--seconds", 0)
+    assert status == 1 and "the time is over: 4 of 4 were not tuned" in out
+
+
+@pytest.mark.aot
+def test_offline_then_from_the_short_list(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    short = tmp_path / "short.json"
+    arguments = ["tune", "--op", "int4_int8_linear", "--shape", "256x512", "--m", "1", "--offline"]
+    few = autotune.Tunable.split_candidates
+    monkeypatch.setattr(autotune.Tunable, "split_candidates", lambda self, problem: (few(self, problem)[0][:2], {}))
+    status, out, _ = run(capsys, *arguments, "--target", "sm_90", "-o", short)
+    assert status == 0 and "2 kept, 0 dropped" in out
+    assert autotune.ShortList(short).target == "sm_90" and len(autotune.ShortList(short).lists) == 2
+
+
+# ---- doctor
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(4096, 11008), nn.ReLU(), nn.Linear(11008, 4096), nn.ReLU(), nn.Linear(4096, 8))
+
+
+def diagnose(batch: int, **options: Any) -> list[doctor.diagnose.__class__]:
+    found = doctor.diagnose(perceptron().to("meta"), batch=batch, chip="NVIDIA H200", dtype=torch.bfloat16, **options)
+    return list(found.layers)
+
+
+def test_small_batches_are_bound_by_memory_and_gain_most_from_int4():
+    first, _, small = diagnose(16)
+    assert first.bound == "memory" and first.best[0] == "int4" and 3.6 < first.best[1] < 3.9
+    assert first.verdict.startswith("int4 up to 3.") and first.helps
+    assert not small.helps and "could be saved, and a call alone costs about 4 us" in small.verdict
+
+
+def test_large_batches_are_bound_by_arithmetic_and_weights_alone_do_not_help():
+    first = diagnose(8192)[0]
+    assert first.bound == "compute" and first.best[0] == "int8" and abs(first.best[1] - 2.0) < 0.01
+    assert abs(first.formats["int4"] - 1.0) < 0.01 and "weight-only formats will not help" in first.verdict
+
+
+def test_floors_against_arithmetic_by_hand():
+    h200 = CEILINGS["H200"]
+    plain = floor(Problem("linear", 16, 28672, 4096, torch.bfloat16), h200)
+    moved = 2 * (28672 * 4096 + 16 * 4096 + 16 * 28672)
+    assert plain.bound == "memory" and abs(plain.microseconds - 1e6 * moved / 4.8e12) < 1e-6
+    int4 = Problem("int4_linear", 1, 4096, 4096, torch.bfloat16, group_size=128, scale_dtype=torch.bfloat16)
+    moved = 4096 * 4096 / 2 + 4096 * 32 * 2 + 2 * 4096 * 2
+    assert abs(floor(int4, h200).memory - moved / 4.8e12) < 1e-12
+    big = floor(Problem("int8_linear", 8192, 8192, 8192, torch.bfloat16), h200)
+    assert big.bound == "compute" and abs(big.seconds - 2 * 8192**3 / 1979e12) < 1e-9
+    assert floor(Problem("quantize_per_row", 10, 10, 100, torch.float16), h200).memory == (10 * 100 * 3 + 40) / 4.8e12
+    assert ceilings_for("NVIDIA H100 80GB HBM3").name == "H100"
+
+
+def test_rows_are_counted_on_the_meta_device_and_convolutions_too():
+    model = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.ReLU(), nn.Conv2d(64, 64, 3, padding="same"), nn.Flatten(2)).to(
+        "meta"
+    )
+    found = doctor.diagnose(model, torch.empty(8, 3, 32, 32, device="meta"), chip="H200", dtype=torch.float16)
+    assert [(one.problem.m, one.problem.n, one.problem.k) for one in found.layers] == [
+        (8 * 16 * 16, 64, 147),
+        (8 * 16 * 16, 64, 576),
+    ]
+    assert found.unseen == () and "H200" in str(found)
+    unseen = doctor.diagnose(nn.Sequential(*perceptron(), nn.Conv2d(8, 8, 3)).to("meta"), batch=4, chip="H200")
+    assert unseen.unseen == ("5",) and "did not reach 1 layers" in str(unseen)
+
+
+def test_doctor_leaves_the_model_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))
+    doctor.diagnose(model, torch.randn(2, 3, 8), chip="H200")
+    assert model.training and not model[0]._forward_pre_hooks
+    assert [one.problem.m for one in doctor.diagnose(model, torch.randn(2, 3, 8), chip="H200").layers] == [6, 6]
+
+
+def test_doctor_of_files(tmp_path: Path, capsys):
+    from safetensors.torch import save_file
+
+    tensors = {"a.weight": torch.zeros(4096, 512), "embed_tokens.weight": torch.zeros(9, 512), "a.bias": torch.zeros(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for name in (tmp_path, tmp_path / "model.safetensors"):
+        status, out, _ = run(capsys, "doctor", name, "--batch", 2, "--chip", "A100", "--dtype", "fp16")
+        assert status == 0 and "2 x 4096 x 512" in out and "1 layers" in out
+    assert run(capsys, "doctor", f"{__name__}:perceptron", "--chip", "H200", "--batch", 16, "--dtype", "bf16")[0] == 0
+
+
+def test_this_cpu_is_measured():
+    found = measure_cpu(256)
+    assert found.name == "this CPU" and found.bytes > 1e8 and found.float32 > 1e9 and found.int8 > 1e9
+    assert 0 < found.overhead < 1e-2

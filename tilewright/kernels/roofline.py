@@ -1,0 +1,162 @@
+"""The least time that an operator can take on a device: its bytes at the memory's rate, or its operations at the
+arithmetic's, whichever is longer (Williams et al., "Roofline", CACM 2009).
+
+    floor(problem, CEILINGS["H200"]).microseconds
+
+Every tensor moves through memory once: what a format saves in bytes it can save in time, and no kernel does better.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilewright.kernels.problem import Problem
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of one device, each second: bytes to and from memory; operations (a multiplication and an addition are two) in
+    float32, in float16 or bfloat16, and in int8. overhead: seconds of one call, from launch to result. source: where
+    the figures are from.
+    """
+
+    name: str
+    bytes: float
+    float32: float
+    float16: float
+    int8: float
+    overhead: float
+    source: str
+
+    def operations(self, dtype: torch.dtype) -> float:
+        """The rate of products of ``dtype``."""
+        if dtype in (torch.int8, torch.uint8):
+            return self.int8
+        return self.float16 if dtype in (torch.float16, torch.bfloat16) else self.float32
+
+
+_LAUNCH = 4e-6
+#: By datasheet, dense. Real kernels reach 70 to 95 % of the bytes and 50 to 80 % of the operations.
+CEILINGS = {
+    one.name: one
+    for one in (
+        Ceilings("A100", 2.04e12, 19.5e12, 312e12, 624e12, _LAUNCH, "NVIDIA A100 80GB datasheet (SXM)"),
+        Ceilings("L40S", 0.864e12, 91.6e12, 362e12, 733e12, _LAUNCH, "NVIDIA L40S datasheet"),
+        Ceilings("H100", 3.35e12, 67e12, 989e12, 1979e12, _LAUNCH, "NVIDIA H100 datasheet (SXM)"),
+        Ceilings("H200", 4.8e12, 67e12, 989e12, 1979e12, _LAUNCH, "NVIDIA H200 datasheet (SXM)"),
+        Ceilings("B200", 8.0e12, 75e12, 2250e12, 4500e12, _LAUNCH, "NVIDIA DGX B200 datasheet, one GPU"),
+        Ceilings("MI300X", 5.3e12, 163.4e12, 1307e12, 2615e12, _LAUNCH, "AMD Instinct MI300X datasheet"),
+    )
+}
+
+
+def ceilings_for(name: str) -> Ceilings:
+    """The device whose name is contained in ``name`` ("NVIDIA H200" has "H200"). Raises ValueError that lists them."""
+    for known, found in CEILINGS.items():
+        if known.lower() in name.lower():
+            return found
+    raise ValueError(f"no ceilings are known for {name!r}, only for {', '.join(CEILINGS)} and 'cpu', which is measured")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """memory, compute: seconds that the bytes and the operations take at least."""
+
+    memory: float
+    compute: float
+
+    @property
+    def seconds(self) -> float:
+        """The longer of them."""
+        return max(self.memory, self.compute)
+
+    @property
+    def microseconds(self) -> float:
+        """The same in millionths."""
+        return 1e6 * self.seconds
+
+    @property
+    def bound(self) -> str:
+        """Which one it is: "memory" or "compute"."""
+        return "memory" if self.memory >= self.compute else "compute"
+
+
+_INTEGER = ("int8_linear", "int8_linear_quantized", "int4_int8_linear", "int8_conv2d_fused")
+
+
+def weight_bytes(problem: Problem) -> float:
+    """Bytes of the weight with its scales and zero points, as the operator ``problem.op`` reads them."""
+    n, k = problem.n, problem.k
+    if problem.op.startswith("int4"):
+        groups = math.ceil(k / max(min(problem.group_size or k, k), 1))
+        return n * k / 2 + n * groups * (problem.scale_dtype.itemsize + (0 if problem.symmetric else 0.5))
+    if problem.op.startswith("int8"):
+        return n * k + 4 * n
+    return n * k * problem.x_dtype.itemsize
+
+
+def floor(problem: Problem, ceilings: Ceilings) -> Floor:
+    """The floor of ``problem``. ``problem.op`` "linear" or "conv2d" is the plain layer in ``x_dtype``.
+
+    Quantisers read x and write its bytes; norms and quantisation before a product are taken to cost no further trip.
+    """
+    m, n, k = problem.m, problem.n, problem.k
+    if problem.op.endswith("quantize") or problem.op.startswith("quantize"):
+        return Floor((m * k * (problem.x_dtype.itemsize + 1) + 4 * m) / ceilings.bytes, 0.0)
+    size = problem.x_dtype.itemsize
+    out_size = (problem.out_dtype or problem.x_dtype).itemsize
+    if problem.op == "int8_linear_quantized" and problem.out_dtype is None:
+        out_size = 2
+    if problem.conv is None:
+        x_bytes = m * k * size
+    else:
+        sizes = problem.conv
+        x_bytes = sizes.batch * sizes.in_channels * sizes.height * sizes.width * size
+    moved = x_bytes + weight_bytes(problem) + m * n * out_size * (2 if problem.residual else 1)
+    multiplied = torch.int8 if problem.op in _INTEGER else problem.multiply_dtype
+    return Floor(moved / ceilings.bytes, 2 * m * n * k / ceilings.operations(multiplied))
+
+
+def _best_of(run: Callable[[], Any], count: int = 5) -> float:
+    run()
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def measure_cpu(size: int = 1024) -> Ceilings:
+    """Ceilings of this CPU with the threads that PyTorch uses: a copy of 256 MB, and products of size^3 on random data
+    in float32, bfloat16 and int8 by the fastest there is here: what was reached, so a kernel may pass it a little.
+    Takes about a second.
+    """
+    source = torch.zeros(2**26, dtype=torch.int32)
+    target = torch.empty_like(source)
+    copied = 2 * 4 * source.numel() / _best_of(lambda: target.copy_(source), 3)
+    operations = 2 * size**3
+    with torch.inference_mode():
+        a = torch.randn(size, size)
+        prepacked = torch.ops.mkldnn._reorder_linear_weight(a) if torch.backends.mkldnn.is_available() else None
+        plain = _best_of(lambda: a @ a)
+        if prepacked is not None:
+            linear = torch.ops.mkldnn._linear_pointwise
+            plain = min(plain, _best_of(lambda: linear(a, prepacked, None, "none", [], "")))
+        low = a.bfloat16()
+        half = _best_of(lambda: low @ low)
+        q = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+        scale = torch.ones(size)
+        integer = _best_of(lambda: torch.ops.tilewright.int8_linear_quantized(q, scale, q, scale))
+        integer = min(integer, _best_of(lambda: torch.ops.tilewright.int8_linear(a, q, scale)))
+        one = torch.zeros(1, 64), torch.zeros(64, 64)
+        overhead = _best_of(lambda: torch.nn.functional.linear(*one), 20)
+    words = f"measured here with {torch.get_num_threads()} threads"
+    floats, halves, integers = (operations / seconds for seconds in (plain, min(half, plain), integer))
+    return Ceilings("this CPU", copied, floats, halves, integers, overhead, words)
