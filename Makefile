@@ -4,10 +4,12 @@
 #   TEST_WORKERS=4          processes of the main test run
 #   PYTEST_ARGS="-k int4"   further arguments for the main test run
 #   DEMO_ARGS=--check       further arguments for the demo
+#   MINUTES=8               what `make gpu` may take
 
 PYTHON ?= python3
 VENV ?= .venv
 TEST_WORKERS ?= 2
+MINUTES ?= 20
 COMPAT_TRITONS ?= 3.4.0 3.6.0 3.9.0
 
 BIN := $(VENV)/bin
@@ -72,10 +74,9 @@ compat: $(STAMP) $(COMPAT_TRITONS:%=.compat/triton-%)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@.partial triton==$*
 	@mv $@.partial $@
 
-#: make gpu        the tests and the table that need a GPU, with the Python that is there: installs nothing
+#: make gpu        the tests and the tables that need a GPU, with the Python that is there: installs nothing
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest tests -m gpu -q
-	PYTHONPATH=. $(PYTHON) -m bench.gpu
+	$(PYTHON) bench/gpu.py --minutes $(MINUTES)
 
 #: make clean      remove what these commands made
 clean:

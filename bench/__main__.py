@@ -2,6 +2,8 @@
 
     python -m bench [NAME ...]     operators, linear, conv; all of them by default
 
+The table beside every peer, which takes longer, is ``python -m bench.run``; floors are ``python -m bench.roofline``.
+
 Each has more options of its own: ``python -m bench.cpu_linear --help``.
 """
 

@@ -1,243 +1,165 @@
-"""Linear layers on a GPU beside what a user would have without them: time, and distance from what the chip can do.
+"""One command for a machine with a GPU: is it right, and how fast is it.
 
-    python -m bench.gpu                  all operators and shapes; writes bench/results/gpu_<device>.csv
-    python -m bench.gpu --quick          M = 1, 64 and 1024 of the first shape
-    python -m bench.gpu --ops int4_linear int8_linear
-    python -m bench.sparse24_gpu         2:4 against dense, cuSPARSELt and int4, every implementation of them
+    python bench/gpu.py --minutes 8            or: python -m bench.gpu
+    python bench/gpu.py --dry-run              the same on a machine without one, as far as that goes
 
-Every result is compared with the definition before it is timed. Calls are replayed from a CUDA graph, so that the
-host's share is not in the time, each after a write of twice the L2 cache, so that weights come from memory; times are
-medians of CUDA events. Ceilings are measured in the same run: bytes by a copy, float operations by cuBLAS on a large
-bfloat16 product, integer ones by ``torch._int_mm``.
+Runs the tests marked ``gpu``, then the tables in order of importance: int4 at the sizes that decide, int8, the other
+formats, then everything beside every peer. After each step the files in bench/results/ are whole, so it may be stopped
+at any time, and what was measured is there. Needs torch 2.9, Triton 3.4 and pytest, no network and no git history.
+
+With --dry-run the tables' kernels run in Triton's interpreter, and a sample of them compiled on an emulated GPU: every
+step but the time is what a GPU will see. The files then go to a folder of their own.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import re
-import statistics
+import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
-import torch
-import torch.nn.functional as F
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # called by its path
+    sys.path.insert(0, str(ROOT))
 
-from bench.problems import SPARSE, Shape, dense_weight, make_arguments, reference
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.router import route
-
-RESULTS = Path(__file__).parent / "results"
-OPS = ("int8_linear", "int8_linear_quantized", "int8_weight_only_linear", "int4_linear", "int4_int8_linear", *SPARSE)
-BATCHES = (1, 16, 64, 256, 1024, 4096)
-FEATURES = ((4096, 4096), (28672, 4096))
-INTEGER = ("int8_linear", "int8_linear_quantized", "int4_int8_linear", "sparse24_int8_linear")
+RESULTS = ROOT / "bench" / "results"
+SMALL, MIDDLE, LARGE = ("1", "16", "32", "64"), ("128", "256", "512"), ("1024", "2048", "8192")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement.
+class Step:
+    """name; command: arguments of Python; share: of the time that is left when it starts, at most."""
 
-    speedup: against F.linear in bfloat16 at the same shape. of_ceiling: the time that the bytes or the operations need
-    at the measured ceilings, whichever is longer, over the time taken.
-    """
-
-    op: str
-    implementation: str
-    m: int
-    n: int
-    k: int
-    microseconds: float
-    speedup: float
-    gigabytes_per_second: float
-    teraops_per_second: float
-    of_ceiling: float
-    device: str
-    torch: str
-    triton: str
-    date: str
+    name: str
+    command: tuple[str, ...]
+    share: float = 1.0
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Measured on this device: bytes, bfloat16 operations and int8 operations for each second."""
-
-    bytes: float
-    float_ops: float
-    int_ops: float
-
-    def shortest(self, moved: int, operations: int, integer: bool) -> float:
-        """Seconds that nothing on this device can go below."""
-        return max(moved / self.bytes, operations / (self.int_ops if integer else self.float_ops))
+def _table(name: str, shapes: Sequence[str], batches: Sequence[str], variants: Sequence[str], share: float) -> Step:
+    flags = [flag for shape in shapes for flag in ("--shape", shape)]
+    return Step(name, ("-m", "bench.run", *flags, "--m", *batches, "--variants", *variants), share)
 
 
-def seconds(run: Callable[[], Any], flush: torch.Tensor, budget: float = 0.15) -> float:
-    """Median time of ``run`` with ``flush`` overwritten before each call: at least 7, for about ``budget`` seconds."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles and repacks, which a capture must not
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times: list[float] = []
-    while len(times) < 7 or (sum(times) < budget and len(times) < 50):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+def steps() -> list[Step]:
+    """In order of importance: what is cut off by the clock is what matters least."""
+    ours = ("Tilewright",)
+    decisive = ("4096x4096", "8192x8192", "28672x4096", "16384x16384")
+    return [
+        Step("correctness", ("-m", "pytest", "tests", "-m", "gpu", "-q", "-x", "--maxfail=20"), 0.45),
+        _table("int4, small batches", decisive, SMALL, ("Tilewright int4",), 0.4),
+        _table("int8, small batches", decisive, SMALL, ("Tilewright int8",), 0.4),
+        _table("all formats, middle batches", decisive, MIDDLE, ours, 0.5),
+        _table("all formats, large batches", decisive, LARGE, (*ours, "_int_mm"), 0.5),
+        _table("every peer", decisive[:3:2], ("1", "16", "64", "256", "2048"), ("",), 1.0),
+    ]
 
 
-def measure_ceilings(flush: torch.Tensor) -> Ceilings:
-    """A copy of 1 GiB, and products of 8192 x 8192 x 8192 on random data."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / seconds(lambda: target.copy_(source), flush)
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    floats = 2 * 8192**3 / seconds(lambda: a @ a, flush)
-    q = torch.randint(-127, 128, (8192, 8192), dtype=torch.int8, device="cuda")
-    integers = 2 * 8192**3 / seconds(lambda: torch._int_mm(q, q.t()), flush)
-    return Ceilings(copy, floats, integers)
+def dry_steps() -> list[Step]:
+    """What can be done of it without a GPU."""
+    return [
+        Step(
+            "the tests are found", ("-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "--collect-only", "-p", "no:xdist")
+        ),
+        Step("kernels in the interpreter", ("-m", "bench.dry_run", "interpret")),
+        Step("kernels on the emulated GPU", ("-m", "bench.dry_run", "emulate")),
+        Step(
+            "tables on this CPU",
+            ("-m", "bench.run", "--device", "cpu", "--shape", "256x256", "--m", "1", "--variants", "Tilewright"),
+        ),
+    ]
 
 
-def bytes_moved(arguments: dict[str, Any], n: int, out_bytes: int) -> int:
-    """Bytes of all arguments, read once, and of the result, written once."""
-    given = sum(t.numel() * t.element_size() for t in arguments.values() if isinstance(t, torch.Tensor))
-    return given + arguments["x"].shape[0] * n * out_bytes
+class Runner:
+    """Runs steps one after another within a time, and keeps a summary that is whole after each."""
 
+    def __init__(self, output: Path, minutes: float, environment: dict[str, str]) -> None:
+        self.output, self.end = output, time.monotonic() + 60 * minutes
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TILEWRIGHT_BENCH_RESULTS": str(output),
+            **environment,
+        }
+        self.done: list[dict[str, object]] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stopped = False
 
-def assert_near_definition(op: str, arguments: dict[str, Any], found: torch.Tensor) -> None:
-    """A corner and the opposite one against float64: cheap at any size, and before any time is taken.
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """On a signal: end the step that runs, start no other."""
+        self.stopped = True
+        if self.process is not None:
+            self.process.terminate()
 
-    Raises ValueError. The bar is one part in 64 of the root mean square: what a wrong kernel passes by far. The tests
-    hold results to the last place.
-    """
-    rows, columns, n = 8, 128, found.shape[1]
-    for m_part, n_part in ((slice(0, rows), slice(0, columns)), (slice(-rows, None), slice(max(n - columns, 0), None))):
-        few = dict(arguments)
-        for name in ("x", "x_scale"):
-            if name in few:
-                few[name] = few[name][m_part]
-        for name in ("weight", "weight_packed", "weight_values", "weight_meta", "weight_scale", "bias"):
-            if few.get(name) is not None:
-                few[name] = few[name][n_part]
-        few = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in few.items()}
-        expected = reference(op)(**few).double()
-        error = (found[m_part, n_part].cpu().double() - expected).square().mean().sqrt()
-        if not error <= expected.square().mean().sqrt() / 64:
-            raise ValueError(f"{op}: RMS error {error:.3g} where the result is {expected.square().mean().sqrt():.3g}")
+    def run(self, step: Step) -> None:
+        """One step, ended when its share of the time is over."""
+        left = self.end - time.monotonic()
+        if self.stopped or left < 1:
+            self._note(step, "not started: stopped" if self.stopped else "not started: the time was over", 0.0)
+            return
+        begin, log = time.monotonic(), self.output / f"{step.name.replace(' ', '_').replace(',', '')}.log"
+        print(f"== {step.name}: at most {step.share * left:.0f} s", flush=True)
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *step.command], cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT
+            )
+            try:
+                status = self.process.wait(step.share * left)
+                result = "done" if status == 0 else f"status {status}"
+            except subprocess.TimeoutExpired:
+                self.process.terminate()
+                try:
+                    self.process.wait(10)
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+                    self.process.wait()
+                result = "its share of the time was over"
+            if self.stopped:
+                result = "stopped"
+            self.process = None
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        print("\n".join(lines[-12:]), flush=True)
+        self._note(step, result, time.monotonic() - begin, lines[-1] if lines else "")
 
-
-def plain_linear_seconds(op: str, arguments: dict[str, Any], flush: torch.Tensor) -> float:
-    """Time of cuBLAS on the dequantised weight in bfloat16, which is gone again afterwards."""
-    dense = dense_weight(op, arguments).to(torch.bfloat16)
-    x = torch.randn(arguments["x"].shape, dtype=torch.bfloat16, device="cuda")
-    return seconds(lambda: F.linear(x, dense), flush)
-
-
-def measure(op: str, shape: Shape, ceilings: Ceilings, flush: torch.Tensor) -> Iterator[Row]:
-    """Rows for the plain layer, for ``torch._int_mm`` where it applies, and for the operator."""
-    arguments = make_arguments(op, shape)
-    arguments = {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
-    m, n, k = shape.m, shape.n, shape.k
-    operations, out_bytes = 2 * m * n * k, 2
-    baseline = plain_linear_seconds(op, arguments, flush)
-
-    def row(name: str, time: float, moved: int, integer: bool) -> Row:
-        return Row(
-            op,
-            name,
-            m,
-            n,
-            k,
-            microseconds=round(time * 1e6, 2),
-            speedup=round(baseline / time, 3),
-            gigabytes_per_second=round(moved / time / 1e9, 1),
-            teraops_per_second=round(operations / time / 1e12, 2),
-            of_ceiling=round(ceilings.shortest(moved, operations, integer) / time, 3),
-            device=torch.cuda.get_device_name(),
-            torch=torch.__version__,
-            triton=triton_version(),
-            date=datetime.date.today().isoformat(),
-        )
-
-    yield row("F.linear bfloat16", baseline, (m * k + n * k + m * n) * 2, integer=False)
-    if op == "int8_linear_quantized" and m > 16:
-        a, b = arguments["x"], arguments["weight"]
-        time = seconds(lambda: torch._int_mm(a, b.t()), flush)
-        yield row("torch._int_mm to int32", time, m * k + n * k + 4 * m * n, integer=True)
-    facts = device_facts(torch.device("cuda", torch.cuda.current_device()))
-    if "group_size" in arguments:
-        facts = {**facts, "group_size": arguments["group_size"], "scale_dtype": arguments["weight_scale"].dtype}
-    implementation = route(Problem(op, m, n, k, arguments["x"].dtype, **facts)).implementation
-    run = getattr(torch.ops.tilewright, op)
-    assert_near_definition(op, arguments, run(**arguments))
-    moved = bytes_moved(arguments, n, out_bytes)
-    yield row(implementation.name, seconds(lambda: run(**arguments), flush), moved, op in INTEGER)
-
-
-def triton_version() -> str:
-    """Of the Triton that is installed."""
-    import triton
-
-    return triton.__version__
+    def _note(self, step: Step, result: str, seconds: float, last: str = "") -> None:
+        self.done.append({"step": step.name, "result": result, "seconds": round(seconds, 1), "last_line": last[:300]})
+        partial = self.output / "gpu_run.json.partial"
+        partial.write_text(json.dumps(self.done, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.output / "gpu_run.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line above; returns the exit status."""
+    """The command line above; returns 0 if every step was done, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything; default: 8")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: interpreter and emulator")
+    parser.add_argument("--skip-tests", action="store_true", help="tables only")
+    parser.add_argument("--output", type=Path, help="default: bench/results, of a dry run a temporary folder")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("no GPU here: torch.cuda.is_available() is False")
-        return 1
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    flush = torch.empty(2 * l2, dtype=torch.uint8, device="cuda")
-    ceilings = measure_ceilings(flush)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_version()}, measured ceilings:")
-    print(f"{ceilings.bytes / 1e12:.2f} TB/s copied, {ceilings.float_ops / 1e12:.0f} TFLOP/s in bfloat16,", end=" ")
-    print(f"{ceilings.int_ops / 1e12:.0f} TOP/s in int8")
-    print(f"{'':62}{'us':>10}{'speedup':>9}{'GB/s':>9}{'TOP/s':>9}{'ceiling':>9}")
-    rows = []
-    for op in options.ops:
-        for n, k in FEATURES[: 1 if options.quick else None]:
-            for m in (1, 64, 1024) if options.quick else BATCHES:
-                for row in measure(op, Shape(m, n, k, group_size=128, bias=False), ceilings, flush):
-                    rows.append(row)
-                    print(in_words(row))
-    write(rows, RESULTS / f"gpu_{slug(torch.cuda.get_device_name())}.csv")
-    return 0
+    if not options.dry_run:
+        import torch
 
-
-def in_words(row: Row) -> str:
-    """A line of the printed table."""
-    what = f"{row.op:24}{row.implementation[:24]:25}{row.m:5} x{row.n:6}"
-    rates = f"{row.gigabytes_per_second:9.0f}{row.teraops_per_second:9.1f}{row.of_ceiling:9.0%}"
-    return f"{what}{row.microseconds:10.1f}{row.speedup:8.2f}x{rates}"
-
-
-def slug(name: str) -> str:
-    """A device's name as part of a file name."""
-    return re.sub(r"\W+", "_", name.lower()).strip("_")
-
-
-def write(rows: list[Row], path: Path) -> None:
-    """Write the measurements."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(asdict(row) for row in rows)
+        if not torch.cuda.is_available():
+            print("no GPU here: torch.cuda.is_available() is False (--dry-run does what can be done without)")
+            return 1
+    output = options.output or (Path(tempfile.mkdtemp(prefix="tilewright-dry-")) if options.dry_run else RESULTS)
+    output.mkdir(parents=True, exist_ok=True)
+    runner = Runner(output.resolve(), options.minutes, {})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, runner.stop)
+    for step in dry_steps() if options.dry_run else steps()[1 if options.skip_tests else 0 :]:
+        runner.run(step)
+    print(f"== results in {output}", flush=True)
+    for one in runner.done:
+        print(f"{one['step']:32}{one['result']:40}{one['seconds']:8} s")
+    return int(any(one["result"] != "done" for one in runner.done))
 
 
 if __name__ == "__main__":

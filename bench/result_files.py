@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ import torch
 
 from tilewright.autotune.device import cpu_kind, driver_version, triton_version
 
-RESULTS = Path(__file__).parent / "results"
+#: The folder of results; ``bench/gpu.py`` names another for a dry run.
+RESULTS = Path(os.environ.get("TILEWRIGHT_BENCH_RESULTS") or Path(__file__).parent / "results")
 PEERS = ("torchao", "onnxruntime", "gemlite", "bitsandbytes")
 
 
@@ -118,8 +120,8 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     parts = [
         f"# {title}",
         f"{first.device}; driver {first.driver}; {first.versions}; {first.date}.",
-        f"Speed-up over {first.variant}, in brackets the share of the roofline that was reached. Medians, operands from "
-        "memory, every result checked before it was timed. Made by `python -m bench.run`.",
+        f"Speed-up over {first.variant}, in brackets the share of the roofline that was reached. Medians, operands "
+        "from memory, every result checked before it was timed. Made by `python -m bench.run`.",
     ]
     for n, k in dict.fromkeys((row.n, row.k) for row in rows):
         here = [row for row in rows if (row.n, row.k) == (n, k)]

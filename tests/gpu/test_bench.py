@@ -1,72 +1,206 @@
-"""The arithmetic of the GPU benchmark, which needs no GPU."""
+"""What the benchmarks compute and write, which needs no GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from bench import sparse24_gpu
-from bench.gpu import OPS, Ceilings, Row, assert_near_definition, bytes_moved, main, slug
-from bench.problems import SPARSE, Shape, make_arguments, reference
-from tilewright.kernels.problem import Problem
+from bench import gpu, result_files, roofline, run
+from bench.baselines import CPU, GPU, Missing, Variant
+from bench.result_files import Row, markdown, merge, read_rows, slug, write_rows
+from tilewright.kernels.roofline import Ceilings
 
-
-def test_the_longer_of_bytes_and_operations_bounds_the_time() -> None:
-    ceilings = Ceilings(bytes=1e12, float_ops=1e14, int_ops=2e14)
-    assert ceilings.shortest(moved=10**12, operations=10**12, integer=False) == 1.0
-    assert ceilings.shortest(moved=1, operations=10**14, integer=False) == 1.0
-    assert ceilings.shortest(moved=1, operations=10**14, integer=True) == 0.5
+ROUND = Ceilings("a device", 1e12, 1e13, 1e14, 2e14, 1e-6, "made up")
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_bytes_are_those_of_the_arguments_and_the_result() -> None:
-    arguments = make_arguments("int8_linear_quantized", Shape(3, 5, 16, bias=False))
-    assert bytes_moved(arguments, n=5, out_bytes=2) == 3 * 16 + 3 * 4 + 5 * 16 + 5 * 4 + 3 * 5 * 2
+def variant(name: str, make: Any, error: float = 1e-4, operation: torch.dtype = torch.float32) -> Variant:
+    return Variant(name, "fp32", make, error, 32, operation)
 
 
-@pytest.mark.parametrize("op", OPS)
+def absent(linear: nn.Linear, m: int) -> run.Run:
+    raise Missing("no such package")
+
+
+def off_by_a_column(linear: nn.Linear, m: int) -> run.Run:
+    return lambda x: linear(x).roll(1, 1)
+
+
+PLAIN = variant("plain", lambda linear, m: linear)
+
+
+def test_every_row_is_checked_and_what_has_no_time_has_a_reason():
+    variants = [PLAIN, variant("wrong", off_by_a_column), variant("absent", absent)]
+    good, wrong, missing = run.measure(variants, 5, 32, 16, ROUND, "cpu", rounds=2)
+    assert good.speedup == 1.0 and good.microseconds > 0 and good.error < 1e-5 and good.of_roofline > 0
+    assert wrong.microseconds is None and "relative error of" in wrong.note
+    assert missing.microseconds is None and missing.note == "Missing: no such package"
+    assert "torch" in good.versions and good.date and "threads" in good.device
+
+
 @pytest.mark.parametrize("m", [1, 40])
-def test_a_wrong_corner_stops_the_benchmark(op: str, m: int) -> None:
-    arguments = make_arguments(op, Shape(m, 300, 128, group_size=32, bias=False))
-    found = reference(op)(**arguments)
-    assert_near_definition(op, arguments, found)
-    found[-1, -1] += 10
-    with pytest.raises(ValueError, match=f"{op}: RMS error"):
-        assert_near_definition(op, arguments, found)
+def test_a_wrong_corner_is_found(m: int):
+    linear, x = nn.Linear(16, 300), torch.randn(m, 16)
+    expected = run.expected_of(linear, x)
+
+    def corner(x: torch.Tensor) -> torch.Tensor:
+        y = linear(x).clone()
+        y[-1, -1] += 1
+        return y
+
+    with torch.inference_mode():
+        assert run.check(PLAIN, linear, x, expected) < 1e-5
+        with pytest.raises(ValueError, match="plain has a relative error"):
+            run.check(PLAIN, corner, x, expected)
+        with pytest.raises(ValueError, match="gives"):
+            run.check(PLAIN, lambda x: linear(x)[:, :7], x, expected)
+        with pytest.raises(ValueError, match="relative error of nan"):
+            run.check(PLAIN, lambda x: linear(x) * torch.nan, x, expected)
+
+
+def test_floors_and_what_a_format_could_give():
+    half = Variant("half", "bf16", PLAIN.make, 0.1, 16, torch.bfloat16)
+    floor, moved = run.floor_of(PLAIN, 1, 1000, 1000, ROUND, 4)
+    assert moved == 4 * 1000 * 1000 + 4 * 2000 and floor == moved / 1e12
+    assert run.floor_of(PLAIN, 10_000, 1000, 1000, ROUND, 4)[0] == 2e10 / 1e13
+    most = run.most_of([PLAIN, half], 1, 4096, 4096, ROUND, 4)
+    assert most["fp32"] == 1.0 and 1.99 < most["bf16"] < 2.0
+
+
+def test_the_clock_on_a_cpu_takes_the_second_copy_s_time():
+    order: list[str] = []
+
+    def call(name: str, seconds: float = 0.0):
+        return lambda: (order.append(name), time.sleep(seconds))
+
+    found = run.interleaved({"a": (call("a1", 0.02), call("a2")), "b": (call("b1"), call("b2", 0.02))}, ["a"], 3)
+    assert order == ["a1", "a2", "b1", "b2"] * 3
+    assert found["a"] < 0.01 < found["b"]
+
+
+def row(m: int, name: str, **values: Any) -> Row:
+    return Row(m, 64, 32, "fp32", name, **{"device": "d", "date": "2026-01-01", "versions": "v", **values})
+
+
+def test_rows_are_written_whole_read_back_and_replaced(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    old = [row(1, "a", microseconds=2.0, speedup=1.0), row(1, "b", note="Missing: x"), row(16, "a", microseconds=3.0)]
+    write_rows(old, path)
+    assert read_rows(path) == old and not list(tmp_path.glob("*.partial"))
+    new = [row(1, "b", microseconds=1.0, speedup=2.0), row(4, "a", microseconds=9.0)]
+    assert [(one.m, one.variant, one.microseconds) for one in merge(old, new)] == [
+        (1, "a", 2.0),
+        (1, "b", 1.0),
+        (4, "a", 9.0),
+        (16, "a", 3.0),
+    ]
+    assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_the_markdown_table_and_the_plot(tmp_path: Path):
+    rows = [
+        row(1, "base", microseconds=100.0, speedup=1.0, of_roofline=0.5),
+        row(1, "Tilewright int8", microseconds=25.0, speedup=4.0, of_roofline=0.9),
+        row(1, "peer", note="Missing: not installed"),
+    ]
+    text = markdown(rows, "Title")
+    assert "| base | 100 us |" in text and "| **Tilewright int8** | 4.00x (90%) |" in text and "| peer | - |" in text
+    assert "- peer, M = 1: Missing: not installed" in text and "2026-01-01" in text
+    pytest.importorskip("matplotlib")
+    result_files.plot(rows, tmp_path / "plot.png", {(64, 32): {"fp32": {1: 4.5, 16: 3.0}}})
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_are_whole_after_every_shape_and_stop_in_time(tmp_path: Path):
+    output = tmp_path / "out"
+    assert run.tables("cpu", [(32, 16)], [1, 2], [PLAIN], output, minutes=1, ceilings=ROUND)
+    assert [one.m for one in read_rows(output.with_suffix(".csv"))] == [1, 2]
+    assert output.with_suffix(".md").exists()
+    assert not run.tables("cpu", [(8, 8)], [1], [PLAIN], output, minutes=-1, ceilings=ROUND)
+    assert len(read_rows(output.with_suffix(".csv"))) == 2
+
+
+def test_the_variants_of_both_devices():
+    for variants in (CPU, GPU):
+        names = [one.name for one in variants]
+        assert len(set(names)) == len(names) and sum(one.ours for one in variants) == 4
+        assert all(0 < one.error <= 1 and 4 < one.weight_bits <= 32 for one in variants)
+    assert CPU[0].name == "PyTorch fp32 (MKL)" and GPU[0].name == "cuBLAS bf16"
+
+
+@pytest.mark.parametrize("one", [one for one in CPU if one.ours or "oneDNN" in one.name], ids=lambda one: one.name)
+def test_our_variants_run(one: Variant):
+    (found,) = run.measure([one], 3, 256, 256, ROUND, "cpu", rounds=2)
+    assert found.note == "" and found.microseconds > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("main", [main, sparse24_gpu.main], ids=["gpu", "sparse24_gpu"])
-def test_without_a_gpu_it_says_so(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 1
-    assert "no GPU here" in capsys.readouterr().out
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]):
+    assert gpu.main([]) == 1 and "no GPU here" in capsys.readouterr().out
+    assert run.main(["--device", "cuda"]) == 1 and "no GPU here" in capsys.readouterr().out
 
 
-def test_a_device_name_becomes_a_file_name() -> None:
+def test_floors_on_the_command_line(capsys: pytest.CaptureFixture[str]):
+    assert roofline.main(["--device", "H200", "--shape", "28672x4096", "--m", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (int4,) = [line for line in lines if line.startswith("int4_linear")]
+    # 117.4 M weights at 4.125 bits from 4.8 TB/s.
+    assert abs(float(int4.split()[4]) - 28672 * 4096 * 4.125 / 8 / 4.8e6) < 0.1 and "memory" in int4
+    with pytest.raises(SystemExit):
+        roofline.main(["--device", "Abacus"])
+
+
+def sleep_step(name: str, seconds: float, share: float = 1.0) -> gpu.Step:
+    code = f"import time; print('began', flush=True); time.sleep({seconds}); print('ended')"
+    return gpu.Step(name, ("-c", code), share)
+
+
+def test_steps_end_with_their_share_and_the_summary_is_whole(tmp_path: Path):
+    runner = gpu.Runner(tmp_path, minutes=4 / 60, environment={})
+    for step in (sleep_step("long", 60, share=0.2), gpu.Step("bad", ("-c", "1/0")), sleep_step("good", 0)):
+        runner.run(step)
+    summary = json.loads((tmp_path / "gpu_run.json").read_text())
+    assert [one["result"] for one in summary] == ["its share of the time was over", "status 1", "done"]
+    assert "ZeroDivisionError" in summary[1]["last_line"] and (tmp_path / "long.log").read_text() == "began\n"
+    runner.end = 0.0
+    runner.run(sleep_step("late", 0))
+    assert runner.done[-1]["result"] == "not started: the time was over"
+
+
+def test_stopping_it_leaves_a_whole_summary(tmp_path: Path):
+    code = (
+        "import signal, sys\nfrom pathlib import Path\nfrom bench import gpu\n"
+        "runner = gpu.Runner(Path(sys.argv[1]), 1, {})\nsignal.signal(signal.SIGTERM, runner.stop)\n"
+        "step = ('-c', 'import time; print(1, flush=True); time.sleep(60)')\n"
+        "[runner.run(gpu.Step(name, step)) for name in ('one', 'two')]\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    for _ in range(200):
+        if (tmp_path / "one.log").exists() and (tmp_path / "one.log").read_text():
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(20) == 0
+    results = [one["result"] for one in json.loads((tmp_path / "gpu_run.json").read_text())]
+    assert results == ["stopped", "not started: stopped"]
+
+
+def test_the_order_of_importance():
+    names = [step.name for step in gpu.steps()]
+    assert names[0] == "correctness" and names[1].startswith("int4") and names[-1] == "every peer"
+    for step in gpu.steps()[1:]:
+        assert step.command[1] == "bench.run" and "--shape" in step.command
+
+
+def test_a_device_name_becomes_a_file_name():
     assert slug("NVIDIA H200") == "nvidia_h200"
-
-
-@pytest.mark.parametrize("op", SPARSE)
-def test_what_the_gate_refuses_is_measured_all_the_same(op: str) -> None:
-    """A gate can be set by what was measured only if that includes what it refuses now."""
-    pytest.importorskip("triton", reason="Triton cannot be imported here")
-    gpu = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "group_size": 128}
-    names = {name for name, _ in sparse24_gpu.runnable(op, Problem(op, 512, 4096, 4096, torch.bfloat16, **gpu))}
-    kernels = {"Triton, unpacked in registers", "unpacked once, then dense"}
-    assert names == (kernels if op == "sparse24_int4_linear" else {*kernels, "Triton, mma.sp"})
-
-
-def test_goals_are_judged_by_the_worst_of_what_users_get() -> None:
-    def row(implementation: str, m: int, speedup: float, op: str = "sparse24_linear") -> Row:
-        return Row(op, implementation, m, 4096, 4096, 1.0, speedup, 1.0, 1.0, 1.0, "a GPU", "2", "3", "today")
-
-    rows = [
-        row("Triton, mma.sp", 1, 0.1),
-        row("routed: x", 1, 1.6),
-        row("routed: x", 16, 1.4),
-        row("routed: x", 64, 1.0),
-    ]
-    first, second = sparse24_gpu.goals(rows)
-    assert first.startswith("MISSED: 2:4 bf16 at M <= 16 >= 1.5x") and "1.40x (sparse24_linear, M = 16" in first
-    assert second.startswith("met: anything at 2:4 >= 0.97x") and "1.00x" in second
