@@ -43,9 +43,25 @@ class Step:
     share: float = 1.0
 
 
-def _table(name: str, shapes: Sequence[str], batches: Sequence[str], variants: Sequence[str], share: float) -> Step:
+def _table(
+    name: str, shapes: Sequence[str], batches: Sequence[str], variants: Sequence[str], share: float, file: str = ""
+) -> Step:
     flags = [flag for shape in shapes for flag in ("--shape", shape)]
-    return Step(name, ("-m", "bench.run", *flags, "--m", *batches, "--variants", *variants), share)
+    output = ("--name", file) if file else ()
+    return Step(name, ("-m", "bench.run", *flags, "--m", *batches, "--variants", *variants, *output), share)
+
+
+#: What ``tilewright tune --offline --target sm_90`` kept of the spaces, without a GPU.
+SHORT_LIST = RESULTS / "shortlist_sm_90.json"
+
+
+def _tuning(shapes: Sequence[str], seconds: int) -> Step:
+    """Time configurations for the decisive sizes; what is found lies beside the tables, in ``tuned/``."""
+    flags = [flag for shape in shapes for flag in ("--shape", shape)]
+    short = ("--shortlist", str(SHORT_LIST)) if SHORT_LIST.is_file() else ()
+    ops = ("int4_linear", "int8_linear")
+    command = ("-m", "tilewright", "tune", "--op", *ops, *flags, "--m", "1,16,64,128", *short)
+    return Step("tuning", (*command, "--seconds", str(seconds)), 0.5)
 
 
 def steps() -> list[Step]:
@@ -56,6 +72,10 @@ def steps() -> list[Step]:
         Step("correctness", ("-m", "pytest", "tests", "-m", "gpu", "-q", "-x", "--maxfail=20"), 0.45),
         _table("int4, small batches", decisive, SMALL, ("Tilewright int4",), 0.4),
         _table("int8, small batches", decisive, SMALL, ("Tilewright int8",), 0.4),
+        _tuning(decisive[:2], 150),
+        _table(
+            "tuned", decisive[:2], ("1", "16", "64", "128"), ("Tilewright int4", "Tilewright int8"), 0.4, "linear_tuned"
+        ),
         _table("all formats, middle batches", decisive, MIDDLE, ours, 0.5),
         _table("all formats, large batches", decisive, LARGE, (*ours, "_int_mm"), 0.5),
         _table("every peer", decisive[:3:2], ("1", "16", "64", "256", "2048"), ("",), 1.0),
@@ -86,6 +106,8 @@ class Runner:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "TILEWRIGHT_BENCH_RESULTS": str(output),
+            # Not what somebody tuned before: the heuristics are measured first.
+            "TILEWRIGHT_CACHE_DIR": str(output / "tuned"),
             **environment,
         }
         self.done: list[dict[str, object]] = []

@@ -248,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", metavar="TEXT", help="only those whose name contains one of these")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=2, help="on a CPU; default: 2")
-    parser.add_argument("--output", type=Path, help="without a suffix; default: bench/results/linear_<device>")
+    parser.add_argument("--output", type=Path, help="without a suffix; default: bench/results/NAME_<device>")
+    parser.add_argument("--name", default="linear", help="of the files; default: linear")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no GPU here: torch.cuda.is_available() is False")
@@ -259,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = options.variants or [""]
     variants = [v for i, v in enumerate(everything) if i == 0 or any(text in v.name for text in wanted)]
     name = "cpu" if options.device == "cpu" else slug(torch.cuda.get_device_name())
-    output = options.output or RESULTS / f"linear_{name}"
+    output = options.output or RESULTS / f"{options.name}_{name}"
     shapes, batches = options.shape or SHAPES[options.device], options.m or BATCHES[options.device]
     return int(not tables(options.device, shapes, batches, variants, output, options.minutes))
 

@@ -69,7 +69,7 @@ def test_a_bad_table_is_shown_as_such(folder: Path, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["tune"], "name a folder that save_model wrote, or an operator"),
+        (["tune"], "name a folder that save_model wrote, or operators"),
         (["tune", "nowhere"], "tilewright.json"),
         (["tune", "--op", "int8_linear", "--device", "cuda"], "no GPU can be used here"),
         (["tune", "--op", "int8_linear", "--device", "cpu", "--shortlist", "nowhere.json"], "nowhere.json"),

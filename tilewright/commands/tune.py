@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("folder", nargs="?", type=Path, help="a folder that save_model wrote")
     parser.add_argument("--m", type=_batches, default=(1, 16, 64, 512), help="rows of activations, e.g. 1,16,64,512")
-    parser.add_argument("--op", choices=OPS, help="an operator instead of a model")
+    parser.add_argument("--op", choices=OPS, nargs="+", help="operators instead of a model")
     parser.add_argument("--shape", type=_shape, action="append", default=[], metavar="NxK", help="of the operator")
     parser.add_argument("--group-size", type=int, default=128, help="of int4 weights; default: 128")
     parser.add_argument("--dtype", choices=DTYPES, help="of the activations; default: the layer's, or bf16")
@@ -108,11 +108,11 @@ def _problems(options: argparse.Namespace, facts: dict[str, Any], console: Conso
                 "model inside tilewright.autotune.on_first_use() instead"
             )
     elif options.op is not None:
-        int4 = {"group_size": options.group_size} if options.op.startswith("int4") else {}
-        shapes = options.shape or [(4096, 4096)]
-        found = [Problem(options.op, m, n, k, dtype or torch.bfloat16, **int4) for n, k in shapes for m in options.m]
+        groups = {op: {"group_size": options.group_size} if op.startswith("int4") else {} for op in options.op}
+        shapes, x_dtype = options.shape or [(4096, 4096)], dtype or torch.bfloat16
+        found = [Problem(op, m, n, k, x_dtype, **groups[op]) for op in options.op for n, k in shapes for m in options.m]
     else:
-        raise ValueError("name a folder that save_model wrote, or an operator with --op")
+        raise ValueError("name a folder that save_model wrote, or operators with --op")
     return list(dict.fromkeys(replace(problem, **facts) for problem in found))
 
 
