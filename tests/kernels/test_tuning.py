@@ -15,6 +15,7 @@ from tests.tolerance import assert_close_as_plain
 from tilewright import autotune
 from tilewright.autotune.buckets import EDGES, upper_edge
 from tilewright.kernels import tuning
+from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.problem import Problem, rows_aligned
 from tilewright.kernels.router import Implementation, forget, register, route, unregister
 from tilewright.kernels.samples import make_arguments
@@ -86,8 +87,9 @@ def test_the_launcher_and_the_tuner_ask_the_same_question(monkeypatch: pytest.Mo
     """A choice that is stored under other facts than the launcher looks up would never be used."""
     from tilewright.aot.launch import recorded
 
-    for op in OPS:
-        for tuned, asked in tuning.kernels_for(problem(op, 16)):
+    convolutions = [conv_problem(kind, dtype) for kind in RESNET for dtype in (torch.bfloat16, torch.int8)]
+    for whole in (*(problem(op, 16) for op in OPS), *convolutions):
+        for tuned, asked in tuning.kernels_for(whole):
             seen: list[Problem] = []
 
             def choose(self: Any, found: Problem, tuned: Any = tuned, seen: list[Problem] = seen) -> Any:
@@ -100,6 +102,44 @@ def test_the_launcher_and_the_tuner_ask_the_same_question(monkeypatch: pytest.Mo
                 module = __import__(tuned.modules[0], fromlist=["x"])
                 getattr(module, asked.op)(**make_arguments(asked, "meta"))
             assert launches and [tuning.facts_of(found) for found in seen[-1:]] == [tuning.facts_of(asked)]
+
+
+RESNET = {
+    "pointwise": ConvGeometry(8, 256, 14, 14, 64, (1, 1)),
+    "implicit": ConvGeometry(8, 64, 14, 14, 64, (3, 3), padding=(1, 1, 1, 1)),
+    "stem": ConvGeometry(2, 3, 64, 64, 32, (3, 3), (2, 2), (1, 1, 1, 1)),
+    "depthwise": ConvGeometry(8, 96, 14, 14, 96, (3, 3), padding=(1, 1, 1, 1), groups=96),
+}
+
+
+def conv_problem(kind: str, dtype: torch.dtype, facts: dict[str, Any] = H200) -> Problem:
+    sizes = RESNET[kind]
+    op = "conv2d_fused" if dtype.is_floating_point else "int8_conv2d_fused"
+    m, k = sizes.batch * sizes.out_height * sizes.out_width, sizes.taps * sizes.group_channels
+    return Problem(op, m, sizes.out_channels, k, dtype, bias=True, conv=sizes, **facts)
+
+
+@triton_is_here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", RESNET)
+def test_spaces_of_convolutions(kind: str, dtype: torch.dtype):
+    asked = conv_problem(kind, dtype)
+    found = {tuned.name: (tuned, derived) for tuned, derived in tuning.kernels_for(asked)}
+    tuned, derived = found[f"conv2d.triton_{kind}"]
+    serving, _ = tuned.split_candidates(derived)
+    assert serving[0] == tuned.choose(derived) and 4 <= len(serving) <= 200
+    for config in (serving[0], serving[-1]):
+        launches = tuned.hooks.launches(tuned, derived, config, "cuda")
+        assert launches and launches[0].num_warps == tuned.encode(config).get("tile.num_warps", launches[0].num_warps)
+
+
+@pytest.mark.parametrize("kind", RESNET)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_timing_decides_between_cpu_convolutions(kind: str, dtype: torch.dtype):
+    asked = replace(conv_problem(kind, dtype, {}), residual=True, activation="relu")
+    outcome = autotune.tune(tuning.implementation_of(asked.op), asked, budget=2)
+    assert not outcome.failed and outcome.config is not None
+    assert route(asked).name == outcome.config
 
 
 def test_alignment_and_dtypes_are_part_of_the_key():

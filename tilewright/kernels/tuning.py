@@ -335,6 +335,7 @@ def tune_on_first_use(problem: Problem) -> None:
 # ---- all kernels
 #: Kernels behind an operator: module, and the problem that it is asked about, given the operator's.
 _QUANTIZE = ("quantize.triton_quantize", lambda p: _rows(p, "quantize_per_row"))
+_CONV_KINDS = ("pointwise", "depthwise", "stem", "implicit")
 _PARTS: dict[str, tuple[tuple[str, Callable[[Problem], Problem]], ...]] = {
     "quantize_per_row": (_QUANTIZE,),
     "rms_norm_quantize": (("norm_quantize.triton_norm_quantize", lambda p: _rows(p, p.op)),),
@@ -354,6 +355,7 @@ _PARTS: dict[str, tuple[tuple[str, Callable[[Problem], Problem]], ...]] = {
         ("int4_linear.triton_dequantize", lambda p: p),
     ),
     "int4_int8_linear": (_QUANTIZE, ("int4_int8_linear.triton_fused", lambda p: p)),
+    **{op: tuple((f"conv2d.triton_{kind}", lambda p: p) for kind in _CONV_KINDS) for op in CONVOLUTIONS},
 }
 
 

@@ -11,6 +11,8 @@ cache.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,7 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_signed, pixel
 from tilewright.kernels.conv2d.triton_implicit import window_args, window_constants
 from tilewright.kernels.conv2d.triton_launch import (
+    SHARED_SOURCES,
     ConvCall,
     float_call,
     int8_call,
@@ -30,6 +33,7 @@ from tilewright.kernels.conv2d.triton_launch import (
 )
 from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
+from tilewright.kernels.tuning import tunable
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,17 @@ class DepthwiseConfig:
 
 
 choose = functools.lru_cache(maxsize=4096)(DepthwiseConfig.for_problem)
+
+
+def candidates(problem: Problem) -> Iterator[DepthwiseConfig]:
+    """Wide and narrow blocks, with 4 to 32 sums for each thread."""
+    for block_c, num_warps, sums in itertools.product((16, 32, 64, 128), (4, 8), (4, 8, 16, 32)):
+        block_m = sums * 32 * num_warps // block_c
+        if 16 <= block_m <= 256:
+            yield DepthwiseConfig(block_m, block_c, num_warps)
+
+
+TUNED = tunable(__name__, choose, candidates, shares=SHARED_SOURCES)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -152,7 +167,7 @@ def taps_first(weight: torch.Tensor) -> torch.Tensor:
 
 def plan_depthwise(call: ConvCall, config: DepthwiseConfig | None = None) -> list[Launch]:
     """The launch that writes ``call.out``."""
-    config = config or choose(call.problem())
+    config = config or TUNED.choose(call.problem())
     n, c = call.geometry.out_channels, call.geometry.in_channels
     unit_c, unit_n = unit(c, *call.x.stride()[:3]), unit(n)
     args = {

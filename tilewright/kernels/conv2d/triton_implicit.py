@@ -15,6 +15,7 @@ has few channels; the mask is computed in each step.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
@@ -23,17 +24,21 @@ import triton.language as tl
 from tilewright.aot.launch import Launch
 from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_signed, multiply, pixel
 from tilewright.kernels.conv2d.triton_launch import (
+    SHARED_SOURCES,
     ConvCall,
     ConvTile,
     float_call,
     int8_call,
     operator,
+    tile_candidates,
     unit,
     why_not_any_kernel,
+    why_not_tile,
 )
 from tilewright.kernels.int8_linear.triton_tile import slice_of
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.triton_common import grouped_tile
+from tilewright.kernels.tuning import tunable
 
 GROUP_M = 8
 #: Taps up to which the window may be unrolled: each is a loop of its own in the code.
@@ -57,6 +62,23 @@ class ImplicitConfig:
 
 
 choose = functools.lru_cache(maxsize=4096)(ImplicitConfig.for_problem)
+
+
+def candidates(problem: Problem) -> Iterator[ImplicitConfig]:
+    """Tiles in both forms of the loop; a large window is not unrolled."""
+    first = choose(problem)
+    taps = 1 if problem.conv is None else problem.conv.taps
+    for tile in tile_candidates(first.tile, problem, stages=(2, 3, 4)):
+        for flat in (True, False) if taps <= MAX_UNROLLED else (True,):
+            yield ImplicitConfig(tile, flat)
+
+
+def why_not_config(config: ImplicitConfig, problem: Problem) -> str | None:
+    """What ``why_not_tile`` says of the tile."""
+    return why_not_tile(config.tile, problem)
+
+
+TUNED = tunable(__name__, choose, candidates, why_not_config, shares=SHARED_SOURCES)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -219,7 +241,7 @@ def window_constants(call: ConvCall) -> dict[str, int]:
 
 def plan_implicit(call: ConvCall, config: ImplicitConfig | None = None) -> list[Launch]:
     """The launch that writes ``call.out``."""
-    config = config or choose(call.problem())
+    config = config or TUNED.choose(call.problem())
     tile, groups = config.tile, call.geometry.groups
     n, c = call.columns, call.geometry.group_channels
     unit_c, unit_n = unit(c, *call.x.stride()[:3]), unit(n)

@@ -6,8 +6,9 @@ Every family of kernels serves both operators: float and int8 differ in the dtyp
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from tilewright.kernels.conv_geometry import ConvGeometry, check_sizes, empty_ch
 from tilewright.kernels.int8_linear.triton_launch import MAX_K
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.triton_common import FLOAT_DTYPES, why_not_on_gpu
+from tilewright.kernels.tuning import why_too_large
 
 INTEGERS = (torch.int8, torch.uint8)
 MAX_ROWS = 2**31 - 1024
@@ -196,6 +198,32 @@ class ConvTile:
             "BLOCK_K": self.block_k,
             "EPILOGUE_PARTS": self.epilogue_parts,
         }
+
+
+def tile_candidates(tile: ConvTile, problem: Problem, stages: Sequence[int]) -> Iterator[ConvTile]:
+    """Tiles around the heuristic's ``tile``, with the same depth or half of it."""
+    size, amd = problem.x_dtype.itemsize, problem.gpu_arch is not None
+    depths = {tile.block_k, max(tile.block_k // 2, 32 // size, 16)}
+    for block_m, block_n, block_k in itertools.product((64, 128), (32, 64, 128), sorted(depths)):
+        for num_warps, num_stages in itertools.product((4, 8), (2,) if amd else stages):
+            parts = 2 if block_n == 128 and not amd else 1
+            yield ConvTile(block_m, block_n, block_k, parts, num_warps, num_stages)
+
+
+def why_not_tile(tile: ConvTile, problem: Problem) -> str | None:
+    """The reason why a launch with ``tile`` cannot serve ``problem``, or does so wastefully for sure; or None."""
+    groups = 1 if problem.conv is None else problem.conv.groups
+    columns = max(triton.next_power_of_2(problem.n // groups), 16)
+    if tile.block_n > columns:
+        return f"half of {tile.block_n} columns would be empty, there are {problem.n // groups}"
+    if problem.x_dtype.itemsize == 4 and tile.block_m * tile.block_n > 64 * 64:
+        return "there is no room for more float32 operands in the registers"
+    bytes_of_tile = (tile.block_m + tile.block_n) * tile.block_k * problem.x_dtype.itemsize
+    return why_too_large(problem, bytes_of_tile, tile.num_stages)
+
+
+#: Modules that the speed of every convolution depends on.
+SHARED_SOURCES = tuple(f"tilewright.kernels.conv2d.{name}" for name in ("triton_epilogue", "triton_launch"))
 
 
 def nhwc(x: torch.Tensor) -> torch.Tensor:

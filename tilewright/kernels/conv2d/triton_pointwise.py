@@ -18,17 +18,21 @@ import triton.language as tl
 from tilewright.aot.launch import Launch
 from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_signed, multiply, pixel
 from tilewright.kernels.conv2d.triton_launch import (
+    SHARED_SOURCES,
     ConvCall,
     ConvTile,
     float_call,
     int8_call,
     operator,
+    tile_candidates,
     unit,
     why_not_any_kernel,
+    why_not_tile,
 )
 from tilewright.kernels.int8_linear.triton_tile import slice_of
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.triton_common import grouped_tile
+from tilewright.kernels.tuning import tunable
 
 GROUP_M = 8
 
@@ -38,6 +42,15 @@ def choose(problem: Problem) -> ConvTile:
     """The tile for ``problem``. A sum that is one step long has no loads to run ahead of."""
     tile = ConvTile.for_problem(problem, problem.k)
     return replace(tile, num_stages=1) if problem.k <= tile.block_k else tile
+
+
+TUNED = tunable(
+    __name__,
+    choose,
+    lambda problem: tile_candidates(choose(problem), problem, stages=(1, 2, 3, 4)),
+    why_not_tile,
+    shares=SHARED_SOURCES,
+)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -137,7 +150,7 @@ def pointwise_kernel(
 
 def plan_pointwise(call: ConvCall, config: ConvTile | None = None) -> list[Launch]:
     """The launch that writes ``call.out``."""
-    config = config or choose(call.problem())
+    config = config or TUNED.choose(call.problem())
     geometry, x = call.geometry, call.x
     m, n, k = call.rows, call.columns, geometry.in_channels
     image, row, pixel_stride, _ = x.stride()

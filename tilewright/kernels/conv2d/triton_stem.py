@@ -23,16 +23,20 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_signed, multiply, pixel
 from tilewright.kernels.conv2d.triton_implicit import window_args, window_constants
 from tilewright.kernels.conv2d.triton_launch import (
+    SHARED_SOURCES,
     ConvCall,
     ConvTile,
     float_call,
     int8_call,
     operator,
+    tile_candidates,
     unit,
     why_not_any_kernel,
+    why_not_tile,
 )
 from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
+from tilewright.kernels.tuning import tunable
 
 MAX_CHANNELS = 4
 BLOCK_K = 32
@@ -43,6 +47,15 @@ def choose(problem: Problem) -> ConvTile:
     """The tile for ``problem``. Loads of single values are not copied asynchronously, so two stages are enough."""
     tile = ConvTile.for_problem(problem, BLOCK_K)
     return replace(tile, block_k=BLOCK_K, num_stages=2)
+
+
+TUNED = tunable(
+    __name__,
+    choose,
+    lambda problem: tile_candidates(choose(problem), problem, stages=(1, 2)),
+    why_not_tile,
+    shares=SHARED_SOURCES,
+)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -152,7 +165,7 @@ def padded_weight(weight: torch.Tensor) -> torch.Tensor:
 
 def plan_stem(call: ConvCall, config: ConvTile | None = None) -> list[Launch]:
     """The launch that writes ``call.out``."""
-    config = config or choose(call.problem())
+    config = config or TUNED.choose(call.problem())
     n, c = call.columns, call.geometry.in_channels
     weight = padded_weight(call.weight)
     unit_c, unit_n = unit(c, *call.x.stride()[:3]), unit(n)
