@@ -69,7 +69,7 @@ def steps() -> list[Step]:
     ours = ("Tilewright",)
     decisive = ("4096x4096", "8192x8192", "28672x4096", "16384x16384")
     return [
-        Step("correctness", ("-m", "pytest", "tests", "-m", "gpu", "-q", "-x", "--maxfail=20"), 0.45),
+        Step("correctness", ("-m", "pytest", "tests", "-m", "gpu", "-q", "--maxfail=20"), 0.45),
         _table("int4, small batches", decisive, SMALL, ("Tilewright int4",), 0.4),
         _table("int8, small batches", decisive, SMALL, ("Tilewright int8",), 0.4),
         _tuning(decisive[:2], 150),

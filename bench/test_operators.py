@@ -1,4 +1,4 @@
-"""Microbenchmarks of every quantised layer for pytest-benchmark, small enough for any CPU: ``make bench``."""
+"""Microbenchmarks of every quantised layer and operator, small enough for any CPU: ``make bench``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import torch
 from torch import nn
 
 import tilewright.nn as tnn
+from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.conv_ops import CONV_OPERATORS
+from tilewright.kernels.ops import OPERATORS
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.samples import CONVOLUTIONS, make_arguments
 
 LAYERS = {
     "fp32": lambda linear: linear,
@@ -36,3 +41,32 @@ def test_quantizers(benchmark, op: str) -> None:
     benchmark.group = "128 x 1024"
     q, scale = benchmark(getattr(torch.ops.tilewright, op), x)
     assert q.shape == x.shape and torch.isfinite(scale).all()
+
+
+def _problems() -> dict[str, Problem]:
+    """Every operator of the package on a problem of its own kind."""
+    square = {"n": 1024, "k": 1024, "x_dtype": torch.float32, "bias": True, "compute_dtype": None}
+    sizes = ConvGeometry(1, 64, 28, 28, 64, (3, 3), padding=(1, 1, 1, 1))
+    conv = {"m": 784, "n": 64, "k": 576, "conv": sizes, "bias": True, "activation": "relu"}
+    found = {}
+    for op in (*OPERATORS, *CONV_OPERATORS):
+        if op in CONVOLUTIONS:
+            dtype = torch.int8 if op.startswith("int8") else torch.float32
+            found[op] = Problem(op, x_dtype=dtype, **conv)
+        else:
+            group = {"group_size": 128} if op.startswith("int4") else {}
+            found[op] = Problem(op, m=16, **{**square, **group})
+    return found
+
+
+@pytest.mark.parametrize("op", _problems())
+def test_operator(benchmark, op: str) -> None:
+    problem = _problems()[op]
+    try:
+        arguments = make_arguments(problem)
+    except ValueError as error:
+        pytest.skip(str(error))
+    benchmark.group = "operators"
+    with torch.inference_mode():
+        result = benchmark(getattr(torch.ops.tilewright, op), **arguments)
+    assert torch.isfinite((result[0] if isinstance(result, tuple) else result).float()).all()

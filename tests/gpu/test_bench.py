@@ -195,6 +195,28 @@ def test_stopping_it_leaves_a_whole_summary(tmp_path: Path):
     assert results == ["stopped", "not started: stopped"]
 
 
+@pytest.mark.slow
+@pytest.mark.aot
+def test_a_dry_run_of_the_one_command(tmp_path: Path):
+    """By its path, from elsewhere, as a user of a GPU machine calls it."""
+    pytest.importorskip("triton")
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / "gpu.py"),
+        "--dry-run",
+        "--minutes",
+        "10",
+        "--output",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert {one["result"] for one in json.loads((tmp_path / "gpu_run.json").read_text())} == {"done"}
+    logs = "".join(log.read_text() for log in tmp_path.glob("kernels*.log"))
+    assert logs.count("  right") > 20 and "wrong" not in logs
+    assert read_rows(tmp_path / "linear_cpu.csv")
+
+
 def test_the_order_of_importance():
     names = [step.name for step in gpu.steps()]
     assert names[0] == "correctness" and names[1].startswith("int4") and names[-1] == "every peer"

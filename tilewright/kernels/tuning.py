@@ -329,6 +329,9 @@ def tune_on_first_use(problem: Problem) -> None:
     """If the user asked for it, time the implementations for ``problem`` before one of them serves it."""
     if not modes.tuning_wanted() or 0 in (problem.m, problem.k) or len(_serving(problem)) < 2:
         return
+    # Kernels first: else tuning the first one would take the time in which implementations are compared.
+    for tuned, derived in kernels_for(problem):
+        tuned.choose(derived)
     implementation_of(problem.op).explain(problem)
 
 
