@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import gpu, result_files, roofline, run
+from bench import gpu, result_files, roofline, run, run_conv
 from bench.baselines import CPU, GPU, Missing, Variant
 from bench.result_files import Row, markdown, merge, read_rows, slug, write_rows
 from tilewright.kernels.roofline import Ceilings
@@ -86,6 +86,13 @@ def test_the_clock_on_a_cpu_takes_the_second_copy_s_time():
     found = run.interleaved({"a": (call("a1", 0.02), call("a2")), "b": (call("b1"), call("b2", 0.02))}, ["a"], 3)
     assert order == ["a1", "a2", "b1", "b2"] * 3
     assert found["a"] < 0.01 < found["b"]
+
+
+@pytest.mark.parametrize("layer", [(3, 16, 8, 7, 2), (8, 9, 16, 1, 2), (8, 9, 16, 3, 1)], ids=str)
+def test_convolutions_are_checked_beside_the_library(layer: tuple[int, int, int, int, int]):
+    rows = run_conv.measure(layer, 2, ROUND, "cpu", rounds=2)
+    assert [one.note for one in rows] == [""] * 3 and rows[0].speedup == 1.0
+    assert rows[0].variant.startswith("oneDNN: ") and rows[2].variant.startswith("Tilewright int8: ")
 
 
 def row(m: int, name: str, **values: Any) -> Row:
@@ -221,7 +228,7 @@ def test_the_order_of_importance():
     names = [step.name for step in gpu.steps()]
     assert names[0] == "correctness" and names[1].startswith("int4") and names[-1] == "every peer"
     for step in gpu.steps()[1:]:
-        assert step.command[1] in ("bench.run", "tilewright") and "--shape" in step.command
+        assert step.command[1] in ("bench.run", "tilewright", "bench.run_conv")
         if step.command[1] == "bench.run":  # its options are ones that the table's command has
             with pytest.raises(SystemExit) as stopped:
                 run.main([*step.command[2:], "--help"])

@@ -133,10 +133,10 @@ def _best_of(run: Callable[[], Any], count: int = 5) -> float:
     return min(times)
 
 
-def measure_cpu(size: int = 1024) -> Ceilings:
+def measure_cpu(size: int = 2048) -> Ceilings:
     """Ceilings of this CPU with the threads that PyTorch uses: a copy of 256 MB, and products of size^3 on random data
     in float32, bfloat16 and int8 by the fastest there is here: what was reached, so a kernel may pass it a little.
-    Takes about a second.
+    Takes a few seconds.
     """
     source = torch.zeros(2**26, dtype=torch.int32)
     target = torch.empty_like(source)
