@@ -163,6 +163,11 @@ class Tunable:
         refused = {c: reason for c in self.all_candidates(problem) if (reason := self.why_not(c, problem)) is not None}
         return [c for c in self.all_candidates(problem) if c not in refused], refused
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the user fixed something, see ``constraints``."""
+        return self.name in _constraints
+
     def source(self) -> str:
         """Of the code that a measurement depends on."""
         return source_hash(*self.modules)

@@ -124,7 +124,7 @@ def _kernels(problems: list[Problem], implementations: bool) -> list[Asked]:
             found.setdefault((tuned.name, str(tuned.hooks.facts(derived))), (tuned, derived))
     for problem in problems if implementations else ():
         tuned = tuning.implementation_of(problem.op)
-        if len(list(tuned.candidates(problem))) > 1:
+        if len(tuned.split_candidates(problem)[0]) > 1:
             found.setdefault((tuned.name, str(tuned.hooks.facts(problem))), (tuned, problem))
     return list(found.values())
 

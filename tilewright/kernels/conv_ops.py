@@ -26,6 +26,7 @@ from tilewright.kernels.operators import Arguments, Operator, define
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.router import route_call, when_forgotten
 from tilewright.kernels.sparse24_conv2d.reference import unpack_weight
+from tilewright.kernels.tuning import implementation_of
 
 INTEGERS = (torch.int8, torch.uint8)
 _REMEMBERED = 8192
@@ -273,3 +274,4 @@ CONV_OPERATORS = {
 registry.register_convolutions()
 for _each in CONV_OPERATORS.values():
     define(_each)
+    implementation_of(_each.name)

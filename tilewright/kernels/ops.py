@@ -245,3 +245,4 @@ measure_with(tuning.preferred, tuning.tune_on_first_use)
 when_changed(forget)
 for _each in OPERATORS.values():
     define(_each)
+    tuning.implementation_of(_each.name)

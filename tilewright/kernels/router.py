@@ -113,7 +113,7 @@ def route(problem: Problem) -> Decision:
     declined: list[tuple[str, str]] = []
     measured = None if _measured is None else _measured(problem)
     if measured is not None:
-        faster: tuple[str, str] | None = (measured, f"slower than {measured} when they were timed here")
+        faster: tuple[str, str] | None = (measured, f"{measured} was chosen, by timing it here or by the user")
     else:
         faster = None if _faster is None else _faster(problem)
     if faster is not None and not _takes(faster[0], problem):

@@ -27,7 +27,7 @@ from tilewright.autotune import modes
 from tilewright.autotune.buckets import upper_edge
 from tilewright.autotune.clock import clock_for
 from tilewright.autotune.device import DeviceKind, cpu_kind, driver_version
-from tilewright.autotune.space import Hooks, Trials, Tunable, accept
+from tilewright.autotune.space import Choice, Hooks, Trials, Tunable, accept
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.router import Implementation, implementations
 from tilewright.kernels.samples import CONVOLUTIONS, make_arguments
@@ -311,7 +311,7 @@ def implementation_of(op: str) -> Tunable:
     return Tunable(
         f"{op}.implementation",
         heuristic=lambda problem: _serving(problem)[0],
-        candidates=_serving,
+        candidates=lambda problem: [one.name for one in implementations(problem.op) if one.name != REFERENCE],
         hooks=hooks,
         modules=modules,
         why_not=_why_not_implementation,
@@ -320,8 +320,12 @@ def implementation_of(op: str) -> Tunable:
 
 
 def preferred(problem: Problem) -> str | None:
-    """The implementation that a table says is fastest for ``problem``, if there is one."""
-    choice, _ = implementation_of(problem.op).tuned(problem)
+    """The implementation that the user fixed, or that a table says is fastest for ``problem``; None without either."""
+    tuned = implementation_of(problem.op)
+    if tuned.is_constrained:
+        choice: Choice | None = tuned.explain(problem)
+    else:
+        choice, _ = tuned.tuned(problem)
     return None if choice is None else choice.config
 
 
