@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tilewright import kernels, nn
 from tilewright.backend import compile_report
+from tilewright import autotune, kernels, nn
 from tilewright.convert import (
     CheckpointError,
     Fuse,
@@ -33,6 +34,7 @@ from tilewright.convert import (
     search_pruning,
 )
 from tilewright.deploy import export_onnx, export_package
+from tilewright.diagnosis import diagnose
 
 try:
     __version__ = version("tilewright")
@@ -57,6 +59,9 @@ __all__ = [
     "export_onnx",
     "export_package",
     "hold_masks",
+    "autotune",
+    "convert_model",
+    "diagnose",
     "kernels",
     "load_model",
     "nn",

@@ -1,6 +1,6 @@
 """What converting a model could give, layer by layer, before anything is converted: arithmetic, not measurement.
 
-    print(tilewright.doctor.diagnose(model, batch=8, chip="H200"))
+    print(tilewright.diagnose(model, batch=8, chip="H200"))
 
 A linear layer sees as many rows as the batch times the positions: with ``example_inputs`` they are counted, also on the
 meta device, where it costs nothing. The best that a format could give is the ratio of two floors (``roofline``).
