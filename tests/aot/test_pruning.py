@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton publishes wheels for Linux alone")
 
 from tilewright import autotune
+from tilewright.autotune.offline import filling
 from tilewright.autotune.store import TableError
 from tilewright.kernels import tuning
 from tilewright.kernels.problem import Problem
@@ -36,6 +37,21 @@ def test_the_figures_of_what_is_kept(pruned: autotune.Pruned):
         assert 0 < figures.shared_bytes <= 227 * 1024 and "wgmma" in figures.matrix, config
 
 
+def test_filling_by_hand():
+    # 132 units, one block each with 26 KB on the way: full. Half the blocks: half full. Twice and one: a wave for one.
+    assert filling(132, 4, 32, 26_000, 132, 228 * 1024) == 1.0
+    assert filling(66, 4, 32, 26_000, 132, 228 * 1024) == 0.5
+    assert filling(132, 4, 32, 13_000, 132, 228 * 1024) == 0.5
+    one_resident = filling(133, 8, 255, 100_000, 132, 101_376)
+    assert abs(one_resident - 133 / 264) < 1e-9
+    assert filling(0, 4, 0, 0, 0, 1024) == 0.0
+
+
+def test_the_order_is_most_promising_first(pruned: autotune.Pruned):
+    values = [figures.filling for figures in pruned.kept.values()]
+    assert values == sorted(values, reverse=True) and 0 < values[0] <= 1
+
+
 def test_what_spills_or_does_not_fit_is_dropped_with_the_figure():
     asked = Problem("int8_linear_quantized", 4096, 4096, 4096, torch.int8, **H200)
     tuned, found = list(tuning.kernels_for(asked))[-1]
@@ -53,7 +69,7 @@ def test_a_short_list_is_read_back_for_the_same_problem_alone(pruned: autotune.P
     autotune.write_short_list(path, "sm_90", [pruned])
     short = autotune.ShortList(path)
     assert short.target == "sm_90"
-    assert set(short.candidates(pruned.tunable, pruned.problem) or ()) == set(pruned.kept)
+    assert short.candidates(pruned.tunable, pruned.problem) == list(pruned.kept)
     assert short.candidates(pruned.tunable, pruned.problem.with_rows(64)) is None
     text = json.loads(path.read_text())
     text["lists"] = {key.replace("source=", "source=x"): value for key, value in text["lists"].items()}

@@ -1,12 +1,15 @@
 """Pruning a space without the GPU it is for: compile each candidate ahead of time and drop what cannot be fast.
 
 What spills registers, or takes more shared memory than the chip has, is dropped with the figures that say so. The rest
-is a short list that a GPU only has to time: ``tilewright tune --offline --target sm_90`` writes it as JSON.
+is a short list that a GPU only has to time, most promising first: ``tilewright tune --offline --target sm_90`` writes
+it as JSON. The order is that of ``filling``, a model that no GPU has confirmed, so it drops nothing: a tuner whose time
+is short times the first ones.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +25,35 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Compiled:
     """The worst of a candidate's kernels: registers of a thread, bytes that spilled, bytes of shared memory of a block.
-    matrix: kinds of matrix instruction.
+    matrix: kinds of matrix instruction. filling: of the chip, see ``filling``.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     matrix: str
+    filling: float = 0.0
+
+
+#: Bytes that a multiprocessor of an H200 must have on the way to read at full rate: 4.8 TB/s x 0.7 us / 132.
+IN_FLIGHT = 26_000
+_REGISTERS, _WARPS, _BLOCKS = 65_536, 64, 32
+
+
+def filling(blocks: int, warps: int, registers: int, shared_bytes: int, units: int, shared_of_unit: int) -> float:
+    """How full a launch keeps an NVIDIA chip, 0 to 1: the share of block slots that work, over whole waves, times the
+    share of the bytes on the way that hide the memory's latency, as far as its buffers in shared memory hold them.
+
+    Limits of a multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+    """
+    by_registers = _REGISTERS // max(registers * 32 * warps, 1)
+    by_shared = shared_of_unit // (shared_bytes + 1024)
+    resident = max(min(by_registers, by_shared, _WARPS // warps, _BLOCKS), 1)
+    units, blocks = max(units, 1), max(blocks, 1)
+    # Blocks on the fullest multiprocessor at a time: fewer than can be resident, if there are few.
+    working = min(resident, -(-blocks // units))
+    waves = -(-blocks // (working * units))
+    return blocks / (waves * working * units) * min(working * shared_bytes / IN_FLIGHT, 1.0)
 
 
 @dataclass(frozen=True)
@@ -70,15 +95,30 @@ def prune(tunable: Tunable, problem: Any, target: str, progress: Callable[[int, 
             if limits:
                 dropped[config] = "; ".join(limits)
             else:
+                units = tunable.hooks.device(sample).units
+                full = [
+                    filling(
+                        math.prod(launch.grid),
+                        compiled.num_warps,
+                        compiled.registers,
+                        compiled.shared_bytes,
+                        units,
+                        chip.shared_bytes + 1024,
+                    )
+                    for launch, compiled in zip(launches, made, strict=True)
+                ]
                 kept[config] = Compiled(
                     max((compiled.registers for compiled in made), default=0),
                     spilled,
                     max((compiled.shared_bytes for compiled in made), default=0),
                     " ".join(sorted({kind for compiled in made for kind in compiled.instructions.matrix})),
+                    # The first launch is the product; what finishes it is short.
+                    round(full[0], 3) if full and chip.backend == "cuda" else 0.0,
                 )
         if progress is not None:
             progress(place + 1, len(serving))
-    return Pruned(tunable, sample, kept, dropped)
+    order = sorted(kept, key=lambda config: -kept[config].filling)
+    return Pruned(tunable, sample, {config: kept[config] for config in order}, dropped)
 
 
 def _key(tunable: Tunable, problem: Any) -> str:
@@ -99,6 +139,7 @@ def write_short_list(path: Path, target: str, found: Sequence[Pruned]) -> None:
                     "registers": figures.registers,
                     "shared_bytes": figures.shared_bytes,
                     "matrix": figures.matrix,
+                    "filling": figures.filling,
                 }
                 for config, figures in one.kept.items()
             ],
@@ -134,9 +175,11 @@ class ShortList:
             raise TableError(f"{path} is no short list of candidates: {error}") from error
 
     def candidates(self, tunable: Tunable, problem: Any) -> list[Any] | None:
-        """Those kept for ``problem``, as configurations; None if the list does not speak of it, or of other code."""
+        """Those kept for ``problem``, most promising first; None if the list does not speak of it, or of other code."""
         sample = tunable.hooks.representative(problem)
         kept = self.lists.get(_key(tunable, sample))
         if kept is None:
             return None
-        return [config for config in tunable.all_candidates(sample) if tunable.encode(config) in kept]
+        known = {str(sorted(tunable.encode(config).items())): config for config in tunable.all_candidates(sample)}
+        found = (known.get(str(sorted(fields.items()))) for fields in kept)
+        return [config for config in found if config is not None]

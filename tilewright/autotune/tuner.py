@@ -58,15 +58,17 @@ def tune(
 ) -> Outcome:
     """Race the configurations of ``tunable`` for the bucket of ``problem`` and remember the fastest.
 
-    budget: seconds. candidates: a short list instead of the whole space (``offline``); the heuristic's is added. Never
-    raises for a candidate's sake: what fails is recorded with its error and cannot win. During CUDA-graph capture
-    nothing is run and nothing remembered.
+    budget: seconds. candidates: a short list instead of the whole space (``offline``), in the order of the race; the
+    heuristic's comes first. Never raises for a candidate's sake: what fails is recorded with its error and cannot win.
+    During CUDA-graph capture nothing is run and nothing remembered.
     """
     sample = tunable.hooks.representative(problem)
     heuristic = tunable.heuristic(sample)
     serving, refused = tunable.split_candidates(sample)
     if candidates is not None:
-        serving = [c for c in serving if c == heuristic or c in candidates]
+        able = set(serving)
+        first = [heuristic] if heuristic in able else []
+        serving = list(dict.fromkeys([*first, *(c for c in candidates if c in able)]))
     reason = modes.why_not_now()
     if reason is None and not serving:
         reason = "no configuration serves the problem"
