@@ -30,7 +30,7 @@ from torch import nn
 from bench.baselines import CPU, GPU, Variant, semi_structured
 from bench.result_files import RESULTS, Row, about, markdown, merge, plot, read_rows, slug, write_rows
 from tilewright.autotune.clock import GpuClock
-from tilewright.kernels.roofline import Ceilings, measure_cpu
+from tilewright.kernels.roofline import Ceilings, highest, measure_cpu
 
 SHAPES = {"cpu": ((4096, 4096),), "cuda": ((4096, 4096), (8192, 8192), (28672, 4096), (16384, 16384))}
 BATCHES = {"cpu": (1, 16, 128, 512), "cuda": (1, 16, 32, 64, 128, 256, 512, 2048)}
@@ -196,6 +196,19 @@ def finish(rows: Sequence[Row], output: Path, ceilings: Ceilings, variants: Sequ
         print("no plot: matplotlib is not installed")
 
 
+def _measure_ceilings(device: str) -> Ceilings:
+    return measure_cpu() if device == "cpu" else measure_gpu(GpuClock(torch.device("cuda")))
+
+
+def against(row: Row, variants: Sequence[Variant], ceilings: Ceilings, x_bytes: int) -> Row:
+    """``row`` with its share of the roofline under ``ceilings``."""
+    variant = next((one for one in variants if one.name == row.variant), None)
+    if variant is None or row.microseconds is None:
+        return row
+    floor, _ = floor_of(variant, row.m, row.n, row.k, ceilings, x_bytes)
+    return replace(row, of_roofline=round(1e6 * floor / row.microseconds, 3))
+
+
 def tables(
     device: str,
     shapes: Sequence[tuple[int, int]],
@@ -203,12 +216,13 @@ def tables(
     variants: Sequence[Variant],
     output: Path,
     minutes: float,
-    ceilings: Ceilings | None = None,
+    given: Ceilings | None = None,
 ) -> bool:
-    """Measure every shape and batch within ``minutes``; False if the time was over before."""
+    """Measure every shape and batch within ``minutes``; False if the time was over before. given: the ceilings, instead
+    of measuring them.
+    """
     end = time.monotonic() + 60 * minutes
-    if ceilings is None:
-        ceilings = measure_cpu() if device == "cpu" else measure_gpu(GpuClock(torch.device("cuda")))
+    ceilings, x_bytes = given or _measure_ceilings(device), 4 if device == "cpu" else 2
     print(
         f"ceilings: {ceilings.bytes / 1e9:.1f} GB/s, {ceilings.float32 / 1e12:.3f} TFLOP/s in float32, "
         f"{ceilings.float16 / 1e12:.3f} in bfloat16, {ceilings.int8 / 1e12:.3f} TOP/s in int8",
@@ -222,11 +236,14 @@ def tables(
                 print("the time is over: the tables hold what was measured")
                 return False
             new = measure(variants, m, n, k, ceilings, device)
-            rows = merge(rows, new)
+            if given is None:  # the highest of all measurements: a machine that was busy for a while has no lower roof
+                ceilings = highest(ceilings, _measure_ceilings(device))
+            rows = [against(row, variants, ceilings, x_bytes) for row in merge(rows, new)]
             write_rows(rows, csv_path)
-            finish(rows, output, ceilings, variants, 4 if device == "cpu" else 2)
-            for row in new:
-                print(in_words(row), flush=True)
+            finish(rows, output, ceilings, variants, x_bytes)
+            for row in rows:
+                if (row.n, row.k, row.m) == (n, k, m):
+                    print(in_words(row), flush=True)
     return True
 
 

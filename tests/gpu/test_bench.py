@@ -130,10 +130,10 @@ def test_the_markdown_table_and_the_plot(tmp_path: Path):
 
 def test_tables_are_whole_after_every_shape_and_stop_in_time(tmp_path: Path):
     output = tmp_path / "out"
-    assert run.tables("cpu", [(32, 16)], [1, 2], [PLAIN], output, minutes=1, ceilings=ROUND)
+    assert run.tables("cpu", [(32, 16)], [1, 2], [PLAIN], output, minutes=1, given=ROUND)
     assert [one.m for one in read_rows(output.with_suffix(".csv"))] == [1, 2]
     assert output.with_suffix(".md").exists()
-    assert not run.tables("cpu", [(8, 8)], [1], [PLAIN], output, minutes=-1, ceilings=ROUND)
+    assert not run.tables("cpu", [(8, 8)], [1], [PLAIN], output, minutes=-1, given=ROUND)
     assert len(read_rows(output.with_suffix(".csv"))) == 2
 
 
