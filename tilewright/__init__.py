@@ -8,9 +8,8 @@ print(tw.report(model))
 
 from importlib.metadata import PackageNotFoundError, version
 
-from tilewright import kernels, nn
-from tilewright.backend import compile_report
 from tilewright import autotune, kernels, nn
+from tilewright.backend import compile_report
 from tilewright.convert import (
     CheckpointError,
     Fuse,
@@ -54,14 +53,13 @@ __all__ = [
     "Sparse24Conv",
     "Sparse24Int4",
     "Sparse24Int8",
+    "autotune",
     "compile_report",
     "convert_model",
+    "diagnose",
     "export_onnx",
     "export_package",
     "hold_masks",
-    "autotune",
-    "convert_model",
-    "diagnose",
     "kernels",
     "load_model",
     "nn",
