@@ -79,6 +79,7 @@ def steps() -> list[Step]:
         _table("all formats, middle batches", decisive, MIDDLE, ours, 0.5),
         _table("all formats, large batches", decisive, LARGE, (*ours, "_int_mm"), 0.5),
         Step("convolutions beside cuDNN", ("-m", "bench.run_conv", "--minutes", "5"), 0.4),
+        Step("2:4", ("-m", "bench.sparse24_gpu"), 0.5),
         _table("every peer", decisive[:3:2], ("1", "16", "64", "256", "2048"), ("",), 1.0),
     ]
 

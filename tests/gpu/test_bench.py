@@ -228,7 +228,7 @@ def test_the_order_of_importance():
     names = [step.name for step in gpu.steps()]
     assert names[0] == "correctness" and names[1].startswith("int4") and names[-1] == "every peer"
     for step in gpu.steps()[1:]:
-        assert step.command[1] in ("bench.run", "tilewright", "bench.run_conv")
+        assert step.command[1] in ("bench.run", "tilewright", "bench.run_conv", "bench.sparse24_gpu")
         if step.command[1] == "bench.run":  # its options are ones that the table's command has
             with pytest.raises(SystemExit) as stopped:
                 run.main([*step.command[2:], "--help"])

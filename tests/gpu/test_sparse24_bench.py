@@ -1,0 +1,58 @@
+"""The arithmetic of the GPU benchmark of 2:4, which needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import sparse24_gpu
+from bench.problems import SPARSE, Shape, make_arguments, reference
+from bench.result_files import Row
+from tilewright.kernels.problem import Problem
+
+
+def test_bytes_are_those_of_the_arguments_and_the_result() -> None:
+    arguments = make_arguments("int8_linear_quantized", Shape(3, 5, 16, bias=False))
+    assert sparse24_gpu.bytes_moved(arguments, n=5, out_bytes=2) == 3 * 16 + 3 * 4 + 5 * 16 + 5 * 4 + 3 * 5 * 2
+
+
+@pytest.mark.parametrize("op", sparse24_gpu.OPS)
+@pytest.mark.parametrize("m", [1, 40])
+def test_a_wrong_corner_stops_the_benchmark(op: str, m: int) -> None:
+    arguments = make_arguments(op, Shape(m, 300, 128, group_size=32, bias=False))
+    found = reference(op)(**arguments)
+    sparse24_gpu.assert_near_definition(op, arguments, found)
+    found[-1, -1] += 10
+    with pytest.raises(ValueError, match=f"{op}: RMS error"):
+        sparse24_gpu.assert_near_definition(op, arguments, found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sparse24_gpu.main([]) == 1
+    assert "no GPU here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", SPARSE)
+def test_what_the_gate_refuses_is_measured_all_the_same(op: str) -> None:
+    """A gate can be set by what was measured only if that includes what it refuses now."""
+    pytest.importorskip("triton", reason="Triton cannot be imported here")
+    gpu = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "group_size": 128}
+    names = {name for name, _ in sparse24_gpu.runnable(op, Problem(op, 512, 4096, 4096, torch.bfloat16, **gpu))}
+    kernels = {"Triton, unpacked in registers", "unpacked once, then dense"}
+    assert names == (kernels if op == "sparse24_int4_linear" else {*kernels, "Triton, mma.sp"})
+
+
+def test_goals_are_judged_by_the_worst_of_what_users_get() -> None:
+    def row(variant: str, m: int, speedup: float) -> Row:
+        return Row(m, 4096, 4096, "sparse24_linear", variant, microseconds=1.0, speedup=speedup)
+
+    rows = [
+        row("Triton, mma.sp", 1, 0.1),
+        row("routed: x", 1, 1.6),
+        row("routed: x", 16, 1.4),
+        row("routed: x", 64, 1.0),
+    ]
+    first, second = sparse24_gpu.goals(rows)
+    assert first.startswith("MISSED: 2:4 bf16 at M <= 16 >= 1.5x") and "1.40x (sparse24_linear, M = 16" in first
+    assert second.startswith("met: anything at 2:4 >= 0.97x") and "1.00x" in second
