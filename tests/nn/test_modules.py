@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.contracts.layers import K, Layer, N, each_layer
 from tilewright.kernels.formats import int4, int8
-from tilewright.nn import Int4Linear, Int8ActInt4WeightLinear, Int8Linear, Int8WeightOnlyLinear
+from tilewright.nn import Int4Linear, Int8ActInt4WeightLinear, Int8Linear, Int8WeightOnlyLinear, Sparse24Linear
 from tilewright.nn.quantized_linear import QuantizedLinear, dtype_name, parse_dtype
 
 
@@ -21,7 +21,7 @@ def test_attributes_are_those_of_the_linear_layer(layer: Layer) -> None:
     assert module.weight.shape == linear.weight.shape
     assert (module.dtype, module.device) == (torch.float32, torch.device("cpu"))
     assert module.weight_bytes() == sum(b.numel() * b.element_size() for b in module.buffers())
-    assert module.weight_bytes() < linear.weight.numel() * 4 / 3
+    assert module.weight_bytes() < linear.weight.numel() * (2.2 if layer.name == "sparse24-float32" else 4 / 3)
     assert isinstance(module.scheme_name, str)
 
 
@@ -120,8 +120,9 @@ def test_bad_options(layer: Layer) -> None:
         layer.quantize(nn.Conv2d(1, 1, 1)) if not layer.smooth else layer.cls.from_float(nn.Conv2d(1, 1, 1))
     with pytest.raises(ValueError, match="activation 'swish' is unknown"):
         layer.make(activation="swish")
-    with pytest.raises(ValueError, match="range search 'best' is unknown"):
-        layer.make(range_search="best")
+    if layer.cls is not Sparse24Linear:  # which rounds nothing
+        with pytest.raises(ValueError, match="range search 'best' is unknown"):
+            layer.make(range_search="best")
     linear = layer.linear()
     with torch.no_grad():
         linear.weight[0, 0] = torch.nan

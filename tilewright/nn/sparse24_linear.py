@@ -125,6 +125,7 @@ class Sparse24Linear(_Sparse24Weight):
         """
         check_linear(linear)
         dense = (linear.weight if weight is None else weight).detach()
+        int8.check_weight(dense)
         module = cls(
             **common_options(linear),
             values_dtype=resolve_compute_dtype(values_dtype, linear.weight.dtype),
@@ -133,7 +134,7 @@ class Sparse24Linear(_Sparse24Weight):
         )
         module.weight_values = module._keep(dense, mask).to(module.weight_values.dtype)
         if not torch.isfinite(module.weight_values).all():
-            raise ValueError(f"the weight holds NaN or Inf, or overflows {module.weight_values.dtype}")
+            raise ValueError(f"the weight overflows {module.weight_values.dtype}")
         module.bias = linear.bias
         return module.train(linear.training)
 
