@@ -209,7 +209,7 @@ def test_the_problem_is_the_one_that_forward_poses(convolution: Convolution, mon
     """So that the report names the implementation that runs."""
     module = convolution.make()
     asked: list[Any] = []
-    monkeypatch.setattr(conv_ops, "route", lambda problem: asked.append(problem) or route(problem))
+    monkeypatch.setattr(conv_ops, "route_call", lambda problem: asked.append(problem) or route(problem))
     conv_ops._served.clear()
     size = 13
     module(torch.randn(2, CHANNELS, *([size] * convolution.dims)))
