@@ -35,8 +35,10 @@ from tilewright.kernels.roofline import Ceilings, highest, measure_cpu
 SHAPES = {"cpu": ((4096, 4096),), "cuda": ((4096, 4096), (8192, 8192), (28672, 4096), (16384, 16384))}
 BATCHES = {"cpu": (1, 16, 128, 512), "cuda": (1, 16, 32, 64, 128, 256, 512, 2048)}
 ROUNDS = 11
-#: ONNX Runtime's threads spin after a call and would slow whatever comes next.
-PAUSE = 0.02
+#: ONNX Runtime's threads spin after a call and would slow whatever comes next. They come last in a round; then they are
+#: waited for, and after that PyTorch's threads are kept busy: the system may have put both on one core, where one spins
+#: while the other waits (int8 took 20 ms instead of 0.8 right after a pause).
+PAUSE, SETTLE = 0.02, 0.05
 #: Written once a round on a CPU, for shapes whose variants together stay in its cache.
 EVICTED_BYTES = 64 * 2**20
 Call = Callable[[], Any]
@@ -61,8 +63,11 @@ def interleaved(calls: Mapping[str, tuple[Call, Call]], spinning: Sequence[str],
     times: dict[str, list[float]] = {name: [] for name in calls}
     evict = torch.empty(EVICTED_BYTES, dtype=torch.uint8)
     for _ in range(rounds):
+        settled = time.perf_counter() + SETTLE
         evict.add_(1)
-        for name, (wake, timed) in calls.items():
+        while spinning and time.perf_counter() < settled:
+            evict.add_(1)
+        for name, (wake, timed) in sorted(calls.items(), key=lambda item: item[0] in spinning):
             wake()
             begin = time.perf_counter()
             timed()
