@@ -110,8 +110,16 @@ def implementations(op: str) -> tuple[Implementation, ...]:
 @functools.lru_cache(maxsize=4096)
 def route(problem: Problem) -> Decision:
     """Which implementation serves ``problem``. Raises NotImplementedError that lists every reason if none does."""
+    return _decide(problem, None if _measured is None else _measured(problem))
+
+
+def usual(problem: Problem) -> Decision:
+    """What ``route`` says where nothing was timed and the user fixed nothing: the choice to beat."""
+    return _decide(problem, None)
+
+
+def _decide(problem: Problem, measured: str | None) -> Decision:
     declined: list[tuple[str, str]] = []
-    measured = None if _measured is None else _measured(problem)
     if measured is not None:
         faster: tuple[str, str] | None = (measured, f"{measured} was chosen, by timing it here or by the user")
     else:
