@@ -342,7 +342,7 @@ def _small_launch(family: Family, shape: Shape, config: Any, target: Target, ind
 
 def _small_shapes(family: Family, shape: Shape, config: Any) -> Iterator[tuple[Shape, ...]]:
     """Problems of one to 16 tiles each way, as ragged as ``shape``: products with some columns of K and with twice as
-    many.
+    many; last, where a count of steps is part of the specialisation, with one depth only.
     """
     if family.op in QUANTIZERS:
         rows = config.rows
@@ -353,10 +353,13 @@ def _small_shapes(family: Family, shape: Shape, config: Any) -> Iterator[tuple[S
     # Ragged: a little more than whole steps, or as much less as ``shape``, with words and groups as divisible as its.
     short = -shape.k % 512
     odd = 11 if short else 0
-    extras, tiles, lengths = dict.fromkeys((odd, -short)), (1, 2, 16), (512, 1024, 2048)
-    for extra, tiles_m, tiles_n, length in itertools.product(extras, tiles, tiles, lengths):
-        m, n = min(shape.m, tiles_m * block_m - odd), tiles_n * block_n - odd
-        yield tuple(
-            replace(shape, m=m, n=n, k=k, group_size=None if shape.group_size is None else min(shape.group_size, k))
-            for k in (length * splits + extra, 2 * length * splits + extra)
-        )
+    extras, tiles, lengths = dict.fromkeys((odd, -short)), (1, 2, 16), (512, 1024, 2048, 4096)
+    for depths in (2, 1):
+        for extra, tiles_m, tiles_n, length in itertools.product(extras, tiles, tiles, lengths):
+            m, n = min(shape.m, tiles_m * block_m - odd), tiles_n * block_n - odd
+            yield tuple(
+                replace(shape, m=m, n=n, k=k, group_size=None if shape.group_size is None else min(shape.group_size, k))
+                for k in (depth * length * splits + extra for depth in range(1, depths + 1))
+            )
+    if shape.k < 2048:
+        yield from ((replace(shape, m=min(shape.m, t * block_m - odd), n=t * block_n - odd),) for t in tiles)

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.problems import FOLDERS, Shape, make_arguments
+from bench.problems import FOLDERS, SPARSE, Shape, make_arguments
 from tilewright.aot.launch import Launch
 from tilewright.kernels import problem as problems
 from tilewright.kernels import router
@@ -55,7 +55,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[
 
 
 @pytest.mark.parametrize("m", [1, 64, 512])
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", [op for op in FOLDERS if op not in SPARSE])  # fake tensors cannot reorder 2:4 weights
 def test_a_second_call_launches_the_same_without_asking_the_device(op: str, m: int, launches: list[Any]) -> None:
     arguments = make_arguments(op, Shape(m, 128, 256, torch.float16, group_size=32, residual=True))
     facts: dict[str, Any] = {}

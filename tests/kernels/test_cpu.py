@@ -390,7 +390,7 @@ def test_a_wrong_private_operator_is_refused_with_the_reason(monkeypatch: pytest
 SWEEP = """
     import itertools
     import torch
-    from tests.kernels.problems import Case, make
+    from tests.kernels.problems import COMPUTE_OPS, Case, make
     from tests.kernels.test_cpu import LINEAR_OPS, fast, problem
 
     torch.set_num_threads(1)
