@@ -21,7 +21,9 @@ from tilewright.kernels.quantize import reference as quantize_reference
 from tilewright.kernels.router import route
 
 DTYPES = tuple(native.DTYPES)
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def int8_weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +83,8 @@ def test_linear_agrees_with_float64(
     isa: str, m: int, n: int, k: int, dtype: torch.dtype, activation: str, extras: set[str], seed: int
 ):
     torch.manual_seed(seed)
+    if activation not in ("none", "relu"):
+        m = max(m, 64)  # at a single element the plain expression may happen to be exact
     weight, weight_scale = int8_weight(n, k)
     x = torch.randn(m, k, dtype=dtype)
     if "strided" in extras:

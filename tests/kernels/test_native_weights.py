@@ -25,7 +25,9 @@ KERNELS = {
     "int4_linear": int4.native_int4_linear,
     "int8_weight_only_linear": int8.native_int8_weight_only_linear,
 }
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def unaligned(x: torch.Tensor, how: str) -> torch.Tensor:
