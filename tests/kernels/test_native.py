@@ -146,6 +146,22 @@ def test_rows_in_several_blocks(isa: str, monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(linear.int8_linear(x, weight, weight_scale, None, None, "none", None), whole)
 
 
+@pytest.mark.parametrize("m", [100, 289])
+def test_however_the_threads_share_the_work(isa: str, m: int, monkeypatch: pytest.MonkeyPatch):
+    weight, weight_scale = int8_weight(70, 100)
+    x, residual = torch.randn(m, 100), torch.randn(m, 70)
+    x[m - 1, 3] = math.nan
+
+    def run() -> torch.Tensor:
+        return linear.int8_linear(x, weight, weight_scale, None, residual, "gelu", None).nan_to_num(-1.0)
+
+    by_rows = run()
+    monkeypatch.setattr(linear, "_CACHED_WEIGHT", 0)
+    assert torch.equal(run(), by_rows)
+    monkeypatch.setattr(linear, "_OWN_ELEMENTS", 1 << 20)
+    assert torch.equal(run(), by_rows)
+
+
 def test_several_python_threads_at_once(isa: str):
     weight, weight_scale = int8_weight(200, 256)
     inputs = [torch.randn(64, 256) for _ in range(4)]

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import tilewright.nn as quantized
-from tilewright.convert import conv_restore, layers, structure
+from tilewright.convert import attention, conv_restore, layers, structure
 from tilewright.convert.fusion import fuse_named, fused_activations
 from tilewright.convert.manifest import FILE_NAME, Layer, Manifest, Stored, read_manifest
 from tilewright.convert.record import record_of
@@ -221,6 +221,8 @@ def load_model(
     for name, module in model.named_modules():
         module.training = manifest.training != (name in other_mode)
     structure.FastPaths.close(model, layers.is_converted)
+    if manifest.record.attention:
+        manifest.record.attention = attention.use(model)
     if manifest.layers:
         manifest.record.attach(model)
     return model

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate, layers, structure, timing
+from tilewright.convert import attention, calibrate, layers, structure, timing
 from tilewright.convert.conv_calibrate import ERROR_SAMPLES
 from tilewright.convert.conv_convert import Convolutions, check_mode
 from tilewright.convert.conv_schemes import ConvScheme
@@ -61,7 +61,8 @@ def convert_model(
         as the reason. Convolutions hand integers to each other, so they are timed together, in the whole model, and
         all or none are kept.
     fuse: let a layer apply the activation module that follows it, where tracing shows that nothing else reads what lies
-        between (``convert.fusion``); the activation is then taken in float32, before the only cast.
+        between (``convert.fusion``); the activation is then taken in float32, before the only cast. And compute the
+        attention of transformers by a kernel of ours where that is the same (``convert.attention``).
     inplace: change ``model`` itself and free each float weight as soon as its replacement exists. Otherwise ``model``
         is left as it was, and the result shares every parameter and buffer that was not converted with it.
     progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.
@@ -91,7 +92,13 @@ def convert_model(
     reached = _reached(model, plan, examples)
     if not inplace:
         model = structure.copy_structure(original)
-    record = Record([*known.recipes, recipe.to_json()], dict(known.layers), plan.skipped, dict(known.untraced))
+    record = Record(
+        [*known.recipes, recipe.to_json()],
+        dict(known.layers),
+        plan.skipped,
+        dict(known.untraced),
+        list(known.attention),
+    )
     convolutions = Convolutions(model, plan, fused_already=any(isinstance(m, ConvLayer) for m in model.modules()))
     first, data = calibrate.first_of(calibration_data)
     try:
@@ -103,6 +110,7 @@ def convert_model(
         if fuse:
             for source in fuse_activations(model).values():
                 record.layers[source].label += f" + {model.get_submodule(source).activation}"
+            record.attention = sorted({*record.attention, *attention.use(model)})
     finally:
         convolutions.install(model, record)
         # Also if a layer failed in place: what was converted until then must keep working and be reported.
@@ -279,5 +287,6 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         new = nn.Identity() if old.then is None else old.then
         model = structure.replace(model, old, new.train(old.training), slots)
     structure.FastPaths.open(model)
+    attention.restore(model)
     detach(model)
     return model

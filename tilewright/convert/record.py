@@ -44,12 +44,14 @@ class Record:
     """One model. recipes: the JSON forms of those applied, in order. layers: by name. skipped: name -> reason.
 
     untraced: modules whose code could not be read as a graph, so that nothing was fused across it: name -> reason.
+    attention: modules whose config names our attention (``convert.attention``).
     """
 
     recipes: list[dict[str, Any]] = field(default_factory=list)
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
+    attention: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-able dict."""
@@ -70,7 +72,8 @@ class Record:
                     raise ValueError(f"an error or time of {name!r} is not a number")
         skipped = {str(name): str(reason) for name, reason in data["skipped"].items()}
         untraced = {str(name): str(reason) for name, reason in data.get("untraced", {}).items()}
-        return cls(list(data["recipes"]), layers, skipped, untraced)
+        attention = [str(name) for name in data.get("attention", [])]
+        return cls(list(data["recipes"]), layers, skipped, untraced, attention)
 
     def attach(self, model: nn.Module) -> None:
         """Make this the record of ``model``, in place of any that it or a part of it has."""
@@ -94,6 +97,7 @@ def record_of(model: nn.Module) -> Record:
             found.layers |= {join(prefix, name): layer for name, layer in part.layers.items()}
             found.skipped |= {join(prefix, name): reason for name, reason in part.skipped.items()}
             found.untraced |= {join(prefix, name): reason for name, reason in part.untraced.items()}
+            found.attention += [join(prefix, name) for name in part.attention]
     return found
 
 

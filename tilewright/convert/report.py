@@ -59,7 +59,7 @@ class Report:
     """What ``report`` found. ``str()`` gives a table. model_bytes: of all parameters and buffers, before and after.
 
     untraced: modules whose code could not be read as a graph, so that convolutions were not fused across it, with the
-    reason.
+    reason. attention: modules whose attention is computed by a kernel of ours where it takes the call.
     """
 
     model: str
@@ -67,6 +67,7 @@ class Report:
     model_bytes_before: int
     model_bytes_after: int
     untraced: dict[str, str] = dataclasses.field(default_factory=dict)
+    attention: tuple[str, ...] = ()
 
     @property
     def converted(self) -> list[ReportedLayer]:
@@ -100,6 +101,7 @@ class Report:
             "model": self.model,
             "totals": self.totals,
             "untraced": self.untraced,
+            "attention": list(self.attention),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
         }
 
@@ -117,6 +119,8 @@ class Report:
                 lines.append(f"{label}: {size(before)} -> {size(after)} ({ratio:.3f}x)")
             counts = Counter(layer.scheme for layer in self.converted)
             lines += [f"{scheme} ({count} layers)" for scheme, count in counts.items()]
+        if self.attention:
+            lines.append(f"attention of {len(self.attention)} modules by tilewright::attention in inference on a CPU")
         return lines
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
@@ -254,7 +258,7 @@ def report(
     found = [_layer(module, names[0], record, errors) for module, names in layers_of(model).items()]
     after = tensor_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in found)
-    return Report(type(model).__name__, tuple(found), after + saved, after, record.untraced)
+    return Report(type(model).__name__, tuple(found), after + saved, after, record.untraced, tuple(record.attention))
 
 
 def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, float | None]) -> ReportedLayer:

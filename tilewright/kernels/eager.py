@@ -36,8 +36,8 @@ def _probe() -> tuple[Callable[[], Any], ...]:
         torch._C._len_torch_function_stack,
         torch._C._functorch.peek_interpreter_stack,
         torch._C._get_tracing_state,
-        torch._C._autograd._profiler_enabled,
         lambda: forward_ad._current_level >= 0,
+        torch._C._autograd._profiler_enabled,  # the last one: see ``unwatched``
     )
 
 
@@ -47,11 +47,16 @@ except AttributeError:  # another version of PyTorch: always through the dispatc
     _watchers = None
 
 
-def unwatched(x: torch.Tensor) -> bool:
-    """Whether a call on ``x`` may leave the dispatcher out."""
+def profiled() -> bool:
+    """Whether PyTorch's profiler is on."""
+    return bool(torch._C._autograd._profiler_enabled())
+
+
+def unwatched(x: torch.Tensor, *, profiler: bool = False) -> bool:
+    """Whether a call on ``x`` may leave the dispatcher out. profiler: the caller asks himself whether it is on."""
     if type(x) is not torch.Tensor or _watchers is None or x.device != _CPU or torch.is_autocast_enabled("cpu"):
         return False
-    for watcher in _watchers:  # noqa: SIM110  (a generator takes twice as long)
+    for watcher in _watchers[:-1] if profiler else _watchers:  # noqa: SIM110  (a generator takes twice as long)
         if watcher():
             return False
     return True

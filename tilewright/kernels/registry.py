@@ -34,7 +34,7 @@ _CONV_FOLDERS = {
 
 def folder_of(op: str) -> str | None:
     """The folder of the implementations of ``op``, None for an operator that is not ours."""
-    return (_FOLDERS | _CONV_FOLDERS).get(op)
+    return (_FOLDERS | _CONV_FOLDERS | {"attention": "attention"}).get(op)
 
 
 def _cpu(
@@ -142,3 +142,10 @@ def register_convolutions() -> None:
     register(Implementation("unpacked once, then dense", op, _always, f"{_PACKAGE}sparse24_conv2d.dense:{op}"))
     for op, folder in _CONV_FOLDERS.items():
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))
+
+
+def register_attention() -> None:
+    """Called once, when the operator is defined."""
+    _cpu("attention", "C kernel")
+    for name, module in (("PyTorch", "pytorch"), ("reference", "reference")):
+        register(Implementation(name, "attention", _always, f"{_PACKAGE}attention.{module}:attention"))

@@ -33,6 +33,7 @@ KERNELS = (
     "conv_int8.c",
     "conv_simple.c",
     "conv_program.c",
+    "attention.c",
 )
 HEADERS = (
     "parallel.h",

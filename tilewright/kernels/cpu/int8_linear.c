@@ -92,9 +92,15 @@ typedef struct {
     uint8_t *q;
     float *scale;
     int64_t block;
-    int own; /* every thread quantises all rows for itself: for few of them that is quicker than to wait for each other */
+    int sharing;
     tw_queue *units;
 } linear_job;
+
+/* How threads share the work. TOGETHER: they quantise `block` rows, wait for each other, and take panels of the weight. ALL:
+   every thread quantises all rows for itself; for few of them that is quicker than to wait. BY_ROWS: each takes up to
+   `block` rows, quantises and multiplies them; nobody waits, x and y pass through one core's cache once, and the weight has
+   to stay there. */
+enum { TOGETHER, ALL, BY_ROWS };
 
 /* `channels` is a constant, PANEL, wherever that many are left: then the loops over it unroll. */
 static inline __attribute__((always_inline)) void finish_channels(const linear_job *job, int32_t sums[][PANEL],
@@ -130,52 +136,94 @@ static void quantize_rows(const linear_job *job, int64_t first, int64_t begin, i
     }
 }
 
-static void linear_part(void *data) {
-    const linear_job *job = data;
-    const int64_t steps = round_up(job->k, 4) / 4, q_stride = steps * 4, panels = (job->out.n + PANEL - 1) / PANEL;
-    int number, threads;
-    tw_team(&number, &threads);
-    uint8_t *q = job->q + (job->own ? number * job->m * q_stride : 0);
-    float *scale = job->scale + (job->own ? number * job->m : 0);
+/* Multiplies `rows` rows, whose quantised form begins at q, by the panel that begins at `channel`. */
+static void multiply_group(const linear_job *job, const uint8_t *q, const float *scale, int64_t row, int64_t rows,
+                           int64_t channel) {
+    const int64_t steps = round_up(job->k, 4) / 4, q_stride = steps * 4;
+    const int8_t *panel = job->packed + channel * q_stride;
+    for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+        int32_t sums[TILE_ROWS][PANEL];
+        int count = (int)(rows - i < TILE_ROWS ? rows - i : TILE_ROWS);
+        multiply_tile(count, q + i * q_stride, q_stride, panel, steps, sums);
+        finish_tile(job, sums, row + i, count, channel, scale + i);
+    }
+}
+
+/* The next rows of the calling thread in BY_ROWS, whole tiles: many at first, fewer when little is left, so that the threads
+   end together. Returns the first row, and m or more when all are taken. */
+static int64_t take_rows(const linear_job *job, int threads, int64_t *rows) {
+    const int64_t tiles = (job->m + TILE_ROWS - 1) / TILE_ROWS, most = job->block / TILE_ROWS;
+    int64_t first = __atomic_load_n(&job->units->taken[0], __ATOMIC_RELAXED), count;
+    do {
+        count = (tiles - first) / (2 * threads);
+        count = count > most ? most : count < 1 ? 1 : count;
+    } while (first < tiles && !__atomic_compare_exchange_n(&job->units->taken[0], &first, first + count, 1,
+                                                           __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    const int64_t row = first * TILE_ROWS, left = job->m - row;
+    *rows = count * TILE_ROWS < left ? count * TILE_ROWS : left;
+    return row;
+}
+
+static void linear_by_rows(const linear_job *job, int number, int threads) {
+    uint8_t *q = job->q + number * job->block * round_up(job->k, 4);
+    float *scale = job->scale + number * job->block;
+    int64_t rows;
+    for (int64_t row = take_rows(job, threads, &rows); row < job->m; row = take_rows(job, threads, &rows)) {
+        quantize_rows(job, row, 0, rows, q, scale);
+        for (int64_t channel = 0; channel < job->out.n; channel += PANEL)
+            multiply_group(job, q, scale, row, rows, channel);
+    }
+}
+
+static void linear_by_panels(const linear_job *job, int number, int threads) {
+    const int64_t q_stride = round_up(job->k, 4), panels = (job->out.n + PANEL - 1) / PANEL;
+    const int own = job->sharing == ALL;
+    uint8_t *q = job->q + (own ? number * job->m * q_stride : 0);
+    float *scale = job->scale + (own ? number * job->m : 0);
     for (int64_t first = 0, round = 0; first < job->m; first += job->block, round++) {
         int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin = 0, end = rows;
-        if (!job->own) {
+        if (!own) {
             tw_share(rows, &begin, &end);
             if (!number) tw_refill(job->units, round);
         }
         quantize_rows(job, first, begin, end, q, scale);
-        if (!job->own) tw_barrier();
+        if (!own) tw_barrier();
         const int64_t groups = (rows + ROW_GROUP - 1) / ROW_GROUP, units = panels * groups;
         const int64_t step = panels >= 8 * threads ? groups : 1; /* a panel stays in the cache of one core */
         for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
             for (int64_t unit = taken; unit < taken + step; unit++) {
-                int64_t channel = unit / groups * PANEL, row = unit % groups * ROW_GROUP;
-                int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
-                const int8_t *panel = job->packed + channel * q_stride;
-                for (; row < last; row += TILE_ROWS) {
-                    int32_t sums[TILE_ROWS][PANEL];
-                    int count = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
-                    multiply_tile(count, q + row * q_stride, q_stride, panel, steps, sums);
-                    finish_tile(job, sums, first + row, count, channel, scale + row);
-                }
+                int64_t row = unit % groups * ROW_GROUP, left = rows - row;
+                multiply_group(job, q + row * q_stride, scale + row, first + row, left < ROW_GROUP ? left : ROW_GROUP,
+                               unit / groups * PANEL);
             }
         if (first + job->block < job->m) tw_barrier(); /* the next block overwrites q */
     }
 }
 
+static void linear_part(void *data) {
+    const linear_job *job = data;
+    int number, threads;
+    tw_team(&number, &threads);
+    if (job->sharing == BY_ROWS)
+        linear_by_rows(job, number, threads);
+    else
+        linear_by_panels(job, number, threads);
+}
+
 /* packed, correction: from pack. x: [m, k] in the format `dtype`, rows x_stride elements apart; y and residual (or NULL):
    [m, n], contiguous, in the same format. weight_scale, bias (or NULL): float32 [n]. channel_scale: float32 [k] or NULL.
-   block: rows quantised at a time, all m if `own`, which has every thread quantise them for itself. q: scratch of block *
-   (k rounded up to 4) bytes, scale: scratch of block floats; for each thread if `own`. Returns 0, or 1 for a format that this build cannot read. */
+   block: rows quantised at a time, all m if `sharing` is ALL. q: scratch of block * (k rounded up to 4) bytes, scale: scratch
+   of block floats; both for each thread unless `sharing` is TOGETHER. Returns 0, or 1 for a format that this build cannot
+   read. */
 EXPORT int ISA_NAME(tw_int8_linear)(const int8_t *packed, const int32_t *correction, int64_t n, int64_t k,
                                     const float *weight_scale, const float *bias, const float *channel_scale,
                                     const void *x, int dtype, int64_t m, int64_t x_stride, const void *residual,
-                                    int activation, void *y, uint8_t *q, float *scale, int64_t block, int own,
+                                    int activation, void *y, uint8_t *q, float *scale, int64_t block, int sharing,
                                     int threads) {
     if (dtype == FLOAT16 && !HAS_FLOAT16) return 1;
     output out = {bias, residual, activation, y, dtype, n};
     tw_queue units = {{0, 0}};
-    linear_job job = {packed, correction, k, weight_scale, channel_scale, x, m, x_stride, out, q, scale, block, own,
+    linear_job job = {packed, correction, k, weight_scale, channel_scale, x, m, x_stride, out, q, scale, block, sharing,
                       &units};
     tw_parallel(linear_part, &job, threads);
     return 0;

@@ -23,6 +23,12 @@ _TILE_ROWS = 12
 _GRAIN = 32768
 #: Up to so many activations every thread quantises all of them, rather than wait until others have done their part.
 _OWN_ELEMENTS = 8192
+#: How the threads of int8_linear share the work: as its enum.
+_TOGETHER, _ALL, _ROWS = range(3)
+#: Bytes of a weight that stays in a core's second-level cache beside the rows that pass through.
+_CACHED_WEIGHT = 768 << 10
+#: Rows for each thread from which on threads take rows, and how many they take at once.
+_ROWS_FOR_EACH, _ROWS_AT_ONCE = 24, 48
 
 
 def why_not(problem: Problem) -> str | None:
@@ -119,9 +125,14 @@ def prepare_int8(
         rows, m, _ = _rows(x)
         y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
         residual = _residual(residual, y)
-        threads, own = _threads(m * n * k), m * k <= _OWN_ELEMENTS
-        block = m if own else min(m, max(1, _BLOCK_BYTES // stride))
-        held = block * threads if own else block
+        threads = _threads(m * n * k)
+        if m * k <= _OWN_ELEMENTS:
+            sharing, block = _ALL, m
+        elif n * stride <= _CACHED_WEIGHT and m >= _ROWS_FOR_EACH * threads:
+            sharing, block = _ROWS, _ROWS_AT_ONCE
+        else:
+            sharing, block = _TOGETHER, min(m, max(1, _BLOCK_BYTES // stride))
+        held = block if sharing == _TOGETHER else block * threads
         function(
             *fixed,
             channels,
@@ -135,7 +146,7 @@ def prepare_int8(
             scratch((held * stride,), torch.uint8, "quantized").data_ptr(),
             scratch((held,), torch.float32, "row scale").data_ptr(),
             block,
-            own,
+            sharing,
             threads,
         )
         return y

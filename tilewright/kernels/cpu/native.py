@@ -59,6 +59,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         _COUNT,
         *[_NUMBER] * 2,
     ),
+    "attention_scratch": (_POINTER,),
+    "attention": (_POINTER,),
     "weight_only_element": (_NUMBER,),
     "weight_only_pack": (_NUMBER, *[_POINTER] * 3, *[_COUNT] * 3, *[_POINTER] * 3),
     "weight_only_linear": (
@@ -76,7 +78,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     ),
 }
 #: Those that return a size or a count; the others return 0, or what went wrong.
-_COUNTS = ("panel", "int8_packed_bytes", "int4_packed_bytes", "int4_scales", "weight_only_element")
+_COUNTS = ("panel", "int8_packed_bytes", "int4_packed_bytes", "int4_scales", "weight_only_element", "attention_scratch")
 
 
 @functools.cache

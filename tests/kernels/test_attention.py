@@ -1,0 +1,230 @@
+"""Attention: the definition against PyTorch, the C kernel against float64 on every instruction set, who is served."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.tolerance import assert_close_as_plain
+from tilewright.kernels import attention_ops
+from tilewright.kernels.attention import cpu, pytorch, reference
+from tilewright.kernels.cpu import native
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.router import route
+
+quick = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+MASKS = ("none", "bool", "padding", "float", "one key", "2-d")
+
+
+@pytest.fixture
+def vector_isa(isa: str) -> str:
+    if not native.function("conv_lanes")():
+        pytest.skip(f"{isa} has no vectors: the kernel is not built for it")
+    return isa
+
+
+def operands(
+    batch: int, heads: int, kv_heads: int, queries: int, keys: int, width: int, value_width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As a model makes them: views of [batch, length, heads * width]."""
+
+    def view(heads: int, length: int, width: int) -> torch.Tensor:
+        return torch.randn(batch, length, heads * width).view(batch, length, heads, width).transpose(1, 2)
+
+    return view(heads, queries, width), view(kv_heads, keys, width), view(kv_heads, keys, value_width)
+
+
+def mask_of(kind: str, batch: int, heads: int, queries: int, keys: int) -> torch.Tensor | None:
+    if kind == "bool":
+        return torch.rand(batch, heads, queries, keys) > 0.4
+    if kind == "padding":
+        return (torch.rand(batch, 1, 1, keys) > 0.4).expand(batch, 1, queries, keys)
+    if kind == "float":
+        return torch.randn(batch, 1, queries, keys)
+    if kind == "one key":
+        return torch.rand(batch, heads, queries, 1) > 0.2
+    return torch.randn(keys, queries).t() if kind == "2-d" else None
+
+
+def double(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return mask if mask is None or mask.dtype == torch.bool else mask.double()
+
+
+@quick
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    queries=st.integers(1, 40),
+    keys=st.integers(1, 90),
+    width=st.integers(1, 70),
+    value_width=st.integers(1, 140),
+    mask=st.sampled_from((*MASKS, "causal")),
+    scale=st.sampled_from((None, 0.3)),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_with_float64(
+    vector_isa: str,
+    batch: int,
+    kv_heads: int,
+    groups: int,
+    queries: int,
+    keys: int,
+    width: int,
+    value_width: int,
+    mask: str,
+    scale: float | None,
+    seed: int,
+):
+    torch.manual_seed(seed)
+    heads = kv_heads * groups
+    if batch * heads * queries * value_width < 256:  # among few elements the plain expression may happen to be exact
+        batch = -(-256 // (heads * queries * value_width))
+    q, k, v = operands(batch, heads, kv_heads, queries, keys, width, value_width)
+    added = mask_of(mask, batch, heads, queries, keys)
+    options = (mask == "causal", scale)
+    exact = reference.attention(q.double(), k.double(), v.double(), double(added), *options)
+    assert_close_as_plain(cpu.attention(q, k, v, added, *options), reference.attention(q, k, v, added, *options), exact)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_definition_is_pytorchs(mask: str):
+    q, k, v = (t.double() for t in operands(2, 4, 2, 7, 9, 16, 24))
+    added = double(mask_of(mask, 2, 4, 7, 9))
+    assert torch.allclose(reference.attention(q, k, v, added), pytorch.attention(q, k, v, added), atol=1e-12)
+    theirs = F.scaled_dot_product_attention(q, k, v, added, enable_gqa=True)
+    assert torch.allclose(reference.attention(q, k, v, added), theirs, atol=1e-12)
+
+
+def test_causal_is_pytorchs():
+    q, k, v = (t.double() for t in operands(1, 2, 2, 6, 9, 8, 8))
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2)
+    assert torch.allclose(reference.attention(q, k, v, causal=True, scale=0.2), theirs, atol=1e-12)
+
+
+def test_a_query_that_sees_nothing_gives_zeros(vector_isa: str):
+    q, k, v = operands(1, 2, 2, 8, 20, 16, 16)
+    seen = torch.ones(1, 1, 8, 20, dtype=torch.bool)
+    seen[:, :, 3] = False
+    for mask in (seen, torch.zeros(1, 1, 8, 20).masked_fill(~seen, -math.inf)):
+        for y in (cpu.attention(q, k, v, mask), reference.attention(q, k, v, mask)):
+            assert torch.equal(y[:, :, 3], torch.zeros_like(y[:, :, 3]))
+            assert torch.isfinite(y).all()
+    lowest = torch.full((1, 1, 8, 20), torch.finfo(torch.float32).min)  # the same for all keys: their mean
+    assert torch.allclose(cpu.attention(q, k, v, lowest), v.mean(2, keepdim=True).expand(1, 2, 8, 16), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_query_stays_alone(vector_isa: str, bad: float):
+    q, k, v = operands(2, 2, 2, 9, 21, 16, 16)
+    clean = cpu.attention(q, k, v)
+    q[1, 0, 4, 3] = bad
+    y = cpu.attention(q, k, v)
+    assert torch.isnan(y[1, 0, 4]).all()
+    y[1, 0, 4] = clean[1, 0, 4]
+    assert torch.equal(y, clean)
+
+
+def test_masked_keys_may_hold_anything_but_values(vector_isa: str):
+    q, k, v = operands(1, 2, 2, 9, 21, 16, 16)
+    seen = torch.ones(1, 1, 9, 21, dtype=torch.bool)
+    seen[..., 15:] = False
+    expected = cpu.attention(q, k, v, seen)
+    k[:, :, 15:] = 1e30
+    assert torch.equal(cpu.attention(q, k, v, seen), expected)
+
+
+def test_depends_neither_on_the_batch_nor_on_threads(vector_isa: str):
+    q, k, v = operands(17, 3, 3, 13, 37, 24, 24)
+    together = cpu.attention(q, k, v)
+    for i in (0, 9, 16):
+        one = slice(i, i + 1)
+        assert torch.equal(cpu.attention(q[one], k[one], v[one]), together[one])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(cpu.attention(q, k, v), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_more_queries_than_one_block(vector_isa: str):
+    q, k, v = operands(1, 1, 1, 300, 300, 8, 8)
+    exact = reference.attention(q.double(), k.double(), v.double(), causal=True)
+    assert_close_as_plain(cpu.attention(q, k, v, causal=True), reference.attention(q, k, v, causal=True), exact)
+
+
+@pytest.mark.parametrize(
+    "isa, change, words",
+    [
+        ("avx2", {"x_dtype": torch.bfloat16}, "float32"),
+        ("avx2", {"n": 513}, "512 keys"),
+        ("avx2", {"k": 257}, "width 256"),
+        ("avx2", {"m": 0}, "nothing"),
+        ("portable", {}, "not built for portable"),
+    ],
+    indirect=["isa"],
+)
+def test_declines_in_words(isa: str, change: dict[str, object], words: str):
+    problem = Problem(**{"op": "attention", "m": 8, "n": 8, "k": 8, "x_dtype": torch.float32, **change})  # type: ignore[arg-type]
+    decision = route(problem)
+    assert decision.name == "PyTorch"
+    assert words in dict(decision.declined)["C kernel"]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_opcheck(mask: str):
+    q, k, v = operands(2, 4, 2, 5, 7, 8, 12)
+    arguments = (q, k, v, mask_of(mask, 2, 4, 5, 7))
+    torch.library.opcheck(torch.ops.tilewright.attention.default, arguments)
+    empty = operands(0, 4, 2, 5, 7, 8, 12)
+    torch.library.opcheck(torch.ops.tilewright.attention.default, empty)
+
+
+@pytest.mark.parametrize(
+    "shapes, words",
+    [
+        (((2, 3, 4), (2, 3, 4), (2, 3, 4)), "query must be"),
+        (((1, 3, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)), "3 heads"),
+        (((1, 2, 4, 8), (1, 2, 4, 9), (1, 2, 4, 8)), "belong together"),
+        (((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 5, 8)), "belong together"),
+        (((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8), (3, 1, 1, 1)), "broadcast"),
+    ],
+)
+def test_bad_shapes_are_errors(shapes: tuple[tuple[int, ...], ...], words: str):
+    with pytest.raises(ValueError, match=words):
+        torch.ops.tilewright.attention(*map(torch.randn, shapes))
+
+
+def test_bad_dtypes_are_errors():
+    q = torch.randn(1, 1, 2, 4)
+    with pytest.raises(TypeError, match="key is torch.float64"):
+        torch.ops.tilewright.attention(q, q.double(), q)
+    with pytest.raises(TypeError, match="value must be float"):
+        torch.ops.tilewright.attention(q, q, q.int())
+    with pytest.raises(TypeError, match="mask must be bool or float"):
+        torch.ops.tilewright.attention(q, q, q, q[..., :2].int())
+
+
+def test_takes_only_what_it_can_replace():
+    q, k, v = operands(1, 2, 2, 3, 5, 8, 8)
+    with torch.no_grad():
+        assert attention_ops.takes(q, k, v, None, True)
+        assert attention_ops.takes(q, k, v, torch.randn(1, 1, 3, 5), False)
+        assert not attention_ops.takes(q, k, v, torch.randn(1, 1, 3, 5), True)
+        assert not attention_ops.takes(q, k, v, torch.randn(1, 1, 4, 5), False)
+        assert not attention_ops.takes(q.bfloat16(), k, v, None, False)
+        assert not attention_ops.takes(q.to("meta"), k.to("meta"), v.to("meta"), None, False)
+        with torch.autocast("cpu"):
+            assert not attention_ops.takes(q, k, v, None, False)
+        assert torch.func.vmap(lambda x: torch.tensor(attention_ops.takes(x, k, v, None, False)), out_dims=None)(
+            q[None]
+        ).logical_not()
+    assert not attention_ops.takes(q.requires_grad_(), k, v, None, False)

@@ -1,0 +1,45 @@
+"""Scaled dot-product attention (the definition).
+
+    y[b, h, i, :] = sum_j p[i, j] v[b, h, j, :]
+    p[i, :] = softmax_j(scale * q[b, h, i, :] . k[b, h, j, :] + mask[i, j])
+
+It is what ``torch.nn.functional.scaled_dot_product_attention`` computes. With ``causal`` query i sees the keys j <= i.
+A query that sees no key gives zeros. Fewer heads of k and v than of q: each serves as many neighbouring heads of q.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """query [B, H, L, D], key [B, G, S, D], value [B, G, S, E] of one float dtype, H a multiple of G; mask, which
+    broadcasts to [B, H, L, S], bool (True: seen) or float (added) -> [B, H, L, E] of that dtype. scale None is
+    1 / sqrt(D).
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    groups = query.shape[1] // max(key.shape[1], 1)
+    k, v = (t.to(dtype).repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query.to(dtype) @ k.transpose(-1, -2) * default_scale(query, scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -math.inf)
+    blind = (scores == -math.inf).all(dim=-1, keepdim=True)
+    probabilities = torch.softmax(scores, dim=-1).masked_fill(blind, 0)
+    return (probabilities @ v).to(query.dtype)
+
+
+def default_scale(query: torch.Tensor, scale: float | None) -> float:
+    """``scale``, or 1 / sqrt(D)."""
+    return scale if scale is not None else 1 / math.sqrt(max(query.shape[-1], 1))
