@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tilewright.nn as tnn
@@ -70,3 +71,14 @@ def test_operator(benchmark, op: str) -> None:
     with torch.inference_mode():
         result = benchmark(getattr(torch.ops.tilewright, op), **arguments)
     assert torch.isfinite((result[0] if isinstance(result, tuple) else result).float()).all()
+
+
+@pytest.mark.parametrize("name", ["PyTorch", "tilewright"])
+def test_attention(benchmark, name: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 32, 22, 12, 32).transpose(2, 3).unbind()
+    function = torch.ops.tilewright.attention if name == "tilewright" else F.scaled_dot_product_attention
+    benchmark.group = "attention, 32 x 12 heads, 22 x 32"
+    with torch.inference_mode():
+        y = benchmark(function, q, k, v)
+    assert torch.isfinite(y).all() and y.shape == q.shape
