@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench compiled compat gpu clean
+.PHONY: help demo test test-slow lint format bench compiled shortlist compat gpu clean
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -64,6 +64,12 @@ bench: $(STAMP)
 #: make compiled   compile every kernel for every target, print what changed and rewrite bench/results/compiled.csv
 compiled: $(STAMP)
 	$(BIN)/python -m bench.compiled
+
+#: make shortlist  compile every candidate of the tuner for sm_90 and rewrite the list that GPUs then only have to time
+shortlist: $(STAMP)
+	$(BIN)/python -m tilewright tune --offline --target sm_90 --seconds 3600 \
+		--op int4_linear int8_linear int8_weight_only_linear int4_int8_linear \
+		--shape 4096x4096 --shape 8192x8192 --m 1,16,64,128 -o tilewright/autotune/shortlists/sm_90.json
 
 #: make compat     the smoke test under other versions of Triton
 compat: $(STAMP) $(COMPAT_TRITONS:%=.compat/triton-%)

@@ -51,16 +51,13 @@ def _table(
     return Step(name, ("-m", "bench.run", *flags, "--m", *batches, "--variants", *variants, *output), share)
 
 
-#: What ``tilewright tune --offline --target sm_90`` kept of the spaces, without a GPU.
-SHORT_LIST = RESULTS / "shortlist_sm_90.json"
-
-
 def _tuning(shapes: Sequence[str], seconds: int) -> Step:
-    """Time configurations for the decisive sizes; what is found lies beside the tables, in ``tuned/``."""
+    """Time configurations for the decisive sizes; what is found lies beside the tables, in ``tuned/``. On sm_90 only
+    those of the short list that comes with the package (``make shortlist``) are timed.
+    """
     flags = [flag for shape in shapes for flag in ("--shape", shape)]
-    short = ("--shortlist", str(SHORT_LIST)) if SHORT_LIST.is_file() else ()
     ops = ("int4_linear", "int8_linear")
-    command = ("-m", "tilewright", "tune", "--op", *ops, *flags, "--m", "1,16,64,128", *short)
+    command = ("-m", "tilewright", "tune", "--op", *ops, *flags, "--m", "1,16,64,128")
     return Step("tuning", (*command, "--seconds", str(seconds)), 0.5)
 
 

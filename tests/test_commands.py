@@ -13,9 +13,11 @@ import tilewright as tw
 from tilewright import autotune, doctor
 from tilewright.__main__ import main
 from tilewright.autotune import tables
+from tilewright.commands import tune
 from tilewright.kernels import tuning
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.roofline import CEILINGS, ceilings_for, floor, measure_cpu
+from tilewright.kernels.router import noted
 
 
 @pytest.fixture(autouse=True)
@@ -112,8 +114,75 @@ def test_offline_then_from_the_short_list(tmp_path: Path, capsys, monkeypatch: p
     few = autotune.Tunable.split_candidates
     monkeypatch.setattr(autotune.Tunable, "split_candidates", lambda self, problem: (few(self, problem)[0][:2], {}))
     status, out, _ = run(capsys, *arguments, "--target", "sm_90", "-o", short)
-    assert status == 0 and "2 kept, 0 dropped" in out
-    assert autotune.ShortList(short).target == "sm_90" and len(autotune.ShortList(short).lists) == 2
+    assert status == 0 and out.count("2 kept, 0 dropped") == 2
+    found = autotune.ShortList.read(short)
+    assert found.target == "sm_90" and len(found.lists) == 2
+    # Called again it goes on: with what is there already it compiles nothing.
+    monkeypatch.setattr(autotune, "prune", None)
+    status, out, _ = run(capsys, *arguments, "--target", "sm_90", "-o", short)
+    assert status == 0 and out.count("2 kept, 0 dropped before") == 2
+    status, out, _ = run(capsys, *arguments, "--seconds", -1, "--m", 64, "--target", "sm_90", "-o", short)
+    assert status == 1 and "not looked at; the same command goes on from here" in out
+    assert autotune.ShortList.read(short).lists == found.lists
+    status, _, err = run(capsys, *arguments, "--target", "sm_80", "-o", short)
+    assert status == 2 and "is a short list for sm_90, not for sm_80" in err
+    monkeypatch.setattr(tune, "triton_version", lambda: "99.0")
+    status, out, _ = run(capsys, *arguments, "--seconds", -1, "--target", "sm_90", "-o", short)
+    assert status == 1 and "everything is compiled anew" in out
+
+
+# ---- tune, with convolutions
+def small_network() -> nn.Module:
+    layers = [nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1, groups=32), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(32, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 128))
+
+
+@pytest.fixture
+def saved_network(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    images = [torch.randn(2, 3, 32, 32)]
+    tw.save_model(tw.convert_model(small_network().eval(), "int8", calibration_data=images), tmp_path / "network")
+    return tmp_path / "network"
+
+
+def test_convolutions_are_tuned_for_the_images_of_a_run(saved_network: Path, capsys):
+    model = ["--model", f"{__name__}:small_network", "--image", "3,32,32"]
+    status, out, _ = run(capsys, "tune", saved_network, *model, "--m", "1,2", "--device", "cpu", "--seconds", 60)
+    assert status == 0, out
+    # Three convolutions and a linear layer, for each of two batches.
+    assert out.count("int8_conv2d_fused.implementation") == 6 and out.count("int8_linear.implementation") == 2
+    assert "M=512 N=32 K=9 (3x3 / 1 on 2 x 16x16, 32 groups)" in out
+    # What was tuned is what the model asks for when it runs.
+    loaded = tw.load_model(saved_network, small_network).eval()
+    with noted() as posed, torch.inference_mode():
+        loaded(torch.randn(2, 3, 32, 32))
+    convolutions = [problem for problem in posed if problem.conv is not None]
+    assert len(convolutions) == 3
+    for problem in convolutions:
+        assert tuning.implementation_of(problem.op).tuned(problem)[0].origin == "user"
+
+
+def test_without_a_run_convolutions_are_left_out_in_words(saved_network: Path, capsys):
+    status, out, _ = run(capsys, "tune", saved_network, "--m", "1", "--device", "cpu", "--seconds", 60)
+    assert status == 0 and "3 layers are left out" in out and "--image 3,224,224" in out
+    assert out.count("implementation=") == 1
+    status, _, err = run(capsys, "tune", saved_network, "--model", f"{__name__}:small_network", "--m", "1")
+    assert status == 2 and "--model needs --image C,H,W or --tokens COUNT" in err
+    other = ["--model", f"{__name__}:perceptron", "--image", "3,32,32"]
+    assert run(capsys, "tune", saved_network, *other, "--m", "1")[0] == 2
+
+
+@pytest.mark.aot
+def test_convolutions_offline(saved_network: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    few = autotune.Tunable.split_candidates
+    monkeypatch.setattr(autotune.Tunable, "split_candidates", lambda self, problem: (few(self, problem)[0][:1], {}))
+    model = ["--model", f"{__name__}:small_network", "--image", "3,32,32", "--dtype", "bf16", "--m", "4"]
+    status, out, _ = run(capsys, "tune", saved_network, *model, "--offline", "-o", tmp_path / "short.json")
+    assert status == 0, out
+    for kernel in ("conv2d.triton_stem", "conv2d.triton_depthwise", "conv2d.triton_pointwise", "int8_linear.triton"):
+        assert kernel in out
+    assert out.count("1 kept, 0 dropped") == len(autotune.ShortList.read(tmp_path / "short.json").lists) >= 6
 
 
 # ---- doctor

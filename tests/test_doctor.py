@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tilewright import doctor
 from tilewright.__main__ import main
+from tilewright.autotune import ShortList, shortlist
 from tilewright.kernels.cpu import build, native
 from tilewright.kernels.router import route
 
@@ -84,6 +85,21 @@ def test_findings_are_marked(anew: pytest.MonkeyPatch):
     doctor.print_findings(findings, Console(file=out, width=80))
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert lines == [["good", "fine"], ["!", "bad", "broken"]]
+
+
+def test_an_outdated_short_list_is_a_finding(anew: pytest.MonkeyPatch, tmp_path: Path):
+    pytest.importorskip("triton")
+    anew.setattr(shortlist, "SHIPPED", tmp_path)
+    shortlist.shipped.cache_clear()
+    assert list(doctor.short_list("sm_90")) == []
+    made = ShortList("sm_90", "3.7.1")
+    nothing = {"fields": [], "kept": [], "dropped": []}
+    made.lists = {f"int4_linear.triton_fused | m=<={m} | source=0123": nothing for m in (1, 16)}
+    made.write(tmp_path / "sm_90.json")
+    shortlist.shipped.cache_clear()
+    (found,) = doctor.short_list("sm_90")
+    shortlist.shipped.cache_clear()
+    assert not found.good and "2 lists of candidates" in found.found and "2 are of other versions" in found.found
 
 
 def test_runs_as_a_module():

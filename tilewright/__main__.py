@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         )
     options = parser.parse_args(arguments)
+    if os.getcwd() not in sys.path:
+        # "module:function" is looked for here too, as with python -m, and after everything that is installed.
+        sys.path.append(os.getcwd())
     run = {"doctor": doctor.run, "tune": tune.run, "cache": cache.run}[options.command]
     try:
         return run(options)

@@ -24,7 +24,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tilewright.autotune.shortlist import shipped
 from tilewright.diagnosis import diagnose
+from tilewright.kernels import tuning
 from tilewright.kernels.cpu import build, native
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.router import route
@@ -63,11 +65,27 @@ def _triton() -> Finding:
     return Finding("triton", _version("triton") or "installed, of an unknown version")
 
 
-def _gpu() -> Finding:
+def _gpu() -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        return Finding("GPU", "none that PyTorch can use")
+        yield Finding("GPU", "none that PyTorch can use")
+        return
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return Finding("GPU", names)
+    yield Finding("GPU", names)
+    if importlib.util.find_spec("triton") is not None:
+        yield from short_list("sm_{}{}".format(*torch.cuda.get_device_capability()))
+
+
+def short_list(arch: str) -> Iterator[Finding]:
+    """Whether what was compiled ahead of time for a chip is still of the kernels as they are."""
+    known = shipped(arch)
+    if known is None:
+        return
+    tuning.import_kernels()
+    old, count = len(known.outdated()), len(known.lists)
+    words = f"{count} lists of candidates, compiled ahead of time with Triton {known.triton}"
+    if old:
+        words += f"; {old} are of other versions of the kernels, so `tilewright tune` times whole spaces there"
+    yield Finding(f"tuning on {arch}", words, good=not old)
 
 
 def _c_kernels() -> Iterator[Finding]:
@@ -113,7 +131,7 @@ def examine() -> list[Finding]:
         Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("torch", torch.__version__),
         _triton(),
-        _gpu(),
+        *_gpu(),
         Finding("CPU threads", str(torch.get_num_threads())),
         Finding("CPU, as PyTorch sees it", torch.backends.cpu.get_cpu_capability()),
         *_c_kernels(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="Triton publishes wheels for Linux alone")
 
 from tilewright import autotune
+from tilewright.aot.targets import find_target
 from tilewright.autotune.offline import filling
 from tilewright.autotune.store import TableError
 from tilewright.kernels import tuning
@@ -66,24 +68,54 @@ def test_what_spills_or_does_not_fit_is_dropped_with_the_figure():
 
 def test_a_short_list_is_read_back_for_the_same_problem_alone(pruned: autotune.Pruned, tmp_path: Path):
     path = tmp_path / "short.json"
-    autotune.write_short_list(path, "sm_90", [pruned])
-    short = autotune.ShortList(path)
-    assert short.target == "sm_90"
+    made = autotune.ShortList("sm_90")
+    made.add(pruned)
+    made.write(path)
+    short = autotune.ShortList.read(path)
+    assert short.target == "sm_90" and short.triton == made.triton and short.lists == made.lists
     assert short.candidates(pruned.tunable, pruned.problem) == list(pruned.kept)
     assert short.candidates(pruned.tunable, pruned.problem.with_rows(64)) is None
+    assert short.outdated() == []
     text = json.loads(path.read_text())
     text["lists"] = {key.replace("source=", "source=x"): value for key, value in text["lists"].items()}
     path.write_text(json.dumps(text))
-    assert autotune.ShortList(path).candidates(pruned.tunable, pruned.problem) is None  # of another kernel
+    old = autotune.ShortList.read(path)
+    assert old.candidates(pruned.tunable, pruned.problem) is None and old.outdated() == list(old.lists)
+    old.add(pruned)  # replaces what is of other code
+    assert old.lists == made.lists
+
+
+def test_equal_code_is_compiled_once(pruned: autotune.Pruned, monkeypatch: pytest.MonkeyPatch):
+    from tilewright.aot import compiler as aot
+
+    made, compile_launch = [], aot.compile_launch
+    monkeypatch.setattr(aot, "compile_launch", lambda *one: made.append(one) or compile_launch(*one))
+    few = list(pruned.kept)[:2]
+    monkeypatch.setattr(type(pruned.tunable), "all_candidates", lambda self, p: few)
+    compiler = autotune.Compiler(find_target("sm_90"))
+    for n in (4096, 8192):
+        wide = replace(pruned.problem, n=n)
+        found = autotune.prune(pruned.tunable, wide, "sm_90", compiler=compiler)
+        assert set(found.kept) == set(few)
+    assert len(made) == len({str(one[0].constants) for one in made}) <= 2 * len(few)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 9}', '{"format": 1, "target": "x", "lists": 3}', "[" * 9999]
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 9}',
+        '{"format": 2, "target": "x", "triton": "3", "lists": 3}',
+        '{"format": 2, "target": "x", "triton": "3", "lists": {"k": {"fields": ["a"], "kept": [[[1, 2]]]}}}',
+        "[" * 9999,
+    ],
 )
 def test_what_is_no_short_list_is_refused(tmp_path: Path, text: str):
     (tmp_path / "short.json").write_text(text)
     with pytest.raises(TableError):
-        autotune.ShortList(tmp_path / "short.json")
+        autotune.ShortList.read(tmp_path / "short.json")
 
 
 def test_implementations_have_nothing_to_compile():

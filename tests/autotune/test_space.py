@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.autotune.toys import CANDIDATES, DEVICE, Problem, Size, toy
 from tilewright import autotune
-from tilewright.autotune import modes, store, tables
+from tilewright.autotune import modes, shortlist, store, tables
+from tilewright.autotune.device import DeviceKind
 
 SMALL = Problem(4)
 
@@ -190,6 +192,22 @@ def test_a_short_list_limits_what_is_timed():
     with toy() as (tuned, clock):
         outcome = autotune.tune(tuned, SMALL, budget=60, candidates=[Size(32)])
         assert outcome.config == Size(32) and {size.block for size in clock.ran} == {32, 64}
+
+
+def test_the_list_of_the_package_is_found_by_the_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shortlist, "SHIPPED", tmp_path)
+    figures = autotune.offline.Compiled(64, 0, 1024, "wgmma")
+    for arch, expected in (("sm_90", {16, 64}), ("sm_100", {16, 32, 64, 128})):
+        with toy(device=DeviceKind("Toy 9000", arch, 132, "1.2.3")) as (tuned, clock):
+            made = autotune.ShortList("sm_90")
+            made.add(autotune.Pruned(tuned, SMALL, {Size(16): figures}, {Size(32): "8 bytes of registers spill"}))
+            made.write(tmp_path / "sm_90.json")
+            shortlist.shipped.cache_clear()
+            assert autotune.tune(tuned, SMALL, budget=60).config == Size(16)
+            assert {size.block for size in clock.ran} == expected  # with the heuristic's
+            assert autotune.tune(tuned, Problem(4096), budget=60).config == Size(16)
+            assert {size.block for size in clock.ran} == {16, 32, 64, 128}  # of which the list does not speak
+    shortlist.shipped.cache_clear()
 
 
 def test_many_threads_tune_once_and_agree():

@@ -12,7 +12,8 @@ is ever slowed by tuning that nobody asked for. Knows no kernel by name.
 """
 
 from tilewright.autotune.modes import on_first_use, tuning_wanted
-from tilewright.autotune.offline import Pruned, ShortList, prune, write_short_list
+from tilewright.autotune.offline import Compiler, Pruned, prune
+from tilewright.autotune.shortlist import ShortList
 from tilewright.autotune.space import TUNABLES, Choice, Hooks, Trials, Tunable, constraints
 from tilewright.autotune.tables import forget_tables
 from tilewright.autotune.tuner import Outcome, tune
@@ -20,6 +21,7 @@ from tilewright.autotune.tuner import Outcome, tune
 __all__ = [
     "TUNABLES",
     "Choice",
+    "Compiler",
     "Hooks",
     "Outcome",
     "Pruned",
@@ -32,5 +34,4 @@ __all__ = [
     "prune",
     "tune",
     "tuning_wanted",
-    "write_short_list",
 ]

@@ -1,25 +1,22 @@
 """Pruning a space without the GPU it is for: compile each candidate ahead of time and drop what cannot be fast.
 
 What spills registers, or takes more shared memory than the chip has, is dropped with the figures that say so. The rest
-is a short list that a GPU only has to time, most promising first: ``tilewright tune --offline --target sm_90`` writes
-it as JSON. The order is that of ``filling``, a model that no GPU has confirmed, so it drops nothing: a tuner whose time
-is short times the first ones.
+is a short list (``shortlist.py``) that a GPU only has to time, most promising first. The order is that of ``filling``,
+a model that no GPU has confirmed, so it drops nothing: a tuner whose time is short times the first ones.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tilewright.autotune.device import triton_version
+from tilewright.aot.launch import Launch
 from tilewright.autotune.space import Tunable
-from tilewright.autotune.store import MAX_BYTES, TableError
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from tilewright.aot.targets import Target
 
 
 @dataclass(frozen=True)
@@ -66,15 +63,60 @@ class Pruned:
     dropped: Mapping[Any, str]
 
 
-def prune(tunable: Tunable, problem: Any, target: str, progress: Callable[[int, int], None] | None = None) -> Pruned:
+@dataclass(frozen=True)
+class _Figures:
+    """What is kept of one compiled kernel. limits: in words, those that it breaks."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    num_warps: int
+    matrix: frozenset[str]
+    limits: tuple[str, ...]
+
+
+class Compiler:
+    """Compiles launches for one target, each specialisation once: most problems share them."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._known: dict[tuple[Any, ...], _Figures] = {}
+
+    def figures(self, launch: Launch) -> _Figures:
+        """Of the code that ``launch`` would run. Raises what the compiler raises."""
+        from tilewright.aot.compiler import compile_launch
+        from tilewright.aot.specialize import specialize
+
+        key = (launch.kernel, str(specialize(launch, self.target)), launch.num_warps, launch.num_stages)
+        if key not in self._known:
+            made = compile_launch(launch, self.target)
+            self._known[key] = _Figures(
+                made.registers,
+                made.spill_bytes,
+                made.shared_bytes,
+                made.num_warps,
+                frozenset(made.instructions.matrix),
+                tuple(made.over_limits),
+            )
+        return self._known[key]
+
+
+def prune(
+    tunable: Tunable,
+    problem: Any,
+    target: str,
+    progress: Callable[[int, int], None] | None = None,
+    compiler: Compiler | None = None,
+) -> Pruned:
     """Compile every candidate for ``target``, of ``aot.TARGETS``. Raises ValueError for what is no Triton kernel.
 
-    A candidate that does not compile is dropped with the compiler's words.
+    A candidate that does not compile is dropped with the compiler's words. compiler: one for several problems, which
+    then share what it compiled.
     """
-    from tilewright.aot.compiler import compile_launch
     from tilewright.aot.targets import find_target
 
-    chip = find_target(target)
+    compiler = compiler or Compiler(find_target(target))
+    chip = compiler.target
     if tunable.hooks.launches is None:
         raise ValueError(f"{tunable.name} chooses between implementations: there is nothing to compile")
     sample = tunable.hooks.representative(problem)
@@ -84,36 +126,23 @@ def prune(tunable: Tunable, problem: Any, target: str, progress: Callable[[int, 
     for place, config in enumerate(serving):
         try:
             launches = tunable.hooks.launches(tunable, sample, config, chip.backend)
-            made = [compile_launch(launch, chip) for launch in launches]
+            made = [compiler.figures(launch) for launch in launches]
         except Exception as error:  # a compiler may fail in any way
             dropped[config] = f"does not compile: {type(error).__name__}: {error}"[:500]
         else:
-            limits = [words for compiled in made for words in compiled.over_limits]
-            spilled = max((compiled.spill_bytes for compiled in made), default=0)
+            limits = [words for one in made for words in one.limits]
+            spilled = max((one.spill_bytes for one in made), default=0)
             if spilled:
                 limits.append(f"{spilled} bytes of registers spill")
             if limits:
                 dropped[config] = "; ".join(limits)
             else:
-                units = tunable.hooks.device(sample).units
-                full = [
-                    filling(
-                        math.prod(launch.grid),
-                        compiled.num_warps,
-                        compiled.registers,
-                        compiled.shared_bytes,
-                        units,
-                        chip.shared_bytes + 1024,
-                    )
-                    for launch, compiled in zip(launches, made, strict=True)
-                ]
                 kept[config] = Compiled(
-                    max((compiled.registers for compiled in made), default=0),
+                    max((one.registers for one in made), default=0),
                     spilled,
-                    max((compiled.shared_bytes for compiled in made), default=0),
-                    " ".join(sorted({kind for compiled in made for kind in compiled.instructions.matrix})),
-                    # The first launch is the product; what finishes it is short.
-                    round(full[0], 3) if full and chip.backend == "cuda" else 0.0,
+                    max((one.shared_bytes for one in made), default=0),
+                    " ".join(sorted({kind for one in made for kind in one.matrix})),
+                    _filling_of(launches, made, tunable.hooks.device(sample).units, chip),
                 )
         if progress is not None:
             progress(place + 1, len(serving))
@@ -121,65 +150,12 @@ def prune(tunable: Tunable, problem: Any, target: str, progress: Callable[[int, 
     return Pruned(tunable, sample, {config: kept[config] for config in order}, dropped)
 
 
-def _key(tunable: Tunable, problem: Any) -> str:
-    """Without driver and device: compiled code depends on the target, which the list names. Without Triton's version
-    too: another makes code that differs little, and what is kept is timed anyway.
-    """
-    facts = [f"{what}={value}" for what, value in tunable.hooks.facts(problem).items()]
-    return " | ".join([tunable.name, *facts, f"source={tunable.source()}"])
-
-
-def write_short_list(path: Path, target: str, found: Sequence[Pruned]) -> None:
-    """Write what ``prune`` found. Raises OSError."""
-    lists = {
-        _key(one.tunable, one.problem): {
-            "kept": [
-                {
-                    "config": one.tunable.encode(config),
-                    "registers": figures.registers,
-                    "shared_bytes": figures.shared_bytes,
-                    "matrix": figures.matrix,
-                    "filling": figures.filling,
-                }
-                for config, figures in one.kept.items()
-            ],
-            "dropped": [
-                {"config": one.tunable.encode(config), "reason": reason} for config, reason in one.dropped.items()
-            ],
-        }
-        for one in found
-    }
-    text = json.dumps({"format": FORMAT, "target": target, "triton": triton_version(), "lists": lists}, indent=1)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-class ShortList:
-    """A short list that was written by ``write_short_list``. Raises TableError for a file that is none."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise TableError(f"{path} is larger than {MAX_BYTES} bytes")
-        try:
-            data = json.loads(raw)
-            if data["format"] != FORMAT:
-                raise TableError(f"{path} has the format {data['format']!r}, not {FORMAT}")
-            self.target = str(data["target"])
-            self.lists = {
-                str(key): [dict(one["config"]) for one in found["kept"]] for key, found in data["lists"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise TableError(f"{path} is no short list of candidates: {error}") from error
-
-    def candidates(self, tunable: Tunable, problem: Any) -> list[Any] | None:
-        """Those kept for ``problem``, most promising first; None if the list does not speak of it, or of other code."""
-        sample = tunable.hooks.representative(problem)
-        kept = self.lists.get(_key(tunable, sample))
-        if kept is None:
-            return None
-        known = {str(sorted(tunable.encode(config).items())): config for config in tunable.all_candidates(sample)}
-        found = (known.get(str(sorted(fields.items()))) for fields in kept)
-        return [config for config in found if config is not None]
+def _filling_of(launches: Sequence[Launch], made: Sequence[_Figures], units: int, chip: Target) -> float:
+    """Of the product, which takes the time, or of the first launch where nothing multiplies matrices."""
+    if chip.backend != "cuda" or not made:
+        return 0.0
+    launch, figures = next(
+        (pair for pair in zip(launches, made, strict=True) if pair[1].matrix), (launches[0], made[0])
+    )
+    sizes = (figures.num_warps, figures.registers, figures.shared_bytes)
+    return round(filling(math.prod(launch.grid), *sizes, units, chip.shared_bytes + 1024), 3)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tilewright.autotune import modes, tables
 from tilewright.autotune.racing import Race, race
+from tilewright.autotune.shortlist import shipped
 from tilewright.autotune.space import Trials, Tunable
 
 logger = logging.getLogger("tilewright")
@@ -58,13 +59,17 @@ def tune(
 ) -> Outcome:
     """Race the configurations of ``tunable`` for the bucket of ``problem`` and remember the fastest.
 
-    budget: seconds. candidates: a short list instead of the whole space (``offline``), in the order of the race; the
-    heuristic's comes first. Never raises for a candidate's sake: what fails is recorded with its error and cannot win.
-    During CUDA-graph capture nothing is run and nothing remembered.
+    budget: seconds. candidates: a short list instead of the whole space, in the order of the race; the heuristic's
+    comes first. Default: the list that comes with the package, if there is one for the chip, the problem and the kernel
+    as it is, else the whole space. Never raises for a candidate's sake: what fails is recorded with its error and
+    cannot win. During CUDA-graph capture nothing is run and nothing remembered.
     """
     sample = tunable.hooks.representative(problem)
     heuristic = tunable.heuristic(sample)
     serving, refused = tunable.split_candidates(sample)
+    if candidates is None:
+        short = shipped(tunable.hooks.device(problem).arch)
+        candidates = None if short is None else short.candidates(tunable, sample)
     if candidates is not None:
         able = set(serving)
         first = [heuristic] if heuristic in able else []

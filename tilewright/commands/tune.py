@@ -1,17 +1,23 @@
 """``tilewright tune``: find the fastest kernels for the layers of a converted model, before it is used.
 
     tilewright tune small/ --m 1,16,64,512                         time them on this machine's GPU, or its CPU
+    tilewright tune small/ --model networks:resnet --image 3,224,224 --m 1,8       with convolutions: runs it once
     tilewright tune small/ --offline --target sm_90 -o short.json  compile them all for a chip that is not here
     tilewright tune small/ --shortlist short.json                  time only what the list keeps
     tilewright tune --op int4_linear --shape 4096x4096 --group-size 128 --m 1,16
 
-The folder is one that ``tilewright.save_model`` wrote. What is found goes to the user's table: ``tilewright cache``.
+The folder is one that ``tilewright.save_model`` wrote. Without --model the linear layers are tuned, for so many rows of
+activations as --m says. With it, everything that the model calls is, for so many inputs: --model is what load_model
+takes as its factory ("module:function", or a folder with a Hugging Face config.json), --image or --tokens an input.
+
+What is found goes to the user's table: ``tilewright cache``. --offline goes on from what its output already holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,11 +30,12 @@ from rich.console import Console
 from tilewright import autotune
 from tilewright.aot.targets import TARGETS
 from tilewright.autotune import tables
-from tilewright.convert.checkpoint import MODULES
-from tilewright.convert.manifest import read_manifest
+from tilewright.autotune.device import triton_version
+from tilewright.autotune.shortlist import shipped
+from tilewright.commands import problems
 from tilewright.kernels import tuning
 from tilewright.kernels.problem import Problem, device_facts
-from tilewright.nn import QuantizedLinear
+from tilewright.model_files import skeleton
 
 #: Of a chip of each target (A100, L40S, H200, B200, MI300X): the heuristics count them.
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
@@ -40,7 +47,10 @@ Asked = tuple[autotune.Tunable, Problem]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("folder", nargs="?", type=Path, help="a folder that save_model wrote")
-    parser.add_argument("--m", type=_batches, default=(1, 16, 64, 512), help="rows of activations, e.g. 1,16,64,512")
+    parser.add_argument("--m", type=_batches, default=(1, 16, 64, 512), help="rows, or inputs, e.g. 1,16,64,512")
+    parser.add_argument("--model", help="what makes the unconverted model, to run it and tune its convolutions too")
+    parser.add_argument("--image", metavar="C,H,W", help="an input of the model is an image")
+    parser.add_argument("--tokens", type=int, help="an input of the model is so many token ids")
     parser.add_argument("--op", choices=OPS, nargs="+", help="operators instead of a model")
     parser.add_argument("--shape", type=_shape, action="append", default=[], metavar="NxK", help="of the operator")
     parser.add_argument("--group-size", type=int, default=128, help="of int4 weights; default: 128")
@@ -86,43 +96,56 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
     if not asked:
         console.print("nothing to tune: one implementation serves every layer, and it has no configurations")
         return 0
-    short = None if options.shortlist is None else autotune.ShortList(options.shortlist)
+    short = _short_list(options.shortlist, facts, console)
     return _time(asked, short, options.seconds, console)
 
 
+def _short_list(path: Path | None, facts: dict[str, Any], console: Console) -> autotune.ShortList | None:
+    """The list that the user named, else the one that comes with the package for this chip."""
+    if path is not None:
+        short: autotune.ShortList | None = autotune.ShortList.read(path)
+    else:
+        short = shipped(tuning.device_kind(Problem("linear", 1, 1, 1, torch.bfloat16, **facts)).arch)
+    if short is not None and (outdated := short.outdated()):
+        console.print(
+            f"{len(outdated)} of {len(short.lists)} lists of candidates for {short.target} are of other versions of "
+            "the kernels: there the whole space is timed"
+        )
+    return short
+
+
 def _problems(options: argparse.Namespace, facts: dict[str, Any], console: Console) -> list[Problem]:
-    """Each problem of the model or of the operator once, for every batch, on the device of ``facts``."""
-    found: list[Problem] = []
+    """Each problem of the model or of the operators once, for every batch, on the device of ``facts``."""
     dtype = None if options.dtype is None else DTYPES[options.dtype]
-    if options.folder is not None:
-        skipped = set()
-        for name, layer in read_manifest(options.folder).layers.items():
-            made = MODULES[layer.module](**layer.config, device="meta") if layer.module in MODULES else None
-            if isinstance(made, QuantizedLinear):
-                found += [made.problem(m, dtype) for m in options.m]
-            else:
-                skipped.add(name)
-        if skipped:
+    if options.folder is not None and options.model is not None:
+        # What is to be compiled for another chip is asked for by a run on this CPU.
+        here = torch.device("cuda" if facts["device"] == "cuda" and not options.offline else "cpu")
+        build = functools.partial(skeleton, options.model)
+        run = (options.m, options.tokens, options.image, dtype, here)
+        found = problems.of_run(options.folder, build, *run)
+    elif options.folder is not None:
+        found, others = problems.of_manifest(options.folder, options.m, dtype)
+        if others:
             console.print(
-                f"{len(skipped)} convolutions are left out: the sizes of images are not in the checkpoint. Run the "
-                "model inside tilewright.autotune.on_first_use() instead"
+                f"{others} layers are left out: a convolution's work depends on the size of its image, which no "
+                "checkpoint holds. Name what makes the model, and an input, as well: --model package.module:function "
+                "--image 3,224,224"
             )
     elif options.op is not None:
-        groups = {op: {"group_size": options.group_size} if op.startswith("int4") else {} for op in options.op}
-        shapes, x_dtype = options.shape or [(4096, 4096)], dtype or torch.bfloat16
-        found = [Problem(op, m, n, k, x_dtype, **groups[op]) for op in options.op for n, k in shapes for m in options.m]
+        shapes = options.shape or [(4096, 4096)]
+        found = problems.of_operators(options.op, shapes, options.m, dtype or torch.bfloat16, options.group_size)
     else:
         raise ValueError("name a folder that save_model wrote, or operators with --op")
     return list(dict.fromkeys(replace(problem, **facts) for problem in found))
 
 
-def _kernels(problems: list[Problem], implementations: bool) -> list[Asked]:
+def _kernels(posed: list[Problem], implementations: bool) -> list[Asked]:
     """Kernels first, so that implementations are then compared at their best; each bucket once."""
     found: dict[tuple[str, str], Asked] = {}
-    for problem in problems:
+    for problem in posed:
         for tuned, derived in tuning.kernels_for(problem):
             found.setdefault((tuned.name, str(tuned.hooks.facts(derived))), (tuned, derived))
-    for problem in problems if implementations else ():
+    for problem in posed if implementations else ():
         tuned = tuning.implementation_of(problem.op)
         if len(tuned.split_candidates(problem)[0]) > 1:
             found.setdefault((tuned.name, str(tuned.hooks.facts(problem))), (tuned, problem))
@@ -140,7 +163,12 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[str, float], N
 
 
 def _words(tuned: autotune.Tunable, problem: Problem) -> str:
-    return f"{tuned.name} M={problem.m} N={problem.n} K={problem.k}"
+    words = f"{tuned.name} M={problem.m} N={problem.n} K={problem.k}"
+    sizes = problem.conv
+    if sizes is None:
+        return words
+    window, images = "x".join(map(str, sizes.kernel)), f"{sizes.batch} x {sizes.height}x{sizes.width}"
+    return f"{words} ({window} / {sizes.stride[0]} on {images}{f', {sizes.groups} groups' if sizes.groups > 1 else ''})"
 
 
 def _time(asked: list[Asked], short: autotune.ShortList | None, seconds: float, console: Console) -> int:
@@ -191,21 +219,46 @@ def _prune(options: argparse.Namespace, console: Console) -> int:
     if not asked:
         raise ValueError("no Triton kernel serves these layers, or Triton is not installed: nothing to compile")
     output = options.output or Path(f"shortlist-{target.name}.json")
+    short = _continued(output, target.name, console)
+    compiler = autotune.Compiler(target)
     end = time.monotonic() + options.seconds
-    found: list[autotune.Pruned] = []
-    with _progress(console, len(asked)) as show:
-        for place, (tuned, problem) in enumerate(asked):
-            if time.monotonic() > end:
-                console.print(f"the time is over: {len(asked) - place} of {len(asked)} were not compiled")
-                break
+    for place, (tuned, problem) in enumerate(asked):
+        known = short.of(tuned, problem)
+        if known is not None:
+            console.print(
+                f"{_words(tuned, problem)}: {len(known['kept'])} kept, {len(known['dropped'])} dropped before"
+            )
+            continue
+        if time.monotonic() > end:
+            console.print(
+                f"the time is over: {len(asked) - place} of {len(asked)} were not looked at; the same command "
+                "goes on from here"
+            )
+            return 1
+        with _progress(console, 1) as show:
 
-            def progress(done: int, total: int, tuned: Any = tuned, problem: Any = problem, place: int = place) -> None:
-                show(_words(tuned, problem), place + done / total)
+            def progress(done: int, total: int, tuned: Any = tuned, problem: Any = problem) -> None:
+                show(_words(tuned, problem), done / total)
 
-            pruned = autotune.prune(tuned, problem, target.name, progress)
-            found.append(pruned)
-            console.print(f"{_words(tuned, problem)}: {len(pruned.kept)} kept, {len(pruned.dropped)} dropped")
-            # After every problem: a run that is stopped leaves what it has.
-            autotune.write_short_list(output, target.name, found)
+            pruned = autotune.prune(tuned, problem, target.name, progress, compiler)
+        console.print(f"{_words(tuned, problem)}: {len(pruned.kept)} kept, {len(pruned.dropped)} dropped")
+        # After every problem: a run that is stopped leaves what it has.
+        short.add(pruned)
+        short.write(output)
     console.print(f"written to {output}")
-    return int(len(found) < len(asked))
+    return 0
+
+
+def _continued(path: Path, target: str, console: Console) -> autotune.ShortList:
+    """The short list at ``path``, to be added to; an empty one where there is none, or one of another Triton."""
+    if not path.exists():
+        return autotune.ShortList(target)
+    found = autotune.ShortList.read(path)
+    if found.target != target:
+        raise ValueError(
+            f"{path} is a short list for {found.target}, not for {target}: name another file with --output"
+        )
+    if found.triton != triton_version():
+        console.print(f"{path} was made with Triton {found.triton}: everything is compiled anew")
+        return autotune.ShortList(target)
+    return found

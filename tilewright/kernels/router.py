@@ -10,9 +10,10 @@ Adding an implementation is one call of ``register``. A package can offer its ow
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
@@ -163,8 +164,25 @@ def serve(
     return route_call(Problem(op, m, n, k, x_dtype, **facts, **device_facts(device))).implementation.function
 
 
+_notes: list[Problem] | None = None
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[Problem]]:
+    """Inside, in every thread, each problem that a call poses is added to the list: once, and before it is served."""
+    global _notes
+    before, _notes = _notes, []
+    forget()
+    try:
+        yield _notes
+    finally:
+        _notes = before
+
+
 def route_call(problem: Problem) -> Decision:
     """``route`` for a call that is about to be served: what the user wants tuned on first use is tuned before."""
+    if _notes is not None:
+        _notes.append(problem)
     if _before_call is not None:
         _before_call(problem)
     return route(problem)

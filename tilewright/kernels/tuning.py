@@ -382,6 +382,13 @@ def _weight_only(problem: Problem) -> Problem:
     return replace(problem, x_dtype=problem.multiply_dtype) if problem.m > CAST_ON_LOAD_M else problem
 
 
+def import_kernels() -> None:
+    """Register every tunable kernel, whose names are then in ``TUNABLES``. Raises ImportError without Triton."""
+    for parts in _PARTS.values():
+        for name, _ in parts:
+            importlib.import_module(f"tilewright.kernels.{name}")
+
+
 def kernels_for(problem: Problem) -> Iterator[tuple[Tunable, Problem]]:
     """The tunable kernels behind an operator that take ``problem``, each with the problem that it is asked about."""
     if importlib.util.find_spec("triton") is None:

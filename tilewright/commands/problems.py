@@ -1,0 +1,75 @@
+"""The problems that ``tilewright tune`` is asked to tune for: of a model's layers, of a run of it, or of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tilewright.convert import calibrate
+from tilewright.convert.checkpoint import MODULES, load_model
+from tilewright.convert.manifest import read_manifest
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.router import noted
+from tilewright.model_files import example_input
+from tilewright.nn import QuantizedLinear
+
+
+def of_manifest(folder: Path, batches: Sequence[int], dtype: torch.dtype | None) -> tuple[list[Problem], int]:
+    """(problems of the linear layers in a folder that ``save_model`` wrote, with ``batches`` rows; how many layers are
+    none). dtype: of the activations, each layer's by default. Reads no weight. Raises CheckpointError.
+    """
+    found: list[Problem] = []
+    others = 0
+    for layer in read_manifest(folder).layers.values():
+        made = MODULES[layer.module](**layer.config, device="meta") if layer.module in MODULES else None
+        if isinstance(made, QuantizedLinear):
+            found += [made.problem(m, dtype) for m in batches]
+        else:
+            others += 1
+    return found, others
+
+
+def of_run(
+    folder: Path,
+    factory: Callable[[], nn.Module],
+    batches: Sequence[int],
+    tokens: int | None,
+    image: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> list[Problem]:
+    """What the operators of a saved model are asked when it runs on ``device``, once for each batch of inputs.
+
+    factory: as of ``load_model``. tokens, image: what an input looks like, as of ``model_files.example_input``. dtype:
+    that the model is cast to. Raises CheckpointError, and ValueError without an input.
+    """
+    model = load_model(folder, factory, device=device)
+    if dtype is not None:
+        model = model.to(dtype)
+    found: list[Problem] = []
+    for batch in batches:
+        inputs = example_input(batch, tokens, image)
+        if inputs is None:
+            raise ValueError("--model needs --image C,H,W or --tokens COUNT: what an input looks like")
+        inputs = torch.zeros_like(inputs, device=device)
+        if dtype is not None and inputs.is_floating_point():
+            inputs = inputs.to(dtype)
+        with calibrate.evaluation(model), torch.inference_mode(), noted() as problems:
+            calibrate.call(model, inputs)
+        found += problems
+    return found
+
+
+def of_operators(
+    ops: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    dtype: torch.dtype,
+    group_size: int,
+) -> list[Problem]:
+    """Each operator with each shape (n, k) and batch."""
+    groups = {op: group_size if op.startswith("int4") else None for op in ops}
+    return [Problem(op, m, n, k, dtype, group_size=groups[op]) for op in ops for n, k in shapes for m in batches]
