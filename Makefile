@@ -4,6 +4,7 @@
 #   TEST_WORKERS=4          processes of the main test run
 #   PYTEST_ARGS="-k int4"   further arguments for the main test run
 #   DEMO_ARGS=--check       further arguments for the demo
+#   BENCH="peers onnx"      the tables that `make bench` makes instead of timing the operators
 #   MINUTES=8               what `make gpu` may take
 
 PYTHON ?= python3
@@ -57,9 +58,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-#: make bench      the benchmarks that need no GPU
+#: make bench      time every operator on a small problem, on the CPU; BENCH="linear conv peers onnx" for the tables
 bench: $(STAMP)
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(BENCH)
 
 #: make compiled   compile every kernel for every target, print what changed and rewrite bench/results/compiled.csv
 compiled: $(STAMP)

@@ -1,10 +1,13 @@
-"""The benchmarks that need no GPU, one after another.
+"""The benchmarks that need no GPU.
 
-    python -m bench [NAME ...]     operators, linear, conv; all of them by default
+    python -m bench [NAME ...]     by default: operators
 
-The table beside every peer, which takes longer, is ``python -m bench.run``; floors are ``python -m bench.roofline``.
+operators: every layer and operator on a small problem, a minute. linear, conv: speed-ups of layers and of convolutional
+networks, minutes. peers: linear layers beside every peer that is installed. onnx: layers and encoders beside ONNX
+Runtime, and the goals. Floors are ``python -m bench.roofline``.
 
-Each has more options of its own: ``python -m bench.cpu_linear --help``.
+Each has more options of its own: ``python -m bench.cpu_linear --help``, ``bench.cpu_conv``, ``bench.run``,
+``bench.cpu``.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ COMMANDS = {
     "operators": ["pytest", str(Path(__file__).parent), "-q"],
     "linear": ["bench.cpu_linear"],
     "conv": ["bench.cpu_conv"],
+    "peers": ["bench.run", "--device", "cpu"],
+    "onnx": ["bench.cpu"],
 }
 
 
@@ -26,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the named benchmarks; returns the first exit status that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="see above")
-    names = parser.parse_args(arguments).names or list(COMMANDS)
+    names = parser.parse_args(arguments).names or ["operators"]
     unknown = [name for name in names if name not in COMMANDS]
     if unknown:
         parser.error(f"no benchmark is called {unknown[0]!r}; known: {', '.join(COMMANDS)}")

@@ -3,11 +3,11 @@
     python bench/cpu.py [--shape N K ...] [--batches M ...] [--no-models] [--no-linear] [--csv FILE]
 
 Every variant computes from the same integers and scales, or from the same float32 model, and its result is checked
-first. The variants of a row are timed in turn in one process and medians are compared. ONNX Runtime's threads spin
-after a run and slow down whatever comes next, so each measurement follows a pause of 20 ms and a run that is not
-counted. OpenMP's threads are bound to cores, as ONNX Runtime binds its own: else both of PyTorch's may stand on one
-core behind a thread that spins on the other, for milliseconds. Layers are called again and again, as in a loop over
-tokens: those that fit the last-level cache stay in it.
+first. The variants of a row are timed in turn in one process and medians are compared. Threads spin after a run and
+slow down whatever comes next, so each measurement waits until all are at rest, and follows a run that is not counted.
+OpenMP binds no thread (OMP_PROC_BIND): ONNX Runtime's inherit the binding of the one that makes them, and all would be
+on its core. Layers are called again and again, as in a loop over tokens: those that fit the last-level cache stay in
+it.
 
 int4 has groups of 128 and activations in int8, ONNX Runtime's at accuracy level 4; int8 is dynamic in both. Beside each
 stand the share of the int8 peak, measured in registers, and of the memory bandwidth, measured by reading, that its
@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # so that `python bench/cpu.py` finds the packages
-os.environ.setdefault("OMP_PROC_BIND", "true")
-CORES = sorted(os.sched_getaffinity(0))  # before OpenMP binds this thread to one of them
+CORES = sorted(os.sched_getaffinity(0))
 
 try:
     import onnx  # noqa: F401  (cpu_onnx makes models with it)
@@ -45,6 +44,7 @@ from torch import nn
 import tilewright as tw
 import tilewright.nn as tnn
 from bench import cpu_onnx, cpu_peak
+from bench.idle import apart, until_idle
 from tilewright.kernels.cpu import native
 from tilewright.kernels.router import route
 
@@ -77,14 +77,16 @@ def medians(functions: dict[str, Callable[[], object]], seconds: float) -> dict[
         repeats[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
-    while len(next(iter(times.values()))) < 5 or time.perf_counter() - start < seconds:
-        for name, function in functions.items():
-            time.sleep(0.02)
-            function()
-            begin = time.perf_counter()
-            for _ in range(repeats[name]):
+    with apart() as bind:
+        while len(next(iter(times.values()))) < 5 or time.perf_counter() - start < seconds:
+            bind()
+            for name, function in functions.items():
+                until_idle()
                 function()
-            times[name].append((time.perf_counter() - begin) / repeats[name])
+                begin = time.perf_counter()
+                for _ in range(repeats[name]):
+                    function()
+                times[name].append((time.perf_counter() - begin) / repeats[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 

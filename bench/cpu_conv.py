@@ -5,9 +5,9 @@
 Networks come from Hugging Face configs with random weights, their batch-norms set by one batch of random images, so
 that activations have the size of a trained network's (with the initial ones they vanish, and PyTorch computes with
 subnormal numbers). 224 x 224 pixels, two threads. The variants are timed in turn in one process and the medians
-compared. ONNX Runtime's threads spin for a while after each run and slow down whatever comes next, so every measurement
-follows a pause of 20 ms and one run that is not counted. onnx, onnxruntime and onnxscript are needed for its columns
-only.
+compared. Threads spin for a while after each run, ONNX Runtime's for up to 60 ms, and slow down whatever comes next: so
+every measurement waits until they rest, and follows one run that is not counted. onnx, onnxruntime and onnxscript are
+needed for ONNX Runtime's columns only.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 import tilewright as tw
+from bench.idle import apart, until_idle
 
 RESULTS = Path(__file__).parent / "results" / "cpu_conv.csv"
 THREADS = 2
@@ -136,16 +137,18 @@ def onnx_runtime(network: nn.Module, folder: Path) -> dict[str, Run]:
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each function, all timed in turn, each after a pause and a run that does not count."""
+    """Median seconds of each function, all timed in turn, each at rest and after a run that does not count."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
-    while len(next(iter(times.values()))) < 7 or time.perf_counter() - start < seconds:
-        for name, function in functions.items():
-            time.sleep(0.02)
-            function()
-            begin = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - begin)
+    with apart() as bind:
+        while len(next(iter(times.values()))) < 7 or time.perf_counter() - start < seconds:
+            bind()
+            for name, function in functions.items():
+                until_idle()
+                function()
+                begin = time.perf_counter()
+                function()
+                times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -89,6 +89,8 @@ def dry_steps() -> list[Step]:
         ),
         Step("kernels in the interpreter", ("-m", "bench.dry_run", "interpret")),
         Step("kernels on the emulated GPU", ("-m", "bench.dry_run", "emulate")),
+        Step("the short list", ("-m", "pytest", "tests/aot/test_short_list.py", "-q", "-rs", "-p", "no:xdist")),
+        Step("convolutions on this CPU", ("-m", "bench.run_conv", "--device", "cpu", "--batch", "1")),
         Step(
             "tables on this CPU",
             ("-m", "bench.run", "--device", "cpu", "--shape", "256x256", "--m", "1", "--variants", "Tilewright"),

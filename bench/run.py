@@ -7,9 +7,9 @@ writes NAME.csv, NAME.md and NAME.png: speed-up over what a float model's owner 
 roofline, whose ceilings are measured in the same run. Rows that are there already stay unless they are measured anew,
 and the files are whole after every shape, so a run can be stopped and continued.
 
-CPU: there are two copies of every variant. One call of the first wakes its threads, then one of the second is timed,
-whose weight was last touched a round ago: it comes from memory. GPU: a CUDA-graph replay after a write of twice the L2
-cache, and beside it the same call without a graph.
+CPU: there are two copies of every variant. When all threads are at rest, one call of the first wakes its own, then one
+of the second is timed, whose weight was last touched a round ago: it comes from memory. GPU: a CUDA-graph replay after
+a write of twice the L2 cache, and beside it the same call without a graph.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.baselines import CPU, GPU, Variant, semi_structured
+from bench.idle import apart, until_idle
 from bench.result_files import RESULTS, Row, about, markdown, merge, plot, read_rows, slug, write_rows
 from tilewright.autotune.clock import GpuClock
 from tilewright.kernels.roofline import Ceilings, highest, measure_cpu
@@ -35,10 +36,6 @@ from tilewright.kernels.roofline import Ceilings, highest, measure_cpu
 SHAPES = {"cpu": ((4096, 4096),), "cuda": ((4096, 4096), (8192, 8192), (28672, 4096), (16384, 16384))}
 BATCHES = {"cpu": (1, 16, 128, 512), "cuda": (1, 16, 32, 64, 128, 256, 512, 2048)}
 ROUNDS = 11
-#: ONNX Runtime's threads spin after a call and would slow whatever comes next. They come last in a round; then they are
-#: waited for, and after that PyTorch's threads are kept busy: the system may have put both on one core, where one spins
-#: while the other waits (int8 took 20 ms instead of 0.8 right after a pause).
-PAUSE, SETTLE = 0.02, 0.05
 #: Written once a round on a CPU, for shapes whose variants together stay in its cache.
 EVICTED_BYTES = 64 * 2**20
 Call = Callable[[], Any]
@@ -58,23 +55,23 @@ def measure_gpu(clock: GpuClock) -> Ceilings:
     return Ceilings(name, rates[0], rates[1], rates[1], rates[2], 4e-6, "measured here")
 
 
-def interleaved(calls: Mapping[str, tuple[Call, Call]], spinning: Sequence[str], rounds: int) -> dict[str, float]:
-    """Median seconds of each second function, all in turn, right after the first one of the same name."""
+def interleaved(calls: Mapping[str, tuple[Call, Call]], rounds: int) -> dict[str, float]:
+    """Median seconds of each second function, all in turn, right after the first one of the same name; each begins when
+    the threads of the one before are at rest. A round before the first does not count: layers prepare weights in it.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     evict = torch.empty(EVICTED_BYTES, dtype=torch.uint8)
-    for _ in range(rounds):
-        settled = time.perf_counter() + SETTLE
-        evict.add_(1)
-        while spinning and time.perf_counter() < settled:
+    with apart() as bind:
+        for _ in range(rounds + 1):
             evict.add_(1)
-        for name, (wake, timed) in sorted(calls.items(), key=lambda item: item[0] in spinning):
-            wake()
-            begin = time.perf_counter()
-            timed()
-            times[name].append(time.perf_counter() - begin)
-            if name in spinning:
-                time.sleep(PAUSE)
-    return {name: statistics.median(values) for name, values in times.items()}
+            bind()
+            for name, (wake, timed) in calls.items():
+                until_idle()
+                wake()
+                begin = time.perf_counter()
+                timed()
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def expected_of(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -117,6 +114,8 @@ def measure(
 ) -> list[Row]:
     """A row for each variant at one shape: those that are missing or wrong with the reason and without a time."""
     torch.manual_seed(0)
+    # Dynamo compiles a function eight times and no more: what comes after that would be timed uncompiled.
+    torch._dynamo.reset()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     linear = nn.Linear(k, n, device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn(m, k, device=device, dtype=dtype)
@@ -159,9 +158,8 @@ def measure(
 def _time_cpu(
     variants: Sequence[Variant], made: Mapping[str, Sequence[Any]], x: torch.Tensor, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    spinning = [variant.name for variant in variants if variant.spins]
     calls = {name: (lambda a=a: a(x), lambda b=b: b(x)) for name, (a, b) in made.items()}
-    return interleaved(calls, spinning, rounds), {}
+    return interleaved(calls, rounds), {}
 
 
 def _time_gpu(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -183,19 +185,57 @@ def test_a_home_that_cannot_be_written_warns_once_and_keeps_the_choice(monkeypat
     assert tables.lookup(DEVICE, "k", {}, "abc") == (entry(2), "user")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the administrator may write anywhere")
-def test_a_read_only_folder(folder: Path):
-    tables.remember(DEVICE, {tables.key_of("k", {}, DEVICE.driver, "abc"): entry(1)})
-    before = tables.table_path(DEVICE).read_bytes()
-    folder.chmod(0o555)
-    try:
-        with pytest.warns(RuntimeWarning, match="cannot be written"):
-            tables.remember(DEVICE, {tables.key_of("l", {}, DEVICE.driver, "abc"): entry(2)})
-        assert tables.lookup(DEVICE, "k", {}, "abc") == (entry(1), "user")
-        assert tables.lookup(DEVICE, "l", {}, "abc") == (entry(2), "user")
-        assert tables.table_path(DEVICE).read_bytes() == before
-    finally:
-        folder.chmod(0o755)
+#: Who may write nothing: an administrator's processes become this user, since no mode of a file stops them.
+NOBODY = 65534
+
+
+def use_read_only(home: Path, told: multiprocessing.connection.Connection) -> None:
+    """In a process of its own: tune once more where the folder below ``home`` cannot be written."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    os.environ["HOME"] = str(home)
+    for name in ("TILEWRIGHT_CACHE_DIR", "XDG_CACHE_HOME"):
+        os.environ.pop(name, None)
+    tables.forget_tables()
+    known = tables.lookup(DEVICE, "k", {}, "abc")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for block in (2, 3):
+            tables.remember(DEVICE, {tables.key_of("l", {}, DEVICE.driver, "abc"): entry(block)})
+    told.send((known, tables.lookup(DEVICE, "l", {}, "abc"), [str(one.message) for one in caught]))
+
+
+@pytest.mark.parametrize("has_table", [True, False], ids=["with a table", "without"])
+def test_a_read_only_home(has_table: bool):
+    """Real permissions, of a home below a folder that everybody may enter."""
+    with tempfile.TemporaryDirectory() as made:
+        home = Path(made) / "home"
+        folder = home / ".cache" / "tilewright"
+        home.mkdir()
+        if has_table:
+            folder.mkdir(parents=True)
+            key = tables.key_of("k", {}, DEVICE.driver, "abc")
+            store.add_entries(tables.table_path(DEVICE, folder), DEVICE, {key: entry(1)})
+        everything = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+        for path in (home, *home.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        Path(made).chmod(0o755)
+        here, there = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=use_read_only, args=(home, there))
+        try:
+            process.start()
+            assert here.poll(30)
+            known, tuned, words = here.recv()
+            process.join(30)
+        finally:
+            for path in (home, *home.rglob("*")):
+                path.chmod(0o755)
+        assert known == ((entry(1), "user") if has_table else None)
+        assert tuned == (entry(3), "user")  # for this process
+        assert len(words) == 1 and "kept for this process only" in words[0] and "Permission denied" in words[0]
+        assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == everything
 
 
 def test_a_bad_file_in_a_read_only_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
