@@ -24,9 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tilewright.autotune import folders, tables
+from tilewright.autotune.device import cpu_kind
 from tilewright.autotune.shortlist import shipped
 from tilewright.diagnosis import diagnose
 from tilewright.kernels import tuning
+from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.cpu import build, native
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.router import route
@@ -112,6 +115,13 @@ def _advice() -> str:
     return f"there is a compiler now ({Path(compiler).name}): install tilewright again"
 
 
+def _tuned() -> Finding:
+    entries = sum(len(tables.read_or_set_aside(path)) for path in tables.user_tables())
+    if not entries:
+        return Finding("tuned choices", "none, heuristics decide (`tilewright tune` times this machine)")
+    return Finding("tuned choices", f"{entries} in {folders.user_folder()} (`tilewright cache show`)")
+
+
 def _served() -> Iterator[Finding]:
     try:
         native.why_no_native()
@@ -122,6 +132,13 @@ def _served() -> Iterator[Finding]:
         names = list(dict.fromkeys(chosen.values()))
         found = names[0] if len(names) == 1 else ", ".join(f"{name} at {rows} rows" for rows, name in chosen.items())
         yield Finding(f"{scheme} on this CPU", found, good=names != ["reference"])
+    sizes = ConvGeometry(1, 64, 56, 56, 64, (3, 3), padding=(1, 1, 1, 1))
+    for op, dtype, words in (
+        ("conv2d_fused", torch.float32, "fused convolutions"),
+        ("int8_conv2d_fused", torch.int8, "int8 convolutions"),
+    ):
+        name = route(Problem(op, 3136, 64, 576, dtype, out_dtype=dtype, bias=True, conv=sizes)).name
+        yield Finding(f"{words} on this CPU", name, good=name != "reference")
 
 
 def examine() -> list[Finding]:
@@ -132,10 +149,12 @@ def examine() -> list[Finding]:
         Finding("torch", torch.__version__),
         _triton(),
         *_gpu(),
+        Finding("CPU", cpu_kind().name),
         Finding("CPU threads", str(torch.get_num_threads())),
         Finding("CPU, as PyTorch sees it", torch.backends.cpu.get_cpu_capability()),
         *_c_kernels(),
         *_served(),
+        _tuned(),
     ]
 
 
