@@ -147,7 +147,7 @@ def plot(
     """Speed-up over M, a panel for each shape; dashed, what each format's roofline allows. Raises ImportError without
     matplotlib.
 
-    rooflines: by shape and format, the most that the format could give at each M.
+    rooflines: by shape and format, the speed-up that the format's floor would be at each M.
     """
     import matplotlib
 
@@ -155,15 +155,16 @@ def plot(
     from matplotlib import pyplot
 
     shapes = list(dict.fromkeys((row.n, row.k) for row in rows))
-    figure, panels = pyplot.subplots(1, len(shapes), figsize=(7 * len(shapes), 5), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(shapes), figsize=(7 * len(shapes) + 3, 5.5), squeeze=False)
     formats = list(dict.fromkeys(row.format for row in rows))
     colours = {name: f"C{i}" for i, name in enumerate(formats)}
     for panel, (n, k) in zip(panels[0], shapes, strict=True):
         here = [row for row in rows if (row.n, row.k) == (n, k) and row.speedup is not None]
-        for variant in dict.fromkeys(row.variant for row in here):
+        for place, variant in enumerate(dict.fromkeys(row.variant for row in here)):
             line = [row for row in here if row.variant == variant]
             ours = variant.startswith("Tilewright")
-            style = {"linewidth": 2.2 if ours else 1.0, "marker": "o" if ours else ".", "alpha": 1.0 if ours else 0.6}
+            peer = {"linewidth": 1.0, "marker": "v^<>sDPX*"[place % 9], "markersize": 4, "alpha": 0.6}
+            style = {"linewidth": 2.2, "marker": "o"} if ours else peer
             panel.plot(
                 [row.m for row in line],
                 [row.speedup for row in line],
@@ -179,7 +180,8 @@ def plot(
         panel.set_ylabel(f"speed-up over {rows[0].variant}")
         panel.set_title(f"N = {n}, K = {k}; dashed: roofline of the format")
         panel.grid(True, alpha=0.3)
-        panel.legend(fontsize=7)
+    # Beside the panels: it has a line for each variant, and would hide theirs.
+    panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(f"{rows[0].device}, {rows[0].date}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -103,9 +103,10 @@ def floor_of(variant: Variant, m: int, n: int, k: int, ceilings: Ceilings, x_byt
     return max(moved / ceilings.bytes, 2 * m * n * k / ceilings.operations(variant.operation)), moved
 
 
-def most_of(variants: Sequence[Variant], m: int, n: int, k: int, ceilings: Ceilings, x_bytes: int) -> dict[str, float]:
-    """What each format could give at most over the first variant's floor."""
-    base, _ = floor_of(variants[0], m, n, k, ceilings, x_bytes)
+def most_of(
+    variants: Sequence[Variant], base: float, m: int, n: int, k: int, ceilings: Ceilings, x_bytes: int
+) -> dict[str, float]:
+    """The speed-up of a layer at its format's floor over one that takes ``base`` seconds."""
     return {v.format: base / floor_of(v, m, n, k, ceilings, x_bytes)[0] for v in variants}
 
 
@@ -190,9 +191,11 @@ def finish(rows: Sequence[Row], output: Path, ceilings: Ceilings, variants: Sequ
     title = f"Linear layers on {rows[0].device}"
     output.with_suffix(".md").write_text(markdown(rows, title), encoding="utf-8")
     rooflines: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
-    for n, k, m in dict.fromkeys((row.n, row.k, row.m) for row in rows):
-        for name, most in most_of(variants, m, n, k, ceilings, x_bytes).items():
-            rooflines.setdefault((n, k), {}).setdefault(name, {})[m] = most
+    for base in rows:
+        if base.variant == variants[0].name and base.microseconds is not None:
+            sizes = (base.m, base.n, base.k)
+            for name, most in most_of(variants, base.microseconds / 1e6, *sizes, ceilings, x_bytes).items():
+                rooflines.setdefault((base.n, base.k), {}).setdefault(name, {})[base.m] = most
     try:
         plot(rows, output.with_suffix(".png"), rooflines)
     except ImportError:

@@ -87,6 +87,16 @@ def test_findings_are_marked(anew: pytest.MonkeyPatch):
     assert lines == [["good", "fine"], ["!", "bad", "broken"]]
 
 
+def test_tuned_choices_are_counted_and_a_bad_table_is_a_finding(anew: pytest.MonkeyPatch, tmp_path: Path):
+    anew.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path))
+    assert found("tuned choices").startswith("none, heuristics decide")
+    table = tmp_path / "some-cpu.v1.json"
+    table.write_text('{"format": 1, "entries": {"a": {"config": {"x": 1}}}}')
+    assert found("tuned choices").startswith("1 in ")
+    table.write_text("torn")
+    assert "cannot be used: it is no JSON" in found("tuned choices") and table.read_text() == "torn"
+
+
 def test_an_outdated_short_list_is_a_finding(anew: pytest.MonkeyPatch, tmp_path: Path):
     pytest.importorskip("triton")
     anew.setattr(shortlist, "SHIPPED", tmp_path)

@@ -27,6 +27,7 @@ from rich.table import Table
 from tilewright.autotune import folders, tables
 from tilewright.autotune.device import cpu_kind
 from tilewright.autotune.shortlist import shipped
+from tilewright.autotune.store import TableError, read_table
 from tilewright.diagnosis import diagnose
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
@@ -116,7 +117,12 @@ def _advice() -> str:
 
 
 def _tuned() -> Finding:
-    entries = sum(len(tables.read_or_set_aside(path)) for path in tables.user_tables())
+    entries = 0
+    for path in tables.user_tables():
+        try:
+            entries += len(read_table(path))
+        except (TableError, OSError) as error:
+            return Finding("tuned choices", f"{path.name} cannot be used: {error}", good=False)
     if not entries:
         return Finding("tuned choices", "none, heuristics decide (`tilewright tune` times this machine)")
     return Finding("tuned choices", f"{entries} in {folders.user_folder()} (`tilewright cache show`)")

@@ -73,8 +73,9 @@ def test_floors_and_what_a_format_could_give():
     floor, moved = run.floor_of(PLAIN, 1, 1000, 1000, ROUND, 4)
     assert moved == 4 * 1000 * 1000 + 4 * 2000 and floor == moved / 1e12
     assert run.floor_of(PLAIN, 10_000, 1000, 1000, ROUND, 4)[0] == 2e10 / 1e13
-    most = run.most_of([PLAIN, half], 1, 4096, 4096, ROUND, 4)
-    assert most["fp32"] == 1.0 and 1.99 < most["bf16"] < 2.0
+    base = 2 * run.floor_of(PLAIN, 1, 4096, 4096, ROUND, 4)[0]
+    most = run.most_of([PLAIN, half], base, 1, 4096, 4096, ROUND, 4)
+    assert most["fp32"] == 2.0 and 3.98 < most["bf16"] < 4.0
 
 
 def test_the_clock_on_a_cpu_takes_the_second_copy_s_time():
