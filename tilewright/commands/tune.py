@@ -35,6 +35,7 @@ from tilewright.autotune.shortlist import shipped
 from tilewright.commands import problems
 from tilewright.kernels import tuning
 from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.samples import make_arguments
 from tilewright.model_files import skeleton
 
 #: Of a chip of each target (A100, L40S, H200, B200, MI300X): the heuristics count them.
@@ -147,9 +148,18 @@ def _kernels(posed: list[Problem], implementations: bool) -> list[Asked]:
             found.setdefault((tuned.name, str(tuned.hooks.facts(derived))), (tuned, derived))
     for problem in posed if implementations else ():
         tuned = tuning.implementation_of(problem.op)
-        if len(tuned.split_candidates(problem)[0]) > 1:
+        if _has_samples(problem) and len(tuned.split_candidates(problem)[0]) > 1:
             found.setdefault((tuned.name, str(tuned.hooks.facts(problem))), (tuned, problem))
     return list(found.values())
+
+
+def _has_samples(problem: Problem) -> bool:
+    """Whether arguments can be made up for it; the choice of an operator without them, 2:4 for one, is not tuned."""
+    try:
+        make_arguments(problem, "meta")
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
