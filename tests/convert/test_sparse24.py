@@ -45,7 +45,7 @@ def test_presets_convert_report_and_revert(preset: str) -> None:
     report = tw.report(converted)
     assert report.totals["layer_ratio"] < {"sparse24": 0.3, "sparse24-int8": 0.19, "sparse24-int4": 0.13}[preset]
     for layer in report.converted:
-        assert layer.implementations == dict.fromkeys((1, 256), "unpacked once, then dense")
+        assert all(words.startswith("unpacked once") for words in layer.implementations.values())
         assert 0.3 < layer.weight_error < 0.6
     reverted = tw.revert_model(converted)
     assert all(sparse24.why_not_24(reverted[i].weight) is None for i in (0, 2, 4))

@@ -17,6 +17,18 @@ import tilewright.nn as tnn
 from tilewright.kernels import eager, router
 from tilewright.kernels.cpu import native
 
+LAYERS = {
+    "int8": lambda linear: tnn.Int8Linear.from_float(linear),
+    "int8, scaled": lambda linear: tnn.Int8Linear.from_float(linear, channel_scale=torch.rand(32) + 0.5),
+    "int8 x int4": lambda linear: tnn.Int8ActInt4WeightLinear.from_float(linear, group_size=16, range_search="minmax"),
+    "int8, weight only": lambda linear: tnn.Int8WeightOnlyLinear.from_float(linear),
+    "int4": lambda linear: tnn.Int4Linear.from_float(linear, group_size=16, range_search="minmax"),
+    "2:4": lambda linear: tnn.Sparse24Linear.from_float(linear),
+    "2:4 in float32": lambda linear: tnn.Sparse24Linear.from_float(linear, values_dtype=None, compute_dtype=None),
+    "2:4 int8": lambda linear: tnn.Sparse24Int8Linear.from_float(linear),
+    "2:4 int4": lambda linear: tnn.Sparse24Int4Linear.from_float(linear, group_size=16, range_search="minmax"),
+}
+
 
 @pytest.fixture
 def layer() -> tnn.Int8Linear:
@@ -58,6 +70,14 @@ def test_inference_leaves_the_dispatcher_out(layer: Any, dispatched: Any, mode: 
         assert not dispatched(lambda: layer(x))
         assert torch.equal(layer(x), expected)
         assert layer(x).requires_grad is False
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("m", [1, 40])
+def test_every_kind_of_layer_has_a_short_way(kind: str, m: int, dispatched: Any):
+    layer = LAYERS[kind](nn.Linear(32, 16))
+    with torch.no_grad():
+        assert not dispatched(lambda: layer(torch.randn(m, 32)))
 
 
 def test_gradients_reach_the_activations(layer: Any, dispatched: Any):
@@ -115,13 +135,6 @@ def test_compiled_graphs_hold_the_operator(layer: Any):
     assert "tilewright.int8_linear" in exported.graph_module.code
 
 
-LAYERS = {
-    "int8": lambda linear: tnn.Int8Linear.from_float(linear),
-    "int8, scaled": lambda linear: tnn.Int8Linear.from_float(linear, channel_scale=torch.rand(32) + 0.5),
-    "int8 x int4": lambda linear: tnn.Int8ActInt4WeightLinear.from_float(linear, group_size=16, range_search="minmax"),
-}
-
-
 def operator_of(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """The result by way of the operator."""
     with torch.enable_grad():
@@ -139,13 +152,14 @@ def test_whatever_is_changed_is_noticed(kind: str):
             for _ in range(3):
                 assert torch.equal(layer(x), operator_of(layer, x))
 
+    factor = "weight_scale" if hasattr(layer, "weight_scale") else "weight_values"
     check()
     with torch.no_grad():
-        layer.weight_scale.mul_(2)
+        getattr(layer, factor).mul_(2)
         check()
         layer.bias.add_(1)
         check()
-        layer.weight_scale = layer.weight_scale * 0.5
+        setattr(layer, factor, getattr(layer, factor) * 0.5)
         check()
         layer.bias = None
         check()
@@ -154,7 +168,7 @@ def test_whatever_is_changed_is_noticed(kind: str):
     layer.activation = "relu"
     check()
     copied = copy.deepcopy(layer)
-    copied.weight_scale.zero_()
+    getattr(copied, factor).zero_()
     with torch.no_grad():
         assert not copied(x).any() or copied.bias is not None
     check()
@@ -162,6 +176,8 @@ def test_whatever_is_changed_is_noticed(kind: str):
     x = x.bfloat16()
     check()
     x = torch.randn(2, 7, 64, dtype=torch.bfloat16)[..., ::2]
+    check()
+    x = torch.randn(32, dtype=torch.bfloat16)
     check()
     x = torch.randn(0, 32)
     check()

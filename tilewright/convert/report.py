@@ -20,7 +20,7 @@ from tilewright.convert.converter import tensor_bytes
 from tilewright.convert.plan import layers_of
 from tilewright.convert.record import Record, original_of, record_of
 from tilewright.convert.text import listed, shown_name, size
-from tilewright.kernels.router import Decision, route
+from tilewright.kernels.router import Decision, in_words, route
 from tilewright.nn import ConvLayer, QuantizedLinear
 
 #: Batch sizes (rows of activations) that the report asks the router about.
@@ -268,7 +268,7 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
         reason = record.skipped.get(name) or ("not converted" if record.layers else "the model was not converted")
         return ReportedLayer(name, kind, device, "", {}, {}, held, held, reason=reason)
     decisions = {m: _decision(module, m) for m in BATCHES}
-    implementations = {m: d if isinstance(d, str) else d.name for m, d in decisions.items()}
+    implementations = {m: d if isinstance(d, str) else in_words(module.problem(m=m)) for m, d in decisions.items()}
     declined = {
         m: [] if isinstance(d, str) else [f"{other}: {reason}" for other, reason in d.declined]
         for m, d in decisions.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import replace
 
 from tilewright.kernels.cpu import choices
 from tilewright.kernels.problem import Problem
@@ -24,6 +25,7 @@ _FOLDERS = {
     "sparse24_int4_linear": "sparse24_linear",
 }
 _SPARSE24 = f"{_PACKAGE}sparse24_linear."
+UNPACKED = "unpacked once, then dense"
 _CONV_FOLDERS = {
     "conv2d_fused": "conv2d",
     "sparse24_conv2d_fused": "sparse24_conv2d",
@@ -55,7 +57,7 @@ def _cpu(
             return f"runs on the CPU, not on {problem.device}"
         return getattr(importlib.import_module(path), reason)(problem)
 
-    prepared = prepare and f"{_PACKAGE}cpu.linear:{prepare}"
+    prepared = prepare and _PACKAGE + prepare
     register(Implementation(name, op, why_not, f"{path}:{function or op}", prepared))
 
 
@@ -82,6 +84,15 @@ def _why_not_unpacked(problem: Problem) -> str | None:
     return importlib.import_module(f"{_SPARSE24}dense").why_not(problem)
 
 
+def _unpacked_problem(problem: Problem) -> Problem | None:
+    found: Problem | None = importlib.import_module(f"{_SPARSE24}dense").handed_on(problem)
+    return found
+
+
+def _unpacked_convolution(problem: Problem) -> Problem:
+    return replace(problem, op="conv2d_fused")
+
+
 def register_all() -> None:
     """Called once, when the operators are defined."""
     _gpu("quantize_per_row", "Triton", "triton_quantize")
@@ -91,7 +102,7 @@ def register_all() -> None:
         _gpu(op, "Triton, operands swapped", "triton_swapped")
         _gpu(op, "Triton, tiles", "triton_tile")
         if op == "int8_linear":
-            _cpu(op, "C kernel", "native_int8_linear", "why_not_native", prepare="prepare_int8")
+            _cpu(op, "C kernel", "native_int8_linear", "why_not_native", prepare="cpu.linear:prepare_int8")
         _cpu(op, "oneDNN")
         _cpu(op, "exact float32", f"float_{op}", "why_not_float")
     _gpu("int8_weight_only_linear", "Triton, operands swapped", "triton_swapped")
@@ -100,13 +111,21 @@ def register_all() -> None:
     _gpu("int4_linear", "Triton, dequantise and multiply", "triton_dequantize")
     _gpu("int4_int8_linear", "Triton, fused", "triton_fused")
     _cpu("quantize_per_row", "blocks of rows")
-    _cpu("int8_weight_only_linear", "C kernel", "native_int8_weight_only_linear", "why_not_native")
+    prepare = "int8_weight_only_linear.cpu:prepare_native"
+    _cpu("int8_weight_only_linear", "C kernel", "native_int8_weight_only_linear", "why_not_native", prepare=prepare)
     _cpu("int8_weight_only_linear", "ATen int8pack")
     _cpu("int8_weight_only_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")
-    _cpu("int4_linear", "C kernel", "native_int4_linear", "why_not_native")
+    prepare = "int4_linear.cpu:prepare_native"
+    _cpu("int4_linear", "C kernel", "native_int4_linear", "why_not_native", prepare=prepare)
     _cpu("int4_linear", "ATen int4pack")
     _cpu("int4_linear", "dequantised blocks", "dequantized_blocks", "why_not_blocks")
-    _cpu("int4_int8_linear", "C kernel", "native_int4_int8_linear", "why_not_native", prepare="prepare_int4_int8")
+    _cpu(
+        "int4_int8_linear",
+        "C kernel",
+        "native_int4_int8_linear",
+        "why_not_native",
+        prepare="cpu.linear:prepare_int4_int8",
+    )
     _cpu("int4_int8_linear", "oneDNN by group")
     register(
         Implementation(
@@ -120,7 +139,19 @@ def register_all() -> None:
         _gpu(op, "Triton, unpacked in registers", "triton_unpack")
         if op != "sparse24_int4_linear":
             _gpu(op, "cuSPARSELt", "cusparselt")
-        register(Implementation("unpacked once, then dense", op, _why_not_unpacked, f"{_SPARSE24}dense:{op}"))
+        kind = {"sparse24_linear": "float", "sparse24_int8_linear": "int8"}.get(op, "int4")
+        if op != "sparse24_int8_linear":
+            _cpu(op, "unpacked once for oneDNN", prepare=f"sparse24_linear.cpu:prepare_{kind}")
+        register(
+            Implementation(
+                UNPACKED,
+                op,
+                _why_not_unpacked,
+                f"{_SPARSE24}dense:{op}",
+                f"{_SPARSE24}dense:prepare_{kind}",
+                _unpacked_problem,
+            )
+        )
     for op, folder in _FOLDERS.items():
         # The definition itself: right everywhere, and slow.
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))
@@ -139,7 +170,9 @@ def register_convolutions() -> None:
         _cpu(op, "oneDNN", f"onednn_{op}", "why_not_onednn")
     _cpu("quantize_per_tensor", "C", reason="why_not_quantize")
     op = "sparse24_conv2d_fused"
-    register(Implementation("unpacked once, then dense", op, _always, f"{_PACKAGE}sparse24_conv2d.dense:{op}"))
+    register(
+        Implementation(UNPACKED, op, _always, f"{_PACKAGE}sparse24_conv2d.dense:{op}", handed_on=_unpacked_convolution)
+    )
     for op, folder in _CONV_FOLDERS.items():
         register(Implementation("reference", op, _always, f"{_PACKAGE}{folder}.reference:{op}"))
 

@@ -32,7 +32,8 @@ class Implementation:
     name: as the report prints it. op: the operator. why_not: the reason why it does not take a problem, or None if it
     does. target: "module:function" of a function with the operator's signature, imported when it first serves a call.
     prepare: likewise, of a function of the operator's arguments but x and the residual, which returns one of x alone.
-    Layers call that in eager inference.
+    Layers call that in eager inference, for inputs of one shape and dtype. handed_on: the problem of another operator
+    that it has solved for a problem, or None where it multiplies itself.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Implementation:
     why_not: Callable[[Problem], str | None]
     target: str
     prepare: str | None = None
+    handed_on: Callable[[Problem], Problem | None] | None = None
 
     @functools.cached_property
     def prepared(self) -> Callable[..., Any] | None:
@@ -112,6 +114,13 @@ def implementations(op: str) -> tuple[Implementation, ...]:
 def route(problem: Problem) -> Decision:
     """Which implementation serves ``problem``. Raises NotImplementedError that lists every reason if none does."""
     return _decide(problem, None if _measured is None else _measured(problem))
+
+
+def in_words(problem: Problem) -> str:
+    """The name of what serves ``problem``, and of what that hands it on to. Raises as ``route``."""
+    implementation = route(problem).implementation
+    inner = None if implementation.handed_on is None else implementation.handed_on(problem)
+    return implementation.name if inner is None else f"{implementation.name}: {in_words(inner)}"
 
 
 def usual(problem: Problem) -> Decision:

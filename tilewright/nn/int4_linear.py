@@ -91,6 +91,7 @@ class Int4Linear(_Int4Weight):
     ``compute_dtype``: what activations and dequantised weights are rounded to for the product; None: the input's dtype.
     """
 
+    _operands = ("weight_packed", "weight_scale", "weight_zero")
     scheme_name = "int4"
     op_name = "int4_linear"
 
@@ -145,9 +146,16 @@ class Int4Linear(_Int4Weight):
     def _facts(self) -> dict[str, Any]:
         return {**super()._facts(), "compute_dtype": self.compute_dtype}
 
+    def _arguments(self) -> dict[str, Any]:
+        options = {"group_size": self.group_size, "compute_dtype": self.compute_dtype, "k": self.in_features}
+        return {**super()._arguments(), **options}
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
+        call = None if residual is not None else self._short_cut(x)
+        if call is not None:
+            return call(x)
         return torch.ops.tilewright.int4_linear(
             x,
             self.weight_packed,

@@ -100,6 +100,7 @@ class Int8WeightOnlyLinear(_Int8Weight):
     ``compute_dtype``: what activations are rounded to for the product; None: nothing, they stay as they come.
     """
 
+    _operands = ("weight", "weight_scale")
     scheme_name = "int8-weight-only"
     op_name = "int8_weight_only_linear"
 
@@ -144,9 +145,15 @@ class Int8WeightOnlyLinear(_Int8Weight):
     def _facts(self) -> dict[str, Any]:
         return {"compute_dtype": self.compute_dtype}
 
+    def _arguments(self) -> dict[str, Any]:
+        return {**super()._arguments(), "compute_dtype": self.compute_dtype, "k": self.in_features}
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
+        call = None if residual is not None else self._short_cut(x)
+        if call is not None:
+            return call(x)
         return torch.ops.tilewright.int8_weight_only_linear(
             x, self.weight, self.weight_scale, self.bias, residual, self.activation, self.compute_dtype
         )

@@ -85,6 +85,7 @@ class Sparse24Linear(_Sparse24Weight):
 
     _integer_buffers = ("weight_meta",)
     _scale_buffers = ("weight_values",)
+    _operands = ("weight_values", "weight_meta")
     scheme_name = "sparse24"
     op_name = "sparse24_linear"
 
@@ -157,9 +158,15 @@ class Sparse24Linear(_Sparse24Weight):
     def _facts(self) -> dict[str, Any]:
         return {"compute_dtype": self.compute_dtype}
 
+    def _arguments(self) -> dict[str, Any]:
+        return {**super()._arguments(), "compute_dtype": self.compute_dtype, "k": self.in_features}
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
+        call = None if residual is not None else self._short_cut(x)
+        if call is not None:
+            return call(x)
         return torch.ops.tilewright.sparse24_linear(
             x, self.weight_values, self.weight_meta, self.bias, residual, self.activation, self.compute_dtype
         )
@@ -172,6 +179,7 @@ class Sparse24Int8Linear(_Sparse24Weight):
     """
 
     channel_scale: torch.Tensor | None
+    _operands = ("weight_values", "weight_meta", "weight_scale", "channel_scale")
     scheme_name = "sparse24-int8"
     op_name = "sparse24_int8_linear"
 
@@ -221,9 +229,15 @@ class Sparse24Int8Linear(_Sparse24Weight):
         """Constructor arguments except ``device``, fit for JSON."""
         return {**super().config(), "channel_scale": self.channel_scale is not None}
 
+    def _arguments(self) -> dict[str, Any]:
+        return {**super()._arguments(), "k": self.in_features}
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
+        call = None if residual is not None else self._short_cut(x)
+        if call is not None:
+            return call(x)
         return torch.ops.tilewright.sparse24_int8_linear(
             x,
             self.weight_values,
@@ -244,6 +258,7 @@ class Sparse24Int4Linear(_Sparse24Weight):
 
     _integer_buffers = ("weight_values", "weight_meta", "weight_zero")
     weight_zero: torch.Tensor | None
+    _operands = ("weight_values", "weight_meta", "weight_scale", "weight_zero")
     scheme_name = "sparse24-int4"
     op_name = "sparse24_int4_linear"
 
@@ -344,9 +359,16 @@ class Sparse24Int4Linear(_Sparse24Weight):
             "compute_dtype": self.compute_dtype,
         }
 
+    def _arguments(self) -> dict[str, Any]:
+        options = {"group_size": self.group_size, "compute_dtype": self.compute_dtype, "k": self.in_features}
+        return {**super()._arguments(), **options}
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
+        call = None if residual is not None else self._short_cut(x)
+        if call is not None:
+            return call(x)
         return torch.ops.tilewright.sparse24_int4_linear(
             x,
             self.weight_values,

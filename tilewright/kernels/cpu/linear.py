@@ -292,6 +292,62 @@ def _pack_weight_only(
     return values, scale, zero
 
 
+def prepare_weight_only(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+    k: int,
+) -> Callable[..., torch.Tensor]:
+    """``weight_only_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into
+    the tensors given here.
+    """
+    function, element = _kernel("weight_only_linear"), _kernel("weight_only_element")
+    bits = 8 if weight.dtype == torch.int8 else 4
+    n = weight.shape[0]
+    groups = weight_scale.numel() // n
+    values, scale, zero = packed(
+        weight,
+        native.layout(f"weight only {k}"),
+        lambda: _pack_weight_only(weight, weight_scale, weight_zero, bits, k),
+        weight_scale,
+        weight_zero,
+    )
+    bias = _floats(bias)
+    fixed = (bits, values.data_ptr(), scale.data_ptr(), _address(zero), n, k, group_size, _address(bias))
+    activated, columns = native.ACTIVATIONS[activation], -(-k // 8) * 8
+    kept = (values, scale, zero, bias)
+
+    def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:
+        rows, m, _ = _rows(x)
+        y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+        residual = _residual(residual, y)
+        compute = native.DTYPES[compute_dtype or x.dtype]
+        row_bytes = columns * element(compute)
+        block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
+        function(
+            *fixed,
+            rows.data_ptr(),
+            native.DTYPES[x.dtype],
+            compute,
+            m,
+            rows.stride(0),
+            _address(residual),
+            activated,
+            y.data_ptr(),
+            scratch(((block + _TILE_ROWS) * row_bytes,), torch.uint8, "rows").data_ptr(),
+            scratch((block * groups,), torch.float32, "group sums").data_ptr(),
+            block,
+            _threads(m * n * k),
+        )
+        return y
+
+    return call
+
+
 def weight_only_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -306,44 +362,5 @@ def weight_only_linear(
     """See ``int4_linear.reference`` (weight int32) and ``int8_weight_only_linear.reference`` (weight int8, no zero
     points, one group); scales are applied to the sums, in float32.
     """
-    function = _kernel("weight_only_linear")
-    rows, m, k = _rows(x)
-    bits = 8 if weight.dtype == torch.int8 else 4
-    n = weight.shape[0]
-    groups = weight_scale.numel() // n
-    values, scale, zero = packed(
-        weight,
-        native.layout(f"weight only {k}"),
-        lambda: _pack_weight_only(weight, weight_scale, weight_zero, bits, k),
-        weight_scale,
-        weight_zero,
-    )
-    bias = _floats(bias)
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    residual = _residual(residual, y)
-    compute = native.DTYPES[compute_dtype or x.dtype]
-    row_bytes = -(-k // 8) * 8 * _kernel("weight_only_element")(compute)
-    block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
-    function(
-        bits,
-        values.data_ptr(),
-        scale.data_ptr(),
-        _address(zero),
-        n,
-        k,
-        group_size,
-        _address(bias),
-        rows.data_ptr(),
-        native.DTYPES[x.dtype],
-        compute,
-        m,
-        rows.stride(0),
-        _address(residual),
-        native.ACTIVATIONS[activation],
-        y.data_ptr(),
-        scratch(((block + _TILE_ROWS) * row_bytes,), torch.uint8, "rows").data_ptr(),
-        scratch((block * groups,), torch.float32, "group sums").data_ptr(),
-        block,
-        _threads(m * n * k),
-    )
-    return y
+    weights, options = (weight, weight_scale, weight_zero, bias), (group_size, activation, compute_dtype)
+    return prepare_weight_only(*weights, *options, x.shape[-1])(x, residual)

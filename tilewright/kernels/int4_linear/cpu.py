@@ -9,6 +9,8 @@ x whose columns are reordered, evens first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -45,6 +47,21 @@ def native_int4_linear(
     return linear.weight_only_linear(
         x, weight_packed, weight_scale, weight_zero, bias, residual, group_size, activation, compute_dtype
     )
+
+
+def prepare_native(
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+    k: int,
+) -> Callable[..., torch.Tensor]:
+    """``native_int4_linear`` of ``k`` columns as a function of x and the residual: see ``cpu.linear``."""
+    weights, options = (weight_packed, weight_scale, weight_zero, bias), (group_size, activation, compute_dtype)
+    return linear.prepare_weight_only(*weights, *options, k)
 
 
 def _kernel_group(k: int, group_size: int) -> int | None:

@@ -8,6 +8,8 @@ in cache, and to multiply it with all rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tilewright.kernels.cpu import linear
@@ -32,6 +34,18 @@ def native_int8_weight_only_linear(
     return linear.weight_only_linear(
         x, weight, weight_scale, None, bias, residual, x.shape[-1], activation, compute_dtype
     )
+
+
+def prepare_native(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+    k: int,
+) -> Callable[..., torch.Tensor]:
+    """``native_int8_weight_only_linear`` of ``k`` columns as a function of x and the residual: see ``cpu.linear``."""
+    return linear.prepare_weight_only(weight, weight_scale, None, bias, k, activation, compute_dtype, k)
 
 
 def why_not_native(problem: Problem) -> str | None:

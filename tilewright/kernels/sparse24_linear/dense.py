@@ -1,16 +1,15 @@
 """Linear layers on 2:4 weights, unpacked once for each layer and multiplied densely: on every device.
 
-The dense weight is made at the first call and lives as long as the 2:4 one (``kernels.packed``). On a CPU this is the
-fast path: no CPU multiplies 2:4 operands, and from a few rows on the multiplications take longer than reading the dense
-weight does. On a GPU it serves the shapes that 2:4 does not pay for. int8 and int4 weights go to whatever serves the
-dense operator there.
+The dense weight is made at the first call and lives as long as the 2:4 one (``kernels.packed``). Float weights go to
+``F.linear``, which is what an ``nn.Linear`` calls; int8 and int4 weights to whatever serves the dense operator there.
+On a GPU this serves the shapes that 2:4 does not pay for.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,20 +18,24 @@ import torch.nn.functional as F
 from tilewright.kernels.cpu_support import finish_rows
 from tilewright.kernels.epilogue import finish
 from tilewright.kernels.formats import sparse24
-from tilewright.kernels.gradients import dequantized_weight
 from tilewright.kernels.int4_linear.dequantize import wide_product
-from tilewright.kernels.int8_weight_only_linear.cpu import library_dtype
 from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import serve
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.router import route_call, serve
 
-#: Rows up to which a product that reads int4 beats one in bfloat16 on a CPU (384 x 384 to 4096 x 4096, two threads).
-SMALL_INT4_BATCH = 8
+#: The dense operator that each is handed on to.
+_DENSE = {"sparse24_int8_linear": "int8_linear", "sparse24_int4_linear": "int4_linear"}
 
 
 def why_not(problem: Problem) -> str | None:
     """Why a dense product does not take the problem, or None."""
     return "nothing to multiply" if 0 in (problem.m, problem.n, problem.k) else None
+
+
+def handed_on(problem: Problem) -> Problem | None:
+    """The problem that the router is asked for the unpacked weight, or None where PyTorch multiplies."""
+    dense = _DENSE.get(problem.op)
+    return None if dense is None else replace(problem, op=dense)
 
 
 def unpacked(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -45,60 +48,140 @@ def unpacked(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int, dty
     )
 
 
-@functools.cache
-def _has_prepacked_bfloat16() -> bool:
-    """Whether oneDNN's prepacked bfloat16 product, a private operator of PyTorch, is there and right."""
-    try:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return False
-        with torch.inference_mode(False), torch.no_grad():
-            x, w = (
-                torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-                for shape in ((5, 33), (7, 33))
-            )
-            y = _multiply_prepacked(x, torch.ops.mkldnn._reorder_linear_weight(w, None))
-            expected = x.double() @ w.double().t()
-            return bool((y.double() - expected).norm() <= 4e-3 * expected.norm())
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
-        return False
-
-
-def _multiply_prepacked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _reorder(weight: torch.Tensor) -> torch.Tensor:
-    """A bfloat16 weight [N, K] in oneDNN's order: a tensor of its own, which keeps nothing of ``weight``."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16), None)
-
-
-def _prepacked(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int) -> torch.Tensor:
+def _unpacked_int4(
+    weight_values: torch.Tensor, weight_meta: torch.Tensor, weight_zero: torch.Tensor | None, group_size: int, k: int
+) -> torch.Tensor:
     return packed(
         weight_values,
-        f"2:4 unpacked for oneDNN, {k} columns",
-        lambda: _reorder(sparse24.unpack(weight_values, weight_meta, k)),
+        f"2:4 int4 unpacked, {k} columns in groups of {group_size}",
+        lambda: sparse24.unpack_int4(weight_values, weight_meta, weight_zero, group_size, k),
         weight_meta,
+        weight_zero,
     )
 
 
-def _cpu_product(
-    x: torch.Tensor, weight_values: torch.Tensor, weight_meta: torch.Tensor, narrow: torch.dtype
-) -> torch.Tensor:
-    """x [M, K] times the transposed weight, in the dtype of the library's product."""
-    k = x.shape[1]
-    if narrow == torch.bfloat16 and _has_prepacked_bfloat16():
-        return _multiply_prepacked(x.to(narrow).contiguous(), _prepacked(weight_values, weight_meta, k))
-    # Without instructions for it, bfloat16 is as slow as float16 is everywhere; either is exact in float32.
-    library = torch.float32 if narrow == torch.bfloat16 else library_dtype(narrow)
-    dense = packed(
-        weight_values,
-        f"2:4 unpacked, {k} columns, {narrow} as {library}",
-        lambda: sparse24.unpack(weight_values, weight_meta, k).to(narrow).to(library),
-        weight_meta,
-    )
-    return F.linear(x.to(narrow).to(library), dense)
+# ---- on a CPU: what layers call again and again
+def prepare_float(
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+    k: int,
+) -> Callable[..., torch.Tensor]:
+    """``sparse24_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into the
+    tensors given here.
+    """
+    weights: dict[torch.dtype, torch.Tensor] = {}
+
+    def weight_for(dtype: torch.dtype) -> torch.Tensor:
+        narrow = compute_dtype or dtype
+        # A CPU's 16-bit products, where they are not oneDNN's, are slower than float32 ones, and exact there.
+        library = torch.float32 if narrow in (torch.float16, torch.bfloat16) else narrow
+        return packed(
+            weight_values,
+            f"2:4 unpacked, {k} columns, {narrow} as {library}",
+            lambda: sparse24.unpack(weight_values, weight_meta, k).to(narrow).to(library),
+            weight_meta,
+        )
+
+    def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        dtype = x.dtype
+        weight = weights.get(dtype)
+        if weight is None:
+            weight = weights[dtype] = weight_for(dtype)
+        library = weight.dtype
+        plain = activation == "none" and residual is None and library == dtype
+        if plain and (bias is None or bias.dtype == library):
+            return F.linear(x, weight, bias)  # the very call of an nn.Linear
+        y = F.linear(x.to(library), weight)
+        return finish_rows(y if library == torch.float64 else y.float(), None, bias, residual, activation, dtype)
+
+    return call
 
 
+def prepare_int8(
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    channel_scale: torch.Tensor | None,
+    k: int,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``sparse24_int8_linear`` of ``k`` columns as a function of x, likewise; for inputs of one shape and dtype."""
+    arguments = {
+        "weight": unpacked(weight_values, weight_meta, k, torch.int8),
+        "weight_scale": weight_scale,
+        "bias": bias,
+        "activation": activation,
+        "channel_scale": channel_scale,
+    }
+    return _handing_on("int8_linear", len(weight_values), arguments, {})
+
+
+def prepare_int4(
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+    k: int,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``sparse24_int4_linear``, likewise."""
+    arguments = {
+        "weight_packed": _unpacked_int4(weight_values, weight_meta, weight_zero, group_size, k),
+        "weight_scale": weight_scale,
+        "weight_zero": weight_zero,
+        "bias": bias,
+        "group_size": group_size,
+        "activation": activation,
+        "compute_dtype": compute_dtype,
+    }
+    facts = _int4_facts(weight_scale, weight_zero, group_size, compute_dtype)
+    return _handing_on("int4_linear", len(weight_values), arguments, {"k": k}, **facts)
+
+
+def _handing_on(
+    op: str, n: int, arguments: dict[str, Any], sizes: dict[str, int], **facts: Any
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of x that the implementation of the dense operator serves which the router names at its first call.
+
+    arguments: of the operator, without x; sizes: what preparing it needs beside them.
+    """
+    found: list[Callable[[torch.Tensor], torch.Tensor]] = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if not found:
+            known = {**_ends(arguments["bias"], None, arguments["activation"]), **facts, **device_facts(x.device)}
+            problem = Problem(op, x.numel() // x.shape[-1], n, x.shape[-1], x.dtype, **known)
+            implementation = route_call(problem).implementation
+            prepare, function = implementation.prepared, implementation.function
+            found.append(prepare(**arguments, **sizes) if prepare else lambda x: function(x, **arguments))
+        return found[0](x)
+
+    return call
+
+
+def _ends(bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str) -> dict[str, Any]:
+    return {"bias": bias is not None, "residual": residual is not None, "activation": activation}
+
+
+def _int4_facts(
+    weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, group_size: int, compute_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    return {
+        "compute_dtype": compute_dtype,
+        "group_size": group_size,
+        "symmetric": weight_zero is None,
+        "scale_dtype": weight_scale.dtype,
+    }
+
+
+# ---- operators
 def sparse24_linear(
     x: torch.Tensor,
     weight_values: torch.Tensor,
@@ -109,25 +192,16 @@ def sparse24_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See ``reference.sparse24_linear``."""
-    narrow = compute_dtype or x.dtype
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    shape = (*x.shape[:-1], len(weight_values))
-    plain = activation == "none" and residual is None and narrow == x.dtype and (bias is None or bias.dtype == narrow)
     if x.device.type == "cpu":
-        if plain and narrow == torch.bfloat16 and _has_prepacked_bfloat16():
-            weight = _prepacked(weight_values, weight_meta, x.shape[-1])
-            return _multiply_prepacked(rows.contiguous(), weight, bias).view(shape)  # adds the bias and rounds once
-        y = _cpu_product(rows, weight_values, weight_meta, narrow)
-        y = y if y.dtype == torch.float64 else y.float()
-        return finish_rows(y, None, bias, residual, activation, x.dtype).view(shape)
+        return prepare_float(weight_values, weight_meta, bias, activation, compute_dtype, x.shape[-1])(x, residual)
+    narrow = compute_dtype or x.dtype
     weight = unpacked(weight_values, weight_meta, x.shape[-1], narrow)
-    if plain:
+    plain = activation == "none" and residual is None and narrow == x.dtype
+    if plain and (bias is None or bias.dtype == narrow):
         return F.linear(x, weight, bias)  # the library adds the bias and rounds once
-    return finish(wide_product(rows.to(narrow), weight).view(shape), bias, residual, activation, x.dtype)
-
-
-def _server(op: str, x: torch.Tensor, n: int, **facts: Any) -> Callable[..., torch.Tensor]:
-    return serve(op, math.prod(x.shape[:-1]), n, x.shape[-1], x.dtype, x.device, **facts)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = wide_product(rows.to(narrow), weight).view(*x.shape[:-1], len(weight))
+    return finish(y, bias, residual, activation, x.dtype)
 
 
 def sparse24_int8_linear(
@@ -142,14 +216,7 @@ def sparse24_int8_linear(
 ) -> torch.Tensor:
     """See ``reference.sparse24_int8_linear``."""
     weight = unpacked(weight_values, weight_meta, x.shape[-1], torch.int8)
-    function = _server(
-        "int8_linear",
-        x,
-        len(weight),
-        activation=activation,
-        bias=bias is not None,
-        residual=residual is not None,
-    )
+    function = _server("int8_linear", x, len(weight), **_ends(bias, residual, activation))
     return function(x, weight, weight_scale, bias, residual, activation, channel_scale)
 
 
@@ -167,54 +234,15 @@ def sparse24_int4_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See ``reference.sparse24_int4_linear``."""
-    k, rows = x.shape[-1], math.prod(x.shape[:-1])
-    narrow = compute_dtype or x.dtype
-    if x.device.type == "cpu" and rows > SMALL_INT4_BATCH and narrow == torch.bfloat16 and _has_prepacked_bfloat16():
-        arguments = {
-            "x": x,
-            "weight_values": weight_values,
-            "weight_meta": weight_meta,
-            "weight_scale": weight_scale,
-            "weight_zero": weight_zero,
-            "group_size": group_size,
-        }
-        dense = packed(
-            weight_values,
-            f"2:4 int4 dequantised for oneDNN, {k} columns in groups of {group_size}",
-            lambda: _reorder(dequantized_weight(arguments)),
-            weight_meta,
-            weight_scale,
-            weight_zero,
-        )
-        y = _multiply_prepacked(x.reshape(rows, k).to(narrow).contiguous(), dense).float()
-        return finish_rows(y, None, bias, residual, activation, x.dtype).view(*x.shape[:-1], len(weight_values))
-    weight = packed(
-        weight_values,
-        f"2:4 int4 unpacked, {k} columns in groups of {group_size}",
-        lambda: sparse24.unpack_int4(weight_values, weight_meta, weight_zero, group_size, k),
-        weight_meta,
-        weight_zero,
-    )
-    function = _server(
-        "int4_linear",
-        x,
-        len(weight),
-        activation=activation,
-        bias=bias is not None,
-        residual=residual is not None,
-        compute_dtype=compute_dtype,
-        group_size=group_size,
-        symmetric=weight_zero is None,
-        scale_dtype=weight_scale.dtype,
-    )
-    return function(
-        x,
-        weight,
-        weight_scale,
-        weight_zero,
-        bias,
-        residual,
-        group_size=group_size,
-        activation=activation,
-        compute_dtype=compute_dtype,
-    )
+    weight = _unpacked_int4(weight_values, weight_meta, weight_zero, group_size, x.shape[-1])
+    facts = {
+        **_ends(bias, residual, activation),
+        **_int4_facts(weight_scale, weight_zero, group_size, compute_dtype),
+    }
+    function = _server("int4_linear", x, len(weight), **facts)
+    options = {"group_size": group_size, "activation": activation, "compute_dtype": compute_dtype}
+    return function(x, weight, weight_scale, weight_zero, bias, residual, **options)
+
+
+def _server(op: str, x: torch.Tensor, n: int, **facts: Any) -> Callable[..., torch.Tensor]:
+    return serve(op, math.prod(x.shape[:-1]), n, x.shape[-1], x.dtype, x.device, **facts)

@@ -1,0 +1,170 @@
+"""Linear layers on 2:4 weights that are unpacked once and multiplied by oneDNN's prepacked bfloat16 product, on a CPU.
+
+No CPU multiplies 2:4 operands, and from a few rows on the multiplications take longer than reading the dense weight
+does. The dense weight is made at the first call, in the library's order, and lives as long as the 2:4 one
+(``kernels.packed``). int4 values are dequantised into it: from some rows on that is faster than reading nibbles again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tilewright.kernels.cpu_support import finish_rows
+from tilewright.kernels.formats import sparse24
+from tilewright.kernels.gradients import dequantized_weight
+from tilewright.kernels.packed import packed
+from tilewright.kernels.problem import Problem
+
+#: Rows up to which a product that reads int4 beats one in bfloat16 (384 x 384 to 4096 x 4096, two threads).
+SMALL_INT4_BATCH = 8
+#: Products up to which multiplying float32 takes less time than rounding x first and widening the result afterwards.
+FEW_PRODUCTS = 1 << 18
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why this product does not take the problem, or does not pay, or None."""
+    if 0 in (problem.m, problem.n, problem.k):
+        return "nothing to multiply"
+    if problem.multiply_dtype != torch.bfloat16:
+        return f"multiplies in bfloat16, not in {problem.multiply_dtype}"
+    if problem.op == "sparse24_int4_linear" and problem.m <= SMALL_INT4_BATCH:
+        return f"up to {SMALL_INT4_BATCH} rows int4 is read faster than bfloat16"
+    if (
+        problem.op == "sparse24_linear"
+        and problem.x_dtype == torch.float32
+        and problem.m * problem.n * problem.k <= FEW_PRODUCTS
+    ):
+        return f"up to {FEW_PRODUCTS} products float32 is multiplied faster than it is rounded"
+    return why_no_prepacked()
+
+
+@functools.cache
+def why_no_prepacked() -> str | None:
+    """Why oneDNN's prepacked bfloat16 product, a private operator of PyTorch, cannot be used, or None."""
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "this CPU has no instructions for bfloat16"
+        with torch.inference_mode(False), torch.no_grad():
+            x, w = (
+                torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+                for shape in ((5, 33), (7, 33))
+            )
+            y = _multiply(x, _reorder(w))
+            expected = x.double() @ w.double().t()
+            if not (y.double() - expected).norm() <= 4e-3 * expected.norm():
+                return "oneDNN's prepacked product gives wrong results on this CPU"
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+        words = str(error) or repr(error)
+        return f"oneDNN's prepacked product is not usable in torch {torch.__version__}: {words.splitlines()[0]}"
+    return None
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x bfloat16 [..., K] -> bfloat16 [..., N], rounded once."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def _reorder(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [N, K] in bfloat16 and oneDNN's order: a tensor of its own, which keeps nothing of ``weight``."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16), None)
+
+
+def _call(weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> Callable[..., torch.Tensor]:
+    """The layer as a function of x and the residual."""
+    once = activation == "none" and (bias is None or bias.dtype == torch.bfloat16)
+
+    def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            y = _multiply(x.to(torch.bfloat16), weight)
+        elif once and residual is None:
+            return _multiply(x, weight, bias)  # adds the bias and rounds once
+        else:
+            y = _multiply(x, weight)
+        y = y.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return finish_rows(y, None, bias, residual, activation, x.dtype)
+
+    return call
+
+
+def prepare_float(
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+    k: int,
+) -> Callable[..., torch.Tensor]:
+    """``sparse24_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into the
+    tensors given here.
+    """
+    weight = packed(
+        weight_values,
+        f"2:4 unpacked for oneDNN, {k} columns",
+        lambda: _reorder(sparse24.unpack(weight_values, weight_meta, k)),
+        weight_meta,
+    )
+    return _call(weight, bias, activation)
+
+
+def prepare_int4(
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+    k: int,
+) -> Callable[..., torch.Tensor]:
+    """``sparse24_int4_linear``, likewise."""
+
+    def make() -> torch.Tensor:
+        arguments: dict[str, Any] = {
+            "x": torch.empty(0, k),
+            "weight_values": weight_values,
+            "weight_meta": weight_meta,
+            "weight_scale": weight_scale,
+            "weight_zero": weight_zero,
+            "group_size": group_size,
+        }
+        return _reorder(dequantized_weight(arguments))
+
+    layout = f"2:4 int4 dequantised for oneDNN, {k} columns in groups of {group_size}"
+    weight = packed(weight_values, layout, make, weight_meta, weight_scale, weight_zero)
+    return _call(weight, bias, activation)
+
+
+def sparse24_linear(
+    x: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.sparse24_linear``."""
+    return prepare_float(weight_values, weight_meta, bias, activation, compute_dtype, x.shape[-1])(x, residual)
+
+
+def sparse24_int4_linear(
+    x: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_meta: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    group_size: int,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See ``reference.sparse24_int4_linear``."""
+    weights = (weight_values, weight_meta, weight_scale, weight_zero)
+    return prepare_int4(*weights, bias, group_size, activation, compute_dtype, x.shape[-1])(x, residual)
