@@ -27,7 +27,7 @@ from tilewright.autotune.clock import GpuClock
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.roofline import Ceilings
 from tilewright.kernels.router import implementations, route
-from tilewright.kernels.sparse24_linear import cusparselt, gate, triton_fragments, triton_unpack
+from tilewright.kernels.sparse24_linear import cusparselt, triton_fragments, triton_unpack
 
 ROUNDS = 15
 BATCHES = (1, 8, 16, 64, 512, 4096)
@@ -41,7 +41,7 @@ def runnable(op: str, problem: Problem) -> list[tuple[str, Callable[..., Any]]]:
     reasons = {
         "Triton, mma.sp": triton_fragments.why_cannot,
         "Triton, unpacked in registers": triton_unpack.why_cannot,
-        "cuSPARSELt": _why_no_library,
+        "cuSPARSELt": cusparselt.why_cannot,
     }
     if op not in SPARSE:
         return []
@@ -50,11 +50,6 @@ def runnable(op: str, problem: Problem) -> list[tuple[str, Callable[..., Any]]]:
         if one.name != "reference" and reasons.get(one.name, one.why_not)(problem) is None:
             found.append((one.name, one.function))
     return found
-
-
-def _why_no_library(problem: Problem) -> str | None:
-    reason = cusparselt.why_not(problem)
-    return cusparselt.why_no_cusparselt() if reason and reason.startswith(gate.KEPT_DENSE) else reason
 
 
 def bytes_moved(arguments: dict[str, Any], n: int, out_bytes: int) -> int:

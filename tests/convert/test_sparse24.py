@@ -53,6 +53,36 @@ def test_presets_convert_report_and_revert(preset: str) -> None:
 
 
 @each_preset
+def test_the_report_says_where_2_4_does_not_pay_on_a_gpu(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton cannot be imported here")
+    gpu = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132}
+    monkeypatch.setattr("tilewright.nn.quantized_linear.device_facts", lambda device: gpu)
+    with torch.device("meta"):
+        small, large = nn.Linear(384, 384), nn.Linear(4096, 4096)
+    model = nn.Sequential(small, large).to_empty(device="cpu").bfloat16()
+    for linear in (small, large):
+        nn.init.normal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    report = tw.report(tw.convert_model(model, preset, heads=True))
+    ours, theirs = report.converted
+    assert all(words.startswith("unpacked once, then dense") for words in ours.implementations.values())
+    assert theirs.implementations[1].startswith("Triton")
+    assert theirs.implementations[256].startswith("unpacked once, then dense")
+    reason = "kept dense: 2:4 does not pay for this shape"
+    assert f"{reason} (384 x 384 weights are read as fast as a kernel is launched)" in report.to_markdown()
+    assert f"{reason} (beyond 64 rows multiplying takes longer than reading the weight)" in report.to_markdown()
+    assert not any(reason in words for words in theirs.declined[1])
+
+
+def test_the_report_says_what_multiplies_on_a_cpu() -> None:
+    reports = {preset: tw.report(tw.convert_model(network(), preset)).converted[0] for preset in PRESETS}
+    assert reports["sparse24-int8"].implementations[1].startswith("unpacked once, then dense: ")
+    assert reports["sparse24-int4"].implementations[1].startswith("unpacked once, then dense: ")
+    assert reports["sparse24"].implementations[1] == "unpacked once, then dense"
+    assert "up to 262144 products float32 is multiplied faster" in str(reports["sparse24"].declined[1])
+
+
+@each_preset
 def test_calibration_prunes_by_sparsegpt_which_errs_less(preset: str) -> None:
     model = network()
     plain, calibrated = (tw.convert_model(model, preset, calibration_data=data) for data in (None, batches()))

@@ -193,7 +193,15 @@ def test_small_batches_go_to_the_sparse_instruction_and_others_by_the_gate(op: s
 def test_what_2_4_does_not_pay_for_is_kept_dense_in_words(op: str, m: int, n: int, k: int) -> None:
     decision = route(Problem(op, m, n, k, torch.bfloat16, group_size=128, **GPU))
     assert decision.name == "unpacked once, then dense"
-    assert all(reason.startswith(gate.KEPT_DENSE) for _, reason in decision.declined)
+    reasons = [reason for _, reason in decision.declined if not reason.endswith("not on cuda")]
+    assert reasons and all(reason.startswith(gate.KEPT_DENSE) for reason in reasons)
+
+
+def test_what_another_kernel_serves_is_not_called_dense() -> None:
+    for m in (1, 16, 17, 64):
+        decision = route(Problem("sparse24_linear", m, 4096, 4096, torch.bfloat16, **GPU))
+        assert decision.name.startswith("Triton")
+        assert not any(gate.KEPT_DENSE in reason for _, reason in decision.declined)
 
 
 def test_int4_groups_that_cut_a_block_and_other_dtypes_are_served_by_others() -> None:
@@ -243,7 +251,9 @@ def test_the_vendors_product_takes_large_problems_where_it_is_there(monkeypatch:
     monkeypatch.setattr(cusparselt, "why_no_cusparselt", lambda: None)
     problem = Problem("sparse24_linear", 4096, 4096, 4096, torch.bfloat16, **GPU)
     assert cusparselt.why_not(problem) is None
-    assert cusparselt.why_not(problem.with_rows(64)).startswith(gate.KEPT_DENSE)
+    assert cusparselt.why_cannot(problem.with_rows(64)) is None
+    assert cusparselt.why_not(problem.with_rows(65)).startswith(gate.KEPT_DENSE)
+    assert cusparselt.why_not(problem.with_rows(64)) == "libraries are slower than dense below 512 rows"
     assert "multiples of 16" in str(
         cusparselt.why_not(Problem("sparse24_linear", 4096, 4097, 4096, torch.float16, **GPU))
     )

@@ -30,6 +30,15 @@ _ROW_MULTIPLE = {torch.float16: 8, torch.bfloat16: 8, torch.int8: 16}
 
 def why_not(problem: Problem) -> str | None:
     """The reason why this implementation does not take ``problem``, or None: it cannot, or it does not pay."""
+    return _why_not_its_sizes(problem) or gate.why_not_library(problem) or why_no_cusparselt()
+
+
+def why_cannot(problem: Problem) -> str | None:
+    """The reason why the library cannot compute ``problem``, or None."""
+    return _why_not_its_sizes(problem) or why_no_cusparselt()
+
+
+def _why_not_its_sizes(problem: Problem) -> str | None:
     dtype = torch.int8 if problem.op == "sparse24_int8_linear" else problem.multiply_dtype
     if problem.x_dtype not in FLOAT_DTYPES or dtype not in _WEIGHT_MULTIPLE:
         return f"multiplies float16, bfloat16 and int8, not {problem.x_dtype} in {dtype}"
@@ -38,7 +47,7 @@ def why_not(problem: Problem) -> str | None:
         return f"takes weights in multiples of {multiple}, not {problem.n} x {problem.k}"
     if dtype == torch.int8 and problem.k > MAX_K:
         return f"sums of {problem.k} products may leave int32, which holds {MAX_K}"
-    return gate.why_not_library(problem) or why_no_cusparselt()
+    return None
 
 
 @functools.cache

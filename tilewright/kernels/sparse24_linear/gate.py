@@ -27,32 +27,32 @@ SMALLEST = 1 << 20
 KEPT_DENSE = "kept dense: 2:4 does not pay for this shape"
 
 
-def _why_small(problem: Problem) -> str | None:
+def why_kept_dense(problem: Problem) -> str | None:
+    """Why no kernel for 2:4 weights pays for this problem, or None. The vendor's product is left aside."""
     if problem.n * problem.k < SMALLEST:
         return f"{KEPT_DENSE} ({problem.n} x {problem.k} weights are read as fast as a kernel is launched)"
-    return None
-
-
-def _why_many(problem: Problem, limit: int) -> str | None:
-    if problem.m > limit:
-        return f"{KEPT_DENSE} (beyond {limit} rows multiplying takes longer than reading the weight)"
+    if problem.m > UNPACKED_ROWS:
+        return f"{KEPT_DENSE} (beyond {UNPACKED_ROWS} rows multiplying takes longer than reading the weight)"
     return None
 
 
 def why_not_unpacked(problem: Problem) -> str | None:
     """Why unpacking in registers does not pay, or None."""
-    return _why_small(problem) or _why_many(problem, UNPACKED_ROWS)
+    return why_kept_dense(problem)
 
 
 def why_not_fragments(problem: Problem) -> str | None:
     """Why ``mma.sp`` on fragment order does not pay, or None."""
-    return _why_small(problem) or _why_many(problem, FRAGMENT_ROWS)
+    reason = why_kept_dense(problem)
+    if reason is None and problem.m > FRAGMENT_ROWS:
+        return f"its registers hold {FRAGMENT_ROWS} rows, and for more it would read the weight again"
+    return reason
 
 
 def why_not_library(problem: Problem) -> str | None:
     """Why the vendor's sparse product does not pay, or None."""
     if problem.m < LIBRARY_ROWS:
-        return f"{KEPT_DENSE} (libraries are slower than dense below {LIBRARY_ROWS} rows)"
+        return why_kept_dense(problem) or f"libraries are slower than dense below {LIBRARY_ROWS} rows"
     if min(problem.n, problem.k) < LIBRARY_FEATURES:
         return f"{KEPT_DENSE} (libraries gain nothing below {LIBRARY_FEATURES} features)"
     return None
