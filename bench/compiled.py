@@ -28,7 +28,7 @@ from typing import TypeVar
 from bench.catalogue import Entry, launches_for
 from bench.conv_catalogue import conv_launches_for
 from bench.counts import count
-from tilewright.aot.compiler import compile_launch
+from tilewright.aot.compiler import Compiled, compile_launch
 from tilewright.aot.targets import TARGETS, Target
 
 TABLE = Path(__file__).parent / "results" / "compiled.csv"
@@ -56,7 +56,7 @@ class Row:
     """One line of the table.
 
     spills, shared: bytes, for each thread and each block. matrix: kind of matrix instruction, of which there are
-    ``matrix_count`` in the code. loads_16: 16-byte loads from global memory. async_copies: ``cp.async`` of any width.
+    ``matrix_count`` in the code; of sparse ones also what ``ptxas`` made of them, as the machine code names it. loads_16: 16-byte loads from global memory. async_copies: ``cp.async`` of any width.
     From ``read_bytes`` on, what was counted on an emulated GPU: see ``counts.Counts``.
     """
 
@@ -132,6 +132,13 @@ def sample(everything: Sequence[T], size: int) -> Sequence[T]:
     return [everything[i * len(everything) // size] for i in range(size)]
 
 
+def _matrix_kinds(compiled: Compiled) -> str:
+    kinds = sorted(compiled.instructions.matrix)
+    if "mma.sp" in kinds:
+        kinds += sorted({".".join(opcode.split(".")[:2]) for opcode in compiled.sass.matrix})
+    return " ".join(kinds)
+
+
 def compute(target: Target, entry: Entry) -> Row:
     """Compile one entry, and count what it does."""
     compiled = compile_launch(entry.launch, target)
@@ -142,7 +149,7 @@ def compute(target: Target, entry: Entry) -> Row:
         registers=compiled.registers,
         spills=compiled.spill_bytes,
         shared=compiled.shared_bytes,
-        matrix=" ".join(sorted(found.matrix)),
+        matrix=_matrix_kinds(compiled),
         matrix_count=sum(found.matrix.values()),
         loads_16=found.loads.get(16, 0),
         async_copies=found.async_copies,

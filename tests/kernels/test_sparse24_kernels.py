@@ -105,6 +105,8 @@ def test_the_machine_code_holds_the_sparse_instruction(name: str, target: str) -
     launch, _, _ = launches(name, Shape(8, 64, 256, torch.bfloat16))
     compiled = compile_launch(launch, find_target(target))
     assert compiled.instructions.matrix.keys() == {"mma.sp"}
+    opcode = "IMMA.SP.16864.S8.S8" if "int8" in name else "HMMA.SP.16832.F32.BF16"
+    assert compiled.sass.matrix == {opcode: compiled.instructions.matrix["mma.sp"]}
     assert compiled.spill_bytes == 0
     assert compiled.instructions.loads.get(16, 0) >= 4
     assert "shfl" not in compiled.ptx.split("mma.sp")[0]
