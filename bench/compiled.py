@@ -56,7 +56,8 @@ class Row:
     """One line of the table.
 
     spills, shared: bytes, for each thread and each block. matrix: kind of matrix instruction, of which there are
-    ``matrix_count`` in the code; of sparse ones also what ``ptxas`` made of them, as the machine code names it. loads_16: 16-byte loads from global memory. async_copies: ``cp.async`` of any width.
+    ``matrix_count`` in the code; of sparse ones also what ``ptxas`` made of them, as the machine code names it.
+    loads_16: 16-byte loads from global memory. async_copies: ``cp.async`` of any width.
     From ``read_bytes`` on, what was counted on an emulated GPU: see ``counts.Counts``.
     """
 

@@ -45,6 +45,11 @@ class StepWeight:
     blocks_per_group: int = 0
 
     @property
+    def n(self) -> int:
+        """Rows of the weight."""
+        return len(self.mask)
+
+    @property
     def steps(self) -> int:
         """Steps along K, the last one padded."""
         return step_count(self.kind, self.k)

@@ -30,10 +30,9 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.activation import check_activation
-from tilewright.kernels.int4_linear.triton_tiles import finish_arguments, plan_sum_parts, rows_of
+from tilewright.kernels.int4_linear.triton_tiles import finish_arguments
 from tilewright.kernels.int8_linear.triton_launch import MAX_K
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate
 from tilewright.kernels.sparse24_linear.fragments import (
@@ -44,13 +43,20 @@ from tilewright.kernels.sparse24_linear.fragments import (
     fragment_order,
     unit_count,
 )
-from tilewright.kernels.sparse24_linear.triton_mma_sp import apart, multiply_step, poison, watch
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+from tilewright.kernels.sparse24_linear.triton_mma_sp import (
+    apart,
+    load_unit,
+    multiply_step,
+    poison,
+    watch,
+    x_registers,
+)
+from tilewright.kernels.sparse24_linear.triton_run import run, with_parts
+from tilewright.kernels.triton_common import FLOAT_DTYPES, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton_split_k import choose_split
 
 _TILE_N = tl.constexpr(TILE_N)
 _TILE_M = tl.constexpr(TILE_M)
-_UNIT = tl.constexpr(UNIT)
 #: Bytes that the weight's address must be a multiple of.
 ALIGNMENT = 16
 
@@ -112,31 +118,6 @@ def why_cannot(problem: Problem) -> str | None:
     if problem.k % UNIT or not problem.k:
         return f"takes rows of a multiple of {UNIT} columns, not of {problem.k}"
     return None
-
-
-@triton.jit
-def _x_registers(x_row, unit, lane4, STEP: tl.constexpr, IS_INT8: tl.constexpr):
-    """Operand B of one step: four words of the row that each thread points to."""
-    if IS_INT8:
-        words = x_row[:, None] + unit * (_UNIT // 4) + STEP * 16 + lane4[:, None] * 4 + tl.arange(0, 4)[None, :]
-        return apart(tl.load(words))
-    else:
-        words = x_row + unit * (_UNIT // 2) + STEP * 16 + lane4
-        return tl.load(words), tl.load(words + 4), tl.load(words + 8), tl.load(words + 12)
-
-
-@triton.jit
-def _load_unit(values, meta, unit, STEPS: tl.constexpr):
-    """The weight's registers of one unit: metadata, and [threads, 4] for each step."""
-    here = values + unit * (STEPS * 128)
-    m0 = tl.load(meta + unit * 64)
-    m1 = tl.load(meta + unit * 64 + 32)
-    a0 = tl.load(here)
-    a1 = tl.load(here + 128)
-    if STEPS == 4:
-        return m0, m1, a0, a1, tl.load(here + 256), tl.load(here + 384)
-    else:
-        return m0, m1, a0, a1, a0, a1
 
 
 @triton.jit
@@ -232,20 +213,20 @@ def sparse24_fragment_kernel(
     t0, t1, t2, t3 = s0, s1, s2, s3
     zeros = tl.zeros((THREADS,), tl.int32)
     other_zeros = zeros
-    m0, m1, r0, r1, r2, r3 = _load_unit(values, meta, first, STEPS)
+    m0, m1, r0, r1, r2, r3 = load_unit(values, meta, first, STEPS)
     for unit in range(first, last):
         following = tl.minimum(unit + 1, last - 1)
-        next_m0, next_m1, next_r0, next_r1, next_r2, next_r3 = _load_unit(values, meta, following, STEPS)
+        next_m0, next_m1, next_r0, next_r1, next_r2, next_r3 = load_unit(values, meta, following, STEPS)
         for step in tl.static_range(STEPS):
             registers = r0 if step == 0 else (r1 if step == 1 else (r2 if step == 2 else r3))
             places = m0 if step * 2 < STEPS else m1
             a0, a1, a2, a3 = apart(registers)
-            b0, b1, b2, b3 = _x_registers(x_row, unit, lane4, step, IS_INT8)
+            b0, b1, b2, b3 = x_registers(x_row, unit, lane4, step, IS_INT8)
             s0, s1, s2, s3 = multiply_step(a0, a1, a2, a3, b0, b1, b2, b3, places, s0, s1, s2, s3, step, DTYPE)
             if not IS_INT8:
                 zeros = watch(b3, watch(b2, watch(b1, watch(b0, zeros, DTYPE), DTYPE), DTYPE), DTYPE)
             if TWO:
-                c0, c1, c2, c3 = _x_registers(other_row, unit, lane4, step, IS_INT8)
+                c0, c1, c2, c3 = x_registers(other_row, unit, lane4, step, IS_INT8)
                 t0, t1, t2, t3 = multiply_step(a0, a1, a2, a3, c0, c1, c2, c3, places, t0, t1, t2, t3, step, DTYPE)
                 if not IS_INT8:
                     other_zeros = watch(c1, watch(c0, other_zeros, DTYPE), DTYPE)
@@ -344,7 +325,6 @@ def plan_fragments(
     sum_dtype = torch.int32 if weight.is_int8 else torch.float32
     workspace = torch.empty((parts, m, n), dtype=sum_dtype, device=out.device) if parts > 1 else None
     tiles_m = triton.cdiv(m, config.block_m)
-    end = finish_arguments(bias, residual, out)
     args: dict[str, Any] = {
         "x_ptr": x,
         "values_ptr": weight.values,
@@ -359,7 +339,7 @@ def plan_fragments(
         "units_per_part": units_per_part,
         "row_tiles": len(weight.values),
         "tiles_m": tiles_m,
-        **end,
+        **finish_arguments(bias, residual, out),
     }
     constants = {
         "DTYPE": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}[compute_dtype],
@@ -369,46 +349,12 @@ def plan_fragments(
     }
     grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
     product = Launch(sparse24_fragment_kernel, grid, args, constants, config.num_warps, config.num_stages)
-    if workspace is None:
-        return [product]
-    if weight.is_int8:
-        epilogue = {**end, "x_scale_ptr": x_scale, "w_scale_ptr": w_scale, "M": m, "N": n}
-        return [product, plan_reduce_parts(workspace, epilogue, activation)]
-    return [product, plan_sum_parts(workspace, None, bias, residual, out, activation)]
+    return with_parts(product, workspace, bias, residual, out, activation, x_scale, w_scale)
 
 
-def _run(
-    op: str,
-    x: torch.Tensor,
-    weight: FragmentWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    x_scale: torch.Tensor | None = None,
-    w_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    check_activation(activation)
-    out = torch.empty(*x.shape[:-1], weight.n, dtype=out_dtype, device=x.device)
-    if not out.numel():
-        return out
-    problem = Problem(op, out.numel() // weight.n, weight.n, x.shape[-1], x.dtype, **device_facts(x.device))
-    launches = plan_fragments(
-        rows_of(x),
-        weight,
-        None if bias is None else bias.contiguous(),
-        None if residual is None else as_matrix(residual.expand(out.shape)),
-        as_matrix(out),
-        activation=activation,
-        compute_dtype=compute_dtype,
-        config=FragmentConfig.for_problem(problem),
-        x_scale=None if x_scale is None else x_scale.reshape(-1),
-        w_scale=None if w_scale is None else w_scale.contiguous(),
-    )
-    for launch in launches:
-        launch.run()
-    return out
+def _run(op: str, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """See ``triton_run.run``."""
+    return run(op, plan_fragments, FragmentConfig.for_problem, x, *arguments)
 
 
 def sparse24_linear(

@@ -1,12 +1,17 @@
 """The sparse matrix instruction ``mma.sp``, issued by every warp from vectors with an element for each thread.
 
-Elements must lie as threads do, element i in thread i: see ``triton_fragments``.
+Elements must lie as threads do, element i in thread i: see ``triton_fragments``. Operands are loaded likewise, from a
+weight in the order of ``fragments`` and from rows of x.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from tilewright.kernels.sparse24_linear.fragments import UNIT
+
+_UNIT = tl.constexpr(UNIT)
 
 # $0-$3: sums, $4-$7: A, $8-$11: B, $12-$15: sums so far, $16: metadata, of the pair of lanes that the selector names.
 _MMA = (
@@ -94,3 +99,28 @@ def poison(zeros, THREADS: tl.constexpr):
     pairs = tl.reshape(rows, (THREADS // 32, 1, 4, 2))
     first, second = tl.split(tl.broadcast_to(pairs, (THREADS // 32, 8, 4, 2)))
     return tl.reshape(first, (THREADS,)), tl.reshape(second, (THREADS,))
+
+
+@triton.jit
+def x_registers(x_row, unit, lane4, STEP: tl.constexpr, IS_INT8: tl.constexpr):
+    """Operand B of one step: four words of the row that each thread points to."""
+    if IS_INT8:
+        words = x_row[:, None] + unit * (_UNIT // 4) + STEP * 16 + lane4[:, None] * 4 + tl.arange(0, 4)[None, :]
+        return apart(tl.load(words))
+    else:
+        words = x_row + unit * (_UNIT // 2) + STEP * 16 + lane4
+        return tl.load(words), tl.load(words + 4), tl.load(words + 8), tl.load(words + 12)
+
+
+@triton.jit
+def load_unit(values, meta, unit, STEPS: tl.constexpr):
+    """The weight's registers of one unit: metadata, and [threads, 4] for each step."""
+    here = values + unit * (STEPS * 128)
+    m0 = tl.load(meta + unit * 64)
+    m1 = tl.load(meta + unit * 64 + 32)
+    a0 = tl.load(here)
+    a1 = tl.load(here + 128)
+    if STEPS == 4:
+        return m0, m1, a0, a1, tl.load(here + 256), tl.load(here + 384)
+    else:
+        return m0, m1, a0, a1, a0, a1

@@ -25,23 +25,21 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.activation import check_activation
 from tilewright.kernels.int4_linear.triton_nibbles import nibble_number, offset_of
 from tilewright.kernels.int4_linear.triton_tiles import (
     finish_arguments,
     inline_ptx_by_default,
-    plan_sum_parts,
-    rows_of,
     store_part,
 )
 from tilewright.kernels.int8_linear.triton_launch import MAX_K
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate, layout
 from tilewright.kernels.sparse24_linear.layout import BLOCK, GROUPS, INT8, StepWeight
+from tilewright.kernels.sparse24_linear.triton_run import run, with_parts
 from tilewright.kernels.sparse24_linear.triton_select import select_columns
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+from tilewright.kernels.triton_common import FLOAT_DTYPES, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton_split_k import choose_split
 
 KINDS = {"sparse24_linear": layout.FLOAT, "sparse24_int8_linear": layout.INT8, "sparse24_int4_linear": layout.INT4}
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
@@ -263,7 +261,6 @@ def plan_unpack(
     sum_dtype = torch.int32 if weight.kind == INT8 else torch.float32
     workspace = torch.empty((parts, m, n), dtype=sum_dtype, device=out.device) if parts > 1 else None
     tiles_m = triton.cdiv(m, config.block_m)
-    end = finish_arguments(bias, residual, out)
     args: dict[str, Any] = {
         "x_ptr": x,
         "values_ptr": weight.values if weight.kind == INT8 else weight.values.view(torch.int16),
@@ -280,7 +277,7 @@ def plan_unpack(
         "steps": weight.steps,
         "steps_per_part": steps_per_part,
         "tiles_m": tiles_m,
-        **end,
+        **finish_arguments(bias, residual, out),
     }
     constants = {
         "KIND": weight.kind,
@@ -295,48 +292,13 @@ def plan_unpack(
     }
     grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
     product = Launch(sparse24_unpack_kernel, grid, args, constants, config.num_warps, config.num_stages)
-    if workspace is None:
-        return [product]
-    if weight.kind == INT8:
-        epilogue = {**end, "x_scale_ptr": x_scale, "w_scale_ptr": w_scale, "M": m, "N": n}
-        return [product, plan_reduce_parts(workspace, epilogue, activation)]
-    return [product, plan_sum_parts(workspace, None, bias, residual, out, activation)]
+    return with_parts(product, workspace, bias, residual, out, activation, x_scale, w_scale)
 
 
-def _run(
-    op: str,
-    x: torch.Tensor,
-    weight: StepWeight,
-    n: int,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    x_scale: torch.Tensor | None = None,
-    w_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    check_activation(activation)
-    out = torch.empty(*x.shape[:-1], n, dtype=out_dtype, device=x.device)
-    if not out.numel():
-        return out
-    problem = Problem(op, out.numel() // n, n, x.shape[-1], x.dtype, **device_facts(x.device))
-    launches = plan_unpack(
-        rows_of(x),
-        weight,
-        None if bias is None else bias.contiguous(),
-        None if residual is None else as_matrix(residual.expand(out.shape)),
-        as_matrix(out),
-        activation=activation,
-        compute_dtype=compute_dtype,
-        config=UnpackConfig.for_problem(problem),
-        inline_ptx=inline_ptx_by_default(x.device),
-        x_scale=None if x_scale is None else x_scale.reshape(-1),
-        w_scale=None if w_scale is None else w_scale.contiguous(),
-    )
-    for launch in launches:
-        launch.run()
-    return out
+def _run(op: str, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """See ``triton_run.run``."""
+    inline_ptx = inline_ptx_by_default(x.device)
+    return run(op, plan_unpack, UnpackConfig.for_problem, x, *arguments, inline_ptx=inline_ptx)
 
 
 def sparse24_linear(
@@ -351,7 +313,7 @@ def sparse24_linear(
     """See ``reference.sparse24_linear``."""
     narrow = compute_dtype or x.dtype
     weight = layout.float_order(weight_values, weight_meta, x.shape[-1], narrow)
-    return _run("sparse24_linear", x, weight, len(weight_values), bias, residual, activation, narrow, x.dtype)
+    return _run("sparse24_linear", x, weight, bias, residual, activation, narrow, x.dtype)
 
 
 def sparse24_int8_linear(
@@ -366,9 +328,9 @@ def sparse24_int8_linear(
 ) -> torch.Tensor:
     """See ``reference.sparse24_int8_linear``."""
     q, x_scale = quantize_per_row(x, channel_scale)
-    weight, n = layout.int8_order(weight_values, weight_meta, x.shape[-1]), len(weight_values)
+    weight = layout.int8_order(weight_values, weight_meta, x.shape[-1])
     scales = (x_scale, weight_scale)
-    return _run("sparse24_int8_linear", q, weight, n, bias, residual, activation, torch.int8, x.dtype, *scales)
+    return _run("sparse24_int8_linear", q, weight, bias, residual, activation, torch.int8, x.dtype, *scales)
 
 
 def sparse24_int4_linear(
@@ -388,4 +350,4 @@ def sparse24_int4_linear(
     k = x.shape[-1]
     weight = layout.int4_order(weight_values, weight_meta, weight_scale, weight_zero, group_size, k)
     narrow = compute_dtype or x.dtype
-    return _run("sparse24_int4_linear", x, weight, len(weight_values), bias, residual, activation, narrow, x.dtype)
+    return _run("sparse24_int4_linear", x, weight, bias, residual, activation, narrow, x.dtype)
