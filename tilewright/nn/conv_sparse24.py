@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.formats import sparse24
-from tilewright.nn.conv_layer import ConvLayer, Padding, check_conv, common_options, folded
+from tilewright.nn.conv import FloatConv
+from tilewright.nn.conv_layer import Padding, check_conv, common_options, folded
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
+from tilewright.nn.sparse24_places import Sparse24Places
 
 
-class Sparse24ConvBnAct2d(ConvLayer):
+class Sparse24ConvBnAct2d(Sparse24Places, FloatConv):
     """y = activation(conv(x) + bias + residual); see ``kernels.sparse24_conv2d``.
 
     ``weight_values`` and ``weight_meta`` have a row for each output channel and place in the window. Values keep their
@@ -27,26 +27,17 @@ class Sparse24ConvBnAct2d(ConvLayer):
     _integer_buffers = ("weight_meta",)
     _kept_in_dtype = ("bias", "weight_values")
     weight_values: torch.Tensor
-    weight_meta: torch.Tensor
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | str = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        allow_tf32: bool = False,
+        *sizes: Any,
         values_dtype: torch.dtype | str | None = None,
         **options: Any,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
-        self.allow_tf32 = allow_tf32
-        device, channels = options.get("device"), in_channels // groups
+        super().__init__(in_channels, out_channels, *sizes, **options)
+        device, channels = options.get("device"), self._columns()
         rows = out_channels * math.prod(self._window)
         values = torch.empty(
             rows, sparse24.kept_count(channels), dtype=parse_dtype(values_dtype) or self.dtype, device=device
@@ -80,14 +71,12 @@ class Sparse24ConvBnAct2d(ConvLayer):
         rows = weight.reshape(-1, weight.shape[-1])
         mask = sparse24.best_mask(rows.abs()) if sparse24.why_not_24(rows) else None
         module.weight_values, module.weight_meta = sparse24.pack(rows, mask)
-        if bias is not None:
-            own = bias.clone() if conv.bias is not None and bias.data_ptr() == conv.bias.data_ptr() else bias
-            module.bias = nn.Parameter(own, requires_grad=conv.weight.requires_grad)
+        module._take_bias(conv, bias)
         return module.train(conv.training)
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
-        rows = sparse24.unpack(self.weight_values.float(), self.weight_meta, self.in_channels // self.groups)
+        rows = sparse24.unpack(self.weight_values.float(), self.weight_meta, self._columns())
         return rows.reshape(self.weight_shape)
 
     @property
@@ -95,65 +84,24 @@ class Sparse24ConvBnAct2d(ConvLayer):
         """The dense weight, OHWI in ``dtype``, made anew at each access, for model code that reads ``layer.weight``."""
         return self.dequantize_weight().to(self.dtype)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.weight_meta.device
+    def _columns(self) -> int:
+        return self.in_channels // self.groups
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""
         values = dtype_name(self.weight_values.dtype)
-        return {**super().config(), "allow_tf32": self.allow_tf32, "values_dtype": values}
+        return {**super().config(), "values_dtype": values}
 
-    def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
-        """See ``ConvLayer``: places must ascend."""
-        if name != "weight_meta" or value.is_meta or value.shape != self.weight_meta.shape:
-            return None
-        return sparse24.why_bad_meta(value, self.in_channels // self.groups)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        meta = state_dict.get(prefix + "weight_meta")
-        if meta is not None and meta.dtype == torch.uint8 and (reason := self.why_bad_buffer("weight_meta", meta)):
-            error_msgs.append(f"{prefix}weight_meta is no 2:4 pattern: {reason}")
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _convolve(
+    def _product(
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
+        padding: Padding,
         activation: str,
         negative_slope: float,
-        padding: Padding | None,
-        out_scale: float | None,
-        x_nonnegative: bool,
     ) -> torch.Tensor:
-        pads = padding or self._padding or self.same_padding_for(x.shape[2], x.shape[3])
-        apart = residual is not None and not self._residual_fits(x, residual, pads)
-        y = torch.ops.tilewright.sparse24_conv2d_fused(
-            x,
-            self.weight_values,
-            self.weight_meta,
-            self.bias,
-            None if apart else residual,
-            self._window,
-            self._stride,
-            pads,
-            self._dilation,
-            self.groups,
-            "none" if apart else activation,
-            negative_slope,
-            self.allow_tf32,
+        weight = (self.weight_values, self.weight_meta)
+        window = (self._window, self._stride, padding, self._dilation, self.groups)
+        return torch.ops.tilewright.sparse24_conv2d_fused(
+            x, *weight, self.bias, residual, *window, activation, negative_slope, self.allow_tf32
         )
-        return apply_activation(y + residual, activation, negative_slope=negative_slope) if apart else y

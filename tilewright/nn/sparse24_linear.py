@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +13,10 @@ from tilewright.kernels.formats import int4, int8, sparse24
 from tilewright.nn.int4_linear import default_scale_dtype
 from tilewright.nn.int8_linear import resolve_compute_dtype
 from tilewright.nn.quantized_linear import QuantizedLinear, check_linear, common_options, dtype_name, parse_dtype
+from tilewright.nn.sparse24_places import Sparse24Places
 
 
-class _Sparse24Weight(QuantizedLinear):
+class _Sparse24Weight(Sparse24Places, QuantizedLinear):
     """``weight_values`` and ``weight_meta``, as ``kernels.formats.sparse24`` defines them.
 
     ``weight_values`` keep their dtype under ``.to(dtype)``, as scales do: casting there and back loses nothing.
@@ -24,7 +24,9 @@ class _Sparse24Weight(QuantizedLinear):
 
     _integer_buffers: ClassVar[tuple[str, ...]] = ("weight_values", "weight_meta")
     weight_values: torch.Tensor
-    weight_meta: torch.Tensor
+
+    def _columns(self) -> int:
+        return self.in_features
 
     def _make_buffers(self, values: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         meta = sparse24.meta_count(self.in_features)
@@ -46,35 +48,6 @@ class _Sparse24Weight(QuantizedLinear):
     def mask(self) -> torch.Tensor:
         """What is kept, bool [out_features, in_features]."""
         return sparse24.mask_of(self.weight_meta, self.in_features)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.weight_meta.device
-
-    def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
-        """See ``QuantizedLinear``: places must ascend, or values would be lost and matrix instructions undefined."""
-        if name != "weight_meta" or value.is_meta or value.shape != self.weight_meta.shape:
-            return None
-        return sparse24.why_bad_meta(value, self.in_features)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        meta = state_dict.get(prefix + "weight_meta")
-        if meta is not None and meta.dtype == torch.uint8 and (reason := self.why_bad_buffer("weight_meta", meta)):
-            error_msgs.append(f"{prefix}weight_meta is no 2:4 pattern: {reason}")
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 class Sparse24Linear(_Sparse24Weight):
