@@ -91,6 +91,7 @@ def dry_steps() -> list[Step]:
         Step("kernels on the emulated GPU", ("-m", "bench.dry_run", "emulate")),
         Step("the short list", ("-m", "pytest", "tests/aot/test_short_list.py", "-q", "-rs", "-p", "no:xdist")),
         Step("convolutions on this CPU", ("-m", "bench.run_conv", "--device", "cpu", "--batch", "1")),
+        Step("2:4 on this CPU", ("-m", "bench.sparse24_gpu", "--dry-run")),
         Step(
             "tables on this CPU",
             ("-m", "bench.run", "--device", "cpu", "--shape", "256x256", "--m", "1", "--variants", "Tilewright"),

@@ -4,6 +4,7 @@ router would choose it, so that the gate (``tilewright.kernels.sparse24_linear.g
     python -m bench.sparse24_gpu            all shapes; writes bench/results/sparse24_<device>.csv and says which goals
                                             are met
     python -m bench.sparse24_gpu --quick    M = 1, 16 and 512 of the first shape
+    python -m bench.sparse24_gpu --dry-run  a small shape on the CPU, nothing written: everything but the GPU's kernels
 
 Every result is compared with the definition before it is timed, by replays of a CUDA graph that find the caches cold.
 A variant called "routed" is what a user gets.
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from bench.problems import SPARSE, Shape, dense_weight, make_arguments, reference
 from bench.result_files import RESULTS, Row, about, slug, write_rows
 from bench.run import in_words, measure_gpu
-from tilewright.autotune.clock import GpuClock
+from tilewright.autotune.clock import Clock, CpuClock, GpuClock
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.roofline import Ceilings
 from tilewright.kernels.router import implementations, route
@@ -77,10 +78,10 @@ def assert_near_definition(op: str, arguments: dict[str, Any], found: torch.Tens
             raise ValueError(f"{op}: RMS error {error:.3g} where the result is {expected.square().mean().sqrt():.3g}")
 
 
-def measure(op: str, shape: Shape, ceilings: Ceilings, clock: GpuClock) -> Iterator[Row]:
+def measure(op: str, shape: Shape, ceilings: Ceilings, clock: Clock, device: torch.device) -> Iterator[Row]:
     """Rows for dense bfloat16, for each implementation, and for what the router chooses."""
     arguments = make_arguments(op, shape)
-    arguments = {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+    arguments = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
     m, n, k = shape.m, shape.n, shape.k
 
     def seconds(run: Callable[[], Any]) -> float:
@@ -89,7 +90,7 @@ def measure(op: str, shape: Shape, ceilings: Ceilings, clock: GpuClock) -> Itera
     def dense_seconds() -> float:
         """Of cuBLAS on the dequantised weight, which is gone again afterwards."""
         dense = dense_weight(op, arguments).to(torch.bfloat16)
-        x = torch.randn(arguments["x"].shape, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(arguments["x"].shape, dtype=torch.bfloat16, device=device)
         return seconds(lambda: F.linear(x, dense))
 
     baseline = dense_seconds()
@@ -108,11 +109,11 @@ def measure(op: str, shape: Shape, ceilings: Ceilings, clock: GpuClock) -> Itera
             gigabytes_per_second=round(moved / time / 1e9, 1),
             teraops_per_second=round(2 * m * n * k / time / 1e12, 2),
             of_roofline=round(floor / time, 3),
-            **about("cuda"),
+            **about(device.type),
         )
 
     yield row("F.linear bfloat16", baseline, (m * k + n * k + m * n) * 2)
-    facts = device_facts(torch.device("cuda", torch.cuda.current_device()))
+    facts = device_facts(device)
     if "group_size" in arguments:
         facts = {**facts, "group_size": arguments["group_size"], "scale_dtype": arguments["weight_scale"].dtype}
     problem, moved = Problem(op, m, n, k, arguments["x"].dtype, **facts), bytes_moved(arguments, n, 2)
@@ -144,22 +145,32 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line above; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, where there is no GPU")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("no GPU here: torch.cuda.is_available() is False")
+    features, batches = FEATURES, BATCHES
+    if options.dry_run:
+        device, features, batches = torch.device("cpu"), ((256, 384),), (1, 16)
+        clock: Clock = CpuClock()
+        ceilings = Ceilings("none", *(1e12,) * 4, overhead=0.0, source="made up: a dry run")
+    elif not torch.cuda.is_available():
+        print("no GPU here: torch.cuda.is_available() is False (--dry-run does what can be done without)")
         return 1
-    clock = GpuClock(torch.device("cuda", torch.cuda.current_device()))
-    ceilings = measure_gpu(clock)
-    rows = []
-    for n, k in FEATURES[: 1 if options.quick else None]:
-        for m in (1, 16, 512) if options.quick else BATCHES:
+    else:
+        device = torch.device("cuda", torch.cuda.current_device())
+        gpu_clock = GpuClock(device)
+        clock, ceilings = gpu_clock, measure_gpu(gpu_clock)
+    if options.quick:
+        features, batches = features[:1], (1, 16, 512)
+    rows: list[Row] = []
+    for n, k in features:
+        for m in batches:
             for op in OPS:
-                for row in measure(op, Shape(m, n, k, group_size=128, bias=False), ceilings, clock):
+                for row in measure(op, Shape(m, n, k, group_size=128, bias=False), ceilings, clock, device):
                     rows.append(row)
-                    print(in_words(row), flush=True)
+                    print(f"{op:22}{in_words(row)}", flush=True)
+            if not (options.quick or options.dry_run):  # a run that is stopped leaves what it has
+                write_rows(rows, RESULTS / f"sparse24_{slug(torch.cuda.get_device_name())}.csv")
     print(*goals(rows), sep="\n")
-    if not options.quick:
-        write_rows(rows, RESULTS / f"sparse24_{slug(torch.cuda.get_device_name())}.csv")
     return 0
 
 

@@ -1,11 +1,11 @@
-"""The arithmetic of the GPU benchmark of 2:4, which needs no GPU."""
+"""The benchmarks of 2:4, as far as they need no GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from bench import sparse24_gpu
+from bench import sparse24_cpu, sparse24_gpu
 from bench.problems import SPARSE, Shape, make_arguments, reference
 from bench.result_files import Row
 from tilewright.kernels.problem import Problem
@@ -33,6 +33,18 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no GPU here" in capsys.readouterr().out
 
 
+def test_a_dry_run_measures_and_judges_without_writing(capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sparse24_gpu.RESULTS.iterdir()}
+    assert sparse24_gpu.main(["--dry-run"]) == 0
+    found = capsys.readouterr().out
+    assert all(op in found for op in sparse24_gpu.OPS)
+    assert found.count("F.linear bfloat16") == 2 * len(sparse24_gpu.OPS)
+    assert found.count("routed: ") == 2 * len(sparse24_gpu.OPS)
+    assert "unpacked once" in found
+    assert found.count("x dense bfloat16; the least is") == 3
+    assert {path: path.stat().st_mtime_ns for path in sparse24_gpu.RESULTS.iterdir()} == before
+
+
 @pytest.mark.parametrize("op", SPARSE)
 def test_what_the_gate_refuses_is_measured_all_the_same(op: str) -> None:
     """A gate can be set by what was measured only if that includes what it refuses now."""
@@ -56,3 +68,11 @@ def test_goals_are_judged_by_the_worst_of_what_users_get() -> None:
     first, second = sparse24_gpu.goals(rows)
     assert first.startswith("MISSED: 2:4 bf16 at M <= 16 >= 1.5x") and "1.40x (sparse24_linear, M = 16" in first
     assert second.startswith("met: anything at 2:4 >= 0.97x") and "1.00x" in second
+
+
+def test_the_table_of_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sparse24_cpu.main(["--shape", "32", "64", "--batches", "1", "9", "--seconds", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 4
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert all("unpacked once" in line for line in lines[2:])

@@ -1,7 +1,8 @@
 """Linear layers on 2:4 weights (the definition): the weight unpacked, then the dense operator of the same values.
 
     sparse24_linear        y[m, n] = activation(sum_k x[m, k] * w[n, k] + b[n]) + r[m, n]
-                           x and w are rounded to ``compute_dtype`` (default: the dtype of x), sums are float32
+                           x and w are rounded to ``compute_dtype`` (default: the dtype of x), sums are float32;
+                           who multiplies in a wider type may leave x as it is
     sparse24_int8_linear   as ``int8_linear``: activations are quantised per row, integer sums are exact
     sparse24_int4_linear   as ``int4_linear``: w = (u - z) * s where kept, 0 elsewhere
 
