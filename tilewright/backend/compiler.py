@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from tilewright.backend import convolutions, epilogues, linears, norms
-from tilewright.backend.captured import Captured
+from tilewright.backend.captured import AllPrepared, Captured
 from tilewright.backend.options import Options
 from tilewright.backend.record import keep
 from tilewright.convert.text import closest
@@ -43,11 +43,10 @@ def tilewright(
     compiled = _compile(captured.gm, inputs, settings, mode, patches)
     if not captured.prepared and len(kept) == len(example_inputs):
         return compiled
-    prepared = captured.prepared
+    prepared = AllPrepared(captured.prepared)
 
     def run(*args: Any) -> Any:
-        made = [tensor for each in prepared for tensor in each(args)]
-        return compiled(*[args[i] for i in kept], *made)
+        return compiled(*[args[i] for i in kept], *prepared(args))
 
     return run
 

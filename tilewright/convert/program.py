@@ -12,13 +12,16 @@ import copy
 import importlib
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from tilewright.convert import whole
 from tilewright.convert.tracing import NotAsExpected, ReplacedForward, bind_call, is_known
+from tilewright.kernels import regions
 from tilewright.kernels.cpu.replay import Replays
 from tilewright.nn.conv_int8 import scales_read
 
@@ -39,7 +42,10 @@ class Program(ReplacedForward):
         self.owner = owner
         self.inputs, self.defaults = inputs, defaults
         self.source, self.names = _code(graph)
-        flat, self.leaves, self.called = _flattened(graph, dict(owner.named_modules(remove_duplicate=False)))
+        modules = dict(owner.named_modules(remove_duplicate=False))
+        flat, self.leaves, self.called = _flattened(graph, modules)
+        #: Whether a compiled graph calls it as one operator.
+        self.whole = whole.runs_whole(graph, modules)
         self.flat_source, _ = _code(flat)
         #: Runs instead of the program while activations are observed: (program, inputs) -> outputs.
         self.observer: Callable[..., Any] | None = None
@@ -50,9 +56,11 @@ class Program(ReplacedForward):
         self._flat = _compiled(self.flat_source, self.names)
         self._bound: Namespace | None = None
         self._replays: Replays | None = None
+        self._region = regions.Region(weakref.WeakMethod(self._eager), weakref.WeakMethod(self._traced))
+        self._region_name = regions.add(self._region)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("owner", "inputs", "defaults", "source", "flat_source", "leaves", "called")
+        kept = ("owner", "inputs", "defaults", "source", "flat_source", "leaves", "called", "whole")
         state = {name: value for name, value in vars(self).items() if name in kept}
         # Modules of Python cannot be pickled; their names can.
         state["imports"] = {name: v.__name__ for name, v in self.names.items() if isinstance(v, types.ModuleType)}
@@ -83,6 +91,8 @@ class Program(ReplacedForward):
         if given is None or owner.training:
             return type(owner).forward(owner, *args, **kwargs)
         if torch.compiler.is_compiling():
+            if self.whole and whole.takes(given):
+                return torch.ops.tilewright.region(list(given), self._region_name)
             return self._function(owner, *given)
         try:
             if self.observer is not None:
@@ -94,6 +104,17 @@ class Program(ReplacedForward):
             return self._flat(self._bound, *given)
         except NotAsExpected:
             return type(owner).forward(owner, *args, **kwargs)
+
+    def _eager(self, *given: Any) -> Any:
+        """What a compiled graph calls: as from Python, on the graph's inputs."""
+        return self(**dict(zip(self.inputs, given, strict=True)))
+
+    def _traced(self, *given: Any) -> Any:
+        """The same operator by operator, for tensors that stand for others."""
+        try:
+            return self._function(self.owner, *given)
+        except NotAsExpected:
+            return type(self.owner).forward(self.owner, **dict(zip(self.inputs, given, strict=True)))
 
     def _inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """What a call gives the graph's inputs; None if it asks for something else than the graph does."""

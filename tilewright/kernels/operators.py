@@ -1,7 +1,8 @@
 """How an operator ``tilewright::*`` is registered with ``torch.library``: the only place that does.
 
 Each operator has one kernel for every device, which checks its arguments and asks the router who serves the call; a
-fake kernel; an autograd formula; and, where it has one, an autocast rule.
+fake kernel; an autograd formula; and, where it has one, an autocast rule. Calls that repeat on a CPU take a short cut,
+before anything of autograd where no gradient is asked for (``repeats``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.eager import unwatched
+from tilewright.kernels.repeats import Repeats
 from tilewright.kernels.router import when_forgotten
 
 NAMESPACE = "tilewright"
@@ -28,7 +31,8 @@ class Operator:
     implementation: checks likewise, and returns the function that serves the call; fake: the outputs' shapes and
     dtypes. autocast: arguments that are cast to the autocast dtype where they are float, without any there is no rule.
     differentiable: arguments with a gradient, which ``gradients`` returns by name for (gradient of the output,
-    arguments, those of ``differentiable`` that are wanted).
+    arguments, those of ``differentiable`` that are wanted). prepare: from the arguments of a call to the function of x
+    and the residual that serves calls like it, for as long as the other arguments stay; None where there is none.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Operator:
     autocast: tuple[str, ...] = ()
     differentiable: tuple[str, ...] = ()
     gradients: Gradients | None = None
+    prepare: Callable[[Arguments], Callable[..., Any] | None] | None = None
 
 
 def define(operator: Operator) -> None:
@@ -55,8 +60,15 @@ def define(operator: Operator) -> None:
 
     served: dict[tuple[Any, ...], Callable[..., Any]] = {}
     when_forgotten(served.clear)
+    residual = positional.index("residual") if "residual" in positional else len(positional)
+    repeats = None if operator.prepare is None else Repeats(residual, operator.prepare, bind)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        if repeats is not None and args[0].is_cpu and (call := repeats.find(args, kwargs)) is not None:
+            return call(args[0], args[residual] if len(args) > residual else None)
+        return serve(args, kwargs)
+
+    def serve(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         arguments = bind(args, kwargs)
         # Checking and routing look at nothing but what is in the key: they cost more than a small product.
         key = (*map(_looks, args), *[(name, _looks(value)) for name, value in kwargs.items()])
@@ -78,7 +90,34 @@ def define(operator: Operator) -> None:
             cast = _autocast(overload, bind, device.lower(), operator.autocast)
             _library.impl(name, cast, "Autocast" + device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    _register_autograd(operator, overload, positional, bind)
+    formula = _register_autograd(operator, overload, positional, bind)
+    general = None if repeats is None else _autograd_kernel(overload, *formula)
+    if repeats is None or general is None:
+        return
+
+    def before_autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        # In compiled graphs the way through autograd costs as much as a small product. Modes and subclasses want to see
+        # the operator, though, and everything below this kernel.
+        if unwatched(args[0]):
+            given = args[residual] if len(args) > residual else None
+            if given is None or type(given) is torch.Tensor:
+                call = repeats.find(args, kwargs)
+                if call is not None:
+                    return call(args[0], given)
+        return general(keyset, *args, **kwargs)
+
+    _library.impl(name, before_autograd, "AutogradCPU", with_keyset=True)
+
+
+def _autograd_kernel(
+    overload: Any, backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> Callable[..., Any] | None:
+    """The kernel that ``register_autograd`` makes of a formula; None where this version of PyTorch hides it."""
+    try:
+        from torch._library.autograd import Info, make_autograd_impl
+    except ImportError:
+        return None
+    return make_autograd_impl(overload, Info(backward, setup_context))
 
 
 def _looks(value: Any) -> Any:
@@ -105,7 +144,11 @@ def _autocast(overload: Any, bind: Binder, device: str, names: tuple[str, ...]) 
     return run
 
 
-def _register_autograd(operator: Operator, overload: Any, positional: tuple[str, ...], bind: Binder) -> None:
+def _register_autograd(
+    operator: Operator, overload: Any, positional: tuple[str, ...], bind: Binder
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns the formula: what goes back, and what it keeps."""
+
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None
     ) -> None:
@@ -127,6 +170,7 @@ def _register_autograd(operator: Operator, overload: Any, positional: tuple[str,
         return tuple(found.get(name) for name in positional)
 
     torch.library.register_autograd(overload, backward, setup_context=setup_context, lib=_library)
+    return backward, setup_context
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")

@@ -24,7 +24,8 @@ from tilewright.kernels.checks import (
     check_vector,
 )
 from tilewright.kernels.operators import Arguments, Operator, define
-from tilewright.kernels.router import forget, measure_with, serve
+from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.router import forget, measure_with, route, serve
 
 Facts = Callable[[Arguments], dict[str, Any]]
 
@@ -35,6 +36,21 @@ def _serve(check: Callable[[str, Arguments], int], facts: Facts, op: str, argume
     x = arguments["x"]
     shape = x.shape
     return serve(op, math.prod(shape[:-1]), n, shape[-1], x.dtype, x.device, **facts(arguments))
+
+
+def _prepare(
+    check: Callable[[str, Arguments], int], facts: Facts, op: str, arguments: Arguments
+) -> Callable[..., Any] | None:
+    """The function of x and the residual that serves calls like this one, if its implementation has such a thing."""
+    x = arguments["x"]
+    n, k = check(op, arguments), x.shape[-1]
+    problem = Problem(op, x.numel() // k, n, k, x.dtype, **facts(arguments), **device_facts(x.device))
+    prepare = route(problem).implementation.prepared
+    if prepare is None:
+        return None
+    given = {name: value for name, value in arguments.items() if name not in ("x", "residual")}
+    # An int4 weight does not say how many of the nibbles in its last words are columns.
+    return prepare(**given, **({"k": k} if "weight_packed" in given else {}))
 
 
 # ---- quantisers
@@ -134,6 +150,7 @@ def _operator(
     facts: Facts,
     fake: Callable[[Arguments, int], Any],
     differentiable: tuple[str, ...] = (),
+    prepared: bool = False,
 ) -> Operator:
     return Operator(
         name,
@@ -144,6 +161,7 @@ def _operator(
         autocast=("x", "residual"),
         differentiable=differentiable,
         gradients=gradients.linear_gradients,
+        prepare=functools.partial(_prepare, check, facts, name) if prepared else None,
     )
 
 
@@ -178,6 +196,7 @@ OPERATORS = {
             _linear_facts,
             _fake_linear,
             _GRADIENTS,
+            prepared=True,
         ),
         _operator(
             "int8_linear_quantized",
@@ -209,6 +228,7 @@ OPERATORS = {
             _int4_facts,
             _fake_linear,
             _GRADIENTS,
+            prepared=True,
         ),
         _operator(
             "sparse24_linear",
