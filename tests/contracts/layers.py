@@ -15,6 +15,7 @@ from tilewright.nn import (
     Int4Linear,
     Int8ActInt4WeightLinear,
     Int8Linear,
+    Int8StaticLinear,
     Int8WeightOnlyLinear,
     QuantizedLinear,
     Sparse24Int4Linear,
@@ -58,6 +59,7 @@ class Layer:
 LAYERS = (
     Layer("int8", Int8Linear),
     Layer("int8-smooth-no_bias", Int8Linear, {"range_search": "mse"}, bias=False, smooth=True),
+    Layer("int8-static", Int8StaticLinear, {"input_scale": 0.03}),
     Layer("int8-weight-only", Int8WeightOnlyLinear),
     Layer("int8-weight-only-float32", Int8WeightOnlyLinear, {"compute_dtype": None}, bias=False),
     Layer("int4", Int4Linear, {"group_size": 32, "symmetric": True}),

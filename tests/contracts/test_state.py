@@ -22,6 +22,7 @@ CANONICAL = {
     "weight_values": ({torch.float32, torch.bfloat16, torch.int8, torch.int32}, 2),
     "weight_meta": ({torch.uint8}, 2),
     "weight_zero": ({torch.int32}, 2),
+    "input_scale": ({torch.float32}, 0),
     "channel_scale": ({torch.float32}, 1),
     "bias": ({torch.float32}, 1),
 }

@@ -134,6 +134,53 @@ def test_convolutions_run_in_onnx_runtime(recipe: str, tmp_path: Path) -> None:
         torch.testing.assert_close(run(path, x), expected, rtol=slack, atol=slack * expected.abs().max().item())
 
 
+def test_static_int8_linear_layers_are_standard_qdq(tmp_path: Path) -> None:
+    data = [torch.randn(64, 96) for _ in range(2)]
+    model, path = tw.convert_model(layers(), "int8-static", calibration_data=data), tmp_path / "model.onnx"
+    written = tw.export_onnx(model, path, data[0])
+    onnx.checker.check_model(path)
+    counts = {"QuantizeLinear": 3, "DequantizeLinear": 6, "MatMul": 3}
+    assert {name: written.operators.get(name) for name in counts} == counts
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+    for batch in (1, 7):
+        x = torch.randn(batch, 96)
+        with torch.no_grad():
+            expected = model(x)
+        # A value halfway between two int8 steps may go to either.
+        torch.testing.assert_close(run(path, x), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "recipe, expected",
+    [("sparse24", "MatMul"), ("sparse24-int8", "MatMulInteger"), ("sparse24-int4", "MatMulNBits")],
+)
+def test_weights_that_are_2_of_4_are_written_with_their_zeros(recipe: str, expected: str, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 48)).eval()
+    schemes = {
+        "sparse24": tw.Sparse24(pruning="magnitude", compute_dtype=None),
+        "sparse24-int8": tw.Sparse24Int8(pruning="magnitude"),
+        "sparse24-int4": tw.Sparse24Int4(pruning="magnitude", group_size=32),
+    }
+    model, path = exact(tw.convert_model(network, schemes[recipe])), tmp_path / "model.onnx"
+    written = tw.export_onnx(model, path, torch.randn(2, 96))
+    onnx.checker.check_model(path)
+    assert written.operators[expected] == 2
+    x = torch.randn(5, 96)
+    with torch.no_grad():
+        slack = 0.02 if recipe == "sparse24-int8" else 1e-5
+        torch.testing.assert_close(run(path, x), model(x), rtol=slack, atol=slack)
+
+
+def test_convolutions_that_are_2_of_4_are_written_with_their_zeros(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(16, 6, 1)).eval()
+    model, path = tw.convert_model(network, "sparse24-conv"), tmp_path / "model.onnx"
+    written = tw.export_onnx(model, path, torch.randn(2, 8, 9, 9))
+    assert written.operators["Conv"] == 2
+    x = torch.randn(3, 8, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_int8_images_pool_and_pad(tmp_path: Path) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(16, 16, 3, padding="same")

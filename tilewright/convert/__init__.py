@@ -18,6 +18,7 @@ from tilewright.convert.schemes import (
     register_scheme,
 )
 from tilewright.convert.sparse_schemes import Sparse24, Sparse24Int4, Sparse24Int8
+from tilewright.convert.static_schemes import Int8StaticInputs
 
 __all__ = [
     "PRESETS",
@@ -28,6 +29,7 @@ __all__ = [
     "Int8ActInt4Weight",
     "Int8Dynamic",
     "Int8Static",
+    "Int8StaticInputs",
     "Int8WeightOnly",
     "PruneSearch",
     "Pruned",

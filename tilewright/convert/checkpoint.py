@@ -44,6 +44,7 @@ MODULES: dict[str, type[QuantizedLinear | ConvLayer]] = {
     for kind in (
         quantized.Int8Linear,
         quantized.Int8WeightOnlyLinear,
+        quantized.Int8StaticLinear,
         quantized.Int4Linear,
         quantized.Int8ActInt4WeightLinear,
         quantized.Sparse24Linear,

@@ -10,7 +10,7 @@ from torch import nn
 from tilewright.convert.conv_convert import install_programs
 from tilewright.convert.conv_match import why_not_convolution
 from tilewright.convert.tracing import is_norm
-from tilewright.nn import ConvLayer, FoldedBatchNorm, Int8ConvBnAct2d
+from tilewright.nn import ConvLayer, FoldedBatchNorm, Int8ConvBnAct2d, Int8StaticLinear
 from tilewright.nn.conv_layer import common_options
 
 
@@ -57,9 +57,8 @@ def finish(model: nn.Module, untraced: dict[str, str]) -> None:
 
     untraced: what was found not to trace when the model was converted, name -> reason.
     """
-    fused = [module for module in model.modules() if isinstance(module, ConvLayer)]
-    for module in fused:
-        if isinstance(module, Int8ConvBnAct2d):
+    for module in model.modules():
+        if isinstance(module, (Int8ConvBnAct2d, Int8StaticLinear)):
             module.refresh()
-    if fused:
+    if any(isinstance(module, ConvLayer) for module in model.modules()):
         install_programs(model, untraced)

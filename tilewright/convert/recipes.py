@@ -27,6 +27,7 @@ from tilewright.convert.schemes import (
     scheme_from_json,
 )
 from tilewright.convert.sparse_schemes import Sparse24, Sparse24Int4, Sparse24Int8
+from tilewright.convert.static_schemes import Int8StaticInputs
 from tilewright.convert.text import closest
 
 Pattern = str | type[nn.Module]
@@ -57,6 +58,7 @@ PRESETS: dict[str, Scheme] = {
 FURTHER: dict[str, tuple[Scheme, ...]] = {
     "int8": (Int8Static(),),
     "w8a8": (Int8Static(),),
+    "int8-static": (Int8StaticInputs(),),
     "sparse24": (Sparse24Conv(),),
 }
 PRESETS |= {

@@ -3,8 +3,9 @@
 int4 weights        com.microsoft.MatMulNBits; the packed weight bit for bit
 int8 weights        DequantizeLinear, then MatMul (QDQ)
 int8 activations    by row, found on the fly: ReduceMax, Round, MatMulInteger. Integers are exact
-static int8         QuantizeLinear and DequantizeLinear around Conv (QDQ). Where ours clamps to -127, QuantizeLinear
-                    goes down to -128, which concerns values beyond the calibrated range alone
+static int8         QuantizeLinear and DequantizeLinear around Conv and MatMul (QDQ). Where ours clamps to -127,
+                    QuantizeLinear goes down to -128, which concerns values beyond the calibrated range alone
+2:4 weights         the dense weight with its zeros, then as above: ONNX has no 2:4 products
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from tilewright.deploy.onnx_graph import Place
-from tilewright.kernels.formats import int4
+from tilewright.kernels.formats import int4, sparse24
 
 #: Block sizes for which ONNX Runtime has kernels.
 BLOCK_SIZES = (256, 128, 64, 32, 16)
@@ -160,10 +161,50 @@ def _int8_linear(place: Place, accuracy_level: int) -> None:
     place.replace(_finished(place, _integer_product(place, q, scale)))
 
 
+def _dense(place: Place) -> torch.Tensor:
+    """A 2:4 weight with its zeros."""
+    return sparse24.unpack(place.tensor("weight_values"), place.tensor("weight_meta"), place["x"].shape[-1])
+
+
+def _sparse24_linear(place: Place, accuracy_level: int) -> None:
+    x, dense = place["x"], _dense(place)
+    dense = dense.half() if x.dtype == place.ir.DataType.FLOAT16 else dense.float()
+    weight = place.constant(place.name_of("weight_values", "weight"), dense.t())
+    place.replace(_finished(place, place.write("MatMul", [x, weight], dtype=x.dtype)))
+
+
+def _sparse24_int8_linear(place: Place, accuracy_level: int) -> None:
+    place.arguments["weight"] = place.constant(place.name_of("weight_values", "weight"), _dense(place))
+    _int8_linear(place, accuracy_level)
+
+
+def _sparse24_int4_linear(place: Place, accuracy_level: int) -> None:
+    weight_zero = None if place["weight_zero"] is None else place.tensor("weight_zero")
+    values, meta = place.tensor("weight_values"), place.tensor("weight_meta")
+    packed = sparse24.unpack_int4(values, meta, weight_zero, place["group_size"], place["x"].shape[-1])
+    name = place.name_of("weight_values", "weight_packed")
+    place.arguments["weight_packed"] = place.constant(name, packed)
+    _int4_linear(place, accuracy_level)
+
+
 def _int8_linear_quantized(place: Place, accuracy_level: int) -> None:
-    last = place.constant("last_axis", [-1], place.ir.DataType.INT64)
-    scale = place.write("Unsqueeze", [place["x_scale"], last], dtype=place.ir.DataType.FLOAT)
+    types = place.ir.DataType
+    if (static := _expanded(place["x_scale"])) is not None:
+        x = place.write("DequantizeLinear", [place["x"], static, _zero_point(place, types.INT8)], dtype=types.FLOAT)
+        transposed = place.constant(place.name_of("weight", "weight_int8"), place.tensor("weight").t())
+        weight = place.write("DequantizeLinear", [transposed, place["weight_scale"]], {"axis": 1}, dtype=types.FLOAT)
+        place.replace(_finished(place, place.write("MatMul", [x, weight], dtype=types.FLOAT)))
+        return
+    last = place.constant("last_axis", [-1], types.INT64)
+    scale = place.write("Unsqueeze", [place["x_scale"], last], dtype=types.FLOAT)
     place.replace(_finished(place, _integer_product(place, place["x"], scale)))
+
+
+def _expanded(scale: Any) -> Any:
+    """The one constant that stands in all of ``scale``, if there is one."""
+    while (node := scale.producer()) is not None and node.op_type in ("Identity", "Expand"):
+        scale = node.inputs[0]
+    return scale if scale.const_value is not None and not scale.shape else None
 
 
 def _quantize_per_row(place: Place, accuracy_level: int) -> None:
@@ -227,6 +268,15 @@ def _conv2d_fused(place: Place, accuracy_level: int) -> None:
     place.replace(_after_conv(place, _conv(place, x, oihw, bias), residual))
 
 
+def _sparse24_conv2d_fused(place: Place, accuracy_level: int) -> None:
+    (height, width), channels = place["kernel_size"], place["x"].shape[1] // place["groups"]
+    dense = sparse24.unpack(place.tensor("weight_values"), place.tensor("weight_meta"), channels)
+    dense = dense.half() if place["x"].dtype == place.ir.DataType.FLOAT16 else dense.float()
+    ohwi = dense.reshape(-1, height, width, channels)
+    place.arguments["weight"] = place.constant(place.name_of("weight_values", "weight"), ohwi)
+    _conv2d_fused(place, accuracy_level)
+
+
 def _int8_conv2d_fused(place: Place, accuracy_level: int) -> None:
     types = place.ir.DataType
     scale = place.tensor("weight_scale")
@@ -263,6 +313,10 @@ LOWERINGS: dict[str, Callable[[Place, int], None]] = {
     "quantize_per_tensor": _quantize_per_tensor,
     "conv2d_fused": _conv2d_fused,
     "int8_conv2d_fused": _int8_conv2d_fused,
+    "sparse24_linear": _sparse24_linear,
+    "sparse24_int8_linear": _sparse24_int8_linear,
+    "sparse24_int4_linear": _sparse24_int4_linear,
+    "sparse24_conv2d_fused": _sparse24_conv2d_fused,
 }
 
 

@@ -63,6 +63,8 @@ def linear_gradients(
     x, bias, activation = arguments["x"], arguments["bias"], arguments["activation"]
     weight = dequantized_weight(arguments).to(grad.dtype)
     if activation != "none":
+        if "x_scale" in arguments:
+            x = x.to(grad.dtype) * arguments["x_scale"].unsqueeze(-1).to(grad.dtype)
         z = F.linear(x.to(grad.dtype), weight, None if bias is None else bias.to(grad.dtype))
         grad = activation_gradient(z, grad, activation)
     if "x" in wanted:

@@ -204,6 +204,7 @@ OPERATORS = {
             _check_int8_linear,
             _linear_facts,
             _fake_linear,
+            ("bias", "residual"),
         ),
         _operator(
             "int8_weight_only_linear",

@@ -1,0 +1,106 @@
+"""A drop-in linear layer with int8 weights and statically quantised activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tilewright.kernels import conv_ops  # noqa: F401  (registers torch.ops.tilewright)
+from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.problem import Problem
+from tilewright.nn.int8_linear import _Int8Weight
+from tilewright.nn.quantized_linear import check_linear, common_options
+
+
+class Int8StaticLinear(_Int8Weight):
+    """int8 weights and activations (W8A8), activations quantised with one scale that is known before the call.
+
+    q = clamp(round(x / input_scale), -127, 127), then as ``kernels.int8_linear`` of quantised activations.
+    ``input_scale`` float32 without dimensions is read as a number when it is loaded, which costs the one wait for the
+    device; after writing into it by hand, call ``refresh``. Values beyond 127 steps are clipped, and so is Inf; NaN
+    becomes 0. Where the input wants a gradient, the layer computes the same in float32, and the gradient
+    passes the rounding as if that were not there.
+    """
+
+    scheme_name = "int8-static-linear"
+    op_name = "int8_linear_quantized"
+    _scale_buffers = ("weight_scale", "input_scale")
+    input_scale: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any):
+        super().__init__(in_features, out_features, bias, **options)
+        self.register_buffer("input_scale", torch.ones((), dtype=torch.float32, device=options.get("device")))
+        #: The scale as a number.
+        self.x_scale = 1.0
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, *, input_scale: float = 1.0, range_search: str = "minmax", activation: str = "none"
+    ) -> Int8StaticLinear:
+        """The quantised twin of ``linear``, sharing its bias. Raises ValueError for a scale that is not positive and
+        finite.
+        """
+        check_linear(linear)
+        if not (input_scale > 0 and math.isfinite(input_scale)):
+            raise ValueError(f"input_scale must be positive and finite, not {input_scale}")
+        module = cls(**common_options(linear), activation=activation)
+        module._set_weight(linear.weight.detach(), range_search)
+        module.input_scale = torch.tensor(input_scale, dtype=torch.float32, device=linear.weight.device)
+        module.bias = linear.bias
+        module.refresh()
+        return module.train(linear.training)
+
+    def refresh(self) -> None:
+        """Read the scale anew from its buffer, if that holds a value. Waits for the device."""
+        if not self.input_scale.is_meta:
+            self.x_scale = float(self.input_scale)
+
+    def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
+        """A scale that is not positive and finite."""
+        if name == "input_scale" and not (value > 0 and value.isfinite()):
+            return f"it must be positive and finite, not {float(value)}"
+        return super().why_bad_buffer(name, value)
+
+    def problem(self, m: int = 1, dtype: torch.dtype | None = None) -> Problem:
+        """What the router is asked for ``m`` rows, which are int8 by then."""
+        return dataclasses.replace(super().problem(m, dtype), x_dtype=torch.int8)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
+        self._check_input(x)
+        if x.dim() == 4:  # four dimensions are an image to the quantiser, with columns last but one
+            rest = None if residual is None else residual.flatten(0, 1)
+            return self.forward(x.flatten(0, 1), rest).unflatten(0, x.shape[:2])
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._differentiable(x, residual)
+        kind = x.device.type
+        if kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        q = torch.ops.tilewright.quantize_per_tensor(x, self.x_scale)
+        rows = self.input_scale.expand(x.shape[:-1]).contiguous()
+        return torch.ops.tilewright.int8_linear_quantized(
+            q, rows, self.weight, self.weight_scale, self.bias, residual, self.activation, x.dtype
+        )
+
+    def _differentiable(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """The same in float32."""
+        wide = x.float()
+        rounded = (wide / self.x_scale).round().clamp(-127, 127) * self.x_scale
+        wide = wide + (rounded - wide).detach()
+        y = F.linear(wide, self.dequantize_weight(), None if self.bias is None else self.bias.float())
+        y = apply_activation(y, self.activation)
+        return (y if residual is None else y + residual).to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.refresh()
+
+    def extra_repr(self) -> str:
+        """As of ``QuantizedLinear``, then the scale."""
+        return f"{super().extra_repr()}, input_scale={self.x_scale:.4g}"
