@@ -58,9 +58,9 @@ def conv2d_fused(
     allow_tf32: bool = False,
 ) -> torch.Tensor:
     """See ``reference.conv2d_fused``."""
-    prepared = conv_steps.packed_weight(weight, groups)
-    x = conv_steps.channels_last(x)
     window = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    prepared = conv_steps.packed_weight(weight, groups, x.shape, window)
+    x = conv_steps.channels_last(x)
     y = empty_channels_last(out_shape(x, weight, stride, padding, dilation), x.dtype, x.device)
     description = conv_steps.description_of(prepared, x, y, weight.shape[1:3], window, bias, activation, negative_slope)
     conv_steps.run_with(description, x, y, residual)

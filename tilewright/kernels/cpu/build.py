@@ -30,6 +30,7 @@ KERNELS = (
     "int4_int8_linear.c",
     "weight_only.c",
     "conv_float.c",
+    "conv_winograd.c",
     "conv_int8.c",
     "conv_simple.c",
     "conv_program.c",

@@ -13,9 +13,9 @@
 /* How a value is stored. UINT8 stands for value + 128; NONNEGATIVE is an int8 that is known to be 0 to 127. */
 enum { FLOAT32, INT8, UINT8, NONNEGATIVE };
 enum { NONE, RELU, RELU6, HARDSWISH, SILU, LEAKY_RELU, SIGMOID };
-enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE };
+enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD };
 
-/* kernels/cpu/conv.py holds the same structure. Strides count elements from one pixel to the next. */
+/* kernels/cpu/conv_steps.py holds the same structure. Strides count elements from one pixel to the next. */
 typedef struct {
     int32_t kind, x_type, y_type, r_type, activation, gather; /* gather: copy windows that are too ragged to read */
     int64_t batch, height, width, channels, out_height, out_width, out_channels;
@@ -26,12 +26,14 @@ typedef struct {
     void *y;
     const float *scale, *bias;   /* padded to whole vectors for each group */
     const int32_t *compensation; /* likewise: what the products with an offset of 128 add up to, with its sign changed */
+    const float *plain; /* WINOGRAD alone: the weight itself, OHWI */
     float slope, x_scale, r_scale, y_scale;
 } tw_step;
 
 /* A part of each kernel's work: that of thread `number` of `count`. */
 void JOIN(tw_float_conv, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 void JOIN(tw_float_depthwise, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
+void JOIN(tw_winograd, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 void JOIN(tw_int8_conv, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 void JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 void JOIN(tw_simple_step, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
@@ -40,6 +42,10 @@ void JOIN(tw_simple_step, TILEWRIGHT_ISA)(const tw_step *step, int number, int c
 #define LARGEST_PIXEL 65536
 extern const char tw_zeros[LARGEST_PIXEL];
 extern const char tw_offset_zeros[LARGEST_PIXEL]; /* of UINT8 */
+
+/* Room for each thread to work in. */
+#define TW_SCRATCH_BYTES (768 << 10)
+extern _Thread_local char tw_scratch[TW_SCRATCH_BYTES];
 
 static inline void share_of(int64_t items, int number, int count, int64_t *begin, int64_t *end) {
     *begin = items * number / count;

@@ -90,6 +90,18 @@ static void finish_tile(const tw_step *s, int valid, int vectors, const float *s
     }
 }
 
+/* A tile reads and writes a few lines of each of its pixels, which no prefetcher of a processor foresees. Asked for before
+   the sums, they are there after them. */
+INLINE void prefetch_results(const tw_step *s, int valid, int vectors, int64_t pixel, int64_t channel) {
+    const float *y = (const float *)s->y + pixel * s->y_stride + channel;
+    for (int m = 0; m < valid; m++)
+        for (int v = 0; v < vectors; v++) __builtin_prefetch(y + m * s->y_stride + v * LANES, 1);
+    if (!s->residual) return;
+    const float *residual = (const float *)s->residual + pixel * s->r_stride + channel;
+    for (int m = 0; m < valid; m++)
+        for (int v = 0; v < vectors; v++) __builtin_prefetch(residual + m * s->r_stride + v * LANES);
+}
+
 #define TILE(rows, vectors)                                                                                            \
     static void __attribute__((noinline)) tile_##rows##_##vectors(                                                     \
         int valid, const element *const *pointers, int64_t windows, int64_t length, const element *weight, \
@@ -119,6 +131,7 @@ TILE(8, 3)
 static void tile(const tw_step *s, int valid, int vectors, const element *const *pointers, int64_t windows,
                  int64_t length, const element *weight, int64_t pixel, int64_t group, int64_t vector) {
     _Alignas(64) float out[12 * 3 * LANES];
+    prefetch_results(s, valid, vectors, pixel, group * (s->out_channels / s->groups) + vector * LANES);
     if (vectors == 1) {
         if (valid == 1) CALL(1, 1);
         else if (valid <= 4) CALL(4, 1);

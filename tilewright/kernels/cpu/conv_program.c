@@ -16,6 +16,8 @@ static void run_step(const tw_step *step, int number, int threads) {
     } else if (step->kind == DEPTHWISE) {
         if (step->x_type == FLOAT32) JOIN(tw_float_depthwise, TILEWRIGHT_ISA)(step, number, threads);
         else JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(step, number, threads);
+    } else if (step->kind == WINOGRAD) {
+        JOIN(tw_winograd, TILEWRIGHT_ISA)(step, number, threads);
     } else {
         JOIN(tw_simple_step, TILEWRIGHT_ISA)(step, number, threads);
     }

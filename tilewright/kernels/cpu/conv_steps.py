@@ -19,7 +19,7 @@ from tilewright.kernels.cpu import native
 from tilewright.kernels.packed import packed
 
 FLOAT32, INT8, UINT8, NONNEGATIVE = range(4)
-CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE = range(8)
+CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD = range(9)
 TYPES = {torch.float32: FLOAT32, torch.int8: INT8, torch.uint8: UINT8}
 #: By the numbers that conv.h gives them. "sigmoid" is for the gates of squeeze-and-excite; no operator has it.
 ACTIVATIONS = {
@@ -33,6 +33,10 @@ FEW_CHANNELS = 8
 LARGEST_DEPTH = 66_000
 
 
+#: stride, padding (top, bottom, left, right), dilation, groups
+Window = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
+
 class Description(ctypes.Structure):
     """``tw_step`` of conv.h."""
 
@@ -43,7 +47,10 @@ class Description(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("kernel_height", "kernel_width", "stride_height", "stride_width")),
         *((name, ctypes.c_int64) for name in ("top", "left", "dilation_height", "dilation_width", "groups")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "r_stride", "x_image", "x_row", "x_channel")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "residual", "y", "scale", "bias", "compensation")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "weight", "residual", "y", "scale", "bias", "compensation", "plain")
+        ),
         *((name, ctypes.c_float) for name in ("slope", "x_scale", "r_scale", "y_scale")),
     ]
 
@@ -94,7 +101,8 @@ def gathers(group_channels: int, taps: int, integer: bool) -> bool:
 @dataclass(frozen=True)
 class PackedWeight:
     """weight: in the kernels' order. compensation: int32, -128 times the sum of each output channel's int8 weights.
-    kind: CONV or DEPTHWISE. descriptions: of calls that were made with it, by all that they depend on.
+    kind: CONV, DEPTHWISE or WINOGRAD. descriptions: of calls that were made with it, by all that they depend on.
+    plain: address of the weight that it was made of, for WINOGRAD.
     """
 
     weight: torch.Tensor
@@ -102,6 +110,7 @@ class PackedWeight:
     kind: int
     gather: bool
     descriptions: dict[Any, tuple[Description, tuple[torch.Tensor, ...]]]
+    plain: int | None = None
 
 
 def padded_vector(values: torch.Tensor, groups: int) -> torch.Tensor:
@@ -147,8 +156,51 @@ def _pack_depthwise(flat: torch.Tensor) -> torch.Tensor:
     return parts.permute(0, 4, 2, 1, 3, 5).contiguous()
 
 
-def packed_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
-    """``pack_weight``, once for as long as ``weight`` lives unchanged."""
+#: The factors that F(2 x 2, 3 x 3) multiplies a window's weights with; the other matrices are in conv_winograd.c.
+_WINOGRAD = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def pack_winograd(weight: torch.Tensor) -> PackedWeight:
+    """OHWI weight [Co, 3, 3, C], float32, as conv_winograd.c reads it: [panel][point][C][channels of the panel]."""
+    factors = torch.tensor(_WINOGRAD, dtype=torch.float64)
+    points = torch.einsum("ai,bj,oijc->abco", factors, factors, weight.detach().double()).float().flatten(0, 1)
+    points = F.pad(points, (0, -points.shape[-1] % lanes()))
+    panels = [panel.reshape(-1) for panel in points.split(2 * lanes(), -1)]
+    return PackedWeight(torch.cat(panels), None, WINOGRAD, False, {}, weight.data_ptr())
+
+
+#: Fewer channels than that are transformed for longer than they are multiplied; for more a block would be too small.
+WINOGRAD_CHANNELS = range(32, 1025)
+
+
+def prefers_winograd(x_shape: Sequence[int], weight: torch.Tensor, window: Window) -> bool:
+    """Whether tiles of 2 x 2 results are faster than windows: float32, 3 x 3, stride 1, few half-empty tiles."""
+    stride, padding, dilation, groups = window
+    out_channels, kernel_height, kernel_width, channels = weight.shape
+    if (kernel_height, kernel_width, groups) != (3, 3, 1) or weight.dtype != torch.float32:
+        return False
+    if tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or not weight.is_contiguous():
+        return False
+    if channels not in WINOGRAD_CHANNELS or channels % 16 or out_channels < 16:
+        return False
+    height, width = x_shape[2] + padding[0] + padding[1] - 2, x_shape[3] + padding[2] + padding[3] - 2
+    tiles = -(-height // 2) * -(-width // 2)
+    # 16 products for a tile, 9 for a pixel
+    return x_shape[0] * tiles >= FEWEST_TILES and 16 * 1.2 * tiles <= 9 * height * width
+
+
+#: With fewer the weights, which are 16 / 9 as many, are read for too little.
+FEWEST_TILES = 16
+
+
+def packed_weight(
+    weight: torch.Tensor, groups: int, x_shape: Sequence[int] = (), window: Window | None = None
+) -> PackedWeight:
+    """The weight in the order of the fastest kernel for a convolution of that window, made once for as long as
+    ``weight`` lives unchanged.
+    """
+    if window and prefers_winograd(x_shape, weight, window):
+        return packed(weight, f"c-winograd-{lanes()}", lambda: pack_winograd(weight))
     return packed(weight, f"c-conv-{groups}-{lanes()}", lambda: pack_weight(weight, groups))
 
 
@@ -199,7 +251,7 @@ def describe_conv(
     y: torch.Tensor,
     weight: PackedWeight,
     kernel: Sequence[int],
-    window: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    window: Window,
     bias: torch.Tensor | None,
     activation: str,
     negative_slope: float,
@@ -216,7 +268,7 @@ def describe_conv(
     set_window(d, kernel, stride, padding, dilation)
     d.groups, d.gather = groups, weight.gather
     d.activation, d.slope = ACTIVATIONS[activation], negative_slope
-    d.weight = weight.weight.data_ptr()
+    d.weight, d.plain = weight.weight.data_ptr(), weight.plain
     parts = 1 if weight.kind == DEPTHWISE else groups
     kept = [weight.weight]
 
@@ -272,7 +324,7 @@ def description_of(
     x: torch.Tensor,
     y: torch.Tensor,
     kernel: Sequence[int],
-    window: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    window: Window,
     bias: torch.Tensor | None,
     activation: str,
     negative_slope: float,

@@ -16,6 +16,7 @@
 #define BLOCK_POINTERS 4096
 #define BLOCK_BYTES (400 << 10) /* of input pixels: with a panel of weights they fit a second-level cache of 1 MiB */
 #define GATHER_BYTES (64 << 10)
+#define GATHER_STEP 32 /* bytes copied at once */
 
 static inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -35,9 +36,9 @@ static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64
                            element *rows, int64_t length) {
     const int64_t area = s->out_height * s->out_width, run = s->kernel_width * channels;
     const int64_t reach_down = (s->kernel_height - 1) * s->dilation_height;
-    /* Whole words are copied, and what lies behind a run is overwritten by the next; not so at the end of the image. */
+    /* Whole vectors are copied, and what lies behind a run is overwritten by the next; not so at the end of the image. */
     const int side_by_side = s->dilation_width == 1 && s->x_stride == channels;
-    const int64_t slack = 8 / sizeof(element);
+    const int64_t slack = GATHER_STEP / sizeof(element);
     for (int64_t pixel = first; pixel < first + count; pixel++, rows += length) {
         const int64_t n = pixel / area, p = pixel % area / s->out_width, q = pixel % s->out_width;
         const int64_t column = q * s->stride_width - s->left, row = p * s->stride_height - s->top;
@@ -48,7 +49,7 @@ static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64
             const element *x = image + (row * s->width + column) * channels;
             element *to = rows;
             for (int64_t i = 0; i < s->kernel_height; i++, to += run, x += s->dilation_height * s->width * channels)
-                for (int64_t k = 0; k < run; k += slack) memcpy(to + k, x + k, 8);
+                for (int64_t k = 0; k < run; k += slack) memcpy(to + k, x + k, GATHER_STEP);
             for (int64_t k = s->kernel_height * run; k < length; k++) rows[k] = 0;
             continue;
         }
@@ -88,24 +89,24 @@ static void convolve_part(const tw_step *s, int number, int threads) {
         share_of(pixels, number, threads, &first, &last);
     }
     if (first >= last || first_block >= last_block) return;
-    int64_t block = BLOCK_POINTERS / windows;
-    if (block > BLOCK_BYTES / (int64_t)(length * sizeof(element))) block = BLOCK_BYTES / (length * sizeof(element));
-    if (s->gather && block > GATHER_BYTES / (int64_t)(length * sizeof(element)))
-        block = GATHER_BYTES / (length * sizeof(element));
+    int64_t most = BLOCK_POINTERS / windows;
+    if (s->gather && most > GATHER_BYTES / (int64_t)(length * sizeof(element)))
+        most = GATHER_BYTES / (length * sizeof(element));
+    int64_t block = BLOCK_BYTES / (int64_t)(length * sizeof(element));
     if (block > 240) block = 240;
     if (block < 1) block = 1;
-    const int64_t blocks = (last - first + block - 1) / block; /* as even as possible */
+    /* As even as possible, but of whole tiles except for the last. */
+    const int64_t blocks = (last - first + block - 1) / block;
+    block = round_up((last - first + blocks - 1) / blocks, most_rows(2));
+    if (block > most) block = most < most_rows(2) ? most : most - most % most_rows(2);
     const element *outside = (const element *)(s->x_type == UINT8 ? tw_offset_zeros : tw_zeros);
     const element *pointers[BLOCK_POINTERS];
-    _Alignas(64) element gathered[(GATHER_BYTES + 8) / sizeof(element)];
+    _Alignas(64) element gathered[(GATHER_BYTES + GATHER_STEP) / sizeof(element)];
     const int64_t area = s->out_height * s->out_width;
     for (int64_t group = 0; group < s->groups; group++) {
         const int64_t offset = group * channels;
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t from, to;
-            share_of(last - first, (int)b, (int)blocks, &from, &to);
-            from += first;
-            const int64_t count = first + to - from;
+        for (int64_t from = first; from < last; from += block) {
+            const int64_t count = last - from < block ? last - from : block;
             /* pointers[pixel][window] */
             if (s->gather) {
                 gather_windows(s, from, count, offset, channels, gathered, length);

@@ -27,6 +27,7 @@ typedef __m512 vec;
 #define v_max(a, b) _mm512_max_ps(a, b) /* NaN in b stays, as in v_min */
 #define v_min(a, b) _mm512_min_ps(a, b)
 #define v_round(a) _mm512_roundscale_ps(a, 0)
+static inline int v_all_ordered(vec v) { return !_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); } /* no NaN */
 static inline vec v_power_of_two(vec n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
@@ -61,6 +62,7 @@ typedef __m256 vec;
 #define v_max(a, b) _mm256_max_ps(a, b)
 #define v_min(a, b) _mm256_min_ps(a, b)
 #define v_round(a) _mm256_round_ps(a, 0)
+static inline int v_all_ordered(vec v) { return !_mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
 static inline vec v_power_of_two(vec n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }

@@ -86,11 +86,12 @@ def _conv(
         raise NotNative
     made: list[Description] = []
     source, target = plan.input(x, made), plan.image(result)
-    packed = conv_steps.packed_weight(weight, groups)
+    packed = conv_steps.packed_weight(weight, groups, x.shape, window)
     description, kept = conv_steps.describe_conv(
         source, target, packed, weight.shape[1:3], window, bias, activation, negative_slope
     )
-    plan.kept.append(kept)
+    # Not the weight itself: that it is gone shows that the module has another.
+    plan.kept.append((kept, weight.detach()))
     if residual is not None:
         set_residual(description, plan.image(residual))
     return [*made, description]
