@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 
 import tilewright as tw
+from tests.convert.networks import source_of
 from tests.convert.test_conv_int8 import sqnr
 
 tf = pytest.importorskip("transformers")
@@ -109,6 +112,27 @@ def test_int8_is_close(model: nn.Module) -> None:
             assert "pooled image of one pixel" in layer.reason
 
 
+@pytest.mark.parametrize("name", ["resnet_bottleneck", "mobilenet_v2", "regnet_x"])
+def test_int8_from_end_to_end(name: str) -> None:
+    """MobileNetV2 pads by the size of its input, at which a tensor between two layers is then looked at."""
+    torch.manual_seed(0)
+    converted = tw.convert_model(variance_preserving(MODELS[name]()), "int8", calibration_data=[pixels()])
+    source = source_of(converted)
+    assert source.count("_quantize(") == 1 and "dequantize(" not in source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 96, 224])
+@torch.no_grad()
+def test_int8_keeps_a_whole_resnet50(size: int) -> None:
+    """With the library's own random weights. Two logits, its default, may all but cancel: of a thousand most do not."""
+    torch.manual_seed(0)
+    model = tf.ResNetForImageClassification(tf.ResNetConfig(num_labels=1000)).eval()
+    converted = tw.convert_model(model, "int8", calibration_data=[pixels(8, size), pixels(8, size)])
+    given = pixels(8, size)
+    assert sqnr(converted(given).logits, model(given).logits) > 30
+
+
 @torch.no_grad()
 def test_saved_and_loaded(model: nn.Module, tmp_path: Path) -> None:
     given = pixels()
@@ -118,3 +142,24 @@ def test_saved_and_loaded(model: nn.Module, tmp_path: Path) -> None:
     loaded = tw.load_model(tmp_path, lambda: type(model)(config))
     torch.testing.assert_close(loaded(given).logits, converted(given).logits, rtol=1e-6, atol=1e-6)
     assert vars(loaded)["forward"].source == vars(converted)["forward"].source
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("recipe", ["fuse", "int8"])
+@torch.no_grad()
+def test_a_whole_resnet50_compiles_to_one_graph(recipe: str) -> None:
+    torch.manual_seed(0)
+    model = variance_preserving(tf.ResNetForImageClassification(tf.ResNetConfig()))
+    converted = tw.convert_model(model, recipe, calibration_data=[pixels(4)])
+    graphs: list[int] = []
+
+    def inductor(graph: Any, inputs: Any) -> Any:
+        graphs.append(sum("conv2d_fused" in str(node.target) for node in graph.graph.nodes))
+        return compile_fx(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(converted, fullgraph=True, backend=inductor)
+    for given in (pixels(2), pixels(2)):
+        torch.testing.assert_close(compiled(given).logits, converted(given).logits, rtol=1e-4, atol=1e-4)
+    assert graphs == [53], "one graph with every convolution in it"

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tilewright.convert.conv_match import Site
+from tilewright.convert.conv_match import Site, dynamic_padding
 from tilewright.convert.patterns import Modules, activation_of, addends, argument, is_identity, module_of, zero_padding
 from tilewright.nn import Int8ConvBnAct2d, quantized_ops
 
@@ -126,7 +126,9 @@ class Flow:
             return False
         if node.op == "call_method":
             return node.target in _SIZE_METHODS
-        return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
+        if node.op != "call_function":
+            return False
+        return node.target is dynamic_padding or (node.target is getattr and node.args[1] in ("shape", "ndim"))
 
     def on_vectors(self) -> set[str]:
         """Layers that only ever see one pixel, a pooled image: squeeze-and-excite, where int8 gains nothing."""
