@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import scheduler
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
@@ -104,6 +105,7 @@ def generated(function: Callable[..., Any]) -> str:
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "is_available", lambda: True),
+        (scheduler, "has_triton", lambda: True),  # remembered from before, it may say that there is no GPU
         (CudaInterface, "is_available", staticmethod(lambda: True)),
         (CudaInterface, "raise_if_triton_unavailable", staticmethod(_nothing)),
         (CudaInterface, "get_compute_capability", staticmethod(lambda device=None: 90)),
