@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +118,16 @@ class HiddenState(nn.Module):
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
+def _fuse(source: str, target: str, heads: int, hidden: int) -> None:
+    from onnxruntime.transformers import optimizer
+
+    optimizer.optimize_model(source, "bert", num_heads=heads, hidden_size=hidden).save_model_to_file(target)
+
+
 def encoders(encoder: nn.Module, heads: int, hidden: int, folder: Path, threads: int) -> dict[str, Run]:
     """ONNX Runtime's dynamic int8 sessions of a BERT: as exported, and after its optimiser for transformers, which
     fuses attention, GELU and normalisation.
     """
-    session_options(threads)
-    from onnxruntime.transformers import optimizer
-
     plain, fused = str(folder / "float.onnx"), str(folder / "fused.onnx")
     inputs = (torch.ones(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64))
     names = ["input_ids", "attention_mask"]
@@ -135,7 +140,9 @@ def encoders(encoder: nn.Module, heads: int, hidden: int, folder: Path, threads:
         dynamic_axes={name: {0: "batch", 1: "sequence"} for name in (*names, "hidden")},
         dynamo=False,
     )
-    optimizer.optimize_model(plain, "bert", num_heads=heads, hidden_size=hidden).save_model_to_file(fused)
+    # In a process of its own: the optimiser makes a session with its own pool, which is refused beside a shared one.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        other.submit(_fuse, plain, fused, heads, hidden).result()
     found = {}
     for name, path in (("ONNX Runtime int8", plain), ("ONNX Runtime int8, fused", fused)):
         _quantize(path, f"{path}.int8")
