@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.convert import attention, convert_model, load_model, report, revert_model, save_model
+from tilewright.convert import attention, convert_model, load_model, report, revert_model, save_model, timing
 from tilewright.kernels.cpu import native
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
@@ -89,6 +89,13 @@ def test_a_model_that_asks_for_the_name_is_left_alone():
     model = nn.ModuleDict({"falcon": transformers.FalconModel(config).eval(), "bert": bert()})
     assert attention.use(model) == ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.1.attention.self"]
     assert named(model["falcon"]) == "sdpa"
+
+
+def test_nothing_converted_leaves_it_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing.Times, "lost", True)
+    model = convert_model(bert(), "int8", example_inputs=[INPUTS], keep_if_faster=True)
+    assert not report(model).converted
+    assert named(model) == "sdpa"
 
 
 def test_training_and_gradients_go_to_theirs():

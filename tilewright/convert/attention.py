@@ -98,18 +98,14 @@ def use(model: nn.Module) -> list[str]:
     """Have the attention of ``model`` computed by ours where it may be; returns the names of its attention modules."""
     if not _register():
         return []
-    changed: dict[int, bool] = {}
     names = []
     for name, module in model.named_modules():
         config = vars(module).get("config")
-        if config is None or getattr(config, _FIELD, None) not in (REPLACED, NAME):
+        if "Attention" not in type(module).__name__ or getattr(config, _FIELD, None) not in (REPLACED, NAME):
             continue
-        if id(config) not in changed:
-            changed[id(config)] = not any(map(_asks_for_the_name, _owners(model, config)))
-        if changed[id(config)]:
+        if not any(map(_asks_for_the_name, _owners(model, config))):
             setattr(config, _FIELD, _Name(NAME))
-            if "Attention" in type(module).__name__:
-                names.append(name)
+            names.append(name)
     return names
 
 

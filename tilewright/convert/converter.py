@@ -110,7 +110,8 @@ def convert_model(
         if fuse:
             for source in fuse_activations(model).values():
                 record.layers[source].label += f" + {model.get_submodule(source).activation}"
-            record.attention = sorted({*record.attention, *attention.use(model)})
+            if any(name in record.layers for name in plan.convert):
+                record.attention = sorted({*record.attention, *attention.use(model)})
     finally:
         convolutions.install(model, record)
         # Also if a layer failed in place: what was converted until then must keep working and be reported.
