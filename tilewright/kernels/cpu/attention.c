@@ -5,8 +5,9 @@
    A unit of work is a block of queries of one head. It lays the keys out in panels, channel by channel and PANEL keys side
    by side, and copies the values, so that both products read memory from front to back; then it takes ROWS queries at a
    time from the scores to the result. A row whose keys are all masked gives zeros. */
-#include "conv_vector.h"
+#include "numbers.h"
 #include "parallel.h"
+#include "vector.h"
 
 #include <math.h>
 #include <string.h>
@@ -142,20 +143,10 @@ static void multiply_panel(int rows, int vectors, const float *const *from, int6
 #undef CASE
 }
 
-/* e^x, 0 below -88: what is masked must count for nothing. */
+/* e^x for x <= 0, and 0 below -88, where n is -127 and so 2^n: what is masked must count for nothing. */
 INLINE vec exp_or_zero(vec x) {
     vec n = v_round(v_max(v_set(-127.0f), v_mul(x, v_set(1.44269504f))));
-    vec clamped = v_max(v_set(-88.0f), x);
-    vec r = v_fma(n, v_set(-0.693359375f), clamped);
-    r = v_fma(n, v_set(2.12194440e-4f), r);
-    vec p = v_set(1.9875691500e-4f);
-    p = v_fma(p, r, v_set(1.3981999507e-3f));
-    p = v_fma(p, r, v_set(8.3334519073e-3f));
-    p = v_fma(p, r, v_set(4.1665795894e-2f));
-    p = v_fma(p, r, v_set(1.6666665459e-1f));
-    p = v_fma(p, r, v_set(5.0000001201e-1f));
-    p = v_add(v_fma(p, v_mul(r, r), r), v_set(1.0f));
-    return v_mul(p, v_power_of_two(n));
+    return v_exp_of_parts(n, v_max(v_set(-88.0f), x));
 }
 
 /* What is added to the scores of one query, or NULL; its keys are `step` apart. */
@@ -257,7 +248,7 @@ typedef struct {
 } attention_part_job;
 
 /* Floats of scratch memory that one thread needs. */
-EXPORT int64_t JOIN(tw_attention_scratch, TILEWRIGHT_ISA)(const attention *job) {
+EXPORT int64_t ISA_NAME(tw_attention_scratch)(const attention *job) {
     return panel_floats(job) + value_floats(job) +
            ROWS * (round_up(job->keys, LANES) + round_up(job->value_width, LANES));
 }
@@ -267,7 +258,7 @@ static void attention_part(void *data) {
     tw_queue *queue = ((attention_part_job *)data)->units;
     int number, threads;
     tw_team(&number, &threads);
-    float *scratch = job->scratch + number * JOIN(tw_attention_scratch, TILEWRIGHT_ISA)(job);
+    float *scratch = job->scratch + number * ISA_NAME(tw_attention_scratch)(job);
     const int64_t blocks = (job->queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
     const int64_t units = job->batch * job->heads * blocks;
     /* All heads of a sequence by one thread, where there are many: they lie side by side in memory. */
@@ -281,7 +272,7 @@ static void attention_part(void *data) {
 }
 
 /* Returns 0, or 1 where this build has no vectors. */
-EXPORT int JOIN(tw_attention, TILEWRIGHT_ISA)(const attention *job) {
+EXPORT int ISA_NAME(tw_attention)(const attention *job) {
     tw_queue units = {{0, 0}};
     attention_part_job part = {job, &units};
     tw_parallel(attention_part, &part, job->threads);
@@ -290,12 +281,12 @@ EXPORT int JOIN(tw_attention, TILEWRIGHT_ISA)(const attention *job) {
 
 #else
 
-EXPORT int64_t JOIN(tw_attention_scratch, TILEWRIGHT_ISA)(const attention *job) {
+EXPORT int64_t ISA_NAME(tw_attention_scratch)(const attention *job) {
     (void)job;
     return 0;
 }
 
-EXPORT int JOIN(tw_attention, TILEWRIGHT_ISA)(const attention *job) {
+EXPORT int ISA_NAME(tw_attention)(const attention *job) {
     (void)job;
     return 1;
 }

@@ -46,6 +46,7 @@ HEADERS = (
     "weight_only_tile.h",
     "conv.h",
     "conv_vector.h",
+    "vector.h",
     "conv_tile.h",
 )
 # No contraction: a multiplication and an addition that are rounded once give other bits than the definition's two.

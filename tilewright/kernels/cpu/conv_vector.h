@@ -1,4 +1,4 @@
-/* Vectors of float32 of the instruction set, and the epilogue that every kernel ends with:
+/* The epilogue that every kernel of convolutions ends with:
 
        v = activation(sum * scale + bias + residual * r_scale)      (float: scale = 1, as does r_scale)
        q = clamp(round_half_even(v / y_scale), -127, 127)           (where the result is quantised; NaN gives 0)
@@ -8,118 +8,9 @@
 #define TILEWRIGHT_CONV_VECTOR_H
 
 #include "conv.h"
-
-#include <immintrin.h>
-#include <string.h>
-
-#if defined(__AVX512F__)
-#define LANES 16
-typedef __m512 vec;
-#define v_set(value) _mm512_set1_ps(value)
-#define v_zero() _mm512_setzero_ps()
-#define v_load(p) _mm512_loadu_ps(p)
-#define v_store(p, v) _mm512_storeu_ps(p, v)
-#define v_add(a, b) _mm512_add_ps(a, b)
-#define v_sub(a, b) _mm512_sub_ps(a, b)
-#define v_mul(a, b) _mm512_mul_ps(a, b)
-#define v_div(a, b) _mm512_div_ps(a, b)
-#define v_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define v_max(a, b) _mm512_max_ps(a, b) /* NaN in b stays, as in v_min */
-#define v_min(a, b) _mm512_min_ps(a, b)
-#define v_round(a) _mm512_roundscale_ps(a, 0)
-static inline int v_all_ordered(vec v) { return !_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); } /* no NaN */
-static inline vec v_power_of_two(vec n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
-static inline __mmask16 first_lanes(int n) { return (__mmask16)((1u << n) - 1u); }
-static inline vec v_load_first(const float *p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
-static inline void v_store_first(float *p, vec v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
-static inline vec v_load_int8(const int8_t *p, int n) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
-}
-static inline vec v_load_uint8(const uint8_t *p, int n) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
-}
-/* Rounded to int8, 0 for NaN. `flip` is 128 to store value + 128. */
-static inline void v_store_int8(int8_t *p, vec v, int flip, int n) {
-    v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
-    v = v_max(v_set(-127.0f), v_min(v_set(127.0f), v));
-    __m128i q = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
-    _mm_mask_storeu_epi8(p, first_lanes(n), _mm_xor_si128(q, _mm_set1_epi8((char)flip)));
-}
-#elif defined(__AVX2__) && defined(__FMA__)
-#define LANES 8
-typedef __m256 vec;
-#define v_set(value) _mm256_set1_ps(value)
-#define v_zero() _mm256_setzero_ps()
-#define v_load(p) _mm256_loadu_ps(p)
-#define v_store(p, v) _mm256_storeu_ps(p, v)
-#define v_add(a, b) _mm256_add_ps(a, b)
-#define v_sub(a, b) _mm256_sub_ps(a, b)
-#define v_mul(a, b) _mm256_mul_ps(a, b)
-#define v_div(a, b) _mm256_div_ps(a, b)
-#define v_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define v_max(a, b) _mm256_max_ps(a, b)
-#define v_min(a, b) _mm256_min_ps(a, b)
-#define v_round(a) _mm256_round_ps(a, 0)
-static inline int v_all_ordered(vec v) { return !_mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
-static inline vec v_power_of_two(vec n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
-}
-static inline vec v_load_first(const float *p, int n) {
-    float lanes[LANES] = {0};
-    if (n == LANES) return v_load(p);
-    memcpy(lanes, p, (size_t)n * sizeof *p);
-    return v_load(lanes);
-}
-static inline void v_store_first(float *p, vec v, int n) {
-    float lanes[LANES];
-    if (n == LANES) {
-        v_store(p, v);
-        return;
-    }
-    v_store(lanes, v);
-    memcpy(p, lanes, (size_t)n * sizeof *p);
-}
-static inline __m128i eight_bytes(const void *p, int n) {
-    int64_t bytes = 0;
-    memcpy(&bytes, p, (size_t)n);
-    return _mm_cvtsi64_si128(bytes);
-}
-static inline vec v_load_int8(const int8_t *p, int n) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight_bytes(p, n)));
-}
-static inline vec v_load_uint8(const uint8_t *p, int n) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight_bytes(p, n)));
-}
-static inline void v_store_int8(int8_t *p, vec v, int flip, int n) {
-    v = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
-    v = v_max(v_set(-127.0f), v_min(v_set(127.0f), v));
-    int32_t lanes[LANES];
-    _mm256_storeu_si256((__m256i *)lanes, _mm256_cvtps_epi32(v));
-    for (int i = 0; i < n; i++) p[i] = (int8_t)(lanes[i] ^ flip);
-}
-#endif
+#include "vector.h"
 
 #ifdef LANES
-#define INLINE static inline __attribute__((always_inline))
-
-/* e^x within two units in the last place: x = n ln 2 + r, a polynomial (Cephes' coefficients) in r. */
-INLINE vec v_exp(vec x) {
-    x = v_max(v_set(-87.0f), v_min(v_set(89.0f), x));
-    vec n = v_round(v_mul(x, v_set(1.44269504f)));
-    vec r = v_fma(n, v_set(-0.693359375f), x);
-    r = v_fma(n, v_set(2.12194440e-4f), r);
-    vec p = v_set(1.9875691500e-4f);
-    p = v_fma(p, r, v_set(1.3981999507e-3f));
-    p = v_fma(p, r, v_set(8.3334519073e-3f));
-    p = v_fma(p, r, v_set(4.1665795894e-2f));
-    p = v_fma(p, r, v_set(1.6666665459e-1f));
-    p = v_fma(p, r, v_set(5.0000001201e-1f));
-    p = v_add(v_fma(p, v_mul(r, r), r), v_set(1.0f));
-    return v_mul(p, v_power_of_two(n));
-}
-
 INLINE vec activate(vec x, int activation, float slope) {
     switch (activation) {
         case RELU: return v_max(v_zero(), x);
