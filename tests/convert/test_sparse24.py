@@ -45,7 +45,7 @@ def test_presets_convert_report_and_revert(preset: str) -> None:
     report = tw.report(converted)
     assert report.totals["layer_ratio"] < {"sparse24": 0.3, "sparse24-int8": 0.19, "sparse24-int4": 0.13}[preset]
     for layer in report.converted:
-        assert all(words.startswith("unpacked once") for words in layer.implementations.values())
+        assert all(words.startswith(("unpacked once", "C kernel, 2:4")) for words in layer.implementations.values())
         assert 0.3 < layer.weight_error < 0.6
     reverted = tw.revert_model(converted)
     assert all(sparse24.why_not_24(reverted[i].weight) is None for i in (0, 2, 4))
@@ -78,8 +78,11 @@ def test_the_report_says_what_multiplies_on_a_cpu() -> None:
     reports = {preset: tw.report(tw.convert_model(network(), preset)).converted[0] for preset in PRESETS}
     assert reports["sparse24-int8"].implementations[1].startswith("unpacked once, then dense: ")
     assert reports["sparse24-int4"].implementations[1].startswith("unpacked once, then dense: ")
-    assert reports["sparse24"].implementations[1] == "unpacked once, then dense"
-    assert "up to 262144 products float32 is multiplied faster" in str(reports["sparse24"].declined[1])
+    float_report = reports["sparse24"]
+    if float_report.implementations[1] != "C kernel, 2:4":
+        assert "C kernel, 2:4" in str(float_report.declined[1])
+        assert float_report.implementations[1] == "unpacked once, then dense"
+        assert "up to 262144 products float32 is multiplied faster" in str(float_report.declined[1])
 
 
 @each_preset

@@ -64,7 +64,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "file", ["test_native.py", "test_native_weights.py", "test_conv_cpu.py", "test_conv_winograd.py"]
+    "file",
+    [
+        "test_native.py",
+        "test_native_weights.py",
+        "test_native_sparse24.py",
+        "test_conv_cpu.py",
+        "test_conv_winograd.py",
+    ],
 )
 def test_sanitized(library: str, file: str):
     done = run_sanitized(

@@ -140,6 +140,8 @@ def register_all() -> None:
         if op != "sparse24_int4_linear":
             _gpu(op, "cuSPARSELt", "cusparselt")
         kind = {"sparse24_linear": "float", "sparse24_int8_linear": "int8"}.get(op, "int4")
+        if op == "sparse24_linear":
+            _cpu(op, "C kernel, 2:4", module="compressed", prepare="sparse24_linear.compressed:prepare_float")
         if op != "sparse24_int8_linear":
             _cpu(op, "unpacked once for oneDNN", prepare=f"sparse24_linear.cpu:prepare_{kind}")
         register(

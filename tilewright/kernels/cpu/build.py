@@ -35,6 +35,7 @@ KERNELS = (
     "conv_simple.c",
     "conv_program.c",
     "attention.c",
+    "sparse24.c",
 )
 HEADERS = (
     "parallel.h",

@@ -61,6 +61,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     ),
     "attention_scratch": (_POINTER,),
     "attention": (_POINTER,),
+    "sparse24_channels": (),
+    "sparse24_linear": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 2, _NUMBER),
     "weight_only_element": (_NUMBER,),
     "weight_only_pack": (_NUMBER, *[_POINTER] * 3, *[_COUNT] * 3, *[_POINTER] * 3),
     "weight_only_linear": (
@@ -78,7 +80,15 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     ),
 }
 #: Those that return a size or a count; the others return 0, or what went wrong.
-_COUNTS = ("panel", "int8_packed_bytes", "int4_packed_bytes", "int4_scales", "weight_only_element", "attention_scratch")
+_COUNTS = (
+    "panel",
+    "int8_packed_bytes",
+    "int4_packed_bytes",
+    "int4_scales",
+    "weight_only_element",
+    "attention_scratch",
+    "sparse24_channels",
+)
 
 
 @functools.cache
