@@ -19,8 +19,10 @@ from tilewright.kernels.gradients import dequantized_weight
 from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
 
-#: Rows up to which a product that reads int4 beats one in bfloat16 (384 x 384 to 4096 x 4096, two threads).
-SMALL_INT4_BATCH = 8
+#: Rows up to which a product that reads int4 beats one in bfloat16, or equals it (384 x 384 to 4096 x 4096, two threads).
+SMALL_INT4_BATCH = 16
+#: The same where x is float32, which bfloat16 products have to round first.
+SMALL_INT4_FLOAT32_BATCH = 32
 #: Products up to which multiplying float32 takes less time than rounding x first and widening the result afterwards.
 FEW_PRODUCTS = 1 << 18
 
@@ -31,8 +33,9 @@ def why_not(problem: Problem) -> str | None:
         return "nothing to multiply"
     if problem.multiply_dtype != torch.bfloat16:
         return f"multiplies in bfloat16, not in {problem.multiply_dtype}"
-    if problem.op == "sparse24_int4_linear" and problem.m <= SMALL_INT4_BATCH:
-        return f"up to {SMALL_INT4_BATCH} rows int4 is read faster than bfloat16"
+    few = SMALL_INT4_FLOAT32_BATCH if problem.x_dtype == torch.float32 else SMALL_INT4_BATCH
+    if problem.op == "sparse24_int4_linear" and problem.m <= few:
+        return f"up to {few} rows int4 is read faster than bfloat16"
     if (
         problem.op == "sparse24_linear"
         and problem.x_dtype == torch.float32
