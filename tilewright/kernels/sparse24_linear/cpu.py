@@ -19,7 +19,7 @@ from tilewright.kernels.gradients import dequantized_weight
 from tilewright.kernels.packed import packed
 from tilewright.kernels.problem import Problem
 
-#: Rows up to which a product that reads int4 beats one in bfloat16, or equals it (384 x 384 to 4096 x 4096, two threads).
+#: Rows up to which a product that reads int4 is no slower than one in bfloat16 (384 x 384 to 4096 x 4096, two threads).
 SMALL_INT4_BATCH = 16
 #: The same where x is float32, which bfloat16 products have to round first.
 SMALL_INT4_FLOAT32_BATCH = 32
