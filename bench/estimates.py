@@ -21,6 +21,7 @@ from bench.problems import QUANTIZERS, Shape, make_arguments
 from tilewright import aot
 from tilewright.aot.cost import CHIPS, find_chip
 from tilewright.aot.targets import find_target
+from tilewright.autotune.clock import GpuClock
 
 OPS = tuple(dict.fromkeys(family.op for family in FAMILIES if family.op not in QUANTIZERS))
 
@@ -48,9 +49,7 @@ def configs(family: Family, shape: Shape, target: Any) -> list[Any]:
 
 def measured(op: str, shape: Shape, chip: str) -> dict[tuple[str, str], float]:
     """Median seconds of each candidate on the GPU that is here."""
-    from bench.gpu import seconds
-
-    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    clock = GpuClock(torch.device("cuda", torch.cuda.current_device()))
     times = {}
     for name, launches in candidates(op, shape, chip, "cuda").items():
 
@@ -58,7 +57,7 @@ def measured(op: str, shape: Shape, chip: str) -> dict[tuple[str, str], float]:
             for launch in launches:
                 launch.run()
 
-        times[name] = seconds(run, flush)
+        times[name] = statistics.median(clock.seconds(clock.prepare(run), 7))
     return times
 
 

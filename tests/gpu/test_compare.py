@@ -36,6 +36,14 @@ def test_one_integer_off_by_one_fails(op: str) -> None:
         check(op, (q, scale), arguments)
 
 
+@pytest.mark.parametrize("op", QUANTIZERS)
+def test_a_scale_off_by_its_last_places_fails(op: str) -> None:
+    arguments = make_arguments(op, SHAPE)
+    q, scale = reference(op)(**arguments)
+    with pytest.raises(AssertionError, match="scales differ"):
+        check(op, (q, scale * (1 + 2**-18)), arguments)
+
+
 def test_a_dense_weight_is_compared_to_the_bit() -> None:
     arguments = make_arguments("int4_linear", SHAPE)
     names = ("weight_packed", "weight_scale", "weight_zero")

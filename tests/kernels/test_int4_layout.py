@@ -36,21 +36,32 @@ def test_padding_holds_zeros():
     assert int(layout.unpack_words(words, 256)[:, 130:].max()) == 0
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("k, group_size", [(300, 32), (320, 64), (128, 128), (100, 128), (400, 96), (77, 77)])
-def test_scales_and_zeros_lie_group_by_group_and_cover_the_padding(k, group_size, symmetric):
+def test_scales_and_zeros_lie_group_by_group_and_cover_the_padding(k, group_size, symmetric, scale_dtype):
     n = 11
-    weight_packed, scale, zero = int4.quantize(torch.randn(n, k), group_size, symmetric, scale_dtype=torch.float16)
+    weight_packed, scale, zero = int4.quantize(torch.randn(n, k), group_size, symmetric, scale_dtype=scale_dtype)
     weight = layout.kernel_order(weight_packed, scale, zero, group_size, k)
     groups = scale.shape[1]
-    assert weight.scale.dtype == torch.float16
-    assert torch.equal(weight.scale[:groups], scale.t())
-    assert not weight.scale[groups:].any()
+    assert (weight.scale_dtype, weight.symmetric) == (scale_dtype, symmetric)
+    zeros = torch.full((groups, n), 8) if symmetric else int4.unpack_zero(zero, n).t()
+    if scale_dtype == torch.float32:
+        assert weight.scale.dtype == torch.float32
+        assert torch.equal(weight.scale[:groups], scale.t())
+        assert not weight.scale[groups:].any()
+        assert (weight.zero is None) == symmetric
+        found = zeros if symmetric else weight.zero[:groups]
+    else:
+        assert weight.scale.dtype == torch.int32
+        assert weight.zero is None
+        bits = weight.scale >> 16
+        assert torch.equal(bits[:groups].to(torch.int16).view(scale_dtype), scale.t())
+        assert not bits[groups:].any()
+        found = weight.scale[:groups] & 15
+    assert torch.equal(found.long(), zeros.long())
     covered = 1 if weight.quarters_per_group is None else len(weight.scale) * weight.quarters_per_group
     assert covered >= (1 if weight.quarters_per_group is None else 4 * layout.span_count(k))
-    assert (weight.zero is None) == symmetric
-    if zero is not None:
-        assert torch.equal(weight.zero[:groups], int4.unpack_zero(zero, n).t())
 
 
 @pytest.mark.parametrize("k", [0, 1])

@@ -16,6 +16,8 @@ import triton.language as tl
 from tilewright.kernels.problem import Problem
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: Whether a multiply-add is rounded once: in Triton's interpreter it is rounded twice.
+_FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 def why_not_on_gpu(problem: Problem) -> str | None:
@@ -100,3 +102,33 @@ def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     rows = tl.minimum(tiles_m - first, GROUP_M)
     within = program % group_size
     return first + within % rows, within // rows
+
+
+@triton.jit
+def quotient(y, divisor):
+    """float32 y / divisor, rounded once, for divisors in (0, 2^121) that serve many y: without a division for each.
+
+    The reciprocal of the divisor gives a first quotient, and the exact remainder of each improves it, twice (Markstein,
+    "Computation of elementary functions on the IBM RISC System/6000 processor", 1990). NaN where y or divisor is not
+    finite.
+    """
+    if _FUSED:
+        # Powers of two change no digit, and keep the reciprocal of a tiny divisor finite.
+        up = tl.where(divisor < 2.0**-100, 2.0**100, 1.0)
+        y, divisor = y * up, divisor * up
+        inverse = tl.math.div_rn(1.0, divisor)
+        q = y * inverse
+        q = tl.fma(tl.fma(-q, divisor, y), inverse, q)
+        return tl.fma(tl.fma(-q, divisor, y), inverse, q)
+    else:
+        return tl.math.div_rn(y, divisor + tl.zeros_like(y))
+
+
+@triton.jit
+def nearest_byte(y):
+    """int32 whose lowest byte is float32 ``y`` rounded to the nearest integer, half to even, for |y| < 2^21.
+
+    Adding 1.5 * 2^23 leaves no bits for a fraction: the addition itself rounds, and the integer is what its last bits
+    hold.
+    """
+    return (y + 12582912.0).to(tl.int32, bitcast=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilewright.kernels.triton_common import activate
+from tilewright.kernels.triton_common import activate, nearest_byte, quotient
 
 
 @triton.jit
@@ -40,18 +40,18 @@ def multiply(x, w, acc, INTEGER: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def requantize(y, scale):
-    """clamp(round_half_even(y / scale), -127, 127) of float32 ``y`` as float32; NaN becomes 0."""
-    steps = tl.minimum(tl.maximum(tl.math.div_rn(y, scale + tl.zeros_like(y)), -127.0), 127.0)
-    # Adding 1.5 * 2^23 leaves no bits for a fraction: the addition itself rounds, half to even.
-    return tl.where(y == y, (steps + 12582912.0) - 12582912.0, 0.0)
+    """clamp(round_half_even(y / scale), -127, 127) of float32 ``y`` in the lowest byte of int32; NaN becomes 0."""
+    limit = tl.minimum(127.0 * scale, 3.0e38)  # infinite y have a quotient, too
+    steps = nearest_byte(quotient(tl.minimum(tl.maximum(y, -limit), limit), scale))
+    return tl.where(y == y, steps, 0)
 
 
 @triton.jit
 def store_quantized(pointers, steps, mask):
-    """Write integers held as float32 to int8, or to uint8 as value + 128."""
+    """Write the lowest bytes of int32 to int8, or to uint8 as value + 128."""
     if pointers.dtype.element_ty == tl.uint8:
-        steps += 128.0
-    tl.store(pointers, steps.to(tl.int32).to(pointers.dtype.element_ty), mask=mask)
+        steps += 128
+    tl.store(pointers, steps.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit

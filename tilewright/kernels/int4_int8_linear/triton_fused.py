@@ -131,7 +131,10 @@ def int4_int8_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     QUARTERS_PER_GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INLINE_PTX: tl.constexpr,
 ):
@@ -155,8 +158,11 @@ def int4_int8_linear_kernel(
         stride_xm,
         stride_weight,
         QUARTERS_PER_GROUP,
+        SYMMETRIC,
+        SCALE,
         tl.int8,
         EVEN_K,
+        NUM_STAGES,
         INLINE_PTX,
     )
     if workspace_ptr is not None:
@@ -213,6 +219,7 @@ def plan_int4_int8_linear(
     constants = {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
+        "NUM_STAGES": config.num_stages,
         "ACTIVATION": activation,
         "INLINE_PTX": inline_ptx,
         **weight_constants,

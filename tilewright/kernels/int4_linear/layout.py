@@ -11,8 +11,12 @@ each in the low mantissa bits of a 16-bit float. A tensor core's fragment of 16-
 floats they become.
 
     weight int16 [N, 32 * spans]
-    scale  float [G', N]    in the dtype it came in; group by group, so that neighbouring rows are neighbours in memory
-    zero   uint8 [G', N]    or None when every zero point is 8
+    scale  int32 [G', N]    the bits of a 16-bit scale in the upper half, the zero point in the lower one; or
+           float32 [G', N]  a scale of 32 bits
+    zero   int32 [G', N]    beside scales of 32 bits, unless every zero point is 8
+
+Group by group, so that neighbouring rows are neighbours in memory, and four bytes each, because that is the least that
+an asynchronous copy takes: what is narrower is loaded when it is needed, and everything waits.
 
 A quarter lies inside one group: groups are multiples of 32 columns, or the whole row. G' counts the groups that the
 padded columns reach into. Padding holds zeros.
@@ -74,11 +78,17 @@ def pack_groups(per_group: torch.Tensor, quarters: int | None, k: int) -> torch.
     return padded.t().clone(memory_format=torch.contiguous_format)
 
 
+def scale_words(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """A 16-bit scale and a zero point, uint8 of the same shape or None for 8, in an int32 word each."""
+    bits = scale.contiguous().view(torch.int16).to(torch.int32) << 16
+    return bits | (8 if zero is None else zero.to(torch.int32))
+
+
 @dataclass(frozen=True)
 class SpanWeight:
     """A weight [N, K] in kernel order; weight, scale and zero are described at the top of this file.
 
-    quarters_per_group: see the function of that name.
+    quarters_per_group: see the function of that name. scale_dtype: of the canonical scale. symmetric: zero points are 8.
     """
 
     weight: torch.Tensor
@@ -86,6 +96,8 @@ class SpanWeight:
     zero: torch.Tensor | None
     quarters_per_group: int | None
     k: int
+    scale_dtype: torch.dtype = torch.float32
+    symmetric: bool = True
 
 
 def kernel_order(
@@ -102,19 +114,23 @@ def kernel_order(
     """
     quarters = quarters_per_group(k, group_size)
     n, groups = len(weight_packed), f"of rows of {k} in groups of {quarters} quarters"
+
+    def zeros() -> torch.Tensor | None:
+        return None if weight_zero is None else pack_groups(int4.unpack_zero(weight_zero, n), quarters, k)
+
+    def scales() -> torch.Tensor:
+        scale = pack_groups(weight_scale, quarters, k)
+        return scale if scale.dtype == torch.float32 else scale_words(scale, zeros())
+
     zero = None
-    if weight_zero is not None:
-        zero = packed(
-            weight_zero,
-            f"int4 zero points {groups}",
-            lambda: pack_groups(int4.unpack_zero(weight_zero, n), quarters, k),
-        )
+    if weight_zero is not None and weight_scale.dtype == torch.float32:
+        zero = packed(weight_zero, f"int4 zero points {groups}", lambda: zeros().to(torch.int32))  # type: ignore[union-attr]
     return SpanWeight(
         packed(weight_packed, f"int4 spans of rows of {k}", lambda: pack_words(weight_packed, k)),
-        packed(
-            weight_scale, f"int4 scales {weight_scale.dtype} {groups}", lambda: pack_groups(weight_scale, quarters, k)
-        ),
+        packed(weight_scale, f"int4 scales {weight_scale.dtype} {groups}", scales, weight_zero),
         zero,
         quarters,
         k,
+        weight_scale.dtype,
+        weight_zero is None,
     )

@@ -28,6 +28,7 @@ from tilewright.kernels.activation import check_activation
 from tilewright.kernels.int4_linear.layout import SpanWeight, kernel_order, span_count, why_no_spans
 from tilewright.kernels.int4_linear.triton_tiles import (
     SHARED_SOURCES,
+    TRITON_DTYPES,
     TileConfig,
     Tiling,
     finish_arguments,
@@ -45,7 +46,6 @@ from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_til
 from tilewright.kernels.triton_split_k import choose_split
 from tilewright.kernels.tuning import tunable
 
-TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 LARGEST_M = 256
 #: Groups of 32 scale sums four times as often as groups of 128, and fp32 products run outside the tensor cores.
 LARGEST_M_SMALL_GROUPS = 128
@@ -139,8 +139,11 @@ def int4_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     QUARTERS_PER_GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INLINE_PTX: tl.constexpr,
 ):
@@ -164,8 +167,11 @@ def int4_linear_kernel(
         stride_xm,
         stride_weight,
         QUARTERS_PER_GROUP,
+        SYMMETRIC,
+        SCALE,
         DTYPE,
         EVEN_K,
+        NUM_STAGES,
         INLINE_PTX,
     )
     if workspace_ptr is not None:
@@ -220,6 +226,7 @@ def plan_int4_linear(
     constants = {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
+        "NUM_STAGES": config.num_stages,
         "DTYPE": TRITON_DTYPES[compute_dtype],
         "ACTIVATION": activation,
         "INLINE_PTX": inline_ptx,

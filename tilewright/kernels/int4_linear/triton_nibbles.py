@@ -7,6 +7,11 @@ equal bits:
 
     INLINE_PTX  the two words of a register at a time: shift, mask-and-or, multiply-add (int8: four words at a time)
     otherwise   plain Triton, an element at a time: AMD, float32 and the interpreter
+
+``centred_nibble`` is u - 8, which takes no operand but the words. The compiler then loads them in the very layout in
+which the matrix instruction takes its left operand: it moves a change of layout to before elementwise steps, but not to
+before an operand that was broadcast, such as a zero point for each row. With one, every tile of widened weights goes
+through shared memory and back (Triton 3.6 and 3.7).
 """
 
 from __future__ import annotations
@@ -34,6 +39,31 @@ _TO_INT8 = tl.constexpr("""{
     prmt.b32 first, first, second, 0x6420;
     lop3.b32 first, first, 0x0f0f0f0f, 0x80808080, 0xea;
     sub.u32 first, first, $3;
+    xor.b32 $0, first, 0x80808080;
+}""")
+
+# The same without an operand for the offset: $0 numbers, $1 (and $2) words, last how far to shift.
+_TO_CENTRED_FLOAT = """{{
+    .reg .b32 bits, one, offset;
+    shr.u32 bits, $1, $2;
+    lop3.b32 bits, bits, 0x000f000f, {exponent}, 0xea;
+    mov.b32 one, {one};
+    mov.b32 offset, {offset};
+    fma.rn.{pair} $0, bits, one, offset;
+}}"""
+_TO_CENTRED_FLOAT16 = tl.constexpr(
+    _TO_CENTRED_FLOAT.format(exponent="0x64006400", one="0x3c003c00", offset="0xe408e408", pair="f16x2")
+)
+_TO_CENTRED_BFLOAT16 = tl.constexpr(
+    _TO_CENTRED_FLOAT.format(exponent="0x43004300", one="0x3f803f80", offset="0xc308c308", pair="bf16x2")
+)
+_TO_CENTRED_INT8 = tl.constexpr("""{
+    .reg .b32 first, second;
+    shr.u32 first, $1, $3;
+    shr.u32 second, $2, $3;
+    prmt.b32 first, first, second, 0x6420;
+    lop3.b32 first, first, 0x0f0f0f0f, 0x80808080, 0xea;
+    sub.u32 first, first, 0x08080808;
     xor.b32 $0, first, 0x80808080;
 }""")
 
@@ -75,3 +105,27 @@ def nibble_number(words, INDEX: tl.constexpr, offset, DTYPE: tl.constexpr, INLIN
         return nibble.to(tl.int8) - offset
     else:
         return nibble.to(tl.float32) + offset
+
+
+@triton.jit
+def centred_nibble(words, INDEX: tl.constexpr, DTYPE: tl.constexpr, INLINE_PTX: tl.constexpr):
+    """u - 8 in ``DTYPE``, float16, bfloat16 or int8, for nibble ``INDEX`` of each int16 word."""
+    if INLINE_PTX and tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _TO_CENTRED_FLOAT16, "=r,r,r,r", [words, INDEX * 4], dtype=tl.float16, is_pure=True, pack=2
+        )
+    elif INLINE_PTX and tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _TO_CENTRED_BFLOAT16, "=r,r,r,r", [words, INDEX * 4], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    elif INLINE_PTX:
+        return tl.inline_asm_elementwise(
+            _TO_CENTRED_INT8, "=r,r,r,r,r,r,r", [words, INDEX * 4], dtype=tl.int8, is_pure=True, pack=4
+        )
+    nibble = (words >> (INDEX * 4)) & 15
+    if tl.float16 == DTYPE:
+        return (nibble | 0x6400).to(tl.float16, bitcast=True) - tl.full((1, 1), 1032.0, tl.float16)
+    elif tl.bfloat16 == DTYPE:
+        return (nibble | 0x4300).to(tl.bfloat16, bitcast=True) - tl.full((1, 1), 136.0, tl.bfloat16)
+    else:
+        return (nibble - 8).to(tl.int8)

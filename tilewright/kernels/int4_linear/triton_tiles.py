@@ -4,12 +4,16 @@ A tile is held transposed, T[n, m] = sum_k w[n, k] * x[m, k]: the weight is the 
 ``wgmma`` takes from registers, so widened weights never travel through shared memory, and the batch is the operand
 whose tile may be as small as 16.
 
-    P_g[n, m] = sum over the columns k of group g of (u[n, k] - z[n, g]) * x[m, k]    tensor cores, float32 or int32
-    T[n, m]   = sum_g s[n, g] * P_g[n, m]                                             float32
+    P_g[n, m] = sum over the columns k of group g of (u[n, k] - 8) * x[m, k]    tensor cores, float32 or int32
+    X_g[m]    = sum over the columns k of group g of x[m, k]                    float32 or int32
+    T[n, m]   = sum_g s[n, g] * (P_g[n, m] + (8 - z[n, g]) * X_g[m])            float32
 
 The weight lies in the order of ``layout.py``; a step of the loop takes a span of 128 columns, so a longer group is a
 sum of several P. A group's scale multiplies its sum instead of its weights: fewer instructions while the batch tile is
-narrower than half a group, and one rounding less for each weight.
+narrower than half a group, and one rounding less for each weight. So does its zero point, which is left out where every
+one is 8: an operand that is the same function of each word goes from the pipeline's buffer into the registers of the
+matrix instruction, any other through shared memory once more (``triton_nibbles``). Products in float32, which have no
+matrix instruction, subtract z from each weight.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.int4_linear.layout import QUARTER, SPAN, SpanWeight, span_count
-from tilewright.kernels.int4_linear.triton_nibbles import nibble_number, offset_of
+from tilewright.kernels.int4_linear.triton_nibbles import centred_nibble
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.triton_common import as_matrix, finish_tile
 from tilewright.kernels.tuning import why_too_large
@@ -33,6 +37,7 @@ from tilewright.kernels.tuning import why_too_large
 WHOLE_ROW = tl.constexpr(0)  # value of QUARTERS_PER_GROUP when one group is the whole row
 _QUARTER = tl.constexpr(QUARTER)
 _SPAN = tl.constexpr(SPAN)
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 REDUCE_BLOCK = 512
 MOST_STEPS_APART = 4
 _Config = TypeVar("_Config", bound="TileConfig")
@@ -80,14 +85,32 @@ def why_not_tile(config: TileConfig, problem: Problem, x_bytes: int) -> str | No
 
 
 @triton.jit
-def _transposed_quarter(x_rows, start, K, DTYPE: tl.constexpr, EVEN_K: tl.constexpr):
-    """Columns start .. start + 31 of a tile of x, as [32, BM]."""
+def _quarter_of_x(x_rows, start, K, DTYPE: tl.constexpr, EVEN_K: tl.constexpr):
+    """Columns start .. start + 31 of a tile of x, as [BM, 32]."""
     column = start + tl.arange(0, _QUARTER)[None, :]
     if EVEN_K:
         x = tl.load(x_rows + column)
     else:
         x = tl.load(x_rows + column, mask=column < K, other=0)
-    return x.to(DTYPE).trans()
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _scale_of(words, SCALE: tl.constexpr):
+    """The float32 scale of each entry of ``layout.py``'s scale."""
+    if tl.float32 == SCALE:
+        return words
+    else:
+        return (words >> 16).to(tl.int16).to(SCALE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _shift_of(words, zero_ptr, offset, SCALE: tl.constexpr):
+    """int32 8 - z of the entries that ``words`` were loaded from."""
+    if tl.float32 == SCALE:
+        return 8 - tl.load(zero_ptr + offset)
+    else:
+        return 8 - (words & 15)
 
 
 @triton.jit
@@ -106,53 +129,69 @@ def multiply_spans(
     stride_xm,
     stride_weight,
     QUARTERS_PER_GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     INLINE_PTX: tl.constexpr,
 ):
     """float32 T[n, m] over the spans first <= span < last.
 
     row, column: int32 [BM] and [BN], indices m and n of the tile; those past the end repeat the last row or column.
-    DTYPE: what both operands are widened to, and int8 multiplies into int32. x [M, K] has unit stride along K.
+    SCALE: dtype of the canonical scale. DTYPE: what both operands are widened to, and int8 multiplies into int32. x
+    [M, K] has unit stride along K.
     """
     BLOCK_M: tl.constexpr = row.shape[0]
     BLOCK_N: tl.constexpr = column.shape[0]
     SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
     # Consecutive quarters of a span that lie in one group.
     RUN: tl.constexpr = 4 if QUARTERS_PER_GROUP % 4 == 0 else (2 if QUARTERS_PER_GROUP % 2 == 0 else 1)
+    IS_FLOAT32: tl.constexpr = tl.float32 == DTYPE
     x_rows = x_ptr + tl.minimum(row, M - 1).to(tl.int64)[:, None] * stride_xm
     column = tl.minimum(column, N - 1).to(tl.int64)
     word = tl.arange(0, _QUARTER)[None, :]
     weight_rows = weight_ptr + column[:, None] * stride_weight + word
-    zero = tl.full((BLOCK_N,), 8, tl.uint8)
+    group = column
     if QUARTERS_PER_GROUP == WHOLE_ROW:
         total = tl.zeros((BLOCK_N, BLOCK_M), SUM)
-        if zero_ptr is not None:
-            zero = tl.load(zero_ptr + column)
+        x_total = tl.zeros((BLOCK_M,), SUM)
     else:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for span in range(first, last):
+    # With a number of stages of its own, the loop pipelines all of its loads, not only those of the dots' operands: a
+    # scale that is asked for when it is needed takes longer to come than the span takes to multiply.
+    for span in tl.range(first, last, num_stages=NUM_STAGES):
         words = tl.load(weight_rows + span * _QUARTER)
         for start in tl.static_range(0, 4, RUN):
-            if QUARTERS_PER_GROUP == WHOLE_ROW:
-                part = total
-            else:
-                part = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+            if QUARTERS_PER_GROUP != WHOLE_ROW:
                 group = (span * 4 + start) // QUARTERS_PER_GROUP * N + column
-                scale = tl.load(scale_ptr + group).to(tl.float32)
-                if zero_ptr is not None:
-                    zero = tl.load(zero_ptr + group)
-            offset = tl.broadcast_to(offset_of(zero, DTYPE)[:, None], words.shape)
+                scale_words = tl.load(scale_ptr + group)
+            part = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+            x_sums = tl.zeros((BLOCK_M, _QUARTER), SUM)
             for quarter in tl.static_range(start, start + RUN):
-                w = nibble_number(words, quarter, offset, DTYPE, INLINE_PTX)
-                x = _transposed_quarter(x_rows, span * _SPAN + quarter * _QUARTER, K, DTYPE, EVEN_K)
-                part = tl.dot(w, x, part, input_precision="ieee", out_dtype=SUM)
+                x = _quarter_of_x(x_rows, span * _SPAN + quarter * _QUARTER, K, DTYPE, EVEN_K)
+                if IS_FLOAT32:
+                    w = ((words >> (quarter * 4)) & 15).to(tl.float32) - 8.0
+                else:
+                    w = centred_nibble(words, quarter, DTYPE, INLINE_PTX)
+                part = tl.dot(w, x.trans(), part, input_precision="ieee", out_dtype=SUM)
+                if not SYMMETRIC:
+                    x_sums += x.to(SUM)
             if QUARTERS_PER_GROUP == WHOLE_ROW:
-                total = part
+                total += part
+                if not SYMMETRIC:
+                    x_total += tl.sum(x_sums, 1)
             else:
-                total += part.to(tl.float32) * scale[:, None]
+                if not SYMMETRIC:
+                    shift = _shift_of(scale_words, zero_ptr, group, SCALE).to(SUM)
+                    part += shift[:, None] * tl.sum(x_sums, 1)[None, :]
+                total += part.to(tl.float32) * _scale_of(scale_words, SCALE)[:, None]
     if QUARTERS_PER_GROUP == WHOLE_ROW:
-        return total.to(tl.float32) * tl.load(scale_ptr + column).to(tl.float32)[:, None]
+        scale_words = tl.load(scale_ptr + column)
+        if not SYMMETRIC:
+            shift = _shift_of(scale_words, zero_ptr, column, SCALE).to(SUM)
+            total += shift[:, None] * x_total[None, :]
+        return total.to(tl.float32) * _scale_of(scale_words, SCALE)[:, None]
     else:
         return total
 
@@ -291,6 +330,8 @@ def span_arguments(weight: SpanWeight) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     constants = {
         "QUARTERS_PER_GROUP": weight.quarters_per_group or WHOLE_ROW.value,
+        "SYMMETRIC": weight.symmetric,
+        "SCALE": TRITON_DTYPES[weight.scale_dtype],
         "EVEN_K": weight.k % SPAN == 0,
     }
     return args, constants

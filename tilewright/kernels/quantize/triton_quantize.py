@@ -21,7 +21,7 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, nearest_byte, quotient, why_not_on_gpu
 from tilewright.kernels.tuning import tunable
 
 MAX_BLOCK_K = 16384
@@ -87,11 +87,10 @@ def scale_of(top_bits):
 @triton.jit
 def quantize_values(v, scale):
     """int8 of float32 ``v``; 0 where ``scale`` is not finite."""
-    steps = tl.minimum(tl.maximum(tl.math.div_rn(v, scale), -127.0), 127.0)
-    # Adding 1.5 * 2^23 leaves no bits for a fraction: the addition itself rounds, half to even.
-    rounded = (steps + 12582912.0) - 12582912.0
     finite = magnitude_bits(scale) < 0x7F800000
-    return tl.where(finite, rounded, 0.0).to(tl.int8)
+    # A scale that is not normal was rounded so much that a quotient may exceed 127.
+    steps = tl.minimum(tl.maximum(quotient(v, scale), -127.0), 127.0)
+    return tl.where(finite, nearest_byte(steps), 0).to(tl.int8)
 
 
 @triton.jit
