@@ -12,7 +12,7 @@ from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.activation import ACTIVATIONS, apply_activation
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int4_int8_linear import reference as definition
-from tilewright.kernels.int4_int8_linear import triton_fused
+from tilewright.kernels.int4_int8_linear import triton_dequantize, triton_fused
 from tilewright.kernels.int4_int8_linear.triton_fused import int4_int8_linear
 from tilewright.kernels.int4_linear.layout import kernel_order
 from tilewright.kernels.problem import Problem
@@ -114,6 +114,16 @@ def test_channel_scale():
     x, weight = torch.randn(5, 200).half(), make_weight(19, 200, 64)
     channel_scale = torch.rand(400)[::2] + 0.5
     check(int4_int8_linear(x, **weight, channel_scale=channel_scale), x, weight, channel_scale=channel_scale)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group_size", [32, 40, 128, None])
+@pytest.mark.parametrize("m, n, k", [(300, 517, 320), (9, 21, 1000), (2, 1, 9), (0, 5, 64), (3, 0, 64)])
+def test_dequantised_once(m, n, k, group_size, symmetric):
+    x, weight = torch.randn(m, k).half(), make_weight(n, k, group_size, symmetric, torch.float16)
+    bias, residual = torch.randn(n).half(), torch.randn(n, m).half().t()
+    end = {"bias": bias, "residual": residual, "activation": "gelu", "channel_scale": torch.rand(k) + 0.5}
+    check(triton_dequantize.int4_int8_linear(x, **weight, **end), x, weight, **end)
 
 
 LAYOUTS = {

@@ -11,9 +11,14 @@ from tests.interpreter.guard_page import guarded, survives
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.activation import ACTIVATIONS, apply_activation
 from tilewright.kernels.epilogue import finish
-from tilewright.kernels.int8_weight_only_linear import dequantize, reference, triton_swapped
+from tilewright.kernels.int8_weight_only_linear import dequantize, reference, triton_dequantize, triton_swapped
 from tilewright.kernels.int8_weight_only_linear.triton_swapped import CONFIGS, int8_weight_only_linear, plan_swapped
 
+FUNCTIONS = [
+    int8_weight_only_linear,
+    dequantize.int8_weight_only_linear,
+    triton_dequantize.int8_weight_only_linear,
+]
 # Warps and stages mean nothing to the interpreter: one config for each shape of a tile.
 FAMILIES = list({replace(config, num_warps=0, num_stages=0): config for config in CONFIGS}.values())
 
@@ -55,7 +60,7 @@ def test_every_config(config, aligned):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("function", [int8_weight_only_linear, dequantize.int8_weight_only_linear])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_activation(function, dtype, activation):
     case = make_case(5, 37, 50, dtype)
     assert_as_good(function(*case, activation), case, activation, dtype)
@@ -72,7 +77,7 @@ def test_a_float32_model_computes_in_the_compute_dtype(compute, m):
     assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [int8_weight_only_linear, dequantize.int8_weight_only_linear])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
 def test_a_value_that_is_not_finite_marks_its_row_and_no_other(function, bad):
     x, weight, scale, _, _ = make_case(4, 21, 40, torch.float16, extras=False)
@@ -83,7 +88,7 @@ def test_a_value_that_is_not_finite_marks_its_row_and_no_other(function, bad):
     assert torch.equal(out[[0, 2, 3]], clean[[0, 2, 3]])
 
 
-@pytest.mark.parametrize("function", [int8_weight_only_linear, dequantize.int8_weight_only_linear])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("n, k", [(17, 40), (1, 1), (0, 8), (8, 0)])
 def test_any_shape(function, leading, n, k):

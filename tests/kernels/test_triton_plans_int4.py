@@ -22,6 +22,7 @@ H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132}
 B200 = {"device": "cuda", "capability": (10, 0), "multiprocessors": 148}
 MI300 = {"device": "cuda", "gpu_arch": "gfx942", "multiprocessors": 304}
 BATCHES = (1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 128, 129, 256)
+FAMILIES = (range(1, 17), range(17, 65), range(65, 257))
 
 
 def problem(op="int4_linear", m=16, n=4096, k=4096, x_dtype=torch.bfloat16, group_size=128, **facts):
@@ -55,8 +56,8 @@ def plan_w4a16(m, n, k, config, group_size=128):
 def test_how_k_is_cut_depends_on_the_family_alone(module, n, k):
     config_type = w4a16.FusedConfig if module is w4a16 else w4a8.Int4Int8Config
     splits = {m: config_type.for_problem(problem(m=m, n=n, k=k)).splits for m in BATCHES}
-    assert len({splits[m] for m in BATCHES if m <= 16}) == 1
-    assert len({splits[m] for m in BATCHES if m > 16}) == 1
+    for family in FAMILIES:
+        assert len({splits[m] for m in BATCHES if m in family}) == 1
 
 
 @pytest.mark.parametrize("facts", [H200, B200, MI300], ids=["H200", "B200", "MI300"])
@@ -69,8 +70,14 @@ def test_the_heuristic_stays_among_the_configs(m, facts):
 
 
 def test_a_ragged_k_has_a_smaller_batch_tile():
-    assert w4a8.Int4Int8Config.for_problem(problem(m=256)).block_m == 128
-    assert w4a8.Int4Int8Config.for_problem(problem(m=256, k=4100)).block_m == 64
+    assert w4a8.Int4Int8Config.for_problem(problem(m=256, **B200)).block_m == 128
+    assert w4a8.Int4Int8Config.for_problem(problem(m=256, k=4100, **B200)).block_m == 64
+
+
+def test_a_batch_tile_of_64_has_one_warp_group_on_hopper():
+    for module in (w4a16.FusedConfig, w4a8.Int4Int8Config):
+        assert module.for_problem(problem(m=64)).num_warps == module.for_problem(problem(m=256)).num_warps == 4
+        assert module.for_problem(problem(m=64, **B200)).num_warps == 8
 
 
 def test_local_memory_limits_the_stages():
@@ -113,7 +120,7 @@ def test_tiles_cover_the_output(m, n):
     [
         ({"device": "cpu"}, "GPU"),
         ({"capability": (7, 5)}, "7.5"),
-        ({"m": 257}, "up to 256"),
+        ({"m": 385}, "up to 384"),
         ({"m": 129, "group_size": 32}, "up to 128"),
         ({"m": 65, "x_dtype": torch.float32}, "up to 64"),
         ({"group_size": 40}, "groups of 40 columns"),
@@ -128,7 +135,7 @@ def test_w4a16_says_what_it_does_not_take(changes, words):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"m": 256},
+        {"m": 384},
         {"m": 128, "group_size": 32},
         {"m": 1, "k": 100, "group_size": 100},
         {"m": 16, "k": 20, "group_size": 20},

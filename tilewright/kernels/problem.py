@@ -53,6 +53,11 @@ class Problem:
         """The dtype that operands of a weight-only product are rounded to."""
         return self.compute_dtype or self.x_dtype
 
+    @property
+    def is_hopper(self) -> bool:
+        """Whether the GPU has ``wgmma``, the matrix instruction of compute capability 9.x alone."""
+        return self.capability is not None and self.capability[0] == 9
+
     def with_rows(self, m: int) -> Problem:
         """The same problem at another batch."""
         return replace(self, m=m)

@@ -106,9 +106,11 @@ def register_all() -> None:
         _cpu(op, "oneDNN")
         _cpu(op, "exact float32", f"float_{op}", "why_not_float")
     _gpu("int8_weight_only_linear", "Triton, operands swapped", "triton_swapped")
+    _gpu("int8_weight_only_linear", "Triton, dequantise and multiply", "triton_dequantize")
     _gpu("int8_weight_only_linear", "dequantise and multiply", "dequantize")
     _gpu("int4_linear", "Triton, fused", "triton_fused")
     _gpu("int4_linear", "Triton, dequantise and multiply", "triton_dequantize")
+    _gpu("int4_int8_linear", "Triton, dequantise and multiply", "triton_dequantize")
     _gpu("int4_int8_linear", "Triton, fused", "triton_fused")
     _cpu("quantize_per_row", "blocks of rows")
     prepare = "int8_weight_only_linear.cpu:prepare_native"

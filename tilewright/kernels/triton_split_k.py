@@ -20,7 +20,9 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.triton_common import finish_tile
 
 MAX_SPLIT = 8
-BLOCK_N = 256
+#: Columns of a program that adds parts: of few rows, and of so many that there are programs enough.
+BLOCK_N, WIDE_BLOCK_N = 256, 1024
+MANY_ROWS = 256
 
 
 def choose_split(programs: int, tiles: int, steps: int) -> int:
@@ -68,5 +70,6 @@ def reduce_parts_kernel(
 def plan_reduce_parts(sums: torch.Tensor, epilogue: Mapping[str, Any], activation: str) -> Launch:
     """The launch that finishes ``sums`` [SPLIT_K, M, N]. epilogue: the kernel's arguments but ``sums_ptr``."""
     split_k, m, n = sums.shape
-    constants = {"ACTIVATION": activation, "SPLIT_K": split_k, "BLOCK_N": BLOCK_N}
-    return Launch(reduce_parts_kernel, (triton.cdiv(n, BLOCK_N), m), {**epilogue, "sums_ptr": sums}, constants)
+    block_n = WIDE_BLOCK_N if m > MANY_ROWS else BLOCK_N
+    constants = {"ACTIVATION": activation, "SPLIT_K": split_k, "BLOCK_N": block_n}
+    return Launch(reduce_parts_kernel, (triton.cdiv(n, block_n), m), {**epilogue, "sums_ptr": sums}, constants)

@@ -8,8 +8,9 @@ q int8 [M, K] and s_x float32 [M] from ``quantize_per_row``; weight, scale and z
 exact int32: 128 columns add up to at most 243,840, and a whole row, which is one P, may have a million columns.
 
     small   M <= 16   K is cut into parts until the programs fill the GPU; a second kernel adds the parts in order
-    middle  M <= 256  wider batch tiles; K is cut where the tiles of one batch tile would leave multiprocessors idle
-    large             batch tiles of 128 (of 64 where K is no multiple of 128), K whole
+    middle  M <= 64   wider batch tiles; K is cut alike
+    wide    M <= 256  K is cut where the tiles of one batch tile would leave multiprocessors idle
+    large             batch tiles of 128 (of 64 where K is no multiple of 128, and on sm_90), K whole
 
 How K is cut depends on N, K and the GPU, never on M, so within a family a row's result is the same whatever the batch.
 """
@@ -33,6 +34,7 @@ from tilewright.kernels.int4_linear.triton_tiles import (
     inline_ptx_by_default,
     multiply_spans,
     plan_sum_parts,
+    programs_for,
     span_arguments,
     store_part,
     tile_candidates,
@@ -44,7 +46,7 @@ from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_til
 from tilewright.kernels.triton_split_k import choose_split
 from tilewright.kernels.tuning import tunable
 
-SMALL_M, MIDDLE_M = 16, 256
+WIDE_M = 256
 #: A product of a signed byte and u - z is at most 127 * 15 = 1905 in magnitude: a whole row of these stays inside
 #: int32.
 LARGEST_WHOLE_ROW = (2**31 - 1) // 1905
@@ -59,11 +61,12 @@ class Int4Int8Config(TileConfig):
         """Batch tile by M; parts of K by N, K and the GPU alone, and none in the large family."""
         # The masks of a ragged K take the registers that a batch tile of 128 needs for its sums.
         tiles = TILES if problem.k % SPAN == 0 else TILES[:-1]
-        config = next((c for c in tiles if problem.m <= c.block_m), tiles[-1])
-        if problem.m > MIDDLE_M:
+        if problem.is_hopper:
+            tiles = TILES[:-1]
+        config = next((c for c in tiles if problem.m <= c.block_m), tiles[-1]).for_chip(problem)
+        if problem.m > WIDE_M:
             return config.within_limits(problem)
-        programs = (2 if problem.m <= SMALL_M else 1) * (problem.multiprocessors or 132)
-        splits = choose_split(programs, triton.cdiv(problem.n, config.block_n), span_count(problem.k))
+        splits = choose_split(programs_for(problem), triton.cdiv(problem.n, config.block_n), span_count(problem.k))
         return replace(config, splits=splits).within_limits(problem)
 
 
@@ -75,12 +78,12 @@ TILES = (
     Int4Int8Config(block_n=128, block_m=128, num_warps=8, num_stages=4),
 )
 #: Every kernel the heuristic can choose: each tile, with K whole and cut.
-CONFIGS = [replace(config, splits=splits) for config in TILES for splits in (1, 2)]
+CONFIGS = [replace(config, splits=splits) for config in (*TILES, replace(TILES[-2], num_warps=4)) for splits in (1, 2)]
 
 
 def why_not_config(config: Int4Int8Config, problem: Problem) -> str | None:
     """The reason why a launch with ``config`` cannot serve ``problem``, or does so wastefully for sure; or None."""
-    if problem.m > MIDDLE_M and config.splits > 1:
+    if problem.m > WIDE_M and config.splits > 1:
         return "a large batch fills the GPU without cutting K"
     return why_not_tile(config, problem, 1)
 

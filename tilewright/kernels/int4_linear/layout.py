@@ -88,7 +88,7 @@ def scale_words(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
 class SpanWeight:
     """A weight [N, K] in kernel order; weight, scale and zero are described at the top of this file.
 
-    quarters_per_group: see the function of that name. scale_dtype: of the canonical scale. symmetric: zero points are 8.
+    quarters_per_group: see the function of that name. scale_dtype: of the canonical scale. symmetric: all zeros are 8.
     """
 
     weight: torch.Tensor

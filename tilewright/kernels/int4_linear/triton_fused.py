@@ -1,4 +1,4 @@
-"""Linear layer on int4 weights and float activations (W4A16) in one pass over the weight, for batches up to 256.
+"""Linear layer on int4 weights and float activations (W4A16) in one pass over the weight, for batches up to 384.
 
     y[m, n] = activation(sum_g s[n, g] * sum_{k in g} x[m, k] * (u[n, k] - z[n, g]) + b[n]) + r[m, n]
 
@@ -9,8 +9,8 @@ multiplies in IEEE fp32.
 
     small   M <= 16   bound by the weight's bytes: K is cut into parts until the programs fill the GPU twice over.
                       Parts go to a float32 workspace; a second kernel adds them in ascending order and finishes.
-    middle  M <= 256  wider batch tiles, so that each widened weight serves more rows; K is cut only where the tiles of
-                      one batch tile would leave multiprocessors idle.
+    middle  M <= 64   wider batch tiles, so that each widened weight serves more rows; K is cut alike.
+    wide    M <= 384  several batch tiles; K is cut only where those of one would leave multiprocessors idle.
 
 How K is cut depends on N, K and the GPU, never on M, so within a family a row's result is the same whatever the batch.
 """
@@ -35,6 +35,7 @@ from tilewright.kernels.int4_linear.triton_tiles import (
     inline_ptx_by_default,
     multiply_spans,
     plan_sum_parts,
+    programs_for,
     rows_of,
     span_arguments,
     store_part,
@@ -46,7 +47,8 @@ from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_til
 from tilewright.kernels.triton_split_k import choose_split
 from tilewright.kernels.tuning import tunable
 
-LARGEST_M = 256
+#: On an H200, to dequantise and call the library overtakes at about 400 rows (8192 x 8192).
+LARGEST_M = 384
 #: Groups of 32 scale sums four times as often as groups of 128, and fp32 products run outside the tensor cores.
 LARGEST_M_SMALL_GROUPS = 128
 LARGEST_M_FLOAT32 = 64
@@ -62,14 +64,12 @@ class FusedConfig(TileConfig):
         if problem.multiply_dtype == torch.float32:
             config = FLOAT32
         else:
-            config = next((c for c in TENSOR_CORE if problem.m <= c.block_m), TENSOR_CORE[-1])
-        waves = 2 if config.block_m == 16 else 1
-        programs = waves * (problem.multiprocessors or 132)
-        splits = choose_split(programs, triton.cdiv(problem.n, config.block_n), span_count(problem.k))
+            config = next((c for c in TENSOR_CORE if problem.m <= c.block_m), TENSOR_CORE[-1]).for_chip(problem)
+        splits = choose_split(programs_for(problem), triton.cdiv(problem.n, config.block_n), span_count(problem.k))
         return replace(config, splits=splits).within_limits(problem)
 
 
-#: By batch tile: the small family, then the middle one. 128 output features to a tile, because every row of tiles reads
+#: By batch tile: the small family, then the others. 128 output features to a tile, because every row of tiles reads
 #: all of x again from the L2 cache: at M = 64, tiles of 64 would move more bytes of x there than bytes of weights from
 #: memory. A batch tile of 128 spills registers on sm_80 to sm_90, and on sm_100 its four sums of a step, side by side,
 #: exceed the 512 columns of tensor memory.
@@ -81,7 +81,8 @@ TENSOR_CORE = (
 #: Without tensor cores both operands go through shared memory; of nine shapes this one had the fewest bank conflicts.
 FLOAT32 = FusedConfig(block_n=64, block_m=16, num_warps=2, num_stages=2)
 #: Every kernel the heuristic can choose: each tile, with K whole and cut.
-CONFIGS = [replace(config, splits=splits) for config in (*TENSOR_CORE, FLOAT32) for splits in (1, 2)]
+TILES = (*TENSOR_CORE, replace(TENSOR_CORE[-1], num_warps=4), FLOAT32)
+CONFIGS = [replace(config, splits=splits) for config in TILES for splits in (1, 2)]
 
 
 def why_not_config(config: FusedConfig, problem: Problem) -> str | None:

@@ -8,7 +8,8 @@ b [N]; r [M, N] of any strides; y [M, N]. Sums are float32.
 A program computes a tile of y transposed, w_tile @ x_tile^T, with the weight as the left operand: there the tensor
 cores of 9.x take it from registers, where int8 becomes the compute dtype (exactly: 127 has seven bits), and it never
 returns to shared memory. Its scale multiplies the sums. Where N alone gives too few programs, K is split
-(``triton_split_k``). Within a family (M <= 16, or more) K is cut alike for every batch: no row depends on the others.
+(``triton_split_k``). Within a family (M <= 16, M <= 128, or more) K is cut alike for every batch: no row depends on the
+others.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_til
 from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
 from tilewright.kernels.tuning import tunable, why_too_large
 
-SMALL_M = 16
-MAX_M = 256
+SMALL_M, MIDDLE_M, MAX_M = 16, 128, 256
 # Every tile of features rounds x to the compute dtype for itself; where x is more than this, that is done once before.
 # A float32 tile of 128 rows would also not fit into the registers of 8.x.
 CAST_ON_LOAD_M = 64
@@ -57,18 +57,22 @@ class SwappedConfig:
         """Up to 128 rows in one tile, and enough parts of K to keep every multiprocessor reading.
 
         Small batches want two programs for each multiprocessor, larger ones one: every part costs another M x N float32
-        written and read.
+        written and read. On 9.x twice as many up to 128 rows: measured on an H200, with longer steps and fewer stages.
         """
         multiprocessors = problem.multiprocessors or 132
+        wide = triton.cdiv(problem.n, WIDE.block_n) >= multiprocessors
         if problem.multiply_dtype == torch.float32:
-            config, programs = FLOAT32, 2 * multiprocessors
+            config, waves = FLOAT32, 2
         elif problem.m <= SMALL_M:
-            config, programs = SMALL, 2 * multiprocessors
-        elif problem.m > 64:
-            wide = triton.cdiv(problem.n, WIDE.block_n) >= multiprocessors
-            config, programs = WIDE if wide else MIDDLE_128, multiprocessors
+            config, waves = (HOPPER_SMALL, 4) if problem.is_hopper else (SMALL, 2)
+        elif problem.m > 64 and wide:
+            config, waves = WIDE, 1
+        elif problem.is_hopper:
+            config = next((c for c in HOPPER_MIDDLE if problem.m <= c.block_m), HOPPER_MIDDLE[-1])
+            waves = 2 if problem.m <= MIDDLE_M else 1
         else:
-            config, programs = MIDDLE_32 if problem.m <= 32 else MIDDLE_64, multiprocessors
+            config, waves = next((c for c in MIDDLE if problem.m <= c.block_m), MIDDLE[-1]), 1
+        programs = waves * multiprocessors
         # From tiles of 64 features, whatever the config has: the split may not depend on the batch.
         split_k = choose_split(programs, triton.cdiv(problem.n, 64), triton.cdiv(problem.k, config.block_k))
         num_stages = config.num_stages if problem.gpu_arch is None else AMD_STAGES
@@ -90,21 +94,30 @@ def _needs_block_sums(problem: Problem) -> bool:
     """On 9.x, Triton lets the product of one iteration run on into the next, which overwrites the weights that it reads
     from registers (triton-lang/triton#9433; seen in the PTX of 3.7).
     """
-    return problem.capability is not None and problem.capability[0] == 9
+    return problem.is_hopper
 
 
 SMALL = SwappedConfig(16, 64, 128, split_k=1, num_warps=4, num_stages=5)
-MIDDLE_32 = SwappedConfig(32, 64, 64, split_k=1, num_warps=4, num_stages=4)
-MIDDLE_64 = SwappedConfig(64, 64, 64, split_k=1, num_warps=4, num_stages=4)
-MIDDLE_128 = SwappedConfig(128, 64, 64, split_k=1, num_warps=4, num_stages=3)
+MIDDLE = (
+    SwappedConfig(32, 64, 64, split_k=1, num_warps=4, num_stages=4),
+    SwappedConfig(64, 64, 64, split_k=1, num_warps=4, num_stages=4),
+    SwappedConfig(128, 64, 64, split_k=1, num_warps=4, num_stages=3),
+)
 WIDE = SwappedConfig(128, 128, 64, split_k=1, num_warps=8, num_stages=3)
+HOPPER_SMALL = SwappedConfig(16, 64, 128, split_k=1, num_warps=4, num_stages=3)
+HOPPER_MIDDLE = tuple(
+    SwappedConfig(rows, 64, 128, split_k=1, num_warps=4, num_stages=3, block_sums=True) for rows in (32, 64, 128)
+)
 # No tensor core multiplies float32 exactly: the products are unrolled into FMAs, so the step is short.
 # One long chain of float32 additions loses twice what PyTorch's product does. Two warps, because with four Triton 3.7
 # rounds x to tf32 on 10.x, whatever precision is asked for, if the other operand was int8 (triton-lang/triton#10176).
 FLOAT32 = SwappedConfig(16, 64, 32, split_k=1, num_warps=2, num_stages=4, block_sums=True)
-_TILES = [SMALL, MIDDLE_32, MIDDLE_64, MIDDLE_128, WIDE, FLOAT32]
+_TILES = [SMALL, *MIDDLE, WIDE, FLOAT32]
 _CONFIGS = [*_TILES, *(replace(config, split_k=4) for config in _TILES if config != WIDE)]
-_HOPPER = [replace(config, block_sums=True) for config in _CONFIGS if not config.block_sums]
+_HOPPER = [
+    replace(WIDE, block_sums=True),
+    *(replace(c, block_sums=True, split_k=split_k) for c in (HOPPER_SMALL, *HOPPER_MIDDLE) for split_k in (1, 4)),
+]
 #: Every tile that the heuristic chooses, with and without a split, on NVIDIA and on AMD.
 CONFIGS = [*_CONFIGS, *_HOPPER, *(replace(config, num_stages=AMD_STAGES) for config in _CONFIGS)]
 

@@ -1,0 +1,57 @@
+"""W8A16 linear layer for large batches on a GPU: the weight is widened once, a library multiplies, a kernel finishes.
+
+    y[m, n] = activation(s_w[n] * sum_k x[m, k] * w[n, k] + b[n]) + r[m, n]
+
+int8 is exact in every compute dtype, so nothing is rounded but x; the library's sums are float32 [M, N], and one pass
+over them scales, adds, and rounds once to the dtype of x (``triton_split_k``). Costs a temporary weight of N x K in the
+compute dtype, written and read once: little beside the product from some hundred rows on.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.kernels.activation import check_activation
+from tilewright.kernels.int4_linear.dequantize import wide_product
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.triton_split_k import plan_reduce_parts
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason why this implementation does not take ``problem``, or None."""
+    if problem.x_dtype not in FLOAT_DTYPES or problem.multiply_dtype not in FLOAT_DTYPES:
+        return f"takes float16, bfloat16 and float32, not {problem.x_dtype} computed in {problem.multiply_dtype}"
+    return why_not_on_gpu(problem)
+
+
+def int8_weight_only_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x float [..., K], weight int8 [N, K], weight_scale [N], bias [N], residual [..., N] -> x.dtype [..., N]."""
+    check_activation(activation)
+    narrow, n = compute_dtype or x.dtype, weight.shape[0]
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    sums = wide_product(as_matrix(x).to(narrow), weight.to(narrow))
+    residual = None if residual is None else as_matrix(residual.expand(out.shape))
+    epilogue = {
+        "x_scale_ptr": None,
+        "w_scale_ptr": weight_scale.contiguous(),
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "residual_ptr": residual,
+        "out_ptr": as_matrix(out),
+        "M": len(sums),
+        "N": n,
+        "stride_residual_m": 0 if residual is None else residual.stride(0),
+        "stride_residual_n": 0 if residual is None else residual.stride(1),
+    }
+    plan_reduce_parts(sums.unsqueeze(0), epilogue, activation).run()
+    return out
