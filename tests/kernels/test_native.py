@@ -110,6 +110,42 @@ def test_integer_sums_are_exact(isa: str):
     assert torch.equal(y.double(), (x.double() @ weight.double().t()).float().double())
 
 
+@pytest.mark.parametrize("m", [5, 6, 7, 16, 17, 33, 63, 64, 65, 129, 200])
+@pytest.mark.parametrize("n, k", [(1, 63), (33, 64), (64, 65), (70, 577), (300, 128), (1600, 600)])
+def test_integer_sums_are_exact_at_the_edges_of_tiles(isa: str, m: int, n: int, k: int):
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    x = torch.randint(-127, 128, (m, k)).float()
+    x[:, 0] = 127
+    bias, residual = torch.randint(-9, 10, (n,)).float(), torch.randint(-9, 10, (m, n)).float()
+    y = linear.int8_linear(x, weight, torch.ones(n), bias, residual, "relu", None)
+    exact = (x.double() @ weight.double().t() + bias).clamp_min(0) + residual
+    assert exact.abs().max() < 2**24
+    assert torch.equal(y.double(), exact)
+
+
+def test_others_may_use_tiles_in_between(isa: str):
+    """oneDNN shapes the tiles of a thread for its own products of bfloat16; Python's threads share PyTorch's."""
+    weight, weight_scale = int8_weight(96, 200)
+    x, low = torch.randn(150, 200), torch.randn(128, 128, dtype=torch.bfloat16)
+    arguments = (weight, weight_scale, None, None, "none", None)
+    expected, product = linear.int8_linear(x, *arguments), low @ low
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(20):
+            if not torch.equal(low @ low, product):
+                wrong.append("bfloat16")
+            if not torch.equal(linear.int8_linear(x, *arguments), expected):
+                wrong.append("int8")
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_a_bad_row_stays_alone(isa: str):
     weight, weight_scale = int8_weight(70, 64)
     x = torch.randn(9, 64)
@@ -261,7 +297,7 @@ def test_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
 def test_an_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TILEWRIGHT_CPU_ISA", "mmx")
     native.forget()
-    with pytest.raises(ValueError, match=r"mmx is unknown; the known ones are avx512_bf16"):
+    with pytest.raises(ValueError, match=r"mmx is unknown; the known ones are amx, avx512_bf16"):
         native.why_no_native()
     native.forget()
 
@@ -276,6 +312,15 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
     finally:
         monkeypatch.undo()
         native.forget()
+
+
+def test_what_an_old_compiler_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    if build.isas() == ["portable"]:
+        pytest.skip("one build is all there is on this kind of processor")
+    old = tmp_path / "old-cc"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec {build.find_compiler()} "$@"\n')
+    old.chmod(0o755)
+    assert build.known_isas(str(old)) == [name for name in build.isas() if name != "amx"]
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -49,6 +49,7 @@ HEADERS = (
     "conv_vector.h",
     "vector.h",
     "conv_tile.h",
+    "amx.h",
 )
 # No contraction: a multiplication and an addition that are rounded once give other bits than the definition's two.
 FLAGS = (
@@ -64,14 +65,27 @@ FLAGS = (
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512", *_AVX2)
+_AVX512_BF16 = ("-mavx512bf16", *_AVX512)
 #: Instruction sets by preference, with the flags that turn them on.
 ISAS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": ("-mavx512bf16", *_AVX512),
+    "amx": ("-mamx-tile", "-mamx-int8", "-mamx-bf16", *_AVX512_BF16),
+    "avx512_bf16": _AVX512_BF16,
     "avx512_vnni": _AVX512,
     "avx_vnni": ("-mavxvnni", *_AVX2),
     "avx2": _AVX2,
     "portable": (),
 }
+
+
+# Whether the assembler knows the newest instructions is seen only where one is assembled.
+_PROBE = """
+#ifdef __AMX_TILE__
+#include <immintrin.h>
+void probe(void) { _tile_zero(0); _tile_dpbusd(0, 1, 2); _tile_dpbf16ps(0, 1, 2); }
+#else
+int probe;
+#endif
+"""
 
 
 class BuildError(RuntimeError):
@@ -87,7 +101,7 @@ def source_hash() -> str:
 
 
 def isas() -> list[str]:
-    """Instruction sets that a build on this kind of machine contains."""
+    """Instruction sets that a build on this kind of machine contains, if its compiler knows them all."""
     return list(ISAS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
 
 
@@ -100,26 +114,40 @@ def find_compiler() -> str:
     raise BuildError("there is no C compiler (neither $CC nor cc, gcc or clang on PATH)")
 
 
+def known_isas(compiler: str) -> list[str]:
+    """Those of ``isas`` that the compiler can make. ``portable`` is not asked about: who cannot make it, fails."""
+
+    def knows(isa: str) -> bool:
+        command = [compiler, *ISAS[isa], "-x", "c", "-c", "-", "-o", os.devnull]
+        return (
+            isa == "portable"
+            or not subprocess.run(command, input=_PROBE, capture_output=True, text=True, check=False).returncode
+        )
+
+    return [isa for isa in isas() if knows(isa)]
+
+
 def build(output: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
-    """Compile into ``output`` and return it. Raises BuildError with the compiler's words."""
+    """Compile into ``output`` and return it, without the instruction sets that the compiler is too old for, which the
+    library knows. Raises BuildError with the compiler's words.
+    """
     if sys.platform != "linux":
         raise BuildError(f"the C kernels are built on Linux only, not on {sys.platform}")
     compiler = find_compiler()
+    known = known_isas(compiler)
+    about = (f'-DTILEWRIGHT_SOURCE_HASH="{source_hash()}"', f'-DTILEWRIGHT_ISAS=" {" ".join(known)} "')
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_one(job: tuple[str, str | None]) -> str:
             name, isa = job
             compiled = str(Path(folder) / f"{name}.{isa}.o")
-            chosen = (
-                (f"-DTILEWRIGHT_ISA={isa}", *ISAS[isa]) if isa else (f'-DTILEWRIGHT_SOURCE_HASH="{source_hash()}"',)
-            )
+            chosen = (f"-DTILEWRIGHT_ISA={isa}", *ISAS[isa]) if isa else about
             _run([compiler, *FLAGS, *extra_flags, *chosen, "-c", str(FOLDER / name), "-o", compiled])
             return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(
-                pool.map(compile_one, [(name, None) for name in COMMON] + list(itertools.product(KERNELS, isas())))
-            )
+            jobs = [(name, None) for name in COMMON] + list(itertools.product(KERNELS, known))
+            objects = list(pool.map(compile_one, jobs))
         # Beside the output, so that the last step is a rename: a process that holds the old library keeps it whole.
         partial = output.with_name(f"{output.name}.{os.getpid()}")
         try:

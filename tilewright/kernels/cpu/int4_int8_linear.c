@@ -117,17 +117,20 @@ static void multiply_tile(int rows, const int4_job *job, int64_t row, int64_t pa
     }
 }
 
-static void quantize_block(const int4_job *job, int64_t first, int64_t row) {
-    const int64_t stride = job->words * 8;
-    int8_t *q = job->q + row * stride;
-    job->row_scale[row] = quantize_row(job->x, job->out.dtype, (first + row) * job->x_stride, job->k,
-                                       job->channel_scale, 0, (uint8_t *)q);
-    memset(q + job->k, 0, (size_t)(stride - job->k));
-    for (int64_t group = 0; group < job->groups; group++) {
-        int64_t begin = group * job->group_words * 8, end = begin + job->group_words * 8;
-        int32_t sum = 0;
-        for (int64_t i = begin; i < (end < stride ? end : stride); i++) sum += q[i];
-        job->q_sums[row * job->groups + group] = sum;
+/* Rows `begin` to `end` of those that begin at `first`. */
+static void quantize_part(const int4_job *job, int64_t first, int64_t begin, int64_t end) {
+    const int64_t stride = job->words * 8, element = job->out.dtype == FLOAT32 ? 4 : 2;
+    int8_t *q = job->q + begin * stride;
+    quantize_rows((const char *)job->x + (first + begin) * job->x_stride * element, job->out.dtype, end - begin,
+                  job->x_stride, job->k, job->channel_scale, 0, (uint8_t *)q, stride, job->row_scale + begin);
+    for (int64_t row = begin; row < end; row++, q += stride) {
+        memset(q + job->k, 0, (size_t)(stride - job->k));
+        for (int64_t group = 0; group < job->groups; group++) {
+            int64_t from = group * job->group_words * 8, to = from + job->group_words * 8;
+            int32_t sum = 0;
+            for (int64_t i = from; i < (to < stride ? to : stride); i++) sum += q[i];
+            job->q_sums[row * job->groups + group] = sum;
+        }
     }
 }
 
@@ -148,7 +151,7 @@ static void int4_part(void *data) {
             tw_share(rows, &begin, &end);
             if (!number) tw_refill(job->units, round);
         }
-        for (int64_t row = begin; row < end; row++) quantize_block(job, first, row);
+        quantize_part(job, first, begin, end);
         if (!job->own) tw_barrier();
         const int64_t row_groups = divide_up(rows, ROW_GROUP), units = panels * row_groups;
         const int64_t step = panels >= 8 * threads ? row_groups : 1;

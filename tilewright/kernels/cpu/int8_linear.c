@@ -8,31 +8,67 @@
    Weights are packed in panels of PANEL output channels; within a panel, four consecutive k of each channel stand
    together, and the channels side by side, so that a tile reads its panel from the first byte to the last:
 
-       packed[panel][k / 4][channel][k % 4] */
+       packed[panel][k / 4][channel][k % 4]
+
+   With AMX, the quadruples of 64 k and 16 channels are a tile, and tiles stand one after the other. */
+#include "amx.h"
 #include "epilogue.h"
 #include "parallel.h"
 #include "quantize_row.h"
 #include "simd.h"
 
-enum { ZERO_POINT = 128, ROW_GROUP = 8 * TILE_ROWS };
+/* K_STEP: k are packed in multiples of it. UNIT_ROWS: a thread takes rows in multiples of it. FEW_ROWS: so many are
+   multiplied without tiles. */
+#if defined(__AMX_INT8__)
+enum { K_STEP = AMX_BYTES, UNIT_ROWS = 2 * AMX_ROWS, ROW_GROUP = 64, FEW_ROWS = 6 };
+#else
+enum { K_STEP = 4, UNIT_ROWS = TILE_ROWS, ROW_GROUP = 8 * TILE_ROWS };
+#endif
+enum { ZERO_POINT = 128 };
 
 static int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
+/* Where the quadruples of vector v begin within a panel. */
+static inline int64_t quadruples(int64_t step, int v) {
+#if defined(__AMX_INT8__)
+    return step / AMX_ROWS * K_STEP * PANEL + v * AMX_TILE + step % AMX_ROWS * AMX_BYTES;
+#else
+    return (step * PANEL + v * LANES) * 4;
+#endif
+}
+
 /* Sizes in bytes of what `pack` fills: weights, and one int32 for each channel. */
-EXPORT int64_t ISA_NAME(tw_int8_packed_bytes)(int64_t n, int64_t k) { return round_up(n, PANEL) * round_up(k, 4); }
+EXPORT int64_t ISA_NAME(tw_int8_packed_bytes)(int64_t n, int64_t k) { return round_up(n, PANEL) * round_up(k, K_STEP); }
 EXPORT int64_t ISA_NAME(tw_panel)(void) { return PANEL; }
+
+/* Bytes of a quantised row in the scratch memory; and how many rows are there for `rows`, since tiles are read whole. */
+EXPORT int64_t ISA_NAME(tw_int8_row_bytes)(int64_t k) {
+#if defined(__AMX_INT8__)
+    return (round_up(k, K_STEP) / K_STEP | 1) * K_STEP; /* odd: 16 rows are in as many sets of the cache */
+#else
+    return round_up(k, K_STEP);
+#endif
+}
+EXPORT int64_t ISA_NAME(tw_int8_rows)(int64_t rows) {
+#if defined(__AMX_INT8__)
+    return round_up(rows, AMX_ROWS);
+#else
+    return rows;
+#endif
+}
 
 /* weight: int8 [n, k], contiguous. packed: as above, zeros beyond n and k. correction: int32 [n rounded up to PANEL]. */
 EXPORT int ISA_NAME(tw_int8_pack)(const int8_t *weight, int64_t n, int64_t k, int8_t *packed, int32_t *correction) {
-    int64_t steps = round_up(k, 4) / 4;
+    int64_t steps = round_up(k, K_STEP) / 4;
     memset(packed, 0, (size_t)ISA_NAME(tw_int8_packed_bytes)(n, k));
     memset(correction, 0, (size_t)round_up(n, PANEL) * sizeof *correction);
     for (int64_t channel = 0; channel < n; channel++) {
-        int8_t *panel = packed + channel / PANEL * steps * PANEL * 4 + channel % PANEL * 4;
+        const int lane = (int)(channel % PANEL);
+        int8_t *panel = packed + channel / PANEL * steps * PANEL * 4 + lane % LANES * 4;
         int32_t sum = 0;
         for (int64_t i = 0; i < k; i++) {
             int8_t value = weight[channel * k + i];
-            panel[i / 4 * PANEL * 4 + i % 4] = value;
+            panel[quadruples(i / 4, lane / LANES) + i % 4] = value;
             sum += value;
         }
         correction[channel] = ZERO_POINT * sum;
@@ -50,7 +86,7 @@ static inline __attribute__((always_inline)) void multiply_rows(int rows, const 
     for (int64_t step = 0; step < steps; step++) {
         weights w[TILE_VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < TILE_VECTORS; v++) w[v] = load_weights(panel + (step * PANEL + v * LANES) * 4);
+        for (int v = 0; v < TILE_VECTORS; v++) w[v] = load_weights(panel + quadruples(step, v));
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             activations a = broadcast_activations(x + r * x_stride + step * 4);
@@ -84,7 +120,7 @@ static void multiply_tile(int rows, const uint8_t *x, int64_t x_stride, const in
 typedef struct {
     const int8_t *packed;
     const int32_t *correction;
-    int64_t k;
+    int64_t k, q_stride;
     const float *weight_scale, *channel_scale;
     const void *x;
     int64_t m, x_stride;
@@ -94,6 +130,7 @@ typedef struct {
     int64_t block;
     int sharing;
     tw_queue *units;
+    int64_t *taken; /* in BY_ROWS: units of rows of each thread's part */
 } linear_job;
 
 /* How threads share the work. TOGETHER: they quantise `block` rows, wait for each other, and take panels of the weight. ALL:
@@ -126,21 +163,187 @@ static void finish_tile(const linear_job *job, int32_t sums[][PANEL], int64_t ro
         finish_channels(job, sums, row, rows, channel, channels, scale);
 }
 
-static void quantize_rows(const linear_job *job, int64_t first, int64_t begin, int64_t end, uint8_t *q, float *scale) {
-    const int64_t q_stride = round_up(job->k, 4);
-    for (int64_t row = begin; row < end; row++) {
-        uint8_t *to = q + row * q_stride;
-        scale[row] = quantize_row(job->x, job->out.dtype, (first + row) * job->x_stride, job->k, job->channel_scale,
-                                  ZERO_POINT, to);
-        for (int64_t i = job->k; i < q_stride; i++) to[i] = ZERO_POINT; /* their weights are 0 */
+/* Rows `begin` to `end` of those that begin at `first`. */
+static void quantize_part(const linear_job *job, int64_t first, int64_t begin, int64_t end, uint8_t *q, float *scale) {
+    const int64_t padding = round_up(job->k, K_STEP) - job->k, element = job->out.dtype == FLOAT32 ? 4 : 2;
+    q += begin * job->q_stride;
+    quantize_rows((const char *)job->x + (first + begin) * job->x_stride * element, job->out.dtype, end - begin,
+                  job->x_stride, job->k, job->channel_scale, ZERO_POINT, q, job->q_stride, scale + begin);
+    if (padding) /* its weights are 0 */
+        for (int64_t row = begin; row < end; row++, q += job->q_stride)
+            memset(q + job->k, ZERO_POINT, (size_t)padding);
+}
+
+#if defined(__AMX_INT8__)
+/* Sums that wait for what follows the product. A thread does it while the tiles of its next product are multiplied: the
+   processor executes both at once. Two areas, since the next product needs one. */
+enum { HALF = PANEL / 2 };
+typedef struct unfinished unfinished;
+struct unfinished {
+    int32_t sums[2][ROW_GROUP][HALF] __attribute__((aligned(64)));
+    int area; /* of the next product */
+    const int32_t *next;
+    const float *scale;
+    int64_t at, channel, left;
+    __mmask16 mask[2];
+    void (*finish)(const linear_job *job, unfinished *wait, int64_t rows);
+};
+
+/* Finishes so many rows of what waits. `usual`, a constant, says that y is float32 and 32 channels are there. */
+static inline __attribute__((always_inline)) void finish_rows(const linear_job *job, int usual, int activation,
+                                                              unfinished *wait, int64_t rows) {
+    output out = job->out;
+    out.activation = activation;
+    if (usual) out.dtype = FLOAT32;
+    const int32_t *sums = wait->next;
+    const int64_t at = wait->at, channel = wait->channel;
+    __mmask16 mask[2];
+    __m512 weight_scale[2], bias[2];
+    __m512i correction[2];
+    for (int v = 0; v < 2; v++) {
+        mask[v] = usual ? 0xffff : wait->mask[v];
+        correction[v] = _mm512_loadu_si512(job->correction + channel + v * LANES);
+        weight_scale[v] = _mm512_maskz_loadu_ps(mask[v], job->weight_scale + channel + v * LANES);
+        /* Adding -0 changes nothing. */
+        bias[v] = out.bias ? _mm512_maskz_loadu_ps(mask[v], out.bias + channel + v * LANES) : _mm512_set1_ps(-0.0f);
+    }
+    for (int64_t r = 0; r < rows; r++, sums += HALF) {
+        const __m512 row_scale = _mm512_set1_ps(wait->scale[r]);
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) {
+            const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + v * LANES), correction[v]);
+            __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), row_scale), weight_scale[v]);
+            finish_vector(&out, _mm512_add_ps(y, bias[v]), at + r * out.n + v * LANES, mask[v]);
+        }
+    }
+    wait->next = sums;
+    wait->scale += rows;
+    wait->at = at + rows * out.n;
+    wait->left -= rows;
+}
+
+typedef void (*finish_function)(const linear_job *job, unfinished *wait, int64_t rows);
+static void finish_usual(const linear_job *job, unfinished *wait, int64_t rows) {
+    finish_rows(job, 1, ACT_NONE, wait, rows);
+}
+static void finish_gelu(const linear_job *job, unfinished *wait, int64_t rows) {
+    finish_rows(job, 1, ACT_GELU, wait, rows);
+}
+static void finish_any(const linear_job *job, unfinished *wait, int64_t rows) {
+    finish_rows(job, 0, job->out.activation, wait, rows);
+}
+static finish_function finish_for(const output *out, int64_t channel) {
+    if (out->dtype != FLOAT32 || channel + HALF > out->n) return finish_any;
+    return out->activation == ACT_NONE ? finish_usual : out->activation == ACT_GELU ? finish_gelu : finish_any;
+}
+
+/* Sums of 16 or 32 rows and half a panel, over `blocks` blocks of 64 k, on top of those that are there unless `fresh`.
+   After each block, `rows` rows of what waits are finished. */
+static inline __attribute__((always_inline)) void add_blocks(int tall, int fresh, const uint8_t *x,
+                                                             int64_t x_stride, const int8_t *panel, int64_t blocks,
+                                                             int32_t *sums, const linear_job *job, unfinished *wait,
+                                                             int64_t rows) {
+    const int64_t row = HALF * 4;
+    int32_t *below = sums + AMX_ROWS * HALF;
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (tall) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, sums, row);
+        _tile_loadd(1, sums + AMX_CHANNELS, row);
+        if (tall) {
+            _tile_loadd(2, below, row);
+            _tile_loadd(3, below + AMX_CHANNELS, row);
+        }
+    }
+    for (int64_t b = 0; b < blocks; b++, x += AMX_BYTES, panel += K_STEP * PANEL) {
+        _tile_loadd(6, panel, AMX_BYTES);
+        _tile_loadd(4, x, x_stride);
+        _tile_dpbusd(0, 4, 6);
+        _tile_loadd(7, panel + AMX_TILE, AMX_BYTES);
+        _tile_dpbusd(1, 4, 7);
+        if (tall) {
+            _tile_loadd(5, x + AMX_ROWS * x_stride, x_stride);
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+        }
+        if (wait->left) wait->finish(job, wait, rows < wait->left ? rows : wait->left);
+    }
+    _tile_stored(0, sums, row);
+    _tile_stored(1, sums + AMX_CHANNELS, row);
+    if (tall) {
+        _tile_stored(2, below, row);
+        _tile_stored(3, below + AMX_CHANNELS, row);
     }
 }
 
-/* Multiplies `rows` rows, whose quantised form begins at q, by the panel that begins at `channel`. */
+static void multiply_half(const linear_job *job, const uint8_t *q, int64_t rows, const int8_t *panel, unfinished *wait) {
+    enum { CACHED_BLOCKS = 8 };
+    const int64_t blocks = round_up(job->k, K_STEP) / K_STEP, tiles = round_up(rows, 2 * AMX_ROWS) / (2 * AMX_ROWS);
+    const int64_t each = (wait->left + blocks * tiles - 1) / (blocks * tiles);
+    for (int64_t first = 0; first < blocks; first += CACHED_BLOCKS) {
+        const int64_t count = blocks - first < CACHED_BLOCKS ? blocks - first : CACHED_BLOCKS;
+        const int8_t *w = panel + first * K_STEP * PANEL;
+        for (int64_t i = 0; i < rows; i += 2 * AMX_ROWS) {
+            const uint8_t *x = q + i * job->q_stride + first * K_STEP;
+            int32_t *sums = wait->sums[wait->area][i];
+            if (rows - i > AMX_ROWS)
+                add_blocks(1, !first, x, job->q_stride, w, count, sums, job, wait, each);
+            else
+                add_blocks(0, !first, x, job->q_stride, w, count, sums, job, wait, each);
+        }
+    }
+}
+
+/* Up to ROW_GROUP rows, of which the sums then wait. Half a panel of so many k stays in the first-level cache while the
+   rows pass. */
+static void multiply_tiles(const linear_job *job, const uint8_t *q, const float *scale, int64_t row, int64_t rows,
+                           int64_t first_channel, unfinished *wait) {
+    const int8_t *panel = job->packed + first_channel * round_up(job->k, K_STEP);
+    AMX_WRITTEN();
+    for (int64_t channel = first_channel; channel < first_channel + PANEL && channel < job->out.n;
+         channel += HALF, panel += HALF * K_STEP) {
+        multiply_half(job, q, rows, panel, wait);
+        const int64_t channels = job->out.n - channel;
+        wait->next = wait->sums[wait->area][0];
+        wait->scale = scale;
+        wait->at = row * job->out.n + channel;
+        wait->channel = channel;
+        wait->left = rows;
+        wait->mask[0] = first_channels(channels);
+        wait->mask[1] = first_channels(channels < LANES ? 0 : channels - LANES);
+        wait->finish = finish_for(&job->out, channel);
+        wait->area ^= 1;
+    }
+}
+
+static void begin_waiting(unfinished *wait) { wait->area = 0, wait->left = 0; }
+static void finish_rest(const linear_job *job, unfinished *wait) {
+    if (wait->left) wait->finish(job, wait, wait->left);
+}
+#else
+typedef int unfinished; /* nothing ever waits */
+static void begin_waiting(unfinished *wait) { (void)wait; }
+static void finish_rest(const linear_job *job, unfinished *wait) { (void)job, (void)wait; }
+#endif
+
+/* Multiplies up to ROW_GROUP rows, whose quantised form begins at q, by the panel that begins at `channel`. What waits
+   then needs q no more, but `scale`. */
 static void multiply_group(const linear_job *job, const uint8_t *q, const float *scale, int64_t row, int64_t rows,
-                           int64_t channel) {
-    const int64_t steps = round_up(job->k, 4) / 4, q_stride = steps * 4;
-    const int8_t *panel = job->packed + channel * q_stride;
+                           int64_t channel, unfinished *wait) {
+    const int64_t steps = round_up(job->k, 4) / 4, q_stride = job->q_stride;
+    const int8_t *panel = job->packed + channel * round_up(job->k, K_STEP);
+#if defined(__AMX_INT8__)
+    if (rows > FEW_ROWS) {
+        multiply_tiles(job, q, scale, row, rows, channel, wait);
+        return;
+    }
+#endif
+    (void)wait;
     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
         int32_t sums[TILE_ROWS][PANEL];
         int count = (int)(rows - i < TILE_ROWS ? rows - i : TILE_ROWS);
@@ -149,44 +352,59 @@ static void multiply_group(const linear_job *job, const uint8_t *q, const float 
     }
 }
 
-/* The next rows of the calling thread in BY_ROWS, whole tiles: many at first, fewer when little is left, so that the threads
-   end together. Returns the first row, and m or more when all are taken. */
-static int64_t take_rows(const linear_job *job, int threads, int64_t *rows) {
-    const int64_t tiles = (job->m + TILE_ROWS - 1) / TILE_ROWS, most = job->block / TILE_ROWS;
-    int64_t first = __atomic_load_n(&job->units->taken[0], __ATOMIC_RELAXED), count;
-    do {
-        count = (tiles - first) / (2 * threads);
-        count = count > most ? most : count < 1 ? 1 : count;
-    } while (first < tiles && !__atomic_compare_exchange_n(&job->units->taken[0], &first, first + count, 1,
-                                                           __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-    const int64_t row = first * TILE_ROWS, left = job->m - row;
-    *rows = count * TILE_ROWS < left ? count * TILE_ROWS : left;
-    return row;
+/* The next rows of the calling thread in BY_ROWS, whole units. Each thread begins with its own part, which may still be in
+   its cache from the operator before, and helps the others then. Many at first, fewer when little is left, so that the
+   threads end together. Returns the first row, and m or more when all are taken. */
+static int64_t take_rows(const linear_job *job, int number, int threads, int64_t *rows) {
+    const int64_t all = (job->m + UNIT_ROWS - 1) / UNIT_ROWS, most = job->block / UNIT_ROWS;
+    for (int i = 0; i < threads; i++) {
+        const int whose = (number + i) % threads;
+        const int64_t begin = whose * all / threads, units = (whose + 1) * all / threads - begin;
+        int64_t first = __atomic_load_n(&job->taken[whose], __ATOMIC_RELAXED), count;
+        do {
+            count = (units - first) / 2;
+            count = count > most ? most : count < 1 ? 1 : count;
+        } while (first < units && !__atomic_compare_exchange_n(&job->taken[whose], &first, first + count, 1,
+                                                               __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+        if (first >= units) continue;
+        const int64_t row = (begin + first) * UNIT_ROWS, left = job->m - row;
+        *rows = count * UNIT_ROWS < left ? count * UNIT_ROWS : left;
+        return row;
+    }
+    return job->m;
 }
 
 static void linear_by_rows(const linear_job *job, int number, int threads) {
-    uint8_t *q = job->q + number * job->block * round_up(job->k, 4);
+    uint8_t *q = job->q + number * ISA_NAME(tw_int8_rows)(job->block) * job->q_stride;
     float *scale = job->scale + number * job->block;
+    unfinished wait;
+    begin_waiting(&wait);
     int64_t rows;
-    for (int64_t row = take_rows(job, threads, &rows); row < job->m; row = take_rows(job, threads, &rows)) {
-        quantize_rows(job, row, 0, rows, q, scale);
+    for (int64_t row = take_rows(job, number, threads, &rows); row < job->m;
+         row = take_rows(job, number, threads, &rows)) {
+        quantize_part(job, row, 0, rows, q, scale);
         for (int64_t channel = 0; channel < job->out.n; channel += PANEL)
-            multiply_group(job, q, scale, row, rows, channel);
+            for (int64_t i = 0; i < rows; i += ROW_GROUP)
+                multiply_group(job, q + i * job->q_stride, scale + i, row + i, rows - i < ROW_GROUP ? rows - i : ROW_GROUP,
+                               channel, &wait);
+        finish_rest(job, &wait);
     }
 }
 
 static void linear_by_panels(const linear_job *job, int number, int threads) {
-    const int64_t q_stride = round_up(job->k, 4), panels = (job->out.n + PANEL - 1) / PANEL;
+    const int64_t q_stride = job->q_stride, panels = (job->out.n + PANEL - 1) / PANEL;
     const int own = job->sharing == ALL;
-    uint8_t *q = job->q + (own ? number * job->m * q_stride : 0);
+    uint8_t *q = job->q + (own ? number * ISA_NAME(tw_int8_rows)(job->m) * q_stride : 0);
     float *scale = job->scale + (own ? number * job->m : 0);
+    unfinished wait;
+    begin_waiting(&wait);
     for (int64_t first = 0, round = 0; first < job->m; first += job->block, round++) {
         int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin = 0, end = rows;
         if (!own) {
             tw_share(rows, &begin, &end);
             if (!number) tw_refill(job->units, round);
         }
-        quantize_rows(job, first, begin, end, q, scale);
+        quantize_part(job, first, begin, end, q, scale);
         if (!own) tw_barrier();
         const int64_t groups = (rows + ROW_GROUP - 1) / ROW_GROUP, units = panels * groups;
         const int64_t step = panels >= 8 * threads ? groups : 1; /* a panel stays in the cache of one core */
@@ -194,8 +412,9 @@ static void linear_by_panels(const linear_job *job, int number, int threads) {
             for (int64_t unit = taken; unit < taken + step; unit++) {
                 int64_t row = unit % groups * ROW_GROUP, left = rows - row;
                 multiply_group(job, q + row * q_stride, scale + row, first + row, left < ROW_GROUP ? left : ROW_GROUP,
-                               unit / groups * PANEL);
+                               unit / groups * PANEL, &wait);
             }
+        finish_rest(job, &wait);
         if (first + job->block < job->m) tw_barrier(); /* the next block overwrites q */
     }
 }
@@ -204,17 +423,23 @@ static void linear_part(void *data) {
     const linear_job *job = data;
     int number, threads;
     tw_team(&number, &threads);
+#if defined(__AMX_INT8__)
+    if (job->m > FEW_ROWS) amx_begin();
+#endif
     if (job->sharing == BY_ROWS)
         linear_by_rows(job, number, threads);
     else
         linear_by_panels(job, number, threads);
+#if defined(__AMX_INT8__)
+    if (job->m > FEW_ROWS) amx_end();
+#endif
 }
 
 /* packed, correction: from pack. x: [m, k] in the format `dtype`, rows x_stride elements apart; y and residual (or NULL):
    [m, n], contiguous, in the same format. weight_scale, bias (or NULL): float32 [n]. channel_scale: float32 [k] or NULL.
-   block: rows quantised at a time, all m if `sharing` is ALL. q: scratch of block * (k rounded up to 4) bytes, scale: scratch
-   of block floats; both for each thread unless `sharing` is TOGETHER. Returns 0, or 1 for a format that this build cannot
-   read. */
+   block: rows quantised at a time, all m if `sharing` is ALL. q: scratch of tw_int8_rows(block) * tw_int8_row_bytes(k)
+   bytes, scale: scratch of block floats; both for each thread unless `sharing` is TOGETHER. Returns 0, or 1 for a format
+   that this build cannot read. */
 EXPORT int ISA_NAME(tw_int8_linear)(const int8_t *packed, const int32_t *correction, int64_t n, int64_t k,
                                     const float *weight_scale, const float *bias, const float *channel_scale,
                                     const void *x, int dtype, int64_t m, int64_t x_stride, const void *residual,
@@ -223,8 +448,10 @@ EXPORT int ISA_NAME(tw_int8_linear)(const int8_t *packed, const int32_t *correct
     if (dtype == FLOAT16 && !HAS_FLOAT16) return 1;
     output out = {bias, residual, activation, y, dtype, n};
     tw_queue units = {{0, 0}};
-    linear_job job = {packed, correction, k, weight_scale, channel_scale, x, m, x_stride, out, q, scale, block, sharing,
-                      &units};
+    int64_t taken[threads];
+    memset(taken, 0, sizeof taken);
+    linear_job job = {packed, correction, k, ISA_NAME(tw_int8_row_bytes)(k), weight_scale, channel_scale, x, m, x_stride,
+                      out, q, scale, block, sharing, &units, taken};
     tw_parallel(linear_part, &job, threads);
     return 0;
 }

@@ -28,7 +28,7 @@ _TOGETHER, _ALL, _ROWS = range(3)
 #: Bytes of a weight that stays in a core's second-level cache beside the rows that pass through.
 _CACHED_WEIGHT = 768 << 10
 #: Rows for each thread from which on threads take rows, and how many they take at once.
-_ROWS_FOR_EACH, _ROWS_AT_ONCE = 24, 48
+_ROWS_FOR_EACH, _ROWS_AT_ONCE = 24, 64
 
 
 def why_not(problem: Problem) -> str | None:
@@ -118,7 +118,8 @@ def prepare_int8(
     values, correction = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
     weight_scale, bias, channel_scale = weight_scale.contiguous(), _floats(bias), _floats(channel_scale)
     fixed = (values.data_ptr(), correction.data_ptr(), n, k, weight_scale.data_ptr(), _address(bias))
-    channels, activated, stride = _address(channel_scale), native.ACTIVATIONS[activation], -(-k // 4) * 4
+    channels, activated, stride = _address(channel_scale), native.ACTIVATIONS[activation], _kernel("int8_row_bytes")(k)
+    scratch_rows = _kernel("int8_rows")
     kept = (values, correction, weight_scale, bias, channel_scale)
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:
@@ -132,7 +133,7 @@ def prepare_int8(
             sharing, block = _ROWS, _ROWS_AT_ONCE
         else:
             sharing, block = _TOGETHER, min(m, max(1, _BLOCK_BYTES // stride))
-        held = block if sharing == _TOGETHER else block * threads
+        parts = 1 if sharing == _TOGETHER else threads
         function(
             *fixed,
             channels,
@@ -143,8 +144,8 @@ def prepare_int8(
             _address(residual),
             activated,
             y.data_ptr(),
-            scratch((held * stride,), torch.uint8, "quantized").data_ptr(),
-            scratch((held,), torch.float32, "row scale").data_ptr(),
+            scratch((parts * scratch_rows(block) * stride,), torch.uint8, "quantized").data_ptr(),
+            scratch((parts * block,), torch.float32, "row scale").data_ptr(),
             block,
             sharing,
             threads,

@@ -30,6 +30,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "conv_int8": (),
     "quantize_rows": (_POINTER, _NUMBER, *[_COUNT] * 3, _POINTER, _NUMBER, *[_POINTER] * 2, _NUMBER),
     "int8_packed_bytes": (_COUNT, _COUNT),
+    "int8_row_bytes": (_COUNT,),
+    "int8_rows": (_COUNT,),
     "panel": (),
     "int8_pack": (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER),
     "int8_linear": (
@@ -83,6 +85,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
 _COUNTS = (
     "panel",
     "int8_packed_bytes",
+    "int8_row_bytes",
+    "int8_rows",
     "int4_packed_bytes",
     "int4_scales",
     "weight_only_element",
@@ -112,6 +116,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     for isa in [wanted] if wanted else build.isas():
         if (wanted or isa != "portable") and library.tw_supports(isa.encode()):
             return library, isa
+    if wanted and not library.tw_has(wanted.encode()):
+        raise ValueError(f"TILEWRIGHT_CPU_ISA={wanted}: the compiler that built the C kernels did not know it")
     if wanted:
         raise ValueError(f"TILEWRIGHT_CPU_ISA={wanted}: this processor cannot execute it")
     return None, "this processor has none of the instruction sets that the C kernels are built for"

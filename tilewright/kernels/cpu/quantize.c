@@ -16,9 +16,10 @@ static void quantize_part(void *data) {
     const quantize_job *job = data;
     int64_t begin, end;
     tw_share(job->rows, &begin, &end);
-    for (int64_t row = begin; row < end; row++)
-        job->scale[row] = quantize_row(job->x, job->dtype, row * job->row_stride, job->columns, job->channel_scale,
-                                       job->zero_point, job->q + row * job->columns);
+    const int64_t element = job->dtype == FLOAT32 ? 4 : 2;
+    quantize_rows((const char *)job->x + begin * job->row_stride * element, job->dtype, end - begin, job->row_stride,
+                  job->columns, job->channel_scale, job->zero_point, job->q + begin * job->columns, job->columns,
+                  job->scale + begin);
 }
 
 /* x [rows, columns]: its rows lie row_stride elements apart, their columns side by side. channel_scale: [columns] or
