@@ -23,7 +23,9 @@ from tilewright.aot.specialize import specialize
 from tilewright.aot.targets import Target
 from tilewright.kernels.int4_int8_linear import triton_fused as int4_int8_fused
 from tilewright.kernels.int4_int8_linear.triton_fused import Int4Int8Config
+from tilewright.kernels.int4_linear import fragments as int4_fragment_order
 from tilewright.kernels.int4_linear import triton_dequantize
+from tilewright.kernels.int4_linear import triton_fragments as int4_fragments
 from tilewright.kernels.int4_linear import triton_fused as int4_fused
 from tilewright.kernels.int4_linear.layout import kernel_order
 from tilewright.kernels.int8_linear import triton_swapped as int8_swapped
@@ -157,6 +159,13 @@ def _plan_int4(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> lis
     )
 
 
+def _plan_int4_fragments(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+    weight = (a[name] for name in ("weight_packed", "weight_scale", "weight_zero", "group_size"))
+    order = int4_fragment_order.fragment_order(*weight, a["x"].shape[1], a["compute_dtype"] or a["x"].dtype)
+    end = {"activation": a["activation"], "config": config, "inline_ptx": inline_ptx}
+    return int4_fragments.plan_fragments(a["x"], order, a["bias"], a["residual"], *out, **end)
+
+
 def _plan_int4_int8(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
     q, scale = quantize_per_row(a["x"])
     return int4_int8_fused.plan_int4_int8_linear(
@@ -215,6 +224,7 @@ _INT8_SWAPPED = (int8_swapped, int8_swapped.SwappedConfig, _plan_int8(int8_swapp
 _INT8_TILE = (int8_tile, int8_tile.TileConfig, _plan_int8(int8_tile.plan_tile))
 _INT8_WEIGHT_ONLY = (int8_weight_only_swapped, int8_weight_only_swapped.SwappedConfig, _plan_int8_weight_only)
 _DEQUANTIZE = (triton_dequantize, triton_dequantize.DequantizeConfig, _plan_dequantize, _dense_weight)
+_INT4_FRAGMENTS = (int4_fragments, int4_fragments.FragmentConfig, _plan_int4_fragments)
 _SPARSE24_UNPACK = (sparse24_unpack, sparse24_unpack.UnpackConfig, sparse24_unpack.plan_unpack, _step_weight)
 _SPARSE24_FRAGMENTS = (
     sparse24_fragments,
@@ -231,6 +241,7 @@ FAMILIES = (
     _family("int8_weight_only_linear swapped", "int8_weight_only_linear", *_INT8_WEIGHT_ONLY),
     _family("int4_linear dequantize", "int4_linear", *_DEQUANTIZE),
     _family("int4_linear fused", "int4_linear", int4_fused, int4_fused.FusedConfig, _plan_int4),
+    _family("int4_linear mma.sync", "int4_linear", *_INT4_FRAGMENTS),
     *(_sparse24_family(f"{op} unpacked", op, *_SPARSE24_UNPACK) for op in sparse24_unpack.KINDS),
     _sparse24_family("sparse24_linear mma.sp", "sparse24_linear", *_SPARSE24_FRAGMENTS),
     _sparse24_family("sparse24_int8_linear mma.sp", "sparse24_int8_linear", *_SPARSE24_FRAGMENTS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ GROUPS: tuple[dict[str, Any], ...] = (
     {"group_size": 32, "symmetric": False},
     {"group_size": 64, "symmetric": False, "activation": "gelu"},
     {"group_size": None, "activation": "silu", "residual": True},
+)
+#: For a kernel that takes units of 64 columns.
+FRAGMENT_GROUPS = tuple(
+    {**options, "group_size": size} for options, size in zip(GROUPS, (128, 128, 64, None), strict=True)
 )
 ENDS: tuple[dict[str, Any], ...] = (
     {"bias": False},
@@ -122,12 +127,14 @@ def test_every_config(family: Any, config: Any) -> None:
         k = config.block_k - 11 if config.one_block else config.block_k + 333
         wanted = [Shape(config.rows + 1, 0, k, dtype) for dtype in DTYPES]
     else:
-        options = GROUPS if family.op.startswith("int4") else ENDS
+        is_sparse, has_units = family.name.startswith("sparse24"), family.name == "int4_linear mma.sync"
+        options = FRAGMENT_GROUPS if has_units else GROUPS if family.op.startswith("int4") else ENDS
         m, n = getattr(config, "block_m", 8) + 3, getattr(config, "block_n", 64) + 9
-        is_sparse = family.name.startswith("sparse24")
-        depths = (384, 512, 256) if is_sparse else (299, 512, 300)
+        depths = (384, 512, 256) if is_sparse or has_units else (299, 512, 300)
         wanted = [Shape(m, n, k, dtype, **end) for k, dtype, end in zip(depths, DTYPES, options[1:], strict=False)]
-        if is_sparse:  # float32 is not for the tensor cores
+        if has_units:  # float32 is not for the tensor cores
+            wanted = [replace(shape, m=m - 4) for shape in wanted if shape.dtype != torch.float32]
+        if is_sparse:
             wanted = [shape for shape in wanted if family.why_not(problem_of(family.op, shape)) is None]
     for shape in wanted:
         arguments = make_arguments(family.op, shape)

@@ -33,6 +33,10 @@ GROUPS: tuple[dict[str, Any], ...] = (
 SPARSE_GROUPS = tuple(
     {**options, "group_size": size} for options, size in zip(GROUPS, (128, 256, 128, None), strict=True)
 )
+#: For units of 64 columns.
+FRAGMENT_GROUPS = tuple(
+    {**options, "group_size": size} for options, size in zip(GROUPS, (128, 64, 192, None), strict=True)
+)
 ENDS: tuple[dict[str, Any], ...] = (
     {"bias": False},
     {"activation": "relu", "residual": True},
@@ -56,6 +60,8 @@ def shapes_of(family: Family, config: Any, turn: int) -> list[Shape]:
     options = GROUPS if family.op.startswith("int4") else ENDS
     if family.op == "sparse24_int4_linear":
         options = SPARSE_GROUPS
+    if family.name == "int4_linear mma.sync":
+        options = FRAGMENT_GROUPS
     m, n = getattr(config, "block_m", 8), getattr(config, "block_n", 64)
     splits = max(getattr(config, "split_k", 1), getattr(config, "splits", 1))
     whole_k = 256 * max(splits, 2)
@@ -64,6 +70,8 @@ def shapes_of(family: Family, config: Any, turn: int) -> list[Shape]:
         # Steps of up to 512 columns, each a part of its own; mma.sp takes nothing but units of 128.
         odd = (384, 128) if "mma.sp" in family.name else (299, 75)
         sizes = ((m, 2 * n, 512 * splits), (m + 3, n + 9, 512 + odd[0]), (1, n - 7, odd[1]))
+    if family.name == "int4_linear mma.sync":
+        sizes = ((m, 2 * n, 512 * splits), (m - 3, n + 9, 832), (1, n - 7, 64))
     return [
         Shape(*size, dtype, **options[(turn + i) % len(options)])
         for i, (size, dtype) in enumerate(zip(sizes, dtypes_from(turn), strict=True))

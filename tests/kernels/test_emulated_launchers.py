@@ -113,6 +113,23 @@ def test_sparse_operators(op: str, module: str, rows: int, columns: int, gpu: li
     check(op, y[0], arguments)
 
 
+@pytest.mark.parametrize("rows, columns, group_size", [(7, 320, 64), (3, 128, 128)])
+def test_int4_in_fragment_order(rows: int, columns: int, group_size: int, gpu: list[str]) -> None:
+    """Which takes only rows of a multiple of 64 columns, and scales of 16 bits."""
+    shape = Shape(rows, 75, columns, torch.bfloat16, group_size=group_size, symmetric=False, residual=True)
+    arguments = make_arguments("int4_linear", shape)
+    given = {**arguments, "x": spread(arguments["x"]), "residual": arguments["residual"].t().contiguous().t()[None]}
+    run = launcher("int4_linear.triton_fragments", "int4_linear")
+    clean = run(**given)
+    assert clean.shape == (1, rows, 75) and gpu[0] == "int4_fragment_kernel"
+    check("int4_linear", clean[0], arguments)
+    arguments["x"][1, 3], arguments["x"][2, 5] = torch.nan, torch.inf
+    y = run(**{**given, "x": spread(arguments["x"])})
+    assert not y[0, 1:3].isfinite().any()
+    rest = [row for row in range(rows) if row not in (1, 2)]
+    assert torch.equal(y[0, rest], clean[0, rest])
+
+
 @pytest.mark.parametrize("op", ["quantize_per_row", "rms_norm_quantize", "layer_norm_quantize"])
 def test_quantisers(op: str, gpu: list[str]) -> None:
     arguments = make_arguments(op, Shape(19, 0, 1001, torch.bfloat16))

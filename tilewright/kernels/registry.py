@@ -108,6 +108,7 @@ def register_all() -> None:
     _gpu("int8_weight_only_linear", "Triton, operands swapped", "triton_swapped")
     _gpu("int8_weight_only_linear", "Triton, dequantise and multiply", "triton_dequantize")
     _gpu("int8_weight_only_linear", "dequantise and multiply", "dequantize")
+    _gpu("int4_linear", "Triton, mma.sync", "triton_fragments")
     _gpu("int4_linear", "Triton, fused", "triton_fused")
     _gpu("int4_linear", "Triton, dequantise and multiply", "triton_dequantize")
     _gpu("int4_int8_linear", "Triton, dequantise and multiply", "triton_dequantize")

@@ -359,6 +359,7 @@ _PARTS: dict[str, tuple[tuple[str, Callable[[Problem], Problem]], ...]] = {
     "int8_weight_only_linear": (("int8_weight_only_linear.triton_swapped", lambda p: _weight_only(p)),),
     "int4_linear": (
         ("int4_linear.triton_fused", lambda p: p),
+        ("int4_linear.triton_fragments", lambda p: p),
         ("int4_linear.triton_dequantize", lambda p: p),
     ),
     "int4_int8_linear": (_QUANTIZE, ("int4_int8_linear.triton_fused", lambda p: p)),
