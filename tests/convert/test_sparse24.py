@@ -52,10 +52,13 @@ def test_presets_convert_report_and_revert(preset: str) -> None:
     torch.testing.assert_close(reverted[0](batches()[0]).relu(), converted[0](batches()[0]), rtol=0.05, atol=0.3)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @each_preset
-def test_the_report_says_where_2_4_does_not_pay_on_a_gpu(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_where_2_4_does_not_pay_on_a_gpu(
+    preset: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton", reason="Triton cannot be imported here")
-    gpu = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132}
+    gpu = {"device": "cuda", "capability": capability, "multiprocessors": 132}
     monkeypatch.setattr("tilewright.nn.quantized_linear.device_facts", lambda device: gpu)
     with torch.device("meta"):
         small, large = nn.Linear(384, 384), nn.Linear(4096, 4096)
@@ -66,12 +69,19 @@ def test_the_report_says_where_2_4_does_not_pay_on_a_gpu(preset: str, monkeypatc
     report = tw.report(tw.convert_model(model, preset, heads=True))
     ours, theirs = report.converted
     assert all(words.startswith("unpacked once, then dense") for words in ours.implementations.values())
-    assert theirs.implementations[1].startswith("Triton")
     assert theirs.implementations[256].startswith("unpacked once, then dense")
     reason = "kept dense: 2:4 does not pay for this shape"
     assert f"{reason} (384 x 384 weights are read as fast as a kernel is launched)" in report.to_markdown()
-    assert f"{reason} (beyond 64 rows multiplying takes longer than reading the weight)" in report.to_markdown()
-    assert not any(reason in words for words in theirs.declined[1])
+    if capability == (8, 0):
+        assert f"{reason} (beyond 64 rows multiplying takes longer than reading the weight)" in report.to_markdown()
+    else:
+        batches = {"sparse24": "beyond 8 rows", "sparse24-int8": "beyond 16 rows", "sparse24-int4": "for every batch"}
+        assert f"{reason} ({batches[preset]} dense was faster on an H200)" in report.to_markdown()
+    if (preset, capability) == ("sparse24-int4", (9, 0)):
+        assert theirs.implementations[1].startswith("unpacked once, then dense: Triton, mma.sync")
+    else:
+        assert theirs.implementations[1].startswith("Triton")
+        assert not any(reason in words for words in theirs.declined[1])
 
 
 def test_the_report_says_what_multiplies_on_a_cpu() -> None:

@@ -128,3 +128,13 @@ def test_nothing_outside_the_tensors_is_touched(config):
     out = guarded(torch.zeros(5, 21, dtype=torch.float16))
     launches = plan_swapped(*case, "none", torch.float32 if config.block_k == 32 else torch.float16, out, config)
     assert survives(lambda: [launch.run() for launch in launches])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_every_value_is_widened_and_nothing_else_touched(dtype):
+    n, k = 37, 3 * 256 + 5
+    weight = (torch.arange(n * k) % 256 - 128).to(torch.int8).reshape(n, k)
+    given, out = guarded(weight), guarded(torch.full((n, k), torch.nan, dtype=dtype))
+    assert len(range(0, n * k, triton_dequantize.BLOCK)) > 2
+    assert survives(triton_dequantize.plan_widen(given, out).run)
+    assert torch.equal(out, weight.to(dtype))

@@ -143,6 +143,10 @@ GROUPS = [
 ]
 
 
+#: What PyTorch itself multiplies.
+BY_LIBRARY = ("sparse24_linear", "unpacked once, then dense")
+
+
 def with_whole_rows(case: Case) -> Case:
     return case.with_(group_size=case.k) if case.group_size == -1 else case
 
@@ -172,10 +176,12 @@ def test_leading_dimensions_and_strides(op: str, name: str) -> None:
     assert torch.equal(call(lambda t: t.reshape(2, 3, 4, *t.shape[1:])), flat.view(2, 3, 4, -1))
     assert torch.equal(call(lambda t: t.t().contiguous().t()), flat)
     assert torch.equal(call(strided), flat)
+    # A library's sums may depend on where in the batch a row stands: MKL's do on processors with AMX.
+    moved = {"rtol": 1e-5, "atol": 1e-5} if (op, name) == BY_LIBRARY else {"rtol": 0, "atol": 0}
     middle = call(lambda t: t.reshape(4, 6, *t.shape[1:]).transpose(0, 1))
-    assert torch.equal(middle, flat.view(4, 6, -1).transpose(0, 1))
+    torch.testing.assert_close(middle, flat.view(4, 6, -1).transpose(0, 1), **moved)
     repeated = call(lambda t: t[:1].expand(24, *t.shape[1:]))
-    assert torch.equal(repeated, repeated[:1].expand_as(repeated))
+    torch.testing.assert_close(repeated, repeated[:1].expand_as(repeated), **moved)
     single = {key: value[5] for key, value in inputs.items()}
     assert function(**arguments | single).shape == (case.n,)
     assert_close_as_plain(function(**arguments | single), plain(case, arguments)[5], float64(case, arguments)[5])

@@ -36,6 +36,7 @@ LINEAR = (
     ("int8_linear", "int8_linear.triton_swapped", 5),
     ("int8_linear", "int8_linear.triton_tile", 70),
     ("int8_weight_only_linear", "int8_weight_only_linear.triton_swapped", 19),
+    ("int8_weight_only_linear", "int8_weight_only_linear.triton_dequantize", 70),
     ("int4_linear", "int4_linear.triton_fused", 9),
     ("int4_linear", "int4_linear.triton_dequantize", 70),
     ("int4_int8_linear", "int4_int8_linear.triton_fused", 9),

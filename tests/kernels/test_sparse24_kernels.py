@@ -23,6 +23,7 @@ from tilewright.kernels.sparse24_linear import cusparselt, fragments, gate, layo
 BY_NAME = {family.name: family for family in FAMILIES}
 each_family = pytest.mark.parametrize("name", ["sparse24_linear mma.sp", "sparse24_int8_linear mma.sp"])
 GPU: dict[str, Any] = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132}
+A100: dict[str, Any] = {"device": "cuda", "capability": (8, 0), "multiprocessors": 108}
 
 
 def two_of_four(n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,16 +179,28 @@ def test_a_weight_that_is_not_aligned_is_refused() -> None:
 
 
 # ---- who serves
-@pytest.mark.parametrize("op", ["sparse24_linear", "sparse24_int8_linear"])
-def test_small_batches_go_to_the_sparse_instruction_and_others_by_the_gate(op: str) -> None:
-    served = {m: route(Problem(op, m, 4096, 4096, torch.bfloat16, **GPU)).name for m in (1, 16, 17, 64, 65)}
-    assert served == {
+@pytest.mark.parametrize("op, most", gate.FRAGMENT_ROWS.items())
+def test_small_batches_go_to_the_sparse_instruction_and_others_by_the_gate(op: str, most: int) -> None:
+    rows = (1, most, most + 1, 64, 65)
+    by_arithmetic = {m: route(Problem(op, m, 4096, 4096, torch.bfloat16, **A100)).name for m in rows}
+    assert by_arithmetic == {
         1: "Triton, mma.sp",
-        16: "Triton, mma.sp",
-        17: "Triton, unpacked in registers",
+        most: "Triton, mma.sp",
+        most + 1: "Triton, unpacked in registers",
         64: "Triton, unpacked in registers",
         65: "unpacked once, then dense",
     }
+    measured = {m: route(Problem(op, m, 4096, 4096, torch.bfloat16, **GPU)).name for m in rows}
+    assert measured == {m: "Triton, mma.sp" if m <= most else "unpacked once, then dense" for m in rows}
+
+
+def test_int4_is_unpacked_in_registers_where_nobody_has_measured_it() -> None:
+    for m in (1, 64):
+        problem = Problem("sparse24_int4_linear", m, 4096, 4096, torch.bfloat16, group_size=128, **A100)
+        assert route(problem).name == "Triton, unpacked in registers"
+    decision = route(Problem("sparse24_int4_linear", 1, 4096, 4096, torch.bfloat16, group_size=128, **GPU))
+    assert decision.name == "unpacked once, then dense"
+    assert "kept dense: 2:4 does not pay for this shape (for every batch dense" in str(decision)
 
 
 @pytest.mark.parametrize("op", ["sparse24_linear", "sparse24_int8_linear", "sparse24_int4_linear"])
@@ -201,13 +214,13 @@ def test_what_2_4_does_not_pay_for_is_kept_dense_in_words(op: str, m: int, n: in
 
 def test_what_another_kernel_serves_is_not_called_dense() -> None:
     for m in (1, 16, 17, 64):
-        decision = route(Problem("sparse24_linear", m, 4096, 4096, torch.bfloat16, **GPU))
+        decision = route(Problem("sparse24_linear", m, 4096, 4096, torch.bfloat16, **A100))
         assert decision.name.startswith("Triton")
         assert not any(gate.KEPT_DENSE in reason for _, reason in decision.declined)
 
 
 def test_int4_groups_that_cut_a_block_and_other_dtypes_are_served_by_others() -> None:
-    problem = Problem("sparse24_int4_linear", 4, 4096, 4096, torch.bfloat16, group_size=64, **GPU)
+    problem = Problem("sparse24_int4_linear", 4, 4096, 4096, torch.bfloat16, group_size=64, **A100)
     assert "groups of 64 columns" in str(route(problem))
     problem = Problem("sparse24_linear", 4, 4096, 4096, torch.float32, **GPU)
     assert route(problem).name == "unpacked once, then dense"
@@ -255,7 +268,7 @@ def test_the_vendors_product_takes_large_problems_where_it_is_there(monkeypatch:
     assert cusparselt.why_not(problem) is None
     assert cusparselt.why_cannot(problem.with_rows(64)) is None
     assert cusparselt.why_not(problem.with_rows(65)).startswith(gate.KEPT_DENSE)
-    assert cusparselt.why_not(problem.with_rows(64)) == "libraries are slower than dense below 512 rows"
+    assert cusparselt.why_not(problem.with_rows(8)) == "libraries are slower than dense below 512 rows"
     assert "multiples of 16" in str(
         cusparselt.why_not(Problem("sparse24_linear", 4096, 4097, 4096, torch.float16, **GPU))
     )

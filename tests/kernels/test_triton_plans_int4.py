@@ -22,7 +22,7 @@ H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132}
 B200 = {"device": "cuda", "capability": (10, 0), "multiprocessors": 148}
 MI300 = {"device": "cuda", "gpu_arch": "gfx942", "multiprocessors": 304}
 BATCHES = (1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 128, 129, 256)
-FAMILIES = (range(1, 17), range(17, 65), range(65, 257))
+FAMILIES = (range(1, 17), range(17, 65), range(65, 129), range(129, 257))
 
 
 def problem(op="int4_linear", m=16, n=4096, k=4096, x_dtype=torch.bfloat16, group_size=128, **facts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,9 @@ pytest.importorskip("triton")
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tilewright.aot.compiler import compile_launch
 from tilewright.kernels.int8_linear import triton_launch, triton_swapped, triton_tile
-from tilewright.kernels.int8_weight_only_linear import dequantize
+from tilewright.kernels.int8_weight_only_linear import dequantize, triton_dequantize
 from tilewright.kernels.int8_weight_only_linear import triton_swapped as weight_only
 from tilewright.kernels.norm_quantize import triton_norm_quantize
 from tilewright.kernels.problem import Problem
@@ -236,3 +238,17 @@ def test_a_batch_of_another_size_is_the_same_binary():
     assert [launch.constants for launch in small] == [launch.constants for launch in large]
     for launch in small:
         assert next(p for p in launch.kernel.params if p.name == "M").do_not_specialize
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_weight_is_widened_16_bytes_at_a_time(dtype: torch.dtype, target: str) -> None:
+    launch = triton_dequantize.plan_widen(meta(64, 4096), meta(64, 4096, dtype=dtype))
+    assert launch.grid == (64 * 4096 // triton_dequantize.BLOCK,)
+    compiled = compile_launch(launch, target)
+    each = triton_dequantize.BLOCK // (compiled.num_warps * compiled.target.warp_size * 16)
+    assert compiled.instructions.loads == {16: each}
+    if compiled.target.backend == "cuda":
+        assert len(re.findall(r"st\.global\.v4\.b32", compiled.ptx)) == 2 * each
+    assert compiled.spill_bytes == 0

@@ -42,6 +42,8 @@ REDUCE_BLOCK = 512
 MOST_STEPS_APART = 4
 #: The most rows of a batch that K is cut for as if it were one tile.
 MIDDLE_M = 64
+#: Rows beyond which there are three tiles of the batch at least.
+MANY_M = 128
 _Config = TypeVar("_Config", bound="TileConfig")
 
 
@@ -73,8 +75,13 @@ SHARED_SOURCES = tuple(
 
 
 def programs_for(problem: Problem) -> int:
-    """How many programs K is cut for: one for each multiprocessor, two while one tile holds the whole batch."""
-    return (2 if problem.m <= MIDDLE_M else 1) * (problem.multiprocessors or 132)
+    """How many programs K is cut for, were there one tile of rows: two for each multiprocessor while there is one, one
+    for up to two tiles, and half a one beyond, where the batch itself makes programs enough.
+    """
+    multiprocessors = problem.multiprocessors or 132
+    if problem.m > MANY_M:
+        return multiprocessors // 2
+    return (2 if problem.m <= MIDDLE_M else 1) * multiprocessors
 
 
 def tile_candidates(kind: type[_Config], problem: Problem) -> Iterator[_Config]:
