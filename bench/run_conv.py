@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.result_files import RESULTS, Row, about, merge, read_rows, slug, write_rows
-from bench.run import ROUNDS, in_words, interleaved, measure_gpu
+from bench.run import ROUNDS, ceilings_of_gpu, in_words, interleaved
 from tilewright.autotune.clock import GpuClock
 from tilewright.kernels.conv_geometry import ConvGeometry, oihw
 from tilewright.kernels.problem import Problem
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("no GPU here: torch.cuda.is_available() is False")
         return 1
     end = time.monotonic() + 60 * options.minutes
-    ceilings = measure_cpu() if options.device == "cpu" else measure_gpu(GpuClock(torch.device("cuda")))
+    ceilings = measure_cpu() if options.device == "cpu" else ceilings_of_gpu(GpuClock(torch.device("cuda")))
     name = "cpu" if options.device == "cpu" else slug(torch.cuda.get_device_name())
     path = RESULTS / f"conv_{name}.csv"
     rows = read_rows(path)

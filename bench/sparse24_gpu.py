@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from bench.problems import SPARSE, Shape, dense_weight, make_arguments, reference
 from bench.result_files import RESULTS, Row, about, slug, write_rows
-from bench.run import in_words, measure_gpu
+from bench.run import ceilings_of_gpu, in_words
 from tilewright.autotune.clock import Clock, CpuClock, GpuClock
 from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.roofline import Ceilings
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         device = torch.device("cuda", torch.cuda.current_device())
         gpu_clock = GpuClock(device)
-        clock, ceilings = gpu_clock, measure_gpu(gpu_clock)
+        clock, ceilings = gpu_clock, ceilings_of_gpu(gpu_clock)
     if options.quick:
         features, batches = features[:1], (1, 16, 512)
     rows: list[Row] = []
