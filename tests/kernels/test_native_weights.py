@@ -120,9 +120,15 @@ def test_result_depends_neither_on_the_batch_nor_on_threads(
 ):
     arguments = usual(op, compute_dtype=compute_dtype)
     whole, x = KERNELS[op](**arguments), arguments["x"]
-    for rows in (1, 5, 50):
-        parts = [KERNELS[op](**{**arguments, "x": part}) for part in x.split(rows)]
-        assert torch.equal(whole, torch.cat(parts)), rows
+
+    def in_parts(rows: int) -> torch.Tensor:
+        return torch.cat([KERNELS[op](**{**arguments, "x": part}) for part in x.split(rows)])
+
+    single = in_parts(1)
+    assert torch.equal(single, in_parts(5))
+    assert torch.equal(whole, in_parts(50))
+    # Tiles of floats add up in another order than vectors do.
+    assert torch.equal(whole, single) or (isa == "amx" and op != "int4_int8_linear")
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
@@ -165,3 +171,46 @@ def test_replacing_a_scale_is_noticed(isa: str, op: str, compute_dtype: torch.dt
 def test_declines_in_words(isa: str, op: str, options: dict[str, Any], words: str):
     problem = Problem(op, 4, 64, 64, torch.float32, **{"group_size": 32, **options})
     assert words in dict(route(problem).declined)["C kernel"]
+
+
+# ---- tiles of AMX, from 7 rows on
+@pytest.mark.parametrize("op", ["int4_linear", "int8_weight_only_linear"])
+@pytest.mark.parametrize("compute_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [32, 96, None])
+def test_products_are_exact_at_the_edges_of_tiles(
+    isa: str, op: str, compute_dtype: torch.dtype, group_size: int | None
+):
+    """Of x in as many bits as the format has: each of its parts must arrive, and at its own place."""
+    bits = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[compute_dtype]
+    for m, n, k in ((7, 1, 8), (8, 33, 31), (16, 64, 33), (17, 70, 512), (33, 31, 520), (49, 97, 1100), (271, 65, 600)):
+        case = Case(op, m=m, n=n, k=k, group_size=group_size or k, symmetric=False, compute_dtype=compute_dtype)
+        arguments = make(case.with_(bias=False))
+        arguments["weight_scale"].fill_(1)
+        # One number in each row of x, so that nothing is added up.
+        column = torch.arange(m) * 7 % k
+        value = torch.randint(-(2**bits) + 1, 2**bits, (m,)).float()
+        arguments["x"] = torch.zeros(m, k).scatter_(1, column[:, None], value[:, None])
+        if op == "int4_linear":
+            zero = arguments["weight_zero"]
+            weight = int4_int8.int4.unpack_centred(arguments["weight_packed"], zero, case.group_size, k)
+        else:
+            weight = arguments["weight"]
+        exact = value.double()[:, None] * weight.double()[:, column].t()
+        # A product of 24 bits and 8 is rounded once for each part of x.
+        rtol = 2.0**-22 if compute_dtype == torch.float32 else 0
+        torch.testing.assert_close(KERNELS[op](**arguments).double(), exact, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("op", ["int4_linear", "int8_weight_only_linear"])
+@pytest.mark.parametrize("m", [5, 9, 40])
+def test_a_bad_row_stays_bad_and_alone(isa: str, op: str, m: int):
+    arguments = make(Case(op, m=m, n=70, k=320, group_size=64, symmetric=False))
+    clean = KERNELS[op](**arguments)
+    x = arguments["x"]
+    x[1, 319], x[3, 7], x[4, 100] = math.inf, math.nan, -math.inf
+    x[3, 8] = torch.tensor(0x7F800001, dtype=torch.int32).view(torch.float32)  # no NaN in its upper half
+    y = KERNELS[op](**arguments)
+    bad = [1, 3, 4]
+    good = [row for row in range(m) if row not in bad]
+    assert torch.equal(y[good], clean[good])
+    assert not y[bad].isfinite().any()

@@ -45,6 +45,7 @@ HEADERS = (
     "epilogue.h",
     "nibbles.h",
     "weight_only_tile.h",
+    "weight_only_amx.h",
     "conv.h",
     "conv_vector.h",
     "vector.h",

@@ -17,8 +17,8 @@ from tilewright.kernels.problem import Problem
 
 #: Bytes of quantised activations that are multiplied before the next rows are quantised.
 _BLOCK_BYTES = 4 << 20
-#: Rows that a tile of the weight-only kernel takes at most.
-_TILE_ROWS = 12
+#: A multiple of the rows that a tile of the weight-only kernels takes, 12, and of those of AMX, 32.
+_TILE_ROWS = 96
 #: Below this many products a second thread costs more than it brings.
 _GRAIN = 32768
 #: Up to so many activations every thread quantises all of them, rather than wait until others have done their part.
@@ -306,7 +306,7 @@ def prepare_weight_only(
     """``weight_only_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into
     the tensors given here.
     """
-    function, element = _kernel("weight_only_linear"), _kernel("weight_only_element")
+    function, row_bytes_of = _kernel("weight_only_linear"), _kernel("weight_only_row_bytes")
     bits = 8 if weight.dtype == torch.int8 else 4
     n = weight.shape[0]
     groups = weight_scale.numel() // n
@@ -319,7 +319,7 @@ def prepare_weight_only(
     )
     bias = _floats(bias)
     fixed = (bits, values.data_ptr(), scale.data_ptr(), _address(zero), n, k, group_size, _address(bias))
-    activated, columns = native.ACTIVATIONS[activation], -(-k // 8) * 8
+    activated = native.ACTIVATIONS[activation]
     kept = (values, scale, zero, bias)
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:
@@ -327,7 +327,7 @@ def prepare_weight_only(
         y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
         residual = _residual(residual, y)
         compute = native.DTYPES[compute_dtype or x.dtype]
-        row_bytes = columns * element(compute)
+        row_bytes = row_bytes_of(compute, m, k, group_size)
         block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
         function(
             *fixed,

@@ -65,7 +65,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "attention": (_POINTER,),
     "sparse24_channels": (),
     "sparse24_linear": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 2, _NUMBER),
-    "weight_only_element": (_NUMBER,),
+    "weight_only_row_bytes": (_NUMBER, *[_COUNT] * 3),
     "weight_only_pack": (_NUMBER, *[_POINTER] * 3, *[_COUNT] * 3, *[_POINTER] * 3),
     "weight_only_linear": (
         _NUMBER,
@@ -89,7 +89,7 @@ _COUNTS = (
     "int8_rows",
     "int4_packed_bytes",
     "int4_scales",
-    "weight_only_element",
+    "weight_only_row_bytes",
     "attention_scratch",
     "sparse24_channels",
 )

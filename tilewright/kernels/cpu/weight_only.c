@@ -11,11 +11,13 @@
 
        int4: packed[panel][k / 8][channel] words, nibble t the column 2 t, nibble 4 + t the column 2 t + 1
        int8: packed[panel][k][channel] bytes, k rounded up to 8                       scale, zero: [panel][group][channel] */
+#include "amx.h"
 #include "epilogue.h"
 #include "nibbles.h"
 #include "parallel.h"
 
-enum { ROW_GROUP = 96, PART = 512 };
+/* FEW_ROWS: so many are multiplied without tiles. */
+enum { ROW_GROUP = 96, PART = 512, FEW_ROWS = 6 };
 
 static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -170,6 +172,10 @@ INLINE floats multiply_add_pairs(floats sum, floats w, const uint16_t *x) {
 #include "weight_only_tile.h"
 #endif
 
+#if defined(__AMX_BF16__)
+#include "weight_only_amx.h"
+#endif
+
 /* weight: [n, k / 8 rounded up] words as in tw_int4_pack (n x k bytes where bits is 8); weight_scale: [n, groups];
    weight_zero: as there, or NULL; all contiguous. packed: `bits` bytes for each word of eight columns of each channel, n
    rounded up to PANEL; scale and zero: for as many channels. zero: NULL where bits is 8. */
@@ -200,20 +206,24 @@ EXPORT int ISA_NAME(tw_weight_only_pack)(int bits, const void *weight, const flo
     return 0;
 }
 
-/* Bytes of one activation in the scratch rows, for a compute dtype. */
-EXPORT int64_t ISA_NAME(tw_weight_only_element)(int compute) {
+/* Bytes of a row of x in the scratch memory, where m rows are multiplied in the format `compute`. */
+EXPORT int64_t ISA_NAME(tw_weight_only_row_bytes)(int compute, int64_t m, int64_t k, int64_t group) {
+#if defined(__AMX_BF16__)
+    if (takes_tiles(m, k, group)) return terms_of(compute) * divide_up(k, TILE_K) * AMX_BYTES;
+#endif
+    (void)m, (void)group;
 #if defined(__AVX512BF16__)
-    if (compute == BFLOAT16) return 2;
+    if (compute == BFLOAT16) return divide_up(k, 8) * 8 * 2;
 #endif
     (void)compute;
-    return 4;
+    return divide_up(k, 8) * 8 * 4;
 }
 
 /* packed, scale, zero: from pack. x: [m, k] in the format `dtype`, rows x_stride elements apart; y and residual (or NULL):
    [m, n], contiguous, in the same format. group: columns that share a scale, a multiple of 8 or at least k. compute: the
    format that is multiplied. bias: float32 [n] or NULL. Scratch for `block` rows, which are converted at a time: rows of
-   block (rounded up to 12) * (k rounded up to 8) elements, row_sums of block * groups. Returns 0, or 1 for a format that this build cannot
-   read. */
+   block (rounded up to 12 and to 32) * tw_weight_only_row_bytes, row_sums of block * groups. Returns 0, or 1 for a format
+   that this build cannot read. */
 EXPORT int ISA_NAME(tw_weight_only_linear)(int bits, const uint8_t *packed, const float *scale, const uint8_t *zero,
                                            int64_t n, int64_t k, int64_t group, const float *bias, const void *x,
                                            int dtype, int compute, int64_t m, int64_t x_stride, const void *residual,
@@ -223,6 +233,17 @@ EXPORT int ISA_NAME(tw_weight_only_linear)(int bits, const uint8_t *packed, cons
     int64_t words = divide_up(k, 8), group_words = group < k ? group / 8 : words;
     int64_t groups = divide_up(words, group_words);
     output out = {bias, residual, activation, y, dtype, n};
+#if defined(__AMX_BF16__)
+    if (takes_tiles(m, k, group)) {
+        static const tw_body parts[2][3] = {{part4_tiles1, part4_tiles2, part4_tiles3},
+                                            {part8_tiles1, part8_tiles2, part8_tiles3}};
+        tw_queue units = {{0, 0}};
+        job_tiles job = {packed, scale, zero, k, words, group < k ? group : words * 8, groups, x, dtype, compute, m,
+                         x_stride, out, rows, block, &units};
+        tw_parallel(parts[bits == 8][terms_of(compute) - 1], &job, threads);
+        return 0;
+    }
+#endif
 #if defined(__AVX512BF16__)
     if (compute == BFLOAT16) {
         job_pairs job = {packed, scale, zero, n, k, words, group_words, groups, x, dtype, compute, m, x_stride, out,
