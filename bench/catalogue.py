@@ -30,6 +30,7 @@ from tilewright.kernels.int4_linear import triton_fused as int4_fused
 from tilewright.kernels.int4_linear.layout import kernel_order
 from tilewright.kernels.int8_linear import triton_swapped as int8_swapped
 from tilewright.kernels.int8_linear import triton_tile as int8_tile
+from tilewright.kernels.int8_weight_only_linear import triton_dequantize as int8_dequantize
 from tilewright.kernels.int8_weight_only_linear import triton_swapped as int8_weight_only_swapped
 from tilewright.kernels.norm_quantize import triton_norm_quantize
 from tilewright.kernels.problem import Problem
@@ -93,6 +94,11 @@ class Family:
         )
 
 
+@dataclass(frozen=True)
+class OneConfig:
+    """Of a kernel that is launched in one way."""
+
+
 def _rows_and_scales(a: Arguments) -> Outputs:
     x = a["x"]
     return x.new_full(x.shape, -128, dtype=torch.int8), x.new_full(x.shape[:1], torch.nan, dtype=torch.float32)
@@ -109,6 +115,11 @@ def _dense_weight(a: Arguments) -> Outputs:
     packed = a["weight_packed"]
     dtype = a["compute_dtype"] or a["x"].dtype
     return (torch.full((len(packed), 8 * packed.shape[1]), torch.nan, dtype=dtype, device=packed.device),)
+
+
+def _wide_weight(a: Arguments) -> Outputs:
+    dtype = a["compute_dtype"] or a["x"].dtype
+    return (torch.full(a["weight"].shape, torch.nan, dtype=dtype, device=a["weight"].device),)
 
 
 def _plan_quantize(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
@@ -134,6 +145,10 @@ def _plan_int8_weight_only(a: Arguments, out: Outputs, config: Any, inline_ptx: 
     names = ("x", "weight", "weight_scale", "bias", "residual", "activation")
     compute_dtype = a["compute_dtype"] or a["x"].dtype
     return int8_weight_only_swapped.plan_swapped(*(a[name] for name in names), compute_dtype, *out, config)
+
+
+def _plan_widen(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
+    return [int8_dequantize.plan_widen(a["weight"], *out)]
 
 
 def _plan_dequantize(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
@@ -239,6 +254,15 @@ FAMILIES = (
     _family("int8_linear swapped", "int8_linear_quantized", *_INT8_SWAPPED),
     _family("int8_linear tile", "int8_linear_quantized", *_INT8_TILE),
     _family("int8_weight_only_linear swapped", "int8_weight_only_linear", *_INT8_WEIGHT_ONLY),
+    Family(
+        "int8_weight_only_linear widen",
+        "int8_weight_only_linear",
+        [OneConfig()],
+        lambda problem: OneConfig(),
+        int8_dequantize.why_not,
+        _plan_widen,
+        _wide_weight,
+    ),
     _family("int4_linear dequantize", "int4_linear", *_DEQUANTIZE),
     _family("int4_linear fused", "int4_linear", int4_fused, int4_fused.FusedConfig, _plan_int4),
     _family("int4_linear mma.sync", "int4_linear", *_INT4_FRAGMENTS),
@@ -352,8 +376,9 @@ def _small_launch(family: Family, shape: Shape, config: Any, target: Target, ind
 
 
 def _small_shapes(family: Family, shape: Shape, config: Any) -> Iterator[tuple[Shape, ...]]:
-    """Problems of one to 16 tiles each way, as ragged as ``shape``: products with some columns of K and with twice as
-    many; last, where a count of steps is part of the specialisation, with one depth only.
+    """Problems of one to 16 tiles each way, or 17 of rows, since parts of more than 256 are added up in larger blocks;
+    as ragged as ``shape``. Products with some columns of K and with twice as many; last, where a count of steps is part
+    of the specialisation, with one depth only.
     """
     if family.op in QUANTIZERS:
         rows = config.rows
@@ -366,7 +391,7 @@ def _small_shapes(family: Family, shape: Shape, config: Any) -> Iterator[tuple[S
     odd = 11 if short else 0
     extras, tiles, lengths = dict.fromkeys((odd, -short)), (1, 2, 16), (512, 1024, 2048, 4096)
     for depths in (2, 1):
-        for extra, tiles_m, tiles_n, length in itertools.product(extras, tiles, tiles, lengths):
+        for extra, tiles_m, tiles_n, length in itertools.product(extras, (*tiles, 17), tiles, lengths):
             m, n = min(shape.m, tiles_m * block_m - odd), tiles_n * block_n - odd
             yield tuple(
                 replace(shape, m=m, n=n, k=k, group_size=None if shape.group_size is None else min(shape.group_size, k))

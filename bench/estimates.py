@@ -23,6 +23,8 @@ from tilewright.aot.cost import CHIPS, find_chip
 from tilewright.aot.targets import find_target
 from tilewright.autotune.clock import GpuClock
 
+#: Parts of their operators, which a library's product follows.
+PARTS = ("int4_linear dequantize", "int8_weight_only_linear widen")
 OPS = tuple(dict.fromkeys(family.op for family in FAMILIES if family.op not in QUANTIZERS))
 
 
@@ -32,7 +34,7 @@ def candidates(op: str, shape: Shape, chip: str, device: str = "cpu") -> dict[tu
     target = find_target(f"sm_{find_chip(chip).arch}")
     found = {}
     for family in FAMILIES:
-        if family.name == "int4_linear dequantize":  # a part of its operator: a library's product follows
+        if family.name in PARTS:
             continue
         if family.op == op and family.why_not(family.problem(shape, target)) is None:
             for config in configs(family, shape, target):

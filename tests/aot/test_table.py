@@ -42,6 +42,7 @@ WITHOUT_PRODUCT = (
     "reduce_parts_kernel",
     "sum_parts_kernel",
     "dequantize_kernel",
+    "widen_kernel",
     "depthwise_kernel",
     "quantize_per_tensor_kernel",
 )
@@ -103,7 +104,9 @@ def test_products_use_the_matrix_instruction_of_their_target() -> None:
         # IEEE float32 products have no matrix instruction on NVIDIA.
         ieee = is_float and row.variant.startswith("fp32") and row.target != "gfx942"
         kind = "float" if is_float else "int8"
-        if row.family.endswith("mma.sp"):
+        if row.family.endswith("mma.sync"):
+            wrong += [row] if row.matrix != "mma.sync" else []
+        elif row.family.endswith("mma.sp"):
             machine_code = "IMMA.SP" if "int8" in row.family else "HMMA.SP"
             wrong += [row] if row.matrix != f"mma.sp {machine_code}" else []
         elif row.matrix != ("" if ieee else MATRIX_INSTRUCTION[kind][row.target]):
@@ -113,7 +116,7 @@ def test_products_use_the_matrix_instruction_of_their_target() -> None:
 
 def test_products_and_quantisers_load_16_bytes_at_a_time() -> None:
     # These write as much as they read or more, and a block of 64-wide warps has fewer than 16 bytes for each thread.
-    others = ("reduce_parts_kernel", "sum_parts_kernel", "dequantize_kernel")
+    others = ("reduce_parts_kernel", "sum_parts_kernel", "dequantize_kernel", "widen_kernel")
     # Three channels lie apart, and 24 of int8 are a multiple of 8 bytes.
     narrow = [row for row in ROWS if not row.loads_16 and "ragged" not in row.variant and row.kernel not in others]
     narrow = [row for row in narrow if row.kernel != "stem_kernel" and row.variant != "int8 24 channels"]

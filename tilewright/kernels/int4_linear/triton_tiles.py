@@ -58,10 +58,12 @@ class TileConfig:
     splits: int = 1
 
     def for_chip(self: _Config, problem: Problem) -> _Config:
-        """Four warps for a batch tile of 64 where ``wgmma`` takes 64 features from one warp group: on an H200 two
-        groups were 6 to 15 % slower. Elsewhere four do not have the registers for its sums.
+        """Four warps for a batch tile of 64 where ``wgmma`` takes 64 features from one warp group: on an H200, with
+        groups of 128, two warp groups were 6 to 15 % slower. Elsewhere four do not have the registers for its sums, nor
+        for more scales in a span or the masks of a ragged one.
         """
-        return replace(self, num_warps=4) if problem.is_hopper and self.block_m == 64 else self
+        simple = problem.k % SPAN == 0 and (problem.group_size or problem.k) >= SPAN
+        return replace(self, num_warps=4) if problem.is_hopper and self.block_m == 64 and simple else self
 
     def within_limits(self: _Config, problem: Problem) -> _Config:
         """Two stages on AMD, whose 64 KiB of local memory hold no more."""
