@@ -149,17 +149,22 @@ def test_convolutions_are_tuned_for_the_images_of_a_run(saved_network: Path, cap
     model = ["--model", f"{__name__}:small_network", "--image", "3,32,32"]
     status, out, _ = run(capsys, "tune", saved_network, *model, "--m", "1,2", "--device", "cpu", "--seconds", 60)
     assert status == 0, out
-    # Three convolutions and a linear layer, for each of two batches.
-    assert out.count("int8_conv2d_fused.implementation") == 6 and out.count("int8_linear.implementation") == 2
-    assert "M=512 N=32 K=9 (3x3 / 1 on 2 x 16x16, 32 groups)" in out
     # What was tuned is what the model asks for when it runs.
     loaded = tw.load_model(saved_network, small_network).eval()
     with noted() as posed, torch.inference_mode():
         loaded(torch.randn(2, 3, 32, 32))
     convolutions = [problem for problem in posed if problem.conv is not None]
     assert len(convolutions) == 3
-    for problem in convolutions:
-        assert tuning.implementation_of(problem.op).tuned(problem)[0].origin == "user"
+    # There is nothing to choose where PyTorch's int8 products are wrong, which without VNNI they are.
+    tuned = tuning.implementation_of("int8_conv2d_fused")
+    open_ones = [problem for problem in convolutions if len(tuned.split_candidates(problem)[0]) > 1]
+    assert len(open_ones) in (0, 3)
+    for problem in open_ones:
+        assert tuned.tuned(problem)[0].origin == "user"
+    # The convolutions and a linear layer, for each of two batches.
+    assert out.count("int8_conv2d_fused.implementation") == 2 * len(open_ones)
+    assert out.count("int8_linear.implementation") == 2
+    assert ("M=512 N=32 K=9 (3x3 / 1 on 2 x 16x16, 32 groups)" in out) == bool(open_ones)
 
 
 def test_without_a_run_convolutions_are_left_out_in_words(saved_network: Path, capsys):

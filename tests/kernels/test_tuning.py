@@ -188,11 +188,9 @@ def test_timing_decides_between_cpu_implementations(op: str):
     asked = cpu_problem(op)
     tuned = tuning.implementation_of(op)
     outcome = autotune.tune(tuned, asked, budget=5)
-    assert (
-        not outcome.failed
-        and set(outcome.seconds) == set(tuned.split_candidates(asked)[0])
-        and len(outcome.seconds) >= 2
-    )
+    assert not outcome.failed and set(outcome.seconds) == set(tuned.split_candidates(asked)[0])
+    # Without VNNI, sums of oneDNN's products saturate.
+    assert len(outcome.seconds) >= 2 or any("gives wrong results" in reason for reason in outcome.refused.values())
     assert route(asked).name == outcome.config
     if route(asked).declined:
         assert "reference" not in outcome.seconds
