@@ -15,9 +15,16 @@
 #include "parallel.h"
 #include "quantize_row.h"
 
-enum { ROW_GROUP = 8 * TILE_ROWS };
-
 static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+/* Bytes of a quantised row in the scratch memory. */
+EXPORT int64_t ISA_NAME(tw_int4_int8_row_bytes)(int64_t k) {
+#if WIDEN_INTEGERS
+    return (divide_up(k, 64) | 1) * 64; /* odd: rows of a tile compete for no set of the cache */
+#else
+    return divide_up(k, 8) * 8;
+#endif
+}
 
 /* Sizes in elements of what `pack` fills: bytes of `packed`; scales, which are as many as zero points. */
 EXPORT int64_t ISA_NAME(tw_int4_packed_bytes)(int64_t n, int64_t k) {
@@ -53,7 +60,7 @@ EXPORT int ISA_NAME(tw_int4_pack)(const uint32_t *weight, const float *weight_sc
 typedef struct {
     const uint8_t *packed, *zero;
     const float *scale, *channel_scale;
-    int64_t k, words, group_words, groups;
+    int64_t k, q_stride, words, group_words, groups;
     const void *x;
     int64_t m, x_stride;
     output out;
@@ -67,7 +74,7 @@ typedef struct {
 
 /* `rows` is a constant wherever this is called: loops over rows and vectors unroll, and the sums stay in registers. */
 INLINE void multiply_rows(int rows, const int4_job *job, int64_t row, int64_t panel, float sums[][PANEL]) {
-    const int64_t stride = job->words * 8;
+    const int64_t stride = job->q_stride;
     const int8_t *x = job->q + row * stride;
     const int32_t *q_sums = job->q_sums + row * job->groups;
     const uint8_t *w = job->packed + panel * job->words * PANEL * 4;
@@ -117,18 +124,25 @@ static void multiply_tile(int rows, const int4_job *job, int64_t row, int64_t pa
     }
 }
 
+#if WIDEN_INTEGERS
+enum { ROW_GROUP = 48 };
+#include "int4_int8_wide.h"
+#else
+enum { ROW_GROUP = 8 * TILE_ROWS };
+#endif
+
 /* Rows `begin` to `end` of those that begin at `first`. */
 static void quantize_part(const int4_job *job, int64_t first, int64_t begin, int64_t end) {
-    const int64_t stride = job->words * 8, element = job->out.dtype == FLOAT32 ? 4 : 2;
+    const int64_t width = job->words * 8, stride = job->q_stride, element = job->out.dtype == FLOAT32 ? 4 : 2;
     int8_t *q = job->q + begin * stride;
     quantize_rows((const char *)job->x + (first + begin) * job->x_stride * element, job->out.dtype, end - begin,
                   job->x_stride, job->k, job->channel_scale, 0, (uint8_t *)q, stride, job->row_scale + begin);
     for (int64_t row = begin; row < end; row++, q += stride) {
-        memset(q + job->k, 0, (size_t)(stride - job->k));
+        memset(q + job->k, 0, (size_t)(width - job->k));
         for (int64_t group = 0; group < job->groups; group++) {
             int64_t from = group * job->group_words * 8, to = from + job->group_words * 8;
             int32_t sum = 0;
-            for (int64_t i = from; i < (to < stride ? to : stride); i++) sum += q[i];
+            for (int64_t i = from; i < (to < width ? to : width); i++) sum += q[i];
             job->q_sums[row * job->groups + group] = sum;
         }
     }
@@ -141,7 +155,7 @@ static void int4_part(void *data) {
     int number, threads;
     tw_team(&number, &threads);
     if (job->own) {
-        mine.q += number * job->m * job->words * 8;
+        mine.q += number * job->m * job->q_stride;
         mine.q_sums += number * job->m * job->groups;
         mine.row_scale += number * job->m;
     }
@@ -159,6 +173,15 @@ static void int4_part(void *data) {
             for (int64_t unit = taken; unit < taken + step; unit++) {
                 int64_t panel = unit / row_groups, row = unit % row_groups * ROW_GROUP;
                 int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
+#if WIDEN_INTEGERS
+                if (last - row > TILE_ROWS) {
+                    float sums[ROW_GROUP][PANEL];
+                    const int count = (int)(last - row);
+                    multiply_widened(job, row, count, panel, sums);
+                    finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
+                    continue;
+                }
+#endif
                 for (; row < last; row += TILE_ROWS) {
                     float sums[TILE_ROWS][PANEL];
                     int count = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
@@ -173,7 +196,7 @@ static void int4_part(void *data) {
 /* packed, scale, zero: from pack. x: [m, k] in the format `dtype`, rows x_stride elements apart; y and residual (or NULL):
    [m, n], contiguous, in the same format. group: columns that share a scale, a multiple of 8 or at least k. bias:
    float32 [n] or NULL; channel_scale: float32 [k] or NULL. Scratch for `block` rows, which are quantised at a time: q of
-   block * (k rounded up to 8) bytes, q_sums of block * groups, row_scale of block; if `own`, block is m and every thread
+   block * tw_int4_int8_row_bytes(k) bytes, q_sums of block * groups, row_scale of block; if `own`, block is m and every thread
    has a part of that size. Returns 0, or 1 for a format that this build cannot read. */
 EXPORT int ISA_NAME(tw_int4_int8_linear)(const uint8_t *packed, const float *scale, const uint8_t *zero, int64_t n,
                                          int64_t k, int64_t group, const float *bias, const float *channel_scale,
@@ -183,7 +206,7 @@ EXPORT int ISA_NAME(tw_int4_int8_linear)(const uint8_t *packed, const float *sca
     if (dtype == FLOAT16 && !HAS_FLOAT16) return 1;
     int64_t words = divide_up(k, 8), group_words = group < k ? group / 8 : words;
     tw_queue units = {{0, 0}};
-    int4_job job = {packed, zero, scale, channel_scale, k, words, group_words, divide_up(words, group_words), x, m,
+    int4_job job = {packed, zero, scale, channel_scale, k, ISA_NAME(tw_int4_int8_row_bytes)(k), words, group_words, divide_up(words, group_words), x, m,
                     x_stride, {bias, residual, activation, y, dtype, n}, q, q_sums, row_scale, block, own, &units};
     tw_parallel(int4_part, &job, threads);
     return 0;

@@ -228,7 +228,8 @@ def prepare_int4_int8(
     )
     bias, channel_scale = _floats(bias), _floats(channel_scale)
     fixed = (values.data_ptr(), scale.data_ptr(), zero.data_ptr(), n, k, group_size, _address(bias))
-    channels, activated, stride = _address(channel_scale), native.ACTIVATIONS[activation], -(-k // 8) * 8
+    channels, activated = _address(channel_scale), native.ACTIVATIONS[activation]
+    stride = _kernel("int4_int8_row_bytes")(k)
     kept = (values, scale, zero, bias, channel_scale)
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:

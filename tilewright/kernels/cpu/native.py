@@ -49,6 +49,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "int4_packed_bytes": (_COUNT, _COUNT),
     "int4_scales": (_COUNT, _COUNT),
     "int4_pack": (*[_POINTER] * 3, *[_COUNT] * 3, *[_POINTER] * 3),
+    "int4_int8_row_bytes": (_COUNT,),
     "int4_int8_linear": (
         *[_POINTER] * 3,
         *[_COUNT] * 3,
@@ -89,6 +90,7 @@ _COUNTS = (
     "int8_rows",
     "int4_packed_bytes",
     "int4_scales",
+    "int4_int8_row_bytes",
     "weight_only_row_bytes",
     "attention_scratch",
     "sparse24_channels",

@@ -44,6 +44,8 @@ static inline weights load_weights(const int8_t *from) { return _mm256_loadu_si2
 static inline activations broadcast_activations(const uint8_t *from) { return broadcast4(from); }
 static inline vector dot4(vector sum, activations x, weights w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
 #else
+/* Many rows are multiplied by weights that are widened once for all of them. */
+#define WIDEN_INTEGERS 1
 /* Even and odd bytes as 16-bit numbers: vpmaddwd adds pairs of their products in 32 bits. */
 typedef struct {
     __m256i even, odd;

@@ -22,8 +22,7 @@ enum { ROW_GROUP = 96, PART = 512, FEW_ROWS = 6 };
 static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 #if defined(__AVX512F__)
-#define TALL_ROWS 12
-#define TILE_ROWS_ 6
+#define TALL_ROWS 12 /* of a tile with half the vectors */
 INLINE floats floats_zero(void) { return _mm512_setzero_ps(); }
 INLINE floats floats_times(floats v, float s) { return _mm512_mul_ps(v, _mm512_set1_ps(s)); }
 INLINE floats floats_fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -42,8 +41,8 @@ INLINE floats widen_nibbles(const uint8_t *w, int at, floats zero) {
 }
 INLINE floats add_product(floats sum, floats w, const float *x) { return _mm512_fmadd_ps(w, _mm512_set1_ps(*x), sum); }
 #elif defined(__AVX2__)
-#define TALL_ROWS 4
-#define TILE_ROWS_ 4
+#define TALL_ROWS 6 /* where weights are widened once for many */
+#define WIDEN_ONCE 1
 INLINE floats floats_zero(void) { return _mm256_setzero_ps(); }
 INLINE floats floats_fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE floats centred_zeros(const uint8_t *z) { return _mm256_cvtepi32_ps(load_zeros(z)); }
@@ -57,7 +56,6 @@ INLINE floats widen_nibbles(const uint8_t *w, int at, floats zero) {
 INLINE floats add_product(floats sum, floats w, const float *x) { return _mm256_fmadd_ps(w, _mm256_set1_ps(*x), sum); }
 #else
 #define TALL_ROWS 2
-#define TILE_ROWS_ 2
 INLINE floats floats_zero(void) { return (floats){{0}}; }
 INLINE floats floats_fma(floats a, floats b, floats c) {
     for (int i = 0; i < LANES; i++) c.lane[i] += a.lane[i] * b.lane[i];
@@ -246,14 +244,16 @@ EXPORT int ISA_NAME(tw_weight_only_linear)(int bits, const uint8_t *packed, cons
 #endif
 #if defined(__AVX512BF16__)
     if (compute == BFLOAT16) {
+        tw_queue units = {{0, 0}};
         job_pairs job = {packed, scale, zero, n, k, words, group_words, groups, x, dtype, compute, m, x_stride, out,
-                         rows, row_sums, block};
+                         rows, row_sums, block, &units};
         tw_parallel(bits == 4 ? part4_pairs : part8_pairs, &job, threads);
         return 0;
     }
 #endif
+    tw_queue units = {{0, 0}};
     job_float job = {packed, scale, zero, n, k, words, group_words, groups, x, dtype, compute, m, x_stride, out,
-                     rows, row_sums, block};
+                     rows, row_sums, block, &units};
     tw_parallel(bits == 4 ? part4_float : part8_float, &job, threads);
     return 0;
 }

@@ -13,6 +13,7 @@ typedef struct {
     ELEMENT *rows;
     float *row_sums;
     int64_t block;
+    tw_queue *units;
 } NAME(job);
 
 /* Rounds a row to the dtype that is multiplied, with zeros up to a whole word, and adds up each group. The rows of a tile
@@ -96,7 +97,7 @@ INLINE void NAME(multiply)(int bits, int rows, int vectors, const NAME(job) *job
 INLINE int NAME(tile)(int bits, int64_t count, const NAME(job) *job, int height, int64_t row, int64_t panel,
                       float sums[][PANEL]) {
     memset(sums, 0, (size_t)(count < TALL_ROWS ? count : TALL_ROWS) * sizeof *sums);
-#if TALL_ROWS > TILE_ROWS_
+#if defined(__AVX512F__)
     if (count >= TALL_ROWS) {
         for (int offset = 0; offset < PANEL; offset += PANEL / 2)
             NAME(multiply)(bits, TALL_ROWS, TILE_VECTORS / 2, job, height, row, panel, offset, sums);
@@ -121,26 +122,48 @@ INLINE int NAME(tile)(int bits, int64_t count, const NAME(job) *job, int height,
     return 0;
 }
 
+#if WIDEN_ONCE
+#include "weight_only_wide.h"
+#endif
+
+/* Rows from `row` to `last`, which are those of one group, and one panel. */
+INLINE void NAME(unit)(int bits, const NAME(job) *job, int height, int64_t first, int64_t row, int64_t last,
+                       int64_t panel) {
+#if WIDEN_ONCE
+    if (last - row > TILE_ROWS) {
+        float sums[ROW_GROUP][PANEL];
+        multiply_widened(bits, job, height, row, last - row, panel, sums);
+        finish_floats(&job->out, sums[0], PANEL, NULL, first + row, (int)(last - row), panel * PANEL);
+        return;
+    }
+#endif
+    while (row < last) {
+        float sums[TALL_ROWS][PANEL];
+        int count = NAME(tile)(bits, last - row, job, height, row, panel, sums);
+        finish_floats(&job->out, sums[0], PANEL, NULL, first + row, count, panel * PANEL);
+        row += count;
+    }
+}
+
 INLINE void NAME(part)(int bits, const NAME(job) *job) {
     const int64_t panels = divide_up(job->out.n, PANEL);
-    for (int64_t first = 0; first < job->m; first += job->block) {
+    int number, threads;
+    tw_team(&number, &threads);
+    for (int64_t first = 0, round = 0; first < job->m; first += job->block, round++) {
         int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin, end;
         const int height = rows < TALL_ROWS ? (int)rows : TALL_ROWS;
         tw_share(rows, &begin, &end);
         for (int64_t row = begin; row < end; row++) NAME(convert)(job, first + row, row, height);
+        if (!number) tw_refill(job->units, round);
         tw_barrier();
-        int64_t row_groups = divide_up(rows, ROW_GROUP);
-        tw_share(panels * row_groups, &begin, &end);
-        for (int64_t unit = begin; unit < end; unit++) {
-            int64_t panel = unit / row_groups, row = unit % row_groups * ROW_GROUP;
-            int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
-            while (row < last) {
-                float sums[TALL_ROWS][PANEL];
-                int count = NAME(tile)(bits, last - row, job, height, row, panel, sums);
-                finish_floats(&job->out, sums[0], PANEL, NULL, first + row, count, panel * PANEL);
-                row += count;
+        const int64_t row_groups = divide_up(rows, ROW_GROUP), units = panels * row_groups;
+        const int64_t step = panels >= 8 * threads ? row_groups : 1; /* a panel stays in the cache of one core */
+        for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
+            for (int64_t unit = taken; unit < taken + step; unit++) {
+                const int64_t row = unit % row_groups * ROW_GROUP;
+                NAME(unit)(bits, job, height, first, row, row + ROW_GROUP < rows ? row + ROW_GROUP : rows,
+                           unit / row_groups);
             }
-        }
         if (first + job->block < job->m) tw_barrier(); /* the next block overwrites the rows */
     }
 }

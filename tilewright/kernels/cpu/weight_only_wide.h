@@ -1,0 +1,92 @@
+/* Tiles of a product of float32 activations and integer weights for many rows, where the processor has few registers: the
+   integers of one segment of a panel are widened to floats once, for all rows of a group, and stay in the first-level
+   cache. Sums are added up in the order of weight_only_tile.h, so a row does not depend on how many there are. */
+
+/* What one widened segment holds: SEGMENT_WORDS words of PANEL channels. */
+typedef struct {
+    float column[SEGMENT_WORDS * 8][PANEL] __attribute__((aligned(64)));
+} segment;
+
+/* bits is a constant wherever this is called. `at`: where the panel's scales and zeros of this group begin. */
+INLINE void widen_segment(int bits, const job_float *job, const uint8_t *word, int64_t words, int64_t at,
+                          segment *wide) {
+    floats zero[TILE_VECTORS];
+    for (int v = 0; v < TILE_VECTORS; v++) zero[v] = bits == 4 ? centred_zeros(job->zero + at + v * LANES) : floats_zero();
+    for (int64_t i = 0; i < words; i++, word += PANEL * bits)
+#pragma GCC unroll 8
+        for (int t = 0; t < 8; t++)
+#pragma GCC unroll 4
+            for (int v = 0; v < TILE_VECTORS; v++)
+                store_floats(wide->column[i * 8 + t] + v * LANES,
+                             bits == 4 ? decode4_float(word + v * LANES * 4, t, zero[v])
+                                       : decode8_float(word + v * LANES, t));
+}
+
+/* `rows` is a constant wherever this is called: the sums stay in registers. */
+INLINE void add_segment_rows(int rows, const float *x, int height, const segment *wide, int64_t words,
+                             const float *scale, float sums[][PANEL]) {
+    floats sum[TALL_ROWS][TILE_VECTORS];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = floats_zero();
+    const float *w = wide->column[0];
+    for (int64_t i = 0; i < words; i++, x += height * 8, w += 8 * PANEL)
+#pragma GCC unroll 8
+        for (int t = 0; t < 8; t++) {
+            floats b[TILE_VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < TILE_VECTORS; v++) b[v] = load_floats(w + t * PANEL + v * LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+                for (int v = 0; v < TILE_VECTORS; v++) {
+                    sum[r][v] = add_product(sum[r][v], b[v], x + r * 8 + t);
+                    KEEP_IN_REGISTER(sum[r][v]);
+                }
+        }
+#pragma GCC unroll 4
+    for (int v = 0; v < TILE_VECTORS; v++) {
+        const floats s = load_floats(scale + v * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            float *to = sums[r] + v * LANES;
+            store_floats(to, floats_fma(sum[r][v], s, load_floats(to)));
+        }
+    }
+}
+
+static void add_segment(int rows, const float *x, int height, const segment *wide, int64_t words, const float *scale,
+                        float sums[][PANEL]) {
+    switch (rows) {
+#define CASE(count)                                                                                                    \
+    case count: add_segment_rows(count, x, height, wide, words, scale, sums); return;
+        CASE(1)
+        CASE(2)
+        CASE(3)
+        CASE(4)
+        CASE(5)
+        CASE(6)
+#undef CASE
+    }
+}
+
+/* Sums of `rows` rows, at most ROW_GROUP, and one panel. `row` is a multiple of height. */
+INLINE void multiply_widened(int bits, const job_float *job, int height, int64_t row, int64_t rows, int64_t panel,
+                             float sums[][PANEL]) {
+    const uint8_t *w = job->packed + panel * job->words * PANEL * bits;
+    segment wide;
+    memset(sums, 0, (size_t)rows * sizeof *sums);
+    for (int64_t group = 0; group < job->groups; group++) {
+        const int64_t begin = group * job->group_words, at = (panel * job->groups + group) * PANEL;
+        const int64_t end = begin + job->group_words < job->words ? begin + job->group_words : job->words;
+        for (int64_t first = begin; first < end; first += SEGMENT_WORDS) {
+            const int64_t words = end - first < SEGMENT_WORDS ? end - first : SEGMENT_WORDS;
+            widen_segment(bits, job, w + first * PANEL * bits, words, at, &wide);
+            for (int64_t i = 0; i < rows; i += height) {
+                const float *x = job->rows + (row + i) * job->words * 8 + first * height * 8;
+                add_segment(rows - i < height ? (int)(rows - i) : height, x, height, &wide, words, job->scale + at, sums + i);
+            }
+        }
+    }
+}
