@@ -16,7 +16,7 @@ from tilewright.convert.program import Program
 from tilewright.kernels.cpu import conv_steps
 from tilewright.kernels.cpu.replay import Replay
 
-reason = conv_steps.why_no_kernels(True)
+reason = conv_steps.why_no_kernels()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
 
 

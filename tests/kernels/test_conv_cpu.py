@@ -81,8 +81,8 @@ def int8_arguments(sizes: dict[str, Any], x_dtype: torch.dtype, residual: str | 
     }
 
 
-def needs_c(integer: bool) -> None:
-    reason = conv_steps.why_no_kernels(integer)
+def needs_c() -> None:
+    reason = conv_steps.why_no_kernels()
     if reason:
         pytest.skip(reason)
 
@@ -114,7 +114,7 @@ STRIDED_ROW = {"height": 1, "width": 4, "stride": (2, 2), "padding": (0, 1, 0, 1
 def test_int8_is_the_reference_bit_for_bit(
     isa: str, sizes: dict[str, Any], x: str, residual: str | None, out: Any, activation: str, threads: int, seed: int
 ) -> None:
-    needs_c(integer=True)
+    needs_c()
     torch.manual_seed(seed)
     depth = ConvGeometry(**sizes).taps * sizes["in_channels"] // sizes["groups"]
     arguments = int8_arguments(
@@ -138,7 +138,7 @@ def test_int8_is_the_reference_bit_for_bit(
 
 
 def test_ties_are_rounded_to_even(isa: str) -> None:
-    needs_c(integer=True)
+    needs_c()
     x = torch.arange(-127, 128, dtype=torch.int8).repeat(16, 1).t().reshape(1, 15, 17, 16).permute(0, 3, 1, 2)
     arguments = {"x": x, "x_scale": 1.0, "weight": torch.eye(16, dtype=torch.int8).view(16, 1, 1, 16)}
     arguments |= {"weight_scale": torch.ones(16), "out_scale": 2.0}
@@ -147,7 +147,7 @@ def test_ties_are_rounded_to_even(isa: str) -> None:
 
 
 def test_silu_differs_by_one_step_and_only_beside_a_tie() -> None:
-    needs_c(integer=True)
+    needs_c()
     torch.manual_seed(0)
     sizes = {"batch": 2, "in_channels": 24, "height": 30, "width": 31, "out_channels": 96, "kernel": (1, 1)}
     options = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1}
@@ -166,7 +166,7 @@ def test_silu_differs_by_one_step_and_only_beside_a_tie() -> None:
 def test_float32_is_as_good_as_pytorch(
     isa: str, sizes: dict[str, Any], residual: bool, activation: str, seed: int
 ) -> None:
-    needs_c(integer=False)
+    needs_c()
     torch.manual_seed(seed)
     check_float(float_cpu.conv2d_fused, sizes, residual, activation)
 
@@ -196,7 +196,7 @@ def check_float(function: Any, sizes: dict[str, Any], residual: bool, activation
 def test_long_sums_of_floats_are_as_good_as_pytorchs(
     isa: str, channels: int, kernel: tuple[int, int], out_channels: int
 ) -> None:
-    needs_c(integer=False)
+    needs_c()
     torch.manual_seed(0)
     sizes = {**ONE_TAP, "batch": 1, "in_channels": channels, "height": 10, "width": 6, "out_channels": out_channels}
     for _ in range(3):
@@ -230,7 +230,7 @@ def test_onednn_int8_is_the_reference_bit_for_bit(activation: str, nonnegative: 
 
 
 def test_nan_and_infinity_stay_where_they_are(isa: str) -> None:
-    needs_c(integer=False)
+    needs_c()
     x, weight = image(1, 16, 8, 8), torch.randn(32, 3, 3, 16)
     x[0, 3, 1, 1], x[0, 5, 6, 6] = float("nan"), float("inf")
     for activation in ("none", "relu", "relu6", "silu", "hardswish"):
@@ -243,7 +243,7 @@ def test_nan_and_infinity_stay_where_they_are(isa: str) -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 17, 19), (1, 64, 9, 9), (7, 33), (3, 4, 5), (5,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=["int8", "uint8"])
 def test_quantising_is_the_reference_bit_for_bit(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    needs_c(integer=False)
+    needs_c()
     x = torch.randn(shape) * 3
     x.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     x.view(-1)[3:5] = torch.tensor([0.03125 * 2.5, -0.03125 * 3.5])
@@ -253,7 +253,7 @@ def test_quantising_is_the_reference_bit_for_bit(isa: str, shape: tuple[int, ...
 
 
 def test_changed_weights_and_biases_are_noticed() -> None:
-    needs_c(integer=False)
+    needs_c()
     x, weight, bias = image(1, 16, 8, 8), torch.randn(16, 1, 1, 16), torch.randn(16)
     first = float_cpu.conv2d_fused(x, weight, bias)
     bias.add_(1)
@@ -263,7 +263,7 @@ def test_changed_weights_and_biases_are_noticed() -> None:
 
 
 def test_reasons_name_what_is_in_the_way() -> None:
-    needs_c(integer=True)
+    needs_c()
     geometry = ConvGeometry(1, 64, 8, 8, 64, (1, 1))
     assert "nothing" in (conv_steps.why_not_conv(ConvGeometry(0, 64, 8, 8, 64, (1, 1)), torch.float32) or "")
     wide = ConvGeometry(1, 70_000, 8, 8, 64, (1, 1))
@@ -294,7 +294,7 @@ class Network:
 
 
 def replayed(network: Any, x: torch.Tensor) -> tuple[Replays, Replay]:
-    needs_c(integer=False)
+    needs_c()
     fast = Replays(network)
     with torch.inference_mode():
         for _ in range(2):
@@ -360,7 +360,7 @@ def test_a_replay_is_safe_in_threads() -> None:
 
 @torch.inference_mode()
 def test_int8_stays_int8_in_a_replay() -> None:
-    needs_c(integer=True)
+    needs_c()
     torch.manual_seed(0)
     weights = [torch.randint(-127, 128, (16, 3, 3, 16), dtype=torch.int8) for _ in range(2)]
     scale = torch.full((16,), 0.01)
@@ -396,7 +396,7 @@ def named(name: str, function: Any) -> Any:
 )
 @torch.inference_mode()
 def test_what_cannot_be_replayed_is_called_and_says_why(function: Any, words: str) -> None:
-    needs_c(integer=False)
+    needs_c()
     fast, x = Replays(function), torch.randn(2, 3)
     for _ in range(3):
         assert fast(x).shape[1:] == (3,)

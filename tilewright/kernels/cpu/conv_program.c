@@ -47,15 +47,6 @@ EXPORT int JOIN(tw_conv_lanes, TILEWRIGHT_ISA)(void) {
 #endif
 }
 
-/* Whether int8 convolution can run on this processor in this build. */
-EXPORT int JOIN(tw_conv_int8, TILEWRIGHT_ISA)(void) {
-#if defined(__AVX512VNNI__)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 EXPORT int64_t JOIN(tw_step_size, TILEWRIGHT_ISA)(void) { return sizeof(tw_step); }
 
 EXPORT int JOIN(tw_run_steps, TILEWRIGHT_ISA)(const tw_step *steps, int64_t count, int threads) {

@@ -61,20 +61,17 @@ def lanes() -> int:
     return function() if function else 0
 
 
-def why_no_kernels(integer: bool) -> str | None:
-    """Why the C kernels cannot convolve float32, or int8 if ``integer``; None if they can."""
+def why_no_kernels() -> str | None:
+    """Why the C kernels cannot convolve, or None if they can."""
     if native.why_no_native():
         return native.why_no_native()
-    if not lanes():
-        return f"there are no C kernels for convolution on {native.isa()}"
-    int8 = native._function("conv_int8")
-    return f"the int8 kernels need AVX512-VNNI, not {native.isa()}" if integer and not (int8 and int8()) else None
+    return None if lanes() else f"there are no C kernels for convolution on {native.isa()}"
 
 
 def why_not_conv(geometry: ConvGeometry, x_dtype: torch.dtype) -> str | None:
     """Why the C kernels do not take a convolution of that geometry, or None."""
     integer = x_dtype != torch.float32
-    reason = why_no_kernels(integer)
+    reason = why_no_kernels()
     if reason:
         return reason
     if 0 in (geometry.batch, geometry.in_channels, geometry.out_channels):
@@ -150,9 +147,9 @@ def _pack_depthwise(flat: torch.Tensor) -> torch.Tensor:
     channels, taps = flat.shape
     if flat.dtype != torch.int8:
         return F.pad(flat.t(), (0, -channels % lanes())).contiguous()
-    padded = F.pad(flat, (0, -taps % 4, 0, -channels % 64))
-    # Channel 64 b + 16 lane + 4 vector + i lies at [b, tap / 4, vector, lane, i, tap % 4].
-    parts = padded.view(-1, 4, 4, 4, padded.shape[1] // 4, 4)
+    padded = F.pad(flat, (0, -taps % 4, 0, -channels % (4 * lanes())))
+    # Of 4 * lanes() channels, number 16 lane + 4 vector + i lies at [tap / 4, vector, lane, i, tap % 4].
+    parts = padded.view(-1, lanes() // 4, 4, 4, padded.shape[1] // 4, 4)
     return parts.permute(0, 4, 2, 1, 3, 5).contiguous()
 
 

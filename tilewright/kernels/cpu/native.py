@@ -27,7 +27,6 @@ _POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "run_steps": (_POINTER, _COUNT, _NUMBER),
     "conv_lanes": (),
-    "conv_int8": (),
     "quantize_rows": (_POINTER, _NUMBER, *[_COUNT] * 3, _POINTER, _NUMBER, *[_POINTER] * 2, _NUMBER),
     "int8_packed_bytes": (_COUNT, _COUNT),
     "int8_row_bytes": (_COUNT,),

@@ -339,8 +339,8 @@ class Replays:
             replay.lock.release()
 
     def _record(self, key: Hashable, inputs: tuple[torch.Tensor, ...]) -> Any:
-        if conv_steps.why_no_kernels(False):
-            self._replays[key] = str(conv_steps.why_no_kernels(False))
+        if conv_steps.why_no_kernels():
+            self._replays[key] = str(conv_steps.why_no_kernels())
             return self.function(*inputs)
         if key not in self._replays:
             if len(self._replays) >= MOST_REPLAYS:

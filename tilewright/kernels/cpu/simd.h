@@ -17,6 +17,7 @@ typedef __m512i activations;
 static inline vector vector_zero(void) { return _mm512_setzero_si512(); }
 static inline void vector_store(int32_t *to, vector v) { _mm512_storeu_si512(to, v); }
 static inline weights load_weights(const int8_t *from) { return _mm512_loadu_si512(from); }
+static inline activations as_activations(vector bytes) { return bytes; }
 static inline activations broadcast_activations(const uint8_t *from) {
     int32_t four;
     memcpy(&four, from, 4);
@@ -41,6 +42,7 @@ static inline __m256i broadcast4(const uint8_t *from) {
 typedef __m256i weights;
 typedef __m256i activations;
 static inline weights load_weights(const int8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+static inline activations as_activations(vector bytes) { return bytes; }
 static inline activations broadcast_activations(const uint8_t *from) { return broadcast4(from); }
 static inline vector dot4(vector sum, activations x, weights w) { return _mm256_dpbusd_avx_epi32(sum, x, w); }
 #else
@@ -57,10 +59,10 @@ static inline weights load_weights(const int8_t *from) {
     __m256i w = _mm256_loadu_si256((const __m256i *)from);
     return (weights){_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
 }
-static inline activations broadcast_activations(const uint8_t *from) {
-    __m256i x = broadcast4(from);
-    return (activations){_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
+static inline activations as_activations(vector bytes) {
+    return (activations){_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
 }
+static inline activations broadcast_activations(const uint8_t *from) { return as_activations(broadcast4(from)); }
 static inline vector dot4(vector sum, activations x, weights w) {
     __m256i products = _mm256_add_epi32(_mm256_madd_epi16(x.even, w.even), _mm256_madd_epi16(x.odd, w.odd));
     return _mm256_add_epi32(sum, products);

@@ -89,9 +89,11 @@ static inline vec v_load_uint8(const uint8_t *p, int n) {
 static inline void v_store_int8(int8_t *p, vec v, int flip, int n) {
     v = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
     v = v_max(v_set(-127.0f), v_min(v_set(127.0f), v));
-    int32_t lanes[LANES];
-    _mm256_storeu_si256((__m256i *)lanes, _mm256_cvtps_epi32(v));
-    for (int i = 0; i < n; i++) p[i] = (int8_t)(lanes[i] ^ flip);
+    const __m256i q = _mm256_cvtps_epi32(v);
+    __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    eight = _mm_xor_si128(_mm_packs_epi16(eight, eight), _mm_set1_epi8((char)flip));
+    const int64_t bytes = _mm_cvtsi128_si64(eight);
+    memcpy(p, &bytes, (size_t)n);
 }
 #endif
 

@@ -84,7 +84,7 @@ def why_not_quantize(problem: Problem) -> str | None:
         return f"the C kernels quantise float32, not {problem.x_dtype}"
     if problem.m * problem.k == 0:
         return "nothing to quantise"
-    return conv_steps.why_no_kernels(False)
+    return conv_steps.why_no_kernels()
 
 
 def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None) -> torch.Tensor:
