@@ -50,7 +50,7 @@ def test_it_is_as_good_as_pytorch(
     threads: int,
     seed: int,
 ) -> None:
-    needs_c(integer=False)
+    needs_c()
     torch.manual_seed(seed)
     sizes = {"batch": batch, "in_channels": channels, "height": size[0], "width": size[1]}
     sizes |= {"out_channels": out_channels, "kernel": (3, 3), "padding": padding}
@@ -66,7 +66,7 @@ def test_it_is_as_good_as_pytorch(
 @pytest.mark.parametrize("channels", [32, 256, 1024])
 def test_it_is_as_good_as_pytorch_on_what_a_relu_leaves(isa: str, channels: int) -> None:
     """Positive numbers add up to sums far from zero, whose differences are then taken."""
-    needs_c(integer=False)
+    needs_c()
     torch.manual_seed(0)
 
     for _ in range(3):
@@ -78,7 +78,7 @@ def test_it_is_as_good_as_pytorch_on_what_a_relu_leaves(isa: str, channels: int)
 
 
 def test_when_it_is_taken() -> None:
-    needs_c(integer=False)
+    needs_c()
     weight = torch.randn(64, 3, 3, 64)
     assert taken(image(1, 64, 14, 14), weight) and taken(image(8, 64, 7, 7), weight)
     assert not taken(image(1, 64, 1, 40), weight)  # half of each tile is outside the image
@@ -93,7 +93,7 @@ def test_when_it_is_taken() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=["nan", "inf", "minus inf"])
 def test_what_is_not_finite_stays_in_its_windows(isa: str, value: float) -> None:
     """The neighbours in a tile do not look at it, and an infinity stays one."""
-    needs_c(integer=False)
+    needs_c()
     torch.manual_seed(0)
     x, weight, bias = image(2, 32, 13, 12), torch.rand(40, 3, 3, 32), torch.randn(40)
     x[1, 3, 5, 5] = value
@@ -108,7 +108,7 @@ def test_what_is_not_finite_stays_in_its_windows(isa: str, value: float) -> None
 
 def test_sums_that_would_overflow_do_not(isa: str) -> None:
     """A difference of pixels of 3e38 has no float32, though all products with small weights add up to one."""
-    needs_c(integer=False)
+    needs_c()
     x = torch.full((1, 14, 14, 32), 3e38).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     x[:, :, ::2] *= -1
     weight = torch.zeros(16, 3, 3, 32)
@@ -120,7 +120,7 @@ def test_sums_that_would_overflow_do_not(isa: str) -> None:
 
 @torch.inference_mode()
 def test_in_a_replay_the_weight_stays_as_long_as_it_is_read(isa: str) -> None:
-    needs_c(integer=False)
+    needs_c()
     weights = [torch.randn(64, 3, 3, 64) / 24]
     fast = Replays(lambda x: torch.ops.tilewright.conv2d_fused(x, weights[0], None, None, [1, 1], [1, 1, 1, 1]))
     x = image(1, 64, 14, 14)

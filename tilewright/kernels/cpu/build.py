@@ -37,21 +37,7 @@ KERNELS = (
     "attention.c",
     "sparse24.c",
 )
-HEADERS = (
-    "parallel.h",
-    "simd.h",
-    "numbers.h",
-    "quantize_row.h",
-    "epilogue.h",
-    "nibbles.h",
-    "weight_only_tile.h",
-    "weight_only_amx.h",
-    "conv.h",
-    "conv_vector.h",
-    "vector.h",
-    "conv_tile.h",
-    "amx.h",
-)
+HEADERS = tuple(sorted(path.name for path in FOLDER.glob("*.h")))
 # No contraction: a multiplication and an addition that are rounded once give other bits than the definition's two.
 FLAGS = (
     "-std=gnu11",

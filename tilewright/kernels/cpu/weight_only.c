@@ -3,9 +3,10 @@
        y[m, n] = activation(sum_g scale[n, g] * sum over k in group g of x[m, k] * (u[n, k] - z[n, g]) + bias[n]) + residual
 
    Rows of x are rounded to the compute dtype first. The integers are exact in every float format, so the scales go to the
-   sums, in float32, and a weight is widened in registers where it is multiplied. Where the processor multiplies pairs of
-   bfloat16, bfloat16 is multiplied as such; everything else is multiplied in float32. In pairs a nibble stands for u - 8,
-   and (z - 8) times the sum of the group's activations is taken off.
+   sums, in float32, and a weight is widened in registers where it is multiplied; where those are few, once for many rows
+   (weight_only_wide.h). Where the processor multiplies pairs of bfloat16, bfloat16 is multiplied as such; everything else
+   is multiplied in float32. In pairs a nibble stands for u - 8, and (z - 8) times the sum of the group's activations is
+   taken off.
 
    int8 weights are one group with one scale for each channel. Weights are packed in panels of PANEL output channels:
 
