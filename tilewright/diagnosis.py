@@ -138,10 +138,10 @@ def diagnose(
         raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
-    ceilings = chip if isinstance(chip, Ceilings) else measure_cpu() if chip == "cpu" else ceilings_for(chip)
     layers = {name: m for name, m in model.named_modules() if _is_layer(m)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolution layer that is not converted yet")
+    ceilings = chip if isinstance(chip, Ceilings) else measure_cpu() if chip == "cpu" else ceilings_for(chip)
     seen = {} if example_inputs is None else _shapes(model, layers, example_inputs)
     found, unseen = [], []
     for name, module in layers.items():

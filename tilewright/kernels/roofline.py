@@ -129,6 +129,10 @@ def floor(problem: Problem, ceilings: Ceilings) -> Floor:
     return Floor(moved / ceilings.bytes, 2 * m * n * k / ceilings.operations(multiplied))
 
 
+#: Seconds that one product of ``measure_cpu`` may take, and the size of the one that says whether it would take longer.
+LONGEST_PRODUCT, SMALL_SIZE = 0.5, 256
+
+
 def _best_of(run: Callable[[], Any], count: int = 5) -> float:
     run()
     times = []
@@ -139,11 +143,49 @@ def _best_of(run: Callable[[], Any], count: int = 5) -> float:
     return min(times)
 
 
+def _rate(prepare: Callable[[int], Callable[[], Any]], size: int) -> float:
+    """Operations a second of the product of size^3 that ``prepare(size)`` returns, or of a smaller one where that would
+    take long: a dtype that the processor does not multiply may be a hundred times slower than others.
+    """
+    small = min(size, SMALL_SIZE)
+    rate = 2 * small**3 / _best_of(prepare(small))
+    if small == size or 2 * size**3 / rate > LONGEST_PRODUCT:
+        return rate
+    return 2 * size**3 / _best_of(prepare(size))
+
+
+def _float32_product(size: int) -> Callable[[], Any]:
+    a = torch.randn(size, size)
+    return lambda: a @ a
+
+
+def _prepacked_product(size: int) -> Callable[[], Any]:
+    a = torch.randn(size, size)
+    prepacked, linear = torch.ops.mkldnn._reorder_linear_weight(a), torch.ops.mkldnn._linear_pointwise
+    return lambda: linear(a, prepacked, None, "none", [], "")
+
+
+def _bfloat16_product(size: int) -> Callable[[], Any]:
+    a = torch.randn(size, size).bfloat16()
+    return lambda: a @ a
+
+
+def _int8_product(size: int) -> Callable[[], Any]:
+    q, scale = torch.randint(-127, 128, (size, size), dtype=torch.int8), torch.ones(size)
+    return lambda: torch.ops.tilewright.int8_linear_quantized(q, scale, q, scale)
+
+
+def _quantised_product(size: int) -> Callable[[], Any]:
+    a, q = torch.randn(size, size), torch.randint(-127, 128, (size, size), dtype=torch.int8)
+    scale = torch.ones(size)
+    return lambda: torch.ops.tilewright.int8_linear(a, q, scale)
+
+
 def measure_cpu(size: int = 2048) -> Ceilings:
     """Ceilings of this CPU with the threads that PyTorch uses: 256 MB read or copied, whichever is faster, and products
     of size^3 on random data in float32, bfloat16 and int8 by the fastest there is here: what was reached, so a kernel
-    may pass it a little.
-    Takes a few seconds.
+    may pass it a little. A dtype that would take longer than half a second is multiplied in a small product. Takes
+    a few seconds.
     """
     source = torch.zeros(2**26, dtype=torch.int32)
     target = torch.empty_like(source)
@@ -151,22 +193,13 @@ def measure_cpu(size: int = 2048) -> Ceilings:
     copied = 2 * 4 * source.numel() / _best_of(lambda: target.copy_(source), 3)
     # A store first reads what it overwrites, so reading alone is faster than half of copying.
     moved = max(copied, 4 * source.numel() / _best_of(lambda: floats.sum(), 5))
-    operations = 2 * size**3
     with torch.inference_mode():
-        a = torch.randn(size, size)
-        prepacked = torch.ops.mkldnn._reorder_linear_weight(a) if torch.backends.mkldnn.is_available() else None
-        plain = _best_of(lambda: a @ a)
-        if prepacked is not None:
-            linear = torch.ops.mkldnn._linear_pointwise
-            plain = min(plain, _best_of(lambda: linear(a, prepacked, None, "none", [], "")))
-        low = a.bfloat16()
-        half = _best_of(lambda: low @ low)
-        q = torch.randint(-127, 128, (size, size), dtype=torch.int8)
-        scale = torch.ones(size)
-        integer = _best_of(lambda: torch.ops.tilewright.int8_linear_quantized(q, scale, q, scale))
-        integer = min(integer, _best_of(lambda: torch.ops.tilewright.int8_linear(a, q, scale)))
+        floats32 = _rate(_float32_product, size)
+        if torch.backends.mkldnn.is_available():
+            floats32 = max(floats32, _rate(_prepacked_product, size))
+        halves = max(floats32, _rate(_bfloat16_product, size))
+        integers = max(_rate(_int8_product, size), _rate(_quantised_product, size))
         one = torch.zeros(1, 64), torch.zeros(64, 64)
         overhead = _best_of(lambda: torch.nn.functional.linear(*one), 20)
     words = f"measured here with {torch.get_num_threads()} threads"
-    floats32, halves, integers = (operations / seconds for seconds in (plain, min(half, plain), integer))
     return Ceilings("this CPU", moved, floats32, halves, integers, overhead, words)
