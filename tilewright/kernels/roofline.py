@@ -130,7 +130,7 @@ def floor(problem: Problem, ceilings: Ceilings) -> Floor:
 
 
 #: Seconds that one product of ``measure_cpu`` may take, and the size of the one that says whether it would take longer.
-LONGEST_PRODUCT, SMALL_SIZE = 0.5, 256
+LONGEST_PRODUCT, SMALL_SIZE = 3.0, 256
 
 
 def _best_of(run: Callable[[], Any], count: int = 5) -> float:
@@ -184,7 +184,7 @@ def _quantised_product(size: int) -> Callable[[], Any]:
 def measure_cpu(size: int = 2048) -> Ceilings:
     """Ceilings of this CPU with the threads that PyTorch uses: 256 MB read or copied, whichever is faster, and products
     of size^3 on random data in float32, bfloat16 and int8 by the fastest there is here: what was reached, so a kernel
-    may pass it a little. A dtype that would take longer than half a second is multiplied in a small product. Takes
+    may pass it a little. A dtype that would take longer than three seconds is multiplied in a small product. Takes
     a few seconds.
     """
     source = torch.zeros(2**26, dtype=torch.int32)

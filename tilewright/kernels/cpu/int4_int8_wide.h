@@ -63,8 +63,8 @@ INLINE void add_segment_rows(int rows, const int8_t *x, int64_t x_stride, const 
     if (words) add_halves(rows, (int)(2 * words), x, x_stride, w, fresh, totals);
 }
 
-static __attribute__((noinline)) void add_segment(int rows, const int8_t *x, int64_t x_stride, const segment *wide, int64_t words, int fresh,
-                        vector totals[][TILE_VECTORS]) {
+static __attribute__((noinline)) void add_segment(int rows, const int8_t *x, int64_t x_stride, const segment *wide,
+                                                  int64_t words, int fresh, vector totals[][TILE_VECTORS]) {
     switch (rows) {
 #define CASE(count)                                                                                                    \
     case count: add_segment_rows(count, x, x_stride, wide, words, fresh, totals); return;
