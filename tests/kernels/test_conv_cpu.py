@@ -137,6 +137,18 @@ def test_int8_is_the_reference_bit_for_bit(
     assert torch.equal(y, expected) and y.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("channels, kernel", [(512, 3), (2048, 3), (2048, 5)])
+def test_int8_windows_may_be_deep(isa: str, channels: int, kernel: int) -> None:
+    """Where windows are copied before they are multiplied, of these only some pixels' have room, or one's."""
+    needs_c()
+    size = {"batch": 2, "in_channels": channels, "height": 4, "width": 3, "out_channels": 17}
+    edges = {"kernel": (kernel, kernel), "padding": (kernel // 2,) * 4}
+    arguments = int8_arguments(
+        {**ONE_TAP, **size, **edges}, torch.int8, None, activation="relu", out_dtype=torch.float32
+    )
+    assert torch.equal(int8_cpu.int8_conv2d_fused(**arguments), int8_reference.int8_conv2d_fused(**arguments))
+
+
 def test_ties_are_rounded_to_even(isa: str) -> None:
     needs_c()
     x = torch.arange(-127, 128, dtype=torch.int8).repeat(16, 1).t().reshape(1, 15, 17, 16).permute(0, 3, 1, 2)

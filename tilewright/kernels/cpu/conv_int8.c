@@ -24,7 +24,11 @@ INLINE vector i_set(int32_t value) { return _mm512_set1_epi32(value); }
 INLINE vec i_to_float(vector v) { return _mm512_cvtepi32_ps(v); }
 #define I_UNPACK(half, bits, a, b) _mm512_unpack##half##_epi##bits(a, b)
 #else
+#if WIDEN_INTEGERS
+enum { MOST_ROWS = 6, MOST_ROWS_OF_THREE = 3 };
+#else
 enum { MOST_ROWS = 4, MOST_ROWS_OF_THREE = 2 };
+#endif
 INLINE vector i_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 INLINE vector i_load_first(const void *p, int64_t n) {
     if (n >= 32) return i_load(p);
@@ -43,9 +47,72 @@ INLINE vec i_to_float(vector v) { return _mm256_cvtepi32_ps(v); }
 static inline int most_rows(int vectors) { return vectors == 3 ? MOST_ROWS_OF_THREE : MOST_ROWS; }
 static void tile(const tw_step *s, int valid, int vectors, const element *const *pointers, int64_t windows,
                  int64_t length, const element *weight, int64_t pixel, int64_t group, int64_t begin);
-#include "conv_tile.h"
 
 static inline vector flip_of(const tw_step *s) { return i_set_bytes(s->x_type == INT8 ? -128 : 0); }
+
+#if WIDEN_INTEGERS
+/* Room for widened pixels, half of a small second-level cache; one of the deepest fits. */
+#define WIDE_BYTES (192 << 10)
+
+/* Pixels whose windows are widened together. */
+static int64_t most_pixels(int64_t depth) {
+    const int64_t most = WIDE_BYTES / (2 * depth);
+    return most < 1 ? 1 : most;
+}
+
+/* Writes the windows of `count` pixels side by side, in 16 bits, and puts into `pointers`, instead of those to its windows,
+   one for each pixel. */
+static void widen_windows(const tw_step *s, const element **pointers, int64_t count, int64_t windows, int64_t length) {
+    const int flip = s->x_type == INT8 ? 128 : 0;
+    int16_t *to = (int16_t *)tw_scratch;
+    for (int64_t i = 0; i < count; i++) {
+        const element *row = (const element *)to;
+        for (int64_t w = 0; w < windows; w++, to += length)
+            widen_activations((const uint8_t *)pointers[i * windows + w], length, flip, to);
+        pointers[i] = row;
+    }
+}
+
+/* One window, widened. `flip` is in it. */
+INLINE void add_window(const int rows, const int vectors, const element *const *x, int64_t length, const element *weight,
+                       vector flip, vector sum[MOST_ROWS][3]) {
+    (void)flip;
+    for (int64_t k = 0; k < length; k += 4, weight += vectors * LANES * 4)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            vector b[3];
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) {
+                const weights w = load_weights(weight + v * LANES * 4);
+                b[v] = half ? w.odd : w.even;
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < rows; m++) {
+                const vector a = broadcast4((const uint8_t *)x[m] + 2 * k + 4 * half);
+#pragma GCC unroll 3
+                for (int v = 0; v < vectors; v++) sum[m][v] = add_pairs(sum[m][v], a, b[v]);
+            }
+        }
+}
+#else
+INLINE void add_window(const int rows, const int vectors, const element *const *x, int64_t length, const element *weight,
+                       vector flip, vector sum[MOST_ROWS][3]) {
+    for (int64_t k = 0; k < length; k += 4, weight += vectors * LANES * 4) {
+        weights b[3];
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) b[v] = load_weights(weight + v * LANES * 4);
+#pragma GCC unroll 16
+        for (int m = 0; m < rows; m++) {
+            int32_t four;
+            memcpy(&four, x[m] + k, 4);
+            const activations a = as_activations(i_xor(i_set(four), flip));
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) sum[m][v] = dot4(sum[m][v], a, b[v]);
+        }
+    }
+}
+#endif
+#include "conv_tile.h"
 
 INLINE void tile_of(const int rows, const int vectors, int valid, const element *const *pointers, int64_t windows,
                     int64_t length, const element *weight, vector flip, const int32_t *start, int32_t *out) {
@@ -60,20 +127,8 @@ INLINE void tile_of(const int rows, const int vectors, int valid, const element 
         const int8_t *x[MOST_ROWS];
 #pragma GCC unroll 16
         for (int m = 0; m < rows; m++) x[m] = pointers[(m < valid ? m : valid - 1) * windows + w];
-        for (int64_t k = 0; k < length; k += 4) {
-            weights b[3];
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) b[v] = load_weights(weight + v * LANES * 4);
-            weight += vectors * LANES * 4;
-#pragma GCC unroll 16
-            for (int m = 0; m < rows; m++) {
-                int32_t four;
-                memcpy(&four, x[m] + k, 4);
-                const activations a = as_activations(i_xor(i_set(four), flip));
-#pragma GCC unroll 3
-                for (int v = 0; v < vectors; v++) sum[m][v] = dot4(sum[m][v], a, b[v]);
-            }
-        }
+        add_window(rows, vectors, x, length, weight, flip, sum);
+        weight += length * vectors * LANES;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < rows; m++)
@@ -133,6 +188,12 @@ TILE(8, 3)
 TILE(2, 1)
 TILE(4, 1)
 TILE(3, 2)
+#if WIDEN_INTEGERS
+TILE(6, 1)
+TILE(5, 2)
+TILE(6, 2)
+TILE(3, 3)
+#endif
 #endif
 
 static void tile(const tw_step *s, int valid, int vectors, const element *const *pointers, int64_t windows,
@@ -166,15 +227,25 @@ static void tile(const tw_step *s, int valid, int vectors, const element *const 
     if (vectors == 1) {
         if (valid == 1) CALL(1, 1);
         else if (valid == 2) CALL(2, 1);
-        else CALL(4, 1);
+        else if (valid <= 4) CALL(4, 1);
+#if WIDEN_INTEGERS
+        else CALL(6, 1);
+#endif
     } else if (vectors == 2) {
         if (valid == 1) CALL(1, 2);
         else if (valid == 2) CALL(2, 2);
         else if (valid == 3) CALL(3, 2);
-        else CALL(4, 2);
+        else if (valid == 4) CALL(4, 2);
+#if WIDEN_INTEGERS
+        else if (valid == 5) CALL(5, 2);
+        else CALL(6, 2);
+#endif
     } else {
         if (valid == 1) CALL(1, 3);
-        else CALL(2, 3);
+        else if (valid == 2) CALL(2, 3);
+#if WIDEN_INTEGERS
+        else CALL(3, 3);
+#endif
     }
 #endif
     finish_tile(s, valid, vectors, out, pixel, group, begin);

@@ -10,6 +10,11 @@
                 one tile: the windows of `valid` pixels from `pixel` on, each a list of `windows` pointers to `length`
                 elements, times the weights of the output channels of `vectors` vectors from `vector` of the group on
 
+   and, where simd.h says WIDEN_INTEGERS,
+
+       most_pixels(depth)   pixels of a block whose windows have so many elements
+       widen_windows(step, pointers, count, windows, length)   writes each pixel's windows as one, for `tile`
+
    Limits that the caller keeps: windows <= BLOCK_POINTERS, a copied window <= GATHER_BYTES, a pixel <= LARGEST_PIXEL. */
 #include "conv_vector.h"
 
@@ -98,6 +103,12 @@ static void convolve_part(const tw_step *s, int number, int threads) {
     /* As even as possible, but of whole tiles except for the last. */
     const int64_t blocks = (last - first + block - 1) / block;
     block = round_up((last - first + blocks - 1) / blocks, most_rows(2));
+#if WIDEN_INTEGERS
+    if (most > most_pixels(depth)) most = most_pixels(depth);
+    const int64_t tile_windows = 1, tile_length = depth;
+#else
+    const int64_t tile_windows = windows, tile_length = length;
+#endif
     if (block > most) block = most < most_rows(2) ? most : most - most % most_rows(2);
     const element *outside = (const element *)(s->x_type == UINT8 ? tw_offset_zeros : tw_zeros);
     const element *pointers[BLOCK_POINTERS];
@@ -129,13 +140,16 @@ static void convolve_part(const tw_step *s, int number, int threads) {
                     }
                 }
             }
+#if WIDEN_INTEGERS
+            widen_windows(s, pointers, count, windows, length);
+#endif
             for (int64_t v = first_block; v < last_block;) {
                 const int width = block_vectors(vectors - v);
                 const element *weight = (const element *)s->weight + (group * vectors + v) * LANES * depth;
                 const int64_t rows = tile_rows(count, most_rows(width));
                 for (int64_t i = 0; i < count; i += rows) {
                     const int valid = (int)(count - i < rows ? count - i : rows);
-                    tile(s, valid, width, pointers + i * windows, windows, length, weight, from + i, group, v);
+                    tile(s, valid, width, pointers + i * tile_windows, tile_windows, tile_length, weight, from + i, group, v);
                 }
                 v += width;
             }

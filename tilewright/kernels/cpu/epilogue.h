@@ -8,7 +8,7 @@
 
 #include "numbers.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -108,7 +108,13 @@ static inline __m512 gelu_vector(__m512 x) {
 }
 #endif
 
-static inline void activate(float *y, int64_t count, int activation) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/* A call: inlined where `count` is a constant, the loops would be unrolled instead of vectorised. */
+static __attribute__((noinline))
+#else
+static inline
+#endif
+void activate(float *y, int64_t count, int activation) {
     if (activation == ACT_RELU)
         for (int64_t i = 0; i < count; i++) y[i] = y[i] < 0.0f ? 0.0f : y[i];
     else if (activation == ACT_GELU)
@@ -200,6 +206,65 @@ static inline __attribute__((always_inline)) void finish_row(const output *out, 
         finish_vector(out, v, row * out->n + channel + i, mask);
     }
 }
+#elif defined(__AVX2__)
+static inline __attribute__((always_inline)) __m256 load_eight(const void *from, int dtype, int64_t at) {
+    if (dtype == FLOAT32) return _mm256_loadu_ps((const float *)from + at);
+    const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + at));
+    return dtype == FLOAT16 ? _mm256_cvtph_ps(halves)
+                            : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+static inline __attribute__((always_inline)) void store_eight(void *to, int dtype, int64_t at, __m256 y) {
+    if (dtype == FLOAT32) {
+        _mm256_storeu_ps((float *)to + at, y);
+        return;
+    }
+    __m128i halves;
+    if (dtype == FLOAT16) {
+        halves = _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else { /* as round_to_bfloat16 */
+        const __m256i bits = _mm256_castps_si256(y), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_srli_epi32(
+            _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(y, y, _CMP_UNORD_Q));
+        const __m256i whole = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+        halves = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    }
+    _mm_storeu_si128((__m128i *)((uint16_t *)to + at), halves);
+}
+
+/* y: float32 [rows, panel], of which `channels` exist. An activation takes all rows at once. */
+static inline __attribute__((always_inline)) void finish_block(const output *out, float *y, int panel,
+                                                               const float *row_scale, int64_t row, int rows,
+                                                               int64_t channel, int64_t channels) {
+    const int64_t whole = channels / 8 * 8;
+    if (row_scale || out->bias)
+        for (int r = 0; r < rows; r++) {
+            float *to = y + r * panel;
+            const float scale = row_scale ? row_scale[r] : 1.0f;
+            for (int64_t i = 0; i < whole; i += 8) {
+                __m256 v = _mm256_mul_ps(_mm256_loadu_ps(to + i), _mm256_set1_ps(scale));
+                if (out->bias) v = _mm256_add_ps(v, _mm256_loadu_ps(out->bias + channel + i));
+                _mm256_storeu_ps(to + i, v);
+            }
+            for (int64_t i = whole; i < channels; i++) to[i] = to[i] * scale + (out->bias ? out->bias[channel + i] : -0.0f);
+        }
+    if (out->activation != ACT_NONE && channels == panel)
+        activate(y, (int64_t)rows * panel, out->activation);
+    else if (out->activation != ACT_NONE)
+        for (int r = 0; r < rows; r++) activate(y + r * panel, channels, out->activation);
+    for (int r = 0; r < rows; r++, y += panel) {
+        const int64_t at = (row + r) * out->n + channel;
+        for (int64_t i = 0; i < whole; i += 8) {
+            __m256 v = _mm256_loadu_ps(y + i);
+            if (out->residual) v = _mm256_add_ps(v, load_eight(out->residual, out->dtype, at + i));
+            store_eight(out->y, out->dtype, at + i, v);
+        }
+        if (whole == channels) continue;
+        if (out->residual) add_row(y + whole, out->residual, out->dtype, at + whole, channels - whole);
+        store_row(out->y, out->dtype, at + whole, y + whole, channels - whole);
+    }
+}
 #else
 /* Finishes y, `channels` floats that are already scaled, of one row. */
 static inline __attribute__((always_inline)) void finish_row(const output *out, float *y, int64_t row, int64_t channel,
@@ -213,11 +278,17 @@ static inline __attribute__((always_inline)) void finish_row(const output *out, 
 }
 #endif
 
-/* sums: `rows` rows of `panel` floats, in place: times row_scale (or NULL), then as finish_row; channels beyond n are
-   dropped. */
+/* sums: `rows` rows of `panel` floats, in place: times row_scale (or NULL), then bias, activation, residual and the cast;
+   channels beyond n are dropped. */
 static inline __attribute__((always_inline)) void finish_floats(const output *out, float *sums, int panel, const float *row_scale, int64_t row,
                                  int rows, int64_t channel) {
     int64_t channels = out->n - channel < panel ? out->n - channel : panel;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (channels == panel)
+        finish_block(out, sums, panel, row_scale, row, rows, channel, panel);
+    else
+        finish_block(out, sums, panel, row_scale, row, rows, channel, channels);
+#else
     for (int r = 0; r < rows; r++) {
         float *y = sums + r * panel;
         if (row_scale)
@@ -227,6 +298,7 @@ static inline __attribute__((always_inline)) void finish_floats(const output *ou
         else
             finish_row(out, y, row + r, channel, channels);
     }
+#endif
 }
 
 #endif

@@ -10,7 +10,8 @@
 
        packed[panel][k / 4][channel][k % 4]
 
-   With AMX, the quadruples of 64 k and 16 channels are a tile, and tiles stand one after the other. */
+   With AMX, the quadruples of 64 k and 16 channels are a tile, and tiles stand one after the other. Without VNNI a
+   quantised row stands in the scratch memory in 16 bits (int8_wide.h). */
 #include "amx.h"
 #include "epilogue.h"
 #include "parallel.h"
@@ -18,13 +19,16 @@
 #include "simd.h"
 
 /* K_STEP: k are packed in multiples of it. UNIT_ROWS: a thread takes rows in multiples of it. FEW_ROWS: so many are
-   multiplied without tiles. */
+   multiplied without tiles, or without widening their weights first. */
 #if defined(__AMX_INT8__)
 enum { K_STEP = AMX_BYTES, UNIT_ROWS = 2 * AMX_ROWS, ROW_GROUP = 64, FEW_ROWS = 6 };
+#elif WIDEN_INTEGERS
+#include "int8_wide.h"
+enum { K_STEP = 4, UNIT_ROWS = WIDE_ROWS, ROW_GROUP = 10 * WIDE_ROWS, FEW_ROWS = TILE_ROWS };
 #else
 enum { K_STEP = 4, UNIT_ROWS = TILE_ROWS, ROW_GROUP = 8 * TILE_ROWS };
 #endif
-enum { ZERO_POINT = 128 };
+enum { ZERO_POINT = 128, TALLEST_TILE = 6 };
 
 static int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -45,6 +49,8 @@ EXPORT int64_t ISA_NAME(tw_panel)(void) { return PANEL; }
 EXPORT int64_t ISA_NAME(tw_int8_row_bytes)(int64_t k) {
 #if defined(__AMX_INT8__)
     return (round_up(k, K_STEP) / K_STEP | 1) * K_STEP; /* odd: 16 rows are in as many sets of the cache */
+#elif WIDEN_INTEGERS
+    return ((2 * round_up(k, K_STEP) + 63) / 64 | 1) * 64; /* odd, as above */
 #else
     return round_up(k, K_STEP);
 #endif
@@ -76,12 +82,23 @@ EXPORT int ISA_NAME(tw_int8_pack)(const int8_t *weight, int64_t n, int64_t k, in
     return 0;
 }
 
+/* Four k of a quantised row. */
+static inline activations activations_at(const uint8_t *row, int64_t step) {
+#if WIDEN_INTEGERS
+    return (activations){broadcast4(row + step * 8), broadcast4(row + step * 8 + 4)};
+#else
+    return broadcast_activations(row + step * 4);
+#endif
+}
+
 /* `rows` is a constant wherever this is called: the loops over rows and vectors unroll, and the sums stay in registers. */
 static inline __attribute__((always_inline)) void multiply_rows(int rows, const uint8_t *x, int64_t x_stride,
                                                                 const int8_t *panel, int64_t steps,
                                                                 int32_t sums[][PANEL]) {
     vector sum[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
         for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = vector_zero();
     for (int64_t step = 0; step < steps; step++) {
         weights w[TILE_VECTORS];
@@ -89,12 +106,14 @@ static inline __attribute__((always_inline)) void multiply_rows(int rows, const 
         for (int v = 0; v < TILE_VECTORS; v++) w[v] = load_weights(panel + quadruples(step, v));
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            activations a = broadcast_activations(x + r * x_stride + step * 4);
+            activations a = activations_at(x + r * x_stride, step);
 #pragma GCC unroll 8
             for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = dot4(sum[r][v], a, w[v]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
         for (int v = 0; v < TILE_VECTORS; v++) vector_store(sums[r] + v * LANES, sum[r][v]);
 }
 
@@ -145,15 +164,23 @@ static inline __attribute__((always_inline)) void finish_channels(const linear_j
                                                                   int64_t channels, const float *scale) {
     const int32_t *correction = job->correction + channel;
     const float *weight_scale = job->weight_scale + channel;
+    float y[TALLEST_TILE][PANEL];
     for (int r = 0; r < rows; r++) {
-        float y[PANEL];
         const float row_scale = scale[r];
-        for (int64_t i = 0; i < channels; i++)
-            y[i] = (float)(sums[r][i] - correction[i]) * row_scale * weight_scale[i];
-        finish_row(&job->out, y, row + r, channel, channels);
+        int64_t i = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        for (; i + LANES <= channels; i += LANES) { /* left to itself the compiler takes one channel at a time */
+            const vector sum = _mm256_sub_epi32(vector_load(sums[r] + i), vector_load(correction + i));
+            const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(row_scale));
+            _mm256_storeu_ps(y[r] + i, _mm256_mul_ps(scaled, _mm256_loadu_ps(weight_scale + i)));
+        }
+#endif
+        for (; i < channels; i++) y[r][i] = (float)(sums[r][i] - correction[i]) * row_scale * weight_scale[i];
     }
+    finish_floats(&job->out, y[0], PANEL, NULL, row, rows, channel);
 }
 
+/* At most TALLEST_TILE rows. */
 static void finish_tile(const linear_job *job, int32_t sums[][PANEL], int64_t row, int rows, int64_t channel,
                         const float *scale) {
     int64_t channels = job->out.n - channel;
@@ -167,11 +194,19 @@ static void finish_tile(const linear_job *job, int32_t sums[][PANEL], int64_t ro
 static void quantize_part(const linear_job *job, int64_t first, int64_t begin, int64_t end, uint8_t *q, float *scale) {
     const int64_t padding = round_up(job->k, K_STEP) - job->k, element = job->out.dtype == FLOAT32 ? 4 : 2;
     q += begin * job->q_stride;
+#if WIDEN_INTEGERS
+    q += round_up(job->k, K_STEP); /* the second half of what a widened row takes */
+#endif
     quantize_rows((const char *)job->x + (first + begin) * job->x_stride * element, job->out.dtype, end - begin,
                   job->x_stride, job->k, job->channel_scale, ZERO_POINT, q, job->q_stride, scale + begin);
     if (padding) /* its weights are 0 */
-        for (int64_t row = begin; row < end; row++, q += job->q_stride)
-            memset(q + job->k, ZERO_POINT, (size_t)padding);
+        for (int64_t row = 0; row < end - begin; row++)
+            memset(q + row * job->q_stride + job->k, ZERO_POINT, (size_t)padding);
+#if WIDEN_INTEGERS
+    const int64_t bytes = round_up(job->k, K_STEP);
+    for (int64_t row = begin; row < end; row++, q += job->q_stride)
+        widen_activations(q, bytes, 0, (int16_t *)(q - bytes));
+#endif
 }
 
 #if defined(__AMX_INT8__)
@@ -340,6 +375,15 @@ static void multiply_group(const linear_job *job, const uint8_t *q, const float 
 #if defined(__AMX_INT8__)
     if (rows > FEW_ROWS) {
         multiply_tiles(job, q, scale, row, rows, channel, wait);
+        return;
+    }
+#elif WIDEN_INTEGERS
+    if (rows > FEW_ROWS) {
+        vector sums[ROW_GROUP][TILE_VECTORS];
+        multiply_widened((int)rows, q, q_stride, panel, steps, sums);
+        for (int64_t i = 0; i < rows; i += WIDE_ROWS)
+            finish_tile(job, (int32_t(*)[PANEL])(sums + i), row + i, (int)(rows - i < WIDE_ROWS ? rows - i : WIDE_ROWS),
+                        channel, scale + i);
         return;
     }
 #endif

@@ -101,10 +101,13 @@ static inline __attribute__((always_inline)) uint32_t largest_of_row(const void 
     return _mm512_reduce_max_epu32(largest[0]);
 }
 
-/* Up to 64 elements from element i on. Where a product is close to the middle, all of them are divided. */
-static inline __attribute__((always_inline)) void quantize_64(const void *x, int dtype, const float *c, int64_t i,
-                                                              uint64_t mask, float s, float inverse, int zero_point,
-                                                              uint8_t *q) {
+/* QUANTIZED elements from element i on, or, unless `all`, the first `count` of them. Where a product is close to the middle,
+   all of them are divided. */
+enum { QUANTIZED = 64 };
+static inline __attribute__((always_inline)) void quantize_some(const void *x, int dtype, const float *c, int64_t i,
+                                                                int all, int64_t count, float s, float inverse,
+                                                                int zero_point, uint8_t *q) {
+    const uint64_t mask = all ? ~0ull : (1ull << count) - 1ull;
     /* Where the packing instructions, which work within quarters of a vector, leave the 16 quadruples. */
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512 v[4], off = _mm512_setzero_ps();
@@ -128,6 +131,91 @@ static inline __attribute__((always_inline)) void quantize_64(const void *x, int
         _mm512_storeu_si512(q + i, bytes);
 }
 
+#elif defined(__AVX2__)
+#include <immintrin.h>
+
+/* Elements i to i + 7 as float32, times c. */
+static inline __attribute__((always_inline)) __m256 load_vector(const void *x, int dtype, int64_t i, const float *c) {
+    __m256 v;
+    if (dtype == FLOAT32) {
+        v = _mm256_loadu_ps((const float *)x + i);
+    } else {
+        const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)x + i));
+        v = dtype == FLOAT16 ? _mm256_cvtph_ps(halves)
+                             : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+    return c ? _mm256_mul_ps(v, _mm256_loadu_ps(c + i)) : v;
+}
+
+static inline __attribute__((always_inline)) float load_one(const void *x, int dtype, int64_t i, const float *c) {
+    const float v = dtype == FLOAT32    ? load_float32(x, i)
+                    : dtype == BFLOAT16 ? load_bfloat16(x, i)
+                                        : load_float16(x, i);
+    return c ? v * c[i] : v;
+}
+
+/* The same with vectors: the largest magnitude of a row as an integer. In all of these, dtype and
+   whether c is NULL are constants wherever they are called. */
+static inline __attribute__((always_inline)) uint32_t largest_of_row(const void *x, int dtype, int64_t columns,
+                                                                     const float *c) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i vectors[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) vectors[j] = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 32 <= columns; i += 32)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            vectors[j] = _mm256_max_epu32(
+                vectors[j], _mm256_and_si256(_mm256_castps_si256(load_vector(x, dtype, i + 8 * j, c)), magnitude));
+    uint32_t lanes[8], largest = 0;
+    _mm256_storeu_si256((__m256i *)lanes, _mm256_max_epu32(_mm256_max_epu32(vectors[0], vectors[1]),
+                                                           _mm256_max_epu32(vectors[2], vectors[3])));
+    for (int j = 0; j < 8; j++) largest = lanes[j] > largest ? lanes[j] : largest;
+    for (; i < columns; i++) {
+        const uint32_t bits = to_bits(load_one(x, dtype, i, c)) & 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+/* QUANTIZED elements from element i on, or, unless `all`, the first `count` of them. Where a product is close to the middle,
+   all of them are divided. */
+enum { QUANTIZED = 32 };
+static inline __attribute__((always_inline)) void quantize_some(const void *x, int dtype, const float *c, int64_t i,
+                                                                int all, int64_t count, float s, float inverse,
+                                                                int zero_point, uint8_t *q) {
+    /* Where the packing instructions, which work within halves of a vector, leave the 8 quadruples. */
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256 v[4], off = _mm256_setzero_ps();
+    __m256i n[4];
+    float few[QUANTIZED] = {0};
+    if (!all)
+        for (int64_t j = 0; j < count; j++) few[j] = load_one(x, dtype, i + j, c);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        v[j] = all ? load_vector(x, dtype, i + 8 * j, c) : _mm256_loadu_ps(few + 8 * j);
+        const __m256 product = _mm256_mul_ps(v[j], _mm256_set1_ps(inverse));
+        n[j] = _mm256_cvtps_epi32(product);
+        const __m256 distance = _mm256_sub_ps(product, _mm256_cvtepi32_ps(n[j]));
+        off = _mm256_max_ps(off, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), distance));
+    }
+    if (_mm256_movemask_ps(_mm256_cmp_ps(off, _mm256_set1_ps(NO_TIE), _CMP_GE_OQ)))
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) n[j] = _mm256_cvtps_epi32(_mm256_div_ps(v[j], _mm256_set1_ps(s)));
+    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+    bytes = _mm256_xor_si256(_mm256_permutevar8x32_epi32(bytes, order), _mm256_set1_epi8((char)zero_point));
+    if (all) {
+        _mm256_storeu_si256((__m256i *)(q + i), bytes);
+        return;
+    }
+    uint8_t kept[QUANTIZED];
+    _mm256_storeu_si256((__m256i *)kept, bytes);
+    memcpy(q + i, kept, (size_t)count);
+}
+#endif
+
+#if defined(__AVX2__)
 /* Returns 0, having written nothing, where s is not a normal number. */
 static inline __attribute__((always_inline)) int quantize_vectors(const void *x, int dtype, int64_t columns, const float *c,
                                                                   int zero_point, uint32_t largest, uint8_t *q,
@@ -138,8 +226,9 @@ static inline __attribute__((always_inline)) int quantize_vectors(const void *x,
     *scale = s;
     const float inverse = 1.0f / s;
     int64_t i = 0;
-    for (; i + 64 <= columns; i += 64) quantize_64(x, dtype, c, i, ~0ull, s, inverse, zero_point, q);
-    if (i < columns) quantize_64(x, dtype, c, i, (1ull << (columns - i)) - 1ull, s, inverse, zero_point, q);
+    for (; i + QUANTIZED <= columns; i += QUANTIZED)
+        quantize_some(x, dtype, c, i, 1, QUANTIZED, s, inverse, zero_point, q);
+    if (i < columns) quantize_some(x, dtype, c, i, 0, columns - i, s, inverse, zero_point, q);
     return 1;
 }
 #endif
@@ -156,7 +245,7 @@ static inline float quantize_row(const void *x, int dtype, int64_t at, int64_t c
     return QUANTIZE_ROW(quantize_float16, float16);
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 /* The maximum of a row is taken before the row above is quantised: its loads and its chain of instructions pass behind. */
 static inline __attribute__((always_inline)) void quantize_rows_as(const void *x, int dtype, int64_t rows, int64_t x_stride,
                                                                    int64_t columns, const float *c, int zero_point,

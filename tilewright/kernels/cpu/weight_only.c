@@ -54,7 +54,11 @@ INLINE floats widen_nibbles(const uint8_t *w, int at, floats zero) {
     __m256i nibble = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i *)w), 4 * at);
     return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(nibble, _mm256_set1_epi32(15))), zero);
 }
-INLINE floats add_product(floats sum, floats w, const float *x) { return _mm256_fmadd_ps(w, _mm256_set1_ps(*x), sum); }
+/* Written out: from the intrinsic gcc 12 adds into the register of w or x and moves the sum about, for lack of others. */
+INLINE floats add_product(floats sum, floats w, const float *x) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(w), "x"(_mm256_set1_ps(*x)));
+    return sum;
+}
 #else
 #define TALL_ROWS 2
 INLINE floats floats_zero(void) { return (floats){{0}}; }

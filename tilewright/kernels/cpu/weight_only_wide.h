@@ -22,16 +22,18 @@ INLINE void widen_segment(int bits, const job_float *job, const uint8_t *word, i
                                        : decode8_float(word + v * LANES, t));
 }
 
-/* `rows` is a constant wherever this is called: the sums stay in registers. */
+/* `rows` is a constant wherever this is called: the sums stay in registers. next: from these rows to those of the tile
+   after them, whose lines the processor's prefetcher does not guess. */
 INLINE void add_segment_rows(int rows, const float *x, int height, const segment *wide, int64_t words,
-                             const float *scale, float sums[][PANEL]) {
+                             const float *scale, float sums[][PANEL], int64_t next) {
     floats sum[TALL_ROWS][TILE_VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = floats_zero();
     const float *w = wide->column[0];
-    for (int64_t i = 0; i < words; i++, x += height * 8, w += 8 * PANEL)
+    for (int64_t i = 0; i < words; i++, x += height * 8, w += 8 * PANEL) {
+        for (int r = 0; r < rows; r += 2) __builtin_prefetch(x + next + r * 8); /* two rows of a word fill a line */
 #pragma GCC unroll 8
         for (int t = 0; t < 8; t++) {
             floats b[TILE_VECTORS];
@@ -40,11 +42,9 @@ INLINE void add_segment_rows(int rows, const float *x, int height, const segment
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-                for (int v = 0; v < TILE_VECTORS; v++) {
-                    sum[r][v] = add_product(sum[r][v], b[v], x + r * 8 + t);
-                    KEEP_IN_REGISTER(sum[r][v]);
-                }
+                for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = add_product(sum[r][v], b[v], x + r * 8 + t);
         }
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < TILE_VECTORS; v++) {
         const floats s = load_floats(scale + v * LANES);
@@ -57,10 +57,10 @@ INLINE void add_segment_rows(int rows, const float *x, int height, const segment
 }
 
 static void add_segment(int rows, const float *x, int height, const segment *wide, int64_t words, const float *scale,
-                        float sums[][PANEL]) {
+                        float sums[][PANEL], int64_t next) {
     switch (rows) {
 #define CASE(count)                                                                                                    \
-    case count: add_segment_rows(count, x, height, wide, words, scale, sums); return;
+    case count: add_segment_rows(count, x, height, wide, words, scale, sums, next); return;
         CASE(1)
         CASE(2)
         CASE(3)
@@ -75,6 +75,7 @@ static void add_segment(int rows, const float *x, int height, const segment *wid
 INLINE void multiply_widened(int bits, const job_float *job, int height, int64_t row, int64_t rows, int64_t panel,
                              float sums[][PANEL]) {
     const uint8_t *w = job->packed + panel * job->words * PANEL * bits;
+    const int64_t next = job->words * 8 * height;
     segment wide;
     memset(sums, 0, (size_t)rows * sizeof *sums);
     for (int64_t group = 0; group < job->groups; group++) {
@@ -85,7 +86,8 @@ INLINE void multiply_widened(int bits, const job_float *job, int height, int64_t
             widen_segment(bits, job, w + first * PANEL * bits, words, at, &wide);
             for (int64_t i = 0; i < rows; i += height) {
                 const float *x = job->rows + (row + i) * job->words * 8 + first * height * 8;
-                add_segment(rows - i < height ? (int)(rows - i) : height, x, height, &wide, words, job->scale + at, sums + i);
+                const int count = rows - i < height ? (int)(rows - i) : height;
+                add_segment(count, x, height, &wide, words, job->scale + at, sums + i, next);
             }
         }
     }
