@@ -31,7 +31,8 @@ enum { QUERY_BLOCK = 128 };
 
 #ifdef LANES
 
-enum { ROWS = 6, VECTORS = 4, PANEL = VECTORS * LANES, SEGMENT = 16 };
+/* ROWS times VECTORS sums stay in registers, of which AVX-512 has 32 and AVX2 16. */
+enum { ROWS = 6, VECTORS = LANES / 4, PANEL = VECTORS * LANES, SEGMENT = 16 };
 
 static int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -104,7 +105,9 @@ INLINE void multiply(int rows, int vectors, const float *const *from, int64_t co
     for (int64_t begin = 0; begin < count || !begin; begin += SEGMENT) {
         const int64_t end = count - begin < SEGMENT ? count : begin + SEGMENT;
         vec sum[ROWS][VECTORS];
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
             for (int i = 0; i < vectors; i++) sum[r][i] = v_zero();
         for (int64_t step = begin; step < end; step++) {
             vec b[VECTORS];
@@ -114,10 +117,12 @@ INLINE void multiply(int rows, int vectors, const float *const *from, int64_t co
             for (int r = 0; r < rows; r++) {
                 vec a = v_set(from[r][step]);
 #pragma GCC unroll 8
-                for (int i = 0; i < vectors; i++) sum[r][i] = v_fma(a, b[i], sum[r][i]);
+                for (int i = 0; i < vectors; i++) sum[r][i] = v_add_product(sum[r][i], a, b[i]);
             }
         }
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
             for (int i = 0; i < vectors; i++) {
                 float *at = to[r] + i * LANES;
                 v_store(at, begin ? v_add(v_load(at), sum[r][i]) : sum[r][i]);
@@ -132,12 +137,14 @@ static void multiply_panel(int rows, int vectors, const float *const *from, int6
         multiply(height, length, from, count, panel, panel_stride, to);                                                \
         return;                                                                                                        \
     }
+#if defined(__AVX512F__)
     CASE(ROWS, 4)
     CASE(ROWS, 3)
-    CASE(ROWS, 2)
-    CASE(ROWS, 1)
     CASE(1, 4)
     CASE(1, 3)
+#endif
+    CASE(ROWS, 2)
+    CASE(ROWS, 1)
     CASE(1, 2)
     CASE(1, 1)
 #undef CASE

@@ -18,6 +18,7 @@ typedef __m512 vec;
 #define v_mul(a, b) _mm512_mul_ps(a, b)
 #define v_div(a, b) _mm512_div_ps(a, b)
 #define v_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
+static inline vec v_add_product(vec sum, vec a, vec b) { return v_fma(a, b, sum); }
 #define v_max(a, b) _mm512_max_ps(a, b) /* NaN in b stays, as in v_min */
 #define v_min(a, b) _mm512_min_ps(a, b)
 #define v_round(a) _mm512_roundscale_ps(a, 0)
@@ -53,6 +54,12 @@ typedef __m256 vec;
 #define v_mul(a, b) _mm256_mul_ps(a, b)
 #define v_div(a, b) _mm256_div_ps(a, b)
 #define v_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+/* For the sums of a tile, which fill most registers: from the intrinsic gcc 12 adds into the register of a or b and moves
+   the sums about. */
+static inline vec v_add_product(vec sum, vec a, vec b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+}
 #define v_max(a, b) _mm256_max_ps(a, b)
 #define v_min(a, b) _mm256_min_ps(a, b)
 #define v_round(a) _mm256_round_ps(a, 0)
