@@ -22,8 +22,9 @@ from tilewright.kernels.cpu_support import why_no_int4pack, why_no_qlinear
 from tilewright.nn import Int4Linear, Int8Linear, QuantizedLinear
 
 SIZE, ATTEMPTS = 4096, 6
-#: By rows: less than was measured (docs/cpu.md), because float32 products are what int4 layers are made of there too.
-INT4_WITHOUT_AVX512 = {1: 3.0, 16: 1.5, 128: 1.2, 512: 1.0}
+#: By rows, less than was measured with AVX2 alone (docs/cpu.md says why it is not more).
+INT8_WITH_AVX2 = {1: 3.0, 16: 3.0, 128: 2.0, 512: 1.7}
+INT4_WITH_AVX2 = {1: 3.0, 16: 2.0, 128: 1.5, 512: 1.2}
 pytestmark = pytest.mark.perf
 
 
@@ -70,15 +71,19 @@ def check(linear: nn.Linear, module: QuantizedLinear, m: int, wanted: float, err
     pytest.fail(f"{module.scheme_name} at {m} rows: {max(found):.2f} times float32, not {wanted} ({ATTEMPTS} attempts)")
 
 
-@pytest.mark.skipif(why_no_qlinear() is not None, reason=f"no fast int8 path here: {why_no_qlinear()}")
 @pytest.mark.parametrize("m", [1, 16, 128, 512])
 def test_int8_is_five_times_as_fast_as_float32(linear: nn.Linear, int8: QuantizedLinear, m: int) -> None:
-    check(linear, int8, m, 5.0, 0.02)
+    if native.isa() == "avx2":
+        check(linear, int8, m, INT8_WITH_AVX2[m], 0.02)
+    elif why_no_qlinear():
+        pytest.skip(f"no fast int8 path here: {why_no_qlinear()}")
+    else:
+        check(linear, int8, m, 5.0, 0.02)
 
 
 @pytest.mark.skipif(why_no_int4pack() is not None, reason=f"no fast int4 path here: {why_no_int4pack()}")
 @pytest.mark.parametrize("m, wanted", [(1, 8.0), (16, 1.5), (128, 1.5), (512, 1.5)])
 def test_int4_is_faster_than_float32(linear: nn.Linear, int4: QuantizedLinear, m: int, wanted: float) -> None:
     if native.isa() == "avx2":
-        wanted = INT4_WITHOUT_AVX512[m]
+        wanted = INT4_WITH_AVX2[m]
     check(linear, int4, m, wanted, 0.15)
