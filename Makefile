@@ -36,15 +36,18 @@ demo: $(STAMP)
 	$(BIN)/python examples/minilm_demo.py $(DEMO_ARGS)
 	$(BIN)/python examples/digits_demo.py $(DEMO_ARGS)
 
+# Workers with threads of their own share the cores: a thread that waits had better not spin.
+PARALLEL = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) -q
+
 #: make test       the tests, then the timing tests alone, then the kernels in Triton's interpreter
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -n $(TEST_WORKERS) -m "not slow and not perf" -q $(PYTEST_ARGS)
+	$(PARALLEL) tests -m "not slow and not perf" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests -m "perf and not slow" -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter -n $(TEST_WORKERS) -q
+	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter
 
 #: make test-slow  every kernel and config emulated, and other tests that take longer than a minute
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest tests -n $(TEST_WORKERS) -m "slow and aot" -q
+	$(PARALLEL) tests -m "slow and aot"
 	$(BIN)/python -m pytest tests -m "slow and not aot" -q
 
 #: make lint       ruff and mypy

@@ -72,6 +72,7 @@ def test_what_cannot_be_emulated_is_left_out() -> None:
     assert count(lambda depth: None, TARGETS["sm_80"]) == Counts()
 
 
+@pytest.mark.slow
 def test_small_problems_have_the_binary_of_the_row() -> None:
     checked = 0
     for target, entry in [(target, entry) for target, entry in entries() if target.arch in EMULATED][::10]:

@@ -33,7 +33,7 @@ from tilewright.aot.targets import TARGETS, Target
 pytestmark = pytest.mark.aot
 ROOT = Path(__file__).parents[2]
 ROWS = list(read_table().values())
-SAMPLE = 24
+SAMPLE = 12
 LARGE_SAMPLE = 176
 #: Kernels that multiply nothing: they quantise rows, or add up the parts of a product.
 WITHOUT_PRODUCT = (

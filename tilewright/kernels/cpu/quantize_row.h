@@ -154,8 +154,8 @@ static inline __attribute__((always_inline)) float load_one(const void *x, int d
     return c ? v * c[i] : v;
 }
 
-/* The same with vectors: the largest magnitude of a row as an integer. In all of these, dtype and
-   whether c is NULL are constants wherever they are called. */
+/* The same with vectors: the largest magnitude of a row as an integer. In all of these, dtype and whether c is NULL are
+   constants wherever they are called. */
 static inline __attribute__((always_inline)) uint32_t largest_of_row(const void *x, int dtype, int64_t columns,
                                                                      const float *c) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
