@@ -24,7 +24,7 @@ help:
 	@sed -n 's/^#: //p' Makefile
 
 # The C kernels are compiled when the package is installed.
-$(STAMP): pyproject.toml constraints-dev.txt hatch_build.py $(wildcard tilewright/kernels/cpu/*.[ch] tilewright/kernels/cpu/build.py)
+$(STAMP): pyproject.toml constraints-dev.txt hatch_build.py $(wildcard tilewright/kernels/cpu/c/*.[ch] tilewright/kernels/cpu/build.py)
 	@echo "Setting up $(VENV): a few minutes the first time"
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Tilewright needs Python 3.10 or newer')"
 	$(PYTHON) -m venv $(VENV)

@@ -21,6 +21,7 @@ from bench.problems import QUANTIZERS, Shape, make_arguments
 from tilewright.aot.launch import Launch
 from tilewright.aot.specialize import specialize
 from tilewright.aot.targets import Target
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int4_int8_linear import triton_fused as int4_int8_fused
 from tilewright.kernels.int4_int8_linear.triton_fused import Int4Int8Config
 from tilewright.kernels.int4_linear import fragments as int4_fragment_order
@@ -33,7 +34,6 @@ from tilewright.kernels.int8_linear import triton_tile as int8_tile
 from tilewright.kernels.int8_weight_only_linear import triton_dequantize as int8_dequantize
 from tilewright.kernels.int8_weight_only_linear import triton_swapped as int8_weight_only_swapped
 from tilewright.kernels.norm_quantize import triton_norm_quantize
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize import triton_quantize
 from tilewright.kernels.quantize.reference import quantize_per_row
 from tilewright.kernels.quantize.triton_quantize import QuantizeConfig

@@ -21,8 +21,8 @@ from tilewright.aot.specialize import specialize
 from tilewright.aot.targets import Target
 from tilewright.kernels.conv2d import triton_depthwise, triton_implicit, triton_pointwise, triton_stem
 from tilewright.kernels.conv2d.triton_launch import ConvCall, float_call, int8_call
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int8_conv2d.triton_quantize import plan_quantize_per_tensor
-from tilewright.kernels.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ import tilewright.nn as tnn
 from bench import cpu_onnx, cpu_peak
 from bench.idle import apart, until_idle
 from tilewright.kernels.cpu import native
-from tilewright.kernels.router import route
+from tilewright.kernels.dispatch.router import route
 
 RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 THREADS = 2

@@ -23,8 +23,8 @@ from torch import nn
 
 import tilewright.nn as tnn
 from tilewright.kernels.cpu import choices, native
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import implementations
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import implementations
 
 THREADS = 2
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (4096, 4096))

@@ -81,7 +81,7 @@ class Case:
 def kernels(m: int, n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[Any, Any]]:
     """Every tunable kernel of a linear layer with a problem as it would pose itself on an H200."""
     from tilewright.kernels import tuning
-    from tilewright.kernels.problem import Problem
+    from tilewright.kernels.dispatch.problem import Problem
 
     for op in OPS:
         group = {"group_size": 64, "symmetric": False} if op.startswith("int4") else {}
@@ -94,7 +94,7 @@ def convolutions(dtype: torch.dtype) -> Iterator[tuple[Any, Any]]:
     """Each family of convolutions in float and in int8: 1 x 1, depthwise, few channels, and all others."""
     from tilewright.kernels import tuning
     from tilewright.kernels.conv_geometry import ConvGeometry
-    from tilewright.kernels.problem import Problem
+    from tilewright.kernels.dispatch.problem import Problem
 
     for sizes in (
         ConvGeometry(2, 64, 8, 8, 48, (1, 1)),

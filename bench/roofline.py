@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.roofline import CEILINGS, Ceilings, Floor, ceilings_for, floor, measure_cpu
 
 OPS = ("linear", "int8_linear", "int8_weight_only_linear", "int4_linear", "int4_int8_linear", "quantize_per_row")

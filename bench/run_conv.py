@@ -24,7 +24,7 @@ from bench.result_files import RESULTS, Row, about, merge, read_rows, slug, writ
 from bench.run import ROUNDS, ceilings_of_gpu, in_words, interleaved
 from tilewright.autotune.clock import GpuClock
 from tilewright.kernels.conv_geometry import ConvGeometry, oihw
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.roofline import Ceilings, floor, measure_cpu
 from tilewright.kernels.samples import make_arguments
 from tilewright.kernels.tuning import Checker

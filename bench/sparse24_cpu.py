@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from tilewright.kernels import router
+from tilewright.kernels.dispatch import router
 from tilewright.nn import Sparse24Int4Linear, Sparse24Int8Linear, Sparse24Linear
 
 #: N x K.

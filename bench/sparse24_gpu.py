@@ -25,9 +25,9 @@ from bench.problems import SPARSE, Shape, dense_weight, make_arguments, referenc
 from bench.result_files import RESULTS, Row, about, slug, write_rows
 from bench.run import ceilings_of_gpu, in_words
 from tilewright.autotune.clock import Clock, CpuClock, GpuClock
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.dispatch.router import implementations, route
 from tilewright.kernels.roofline import Ceilings
-from tilewright.kernels.router import implementations, route
 from tilewright.kernels.sparse24_linear import cusparselt, triton_fragments, triton_unpack
 
 ROUNDS = 15

@@ -14,8 +14,8 @@ from bench.problems import SPARSE, Shape
 from bench.problems import make_arguments as bench_arguments
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.conv_ops import CONV_OPERATORS
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.ops import OPERATORS
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.samples import CONVOLUTIONS, make_arguments
 
 LAYERS = {

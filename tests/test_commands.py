@@ -1,4 +1,4 @@
-"""The commands ``tilewright tune`` and ``tilewright cache``, and ``doctor`` for a model."""
+"""The commands ``tilewright tune`` and ``tilewright cache``, and ``commands.doctor`` for a model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from tilewright import autotune, doctor
+from tilewright import autotune
 from tilewright.__main__ import main
 from tilewright.autotune import tables
-from tilewright.commands import tune
+from tilewright.commands import doctor, tune
 from tilewright.kernels import tuning
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import noted
 from tilewright.kernels.roofline import CEILINGS, ceilings_for, floor, measure_cpu
-from tilewright.kernels.router import noted
 
 
 @pytest.fixture(autouse=True)

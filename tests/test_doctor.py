@@ -12,11 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from tilewright import doctor
 from tilewright.__main__ import main
 from tilewright.autotune import ShortList, shortlist
+from tilewright.commands import doctor
 from tilewright.kernels.cpu import build, native
-from tilewright.kernels.router import route
+from tilewright.kernels.dispatch.router import route
 
 
 @pytest.fixture

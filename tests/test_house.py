@@ -85,7 +85,7 @@ def test_imports_point_one_way(path: Path) -> None:
     [
         ("import tilewright.nn", "tilewright.kernels.ops"),
         ("from tilewright import convert", "tilewright.nn.linear"),
-        ("from tilewright.kernels.router import route", "tilewright.aot.compiler"),
+        ("from tilewright.kernels.dispatch.router import route", "tilewright.aot.compiler"),
         ("from ..nn import linear", "tilewright.kernels.ops"),
         ("from ... import nn", "tilewright.kernels.int8_linear.cpu"),
         ("from .. import convert", "tilewright.nn.__init__"),

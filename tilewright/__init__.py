@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tilewright import autotune, kernels, nn
 from tilewright.backend import compile_report
+from tilewright.commands.diagnosis import diagnose
 from tilewright.convert import (
     CheckpointError,
     Fuse,
@@ -27,14 +28,13 @@ from tilewright.convert import (
     convert_model,
     hold_masks,
     load_model,
-    prune_model,
     report,
     revert_model,
     save_model,
     search_pruning,
 )
+from tilewright.convert.search import prune_model
 from tilewright.deploy import export_onnx, export_package
-from tilewright.diagnosis import diagnose
 
 try:
     __version__ = version("tilewright")

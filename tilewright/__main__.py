@@ -7,8 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tilewright import doctor
-from tilewright.commands import cache, tune
+from tilewright.commands import cache, doctor, tune
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

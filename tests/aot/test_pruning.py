@@ -16,7 +16,7 @@ from tilewright.aot.targets import find_target
 from tilewright.autotune.offline import filling
 from tilewright.autotune.store import TableError
 from tilewright.kernels import tuning
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 
 pytestmark = pytest.mark.aot
 H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "device_name": "NVIDIA H200"}

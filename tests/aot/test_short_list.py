@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton publishes wheels for Linux alone")
 
 from tilewright.autotune.shortlist import shipped
 from tilewright.kernels import tuning
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 
 H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "device_name": "NVIDIA H200"}
 

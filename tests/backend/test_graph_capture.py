@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.problems import FOLDERS, SPARSE, Shape, make_arguments
 from tilewright.aot.launch import Launch
-from tilewright.kernels import problem as problems
-from tilewright.kernels import router
+from tilewright.kernels.dispatch import problem as problems
+from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import sparse24
-from tilewright.kernels.problem import Problem
 
 pytest.importorskip("triton")
 _DENSE = "unpacked once, then dense"

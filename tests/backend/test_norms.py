@@ -11,7 +11,8 @@ from torch import nn
 
 import tilewright as tw
 from tests.backend.networks import Feed, compiled, last
-from tilewright.kernels import norm_quantize, router
+from tilewright.kernels import norm_quantize
+from tilewright.kernels.dispatch import router
 
 
 class LlamaNorm(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 import tilewright as tw
 from bench.compile_modes import Residual
 from tests.backend.networks import settled
-from tilewright.convert.program import programs_of
+from tilewright.convert.network.program import programs_of
 from tilewright.kernels.conv_ops import CONV_OPERATORS  # noqa: F401  (registers the operators)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from tests.contracts.convolutions import CHANNELS, OUT, Convolution, each_convolution
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels import conv_ops
-from tilewright.kernels.router import route
+from tilewright.kernels.dispatch.router import route
 from tilewright.nn import ConvLayer, Int8ConvBnAct2d
 
 KEPT = (

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.contracts.layers import K, Layer, N, each_layer
-from tilewright.kernels import packed as cache
-from tilewright.kernels.router import route
+from tilewright.kernels.dispatch import packed as cache
+from tilewright.kernels.dispatch.router import route
 from tilewright.nn import Int8StaticLinear
 
 
@@ -188,7 +188,8 @@ def test_the_problem_is_the_one_that_forward_poses(layer: Layer, monkeypatch: py
         asked.append((op, m, n, k, x_dtype, facts))
         return real(op, m, n, k, x_dtype, device, **facts)
 
-    from tilewright.kernels import ops, router
+    from tilewright.kernels import ops
+    from tilewright.kernels.dispatch import router
 
     real = ops.serve
     monkeypatch.setattr(ops, "serve", spy)

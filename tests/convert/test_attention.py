@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.convert import attention, convert_model, load_model, report, revert_model, save_model, timing
+from tilewright.convert import convert_model, load_model, report, revert_model, save_model, timing
+from tilewright.convert.graph import attention
 from tilewright.kernels.cpu import native
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")

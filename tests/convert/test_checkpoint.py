@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tilewright.convert import CheckpointError, Int8ActInt4Weight, convert_model, load_model, report, save_model
-from tilewright.convert.safetensors_file import open_regular, read_header
+from tilewright.convert.checkpoint.safetensors_file import open_regular, read_header
 from tilewright.nn import QuantizedLinear
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import tilewright as tw
 from tests.convert.networks import Inception, SmallMobileNet, SmallResNet, SqueezeExcite, conv_bn, settled, source_of
-from tilewright.convert.program import Program
+from tilewright.convert.network.program import Program
 from tilewright.nn import ConvBnAct2d, FoldedBatchNorm
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import tilewright as tw
 from tests.convert.networks import SmallMobileNet, SmallResNet, conv_bn, settled
 from tests.convert.test_conv_fusion import agree, image
-from tilewright.convert.program import Program
+from tilewright.convert.network.program import Program
 from tilewright.nn import ConvBnAct2d
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import tilewright as tw
 from tests.convert.networks import Inception, SmallMobileNet, SmallResNet, SqueezeExcite, conv_bn, settled, source_of
-from tilewright.convert.observers import Observer
+from tilewright.convert.calibrate.observers import Observer
 from tilewright.nn import ConvBnAct2d, Int8ConvBnAct2d, quantized_ops
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import tilewright as tw
 from tests.convert.networks import SmallMobileNet, SmallResNet, settled
-from tilewright.convert.program import Program
-from tilewright.kernels.cpu import conv_steps
+from tilewright.convert.network.program import Program
+from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.replay import Replay
 
 reason = conv_steps.why_no_kernels()

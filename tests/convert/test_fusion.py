@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from tilewright.convert.fusion import fuse_activations, fused_activations
+from tilewright.convert.graph.activations import fuse_activations, fused_activations
 from tilewright.nn import FusedActivation
 
 

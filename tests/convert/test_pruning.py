@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import tilewright as tw
-from tilewright.convert.prune_model import as_rows
-from tilewright.convert.pruning import prune, prune_magnitude, prune_sparsegpt, prune_wanda
+from tilewright.convert.compress.pruning import prune, prune_magnitude, prune_sparsegpt, prune_wanda
+from tilewright.convert.search.prune_model import as_rows
 from tilewright.kernels.formats import sparse24
 
 SIZES = [(5, 16), (7, 130), (3, 3), (4, 1), (2, 6), (6, 300)]

@@ -5,9 +5,9 @@ import json
 import pytest
 from torch import nn
 
-from tilewright.convert.conv_schemes import Int8Static
 from tilewright.convert.recipes import PRESETS, Recipe, Rule, matches, names_explicitly
-from tilewright.convert.schemes import Int4WeightOnly, Int8Dynamic
+from tilewright.convert.schemes.base import Int4WeightOnly, Int8Dynamic
+from tilewright.convert.schemes.convolution import Int8Static
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tilewright.convert import convert_model, report, revert_model
-from tilewright.kernels import router
-from tilewright.kernels.router import Implementation
+from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.router import Implementation
 
 
 class Model(nn.Module):

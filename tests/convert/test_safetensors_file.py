@@ -13,8 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.convert import safetensors_file
-from tilewright.convert.safetensors_file import CheckpointError, open_regular, read_header, read_tensor, write_file
+from tilewright.convert.checkpoint import safetensors_file
+from tilewright.convert.checkpoint.safetensors_file import (
+    CheckpointError,
+    open_regular,
+    read_header,
+    read_tensor,
+    write_file,
+)
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

@@ -12,7 +12,7 @@ from torch import nn
 
 import tilewright as tw
 from bench.compile_modes import Residual
-from tilewright.deploy.onnx_lower import nbits_block, nbits_weight
+from tilewright.deploy.onnx.lower import nbits_block, nbits_weight
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -241,7 +241,7 @@ def test_weights_beside_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_weights_that_do_not_fit_go_into_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilewright.deploy import onnx_export
+    from tilewright.deploy.onnx import export as onnx_export
 
     monkeypatch.setattr(onnx_export, "LARGEST_FILE", 1000)
     model, path = tw.convert_model(layers(), "int4-g32"), tmp_path / "model.onnx"

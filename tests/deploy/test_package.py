@@ -14,7 +14,7 @@ from torch import nn
 import tilewright as tw
 from bench.compile_modes import Residual
 from tests.deploy.test_onnx import layers
-from tilewright.deploy import plain
+from tilewright.deploy.package import plain
 from tilewright.kernels.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ import torch
 
 from bench.problems import FOLDERS, LINEAR, QUANTIZERS, Shape, make_arguments
 from tests.gpu.compare import check, check_dense_weight
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.router import Implementation, implementations
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.dispatch.router import Implementation, implementations
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

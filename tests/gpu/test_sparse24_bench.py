@@ -8,7 +8,7 @@ import torch
 from bench import sparse24_cpu, sparse24_gpu
 from bench.problems import SPARSE, Shape, make_arguments, reference
 from bench.result_files import Row
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 
 
 def test_bytes_are_those_of_the_arguments_and_the_result() -> None:

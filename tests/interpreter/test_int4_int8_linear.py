@@ -10,12 +10,12 @@ import torch
 from tests.interpreter.guard_page import guarded, survives
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.activation import ACTIVATIONS, apply_activation
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int4_int8_linear import reference as definition
 from tilewright.kernels.int4_int8_linear import triton_dequantize, triton_fused
 from tilewright.kernels.int4_int8_linear.triton_fused import int4_int8_linear
 from tilewright.kernels.int4_linear.layout import kernel_order
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize.reference import quantize_per_row
 
 

@@ -10,11 +10,11 @@ import torch
 from tests.interpreter.guard_page import guarded, survives
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.activation import ACTIVATIONS
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int4_linear import dequantize, triton_dequantize, triton_fused
 from tilewright.kernels.int4_linear import reference as definition
 from tilewright.kernels.int4_linear.layout import kernel_order
-from tilewright.kernels.problem import Problem
 
 FUSED, DEQUANTIZED = triton_fused.int4_linear, triton_dequantize.int4_linear
 both_ways = pytest.mark.parametrize("int4_linear", [FUSED, DEQUANTIZED], ids=["fused", "dequantized"])

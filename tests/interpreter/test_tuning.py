@@ -11,9 +11,9 @@ import torch
 from tilewright import autotune
 from tilewright.autotune import racing
 from tilewright.kernels import tuning
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int4_linear import triton_fused
 from tilewright.kernels.int8_linear import triton_tile
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.samples import make_arguments
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tilewright.kernels import router
 from tilewright.kernels.cpu import build, native
+from tilewright.kernels.dispatch import router
 
 
 def forget_choice() -> None:

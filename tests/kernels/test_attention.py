@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.attention import cpu, pytorch, reference
 from tilewright.kernels.cpu import native
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import route
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import route
 
 quick = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

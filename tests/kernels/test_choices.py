@@ -11,8 +11,8 @@ import torch
 
 from tests.kernels.conftest import forget_choice
 from tilewright.kernels.cpu import build, choices, native
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import implementations, route
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import implementations, route
 
 SMALL = Problem("int8_linear", 16, 1024, 1024, torch.float32, device="cpu")
 

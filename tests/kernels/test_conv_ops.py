@@ -11,9 +11,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.conv_problems import INTEGERS, ConvShape, make_conv_arguments, reference_result
-from tilewright.kernels import router
 from tilewright.kernels.activation import CONV_ACTIVATIONS, apply_activation
 from tilewright.kernels.conv_geometry import oihw
+from tilewright.kernels.dispatch import router
 
 ODD = ConvShape(2, 6, (7, 5), 9, (3, 2), (2, 1), (1, 0, 2, 1), (1, 2), 3, torch.float32, residual=True)
 OPS = {"conv2d_fused": torch.float32, "int8_conv2d_fused": torch.int8}

@@ -17,9 +17,9 @@ from bench.conv_problems import ConvShape
 from tilewright.aot.targets import TARGETS
 from tilewright.kernels.conv2d import triton_depthwise, triton_implicit, triton_pointwise, triton_stem
 from tilewright.kernels.conv2d.triton_launch import MAX_GROUPS, MAX_ROWS, ConvTile, unit
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import route
 from tilewright.kernels.int8_conv2d import triton_quantize
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import route
 
 MODULES = (triton_pointwise, triton_implicit, triton_stem, triton_depthwise)
 ON_EACH_TARGET = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

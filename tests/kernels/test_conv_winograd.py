@@ -13,7 +13,7 @@ from tests.kernels.test_conv_cpu import check_float, image, needs_c
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.conv2d import cpu as float_cpu
 from tilewright.kernels.conv2d import reference as float_reference
-from tilewright.kernels.cpu import conv_steps
+from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.replay import Replay, Replays
 
 quick = settings(

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from tests.kernels.problems import COMPUTE_OPS, LINEAR_OPS, SPARSE_OPS, Case, float64, make, plain
 from tests.tolerance import assert_close_as_plain
-from tilewright.kernels import cpu_support, router
+from tilewright.kernels.cpu import probes
+from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int4_linear import cpu as int4_cpu
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize import reference as quantize_reference
 from tilewright.kernels.quantize.cpu import quantize_per_row
 
@@ -379,7 +380,7 @@ def test_inference_mode_and_normal_mode_take_turns(op: str, name: str) -> None:
 
 @pytest.mark.parametrize("probe", ["why_no_qlinear", "why_no_int8pack", "why_no_int4pack"])
 def test_a_probe_answers_with_a_reason_or_none(probe: str) -> None:
-    answer = getattr(cpu_support, probe)()
+    answer = getattr(probes, probe)()
     assert answer is None or (isinstance(answer, str) and answer)
 
 
@@ -388,9 +389,9 @@ def test_a_wrong_private_operator_is_refused_with_the_reason(monkeypatch: pytest
         return torch.zeros(len(x), 512, dtype=torch.bfloat16)
 
     monkeypatch.setattr(torch, "_weight_int8pack_mm", wrong)
-    assert "wrong results" in str(cpu_support.why_no_int8pack.__wrapped__())
+    assert "wrong results" in str(probes.why_no_int8pack.__wrapped__())
     monkeypatch.delattr(torch, "_weight_int8pack_mm")
-    assert "not usable" in str(cpu_support.why_no_int8pack.__wrapped__())
+    assert "not usable" in str(probes.why_no_int8pack.__wrapped__())
 
 
 SWEEP = """

@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewright.nn as tnn
-from tilewright.kernels import eager, router
 from tilewright.kernels.cpu import native
+from tilewright.kernels.dispatch import layers as eager
+from tilewright.kernels.dispatch import router
 
 LAYERS = {
     "int8": lambda linear: tnn.Int8Linear.from_float(linear),

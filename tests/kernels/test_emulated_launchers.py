@@ -22,8 +22,8 @@ from tests.gpu.compare import check
 from tests.kernels.exact_conv import assert_rounded
 from tests.tolerance import assert_close_as_plain
 from tilewright.aot import Launch, emulate_launch
-from tilewright.kernels import problem
 from tilewright.kernels.conv2d import triton_launch
+from tilewright.kernels.dispatch import problem
 from tilewright.kernels.int4_int8_linear import triton_fused as int4_int8_fused
 from tilewright.kernels.int4_linear import triton_fused as int4_fused
 from tilewright.kernels.int8_conv2d.reference import quantize_per_tensor

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bench.problems import FOLDERS, QUANTIZERS, Shape, make_arguments
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import route
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import route
 from tilewright.nn import Int4Linear, Int8ActInt4WeightLinear, Int8Linear, Int8WeightOnlyLinear
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

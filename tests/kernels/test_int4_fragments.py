@@ -16,12 +16,12 @@ from tests.gpu.compare import check
 from tilewright import aot
 from tilewright.aot.compiler import compile_launch
 from tilewright.aot.targets import find_target
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import route
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int4_linear import fragments, triton_fragments
 from tilewright.kernels.int4_linear.fragments import FragmentWeight, fragment_order
 from tilewright.kernels.int4_linear.triton_fragments import CONFIGS, FragmentConfig, plan_fragments, why_not
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import route
 
 FAMILY: Family = next(family for family in FAMILIES if family.name == "int4_linear mma.sync")
 DTYPES = (torch.float16, torch.bfloat16)

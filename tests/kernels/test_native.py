@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.cpu import build, linear, native
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import route
 from tilewright.kernels.int8_linear import reference
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize import reference as quantize_reference
-from tilewright.kernels.router import route
 
 DTYPES = tuple(native.DTYPES)
 quick = settings(

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.tolerance import assert_close_as_plain
-from tilewright.kernels import router
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.cpu import native
+from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import sparse24
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.sparse24_linear import compressed, cpu, reference
 from tilewright.nn import Sparse24Linear
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tests.kernels.problems import Case, float64, make, plain
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.cpu import linear, native
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import route
 from tilewright.kernels.int4_int8_linear import cpu as int4_int8
 from tilewright.kernels.int4_linear import cpu as int4
 from tilewright.kernels.int8_weight_only_linear import cpu as int8
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import route
 
 DTYPES = tuple(native.DTYPES)
 KERNELS = {

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from tilewright.kernels import packed as cache
-from tilewright.kernels.packed import forget, packed, packed_bytes
+from tilewright.kernels.dispatch import packed as cache
+from tilewright.kernels.dispatch.packed import forget, packed, packed_bytes
 
 
 class Counter:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.kernels import exact
 from tests.kernels.problems import LINEAR_OPS, Case, float64, make, plain
 from tests.tolerance import assert_close_as_plain
-from tilewright.kernels import router
 from tilewright.kernels.activation import ACTIVATIONS, apply_activation
+from tilewright.kernels.dispatch import router
 from tilewright.kernels.norm_quantize.reference import layer_norm_quantize, rms_norm_quantize
 from tilewright.kernels.quantize.reference import quantize_per_row
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewright.nn as tnn
-from tilewright.kernels import router
 from tilewright.kernels.cpu import native
-from tilewright.kernels.repeats import Repeats
+from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.repeats import Repeats
 
 pytestmark = pytest.mark.skipif(bool(native.why_no_native()), reason="there are no C kernels")
 KINDS = {

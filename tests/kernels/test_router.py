@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.kernels import ops, router
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import Implementation, load_plugin, register, route, unregister
+from tilewright.kernels import ops
+from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import Implementation, load_plugin, register, route, unregister
 
 SMALL = Problem("int8_linear", 4, 32, 64, torch.float32)
 

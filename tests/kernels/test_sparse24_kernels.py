@@ -15,9 +15,9 @@ from tests.gpu.compare import check
 from tilewright import aot
 from tilewright.aot.compiler import compile_launch
 from tilewright.aot.targets import find_target
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import route
 from tilewright.kernels.formats import sparse24
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import route
 from tilewright.kernels.sparse24_linear import cusparselt, fragments, gate, layout, triton_fragments
 
 BY_NAME = {family.name: family for family in FAMILIES}

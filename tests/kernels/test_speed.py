@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tilewright.kernels.cpu import native
-from tilewright.kernels.cpu_support import why_no_int4pack, why_no_qlinear
+from tilewright.kernels.cpu.probes import why_no_int4pack, why_no_qlinear
 from tilewright.nn import Int4Linear, Int8Linear, QuantizedLinear
 
 SIZE, ATTEMPTS = 4096, 6

@@ -11,12 +11,12 @@ import torch
 pytest.importorskip("triton", reason="Triton publishes wheels for Linux alone")
 
 from tests.tolerance import assert_close_as_plain
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int4_int8_linear import triton_fused as w4a8
 from tilewright.kernels.int4_linear import dequantize, reference, triton_dequantize
 from tilewright.kernels.int4_linear import triton_fused as w4a16
 from tilewright.kernels.int4_linear.layout import SpanWeight, quarters_per_group, span_count
-from tilewright.kernels.problem import Problem
 
 H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132}
 B200 = {"device": "cuda", "capability": (10, 0), "multiprocessors": 148}

@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilewright.aot.compiler import compile_launch
-from tilewright.kernels.int8_linear import triton_launch, triton_swapped, triton_tile
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.int8_linear import triton_swapped, triton_tile
 from tilewright.kernels.int8_weight_only_linear import dequantize, triton_dequantize
 from tilewright.kernels.int8_weight_only_linear import triton_swapped as weight_only
 from tilewright.kernels.norm_quantize import triton_norm_quantize
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize import triton_quantize
-from tilewright.kernels.triton_split_k import MAX_SPLIT, choose_split
+from tilewright.kernels.triton import int8_product as triton_launch
+from tilewright.kernels.triton.split_k import MAX_SPLIT, choose_split
 
 H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132}
 A100 = {"device": "cuda", "capability": (8, 0), "multiprocessors": 108}

@@ -16,8 +16,8 @@ from tilewright import autotune
 from tilewright.autotune.buckets import EDGES, upper_edge
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
-from tilewright.kernels.problem import Problem, rows_aligned
-from tilewright.kernels.router import Implementation, forget, register, route, unregister
+from tilewright.kernels.dispatch.problem import Problem, rows_aligned
+from tilewright.kernels.dispatch.router import Implementation, forget, register, route, unregister
 from tilewright.kernels.samples import make_arguments
 
 H200: dict[str, Any] = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "device_name": "NVIDIA H200"}

@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 
 from tilewright.backend.record import GraphReport
-from tilewright.convert.patterns import addends
-from tilewright.kernels.packed import version_of
+from tilewright.convert.graph.patterns import addends
+from tilewright.kernels.dispatch.packed import version_of
 
 Make = Callable[..., Sequence[torch.Tensor]]
 _ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")

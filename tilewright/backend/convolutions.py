@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tilewright.backend.captured import Captured, Order, call_operator, only_reader, residual_of, same_size
-from tilewright.convert.conv_schemes import Fuse
-from tilewright.convert.patterns import activation_of, argument, functionalize, is_identity
+from tilewright.convert.graph.patterns import activation_of, argument, functionalize, is_identity
 from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
+from tilewright.convert.schemes.convolution import Fuse
 from tilewright.kernels.conv_geometry import ConvGeometry
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.router import route
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.dispatch.router import route
 from tilewright.nn.conv_layer import folded, same_padding
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

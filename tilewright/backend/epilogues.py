@@ -15,7 +15,7 @@ from tilewright.backend.captured import (
     residual_of,
     same_size,
 )
-from tilewright.convert.patterns import activation_of, is_identity
+from tilewright.convert.graph.patterns import activation_of, is_identity
 from tilewright.kernels.activation import ACTIVATIONS
 
 

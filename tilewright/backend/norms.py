@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from tilewright.backend.captured import Captured, Order, bound, call_operator, operator_of
-from tilewright.convert.patterns import argument
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.router import route
+from tilewright.convert.graph.patterns import argument
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.dispatch.router import route
 
 
 @dataclass

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate
-from tilewright.convert.checkpoint import MODULES, load_model
-from tilewright.convert.manifest import read_manifest
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import noted
-from tilewright.model_files import example_input
+from tilewright.commands.model_files import example_input
+from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert.checkpoint.manifest import read_manifest
+from tilewright.convert.checkpoint.native import MODULES, load_model
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import noted
 from tilewright.nn import QuantizedLinear
 
 

@@ -33,10 +33,10 @@ from tilewright.autotune import tables
 from tilewright.autotune.device import triton_version
 from tilewright.autotune.shortlist import shipped
 from tilewright.commands import problems
+from tilewright.commands.model_files import skeleton
 from tilewright.kernels import tuning
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.samples import make_arguments
-from tilewright.model_files import skeleton
 
 #: Of a chip of each target (A100, L40S, H200, B200, MI300X): the heuristics count them.
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}

@@ -1,15 +1,12 @@
 """From a model to a smaller, faster one: recipes, the converter, calibration, the report, save and load."""
 
-from tilewright.convert.checkpoint import load_model, save_model
-from tilewright.convert.conv_schemes import Fuse, Int8Static, Sparse24Conv
+from tilewright.convert.checkpoint.native import load_model, save_model
+from tilewright.convert.checkpoint.safetensors_file import CheckpointError
+from tilewright.convert.compress.pruning import Pruned, prune_magnitude, prune_sparsegpt, prune_wanda
 from tilewright.convert.converter import convert_model, revert_model
-from tilewright.convert.prune_model import HeldMasks, hold_masks, prune_model
-from tilewright.convert.prune_search import PruneSearch, search_pruning
-from tilewright.convert.pruning import Pruned, prune_magnitude, prune_sparsegpt, prune_wanda
 from tilewright.convert.recipes import PRESETS, Recipe, Rule
 from tilewright.convert.report import Report, report
-from tilewright.convert.safetensors_file import CheckpointError
-from tilewright.convert.schemes import (
+from tilewright.convert.schemes.base import (
     Int4WeightOnly,
     Int8ActInt4Weight,
     Int8Dynamic,
@@ -17,8 +14,11 @@ from tilewright.convert.schemes import (
     Scheme,
     register_scheme,
 )
-from tilewright.convert.sparse_schemes import Sparse24, Sparse24Int4, Sparse24Int8
-from tilewright.convert.static_schemes import Int8StaticInputs
+from tilewright.convert.schemes.convolution import Fuse, Int8Static, Sparse24Conv
+from tilewright.convert.schemes.sparse24 import Sparse24, Sparse24Int4, Sparse24Int8
+from tilewright.convert.schemes.static import Int8StaticInputs
+from tilewright.convert.search.prune_model import HeldMasks, hold_masks, prune_model
+from tilewright.convert.search.prune_search import PruneSearch, search_pruning
 
 __all__ = [
     "PRESETS",

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import attention, calibrate, layers, structure, timing
-from tilewright.convert.conv_calibrate import ERROR_SAMPLES
-from tilewright.convert.conv_convert import Convolutions, check_mode
-from tilewright.convert.conv_schemes import ConvScheme
-from tilewright.convert.fusion import fuse_activations, unfuse_activations
+from tilewright.convert import layers, structure, timing
+from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert.graph import attention
+from tilewright.convert.graph.activations import fuse_activations, unfuse_activations
+from tilewright.convert.network.calibration import ERROR_SAMPLES
+from tilewright.convert.network.convolutions import Convolutions, check_mode
+from tilewright.convert.network.program import remove_programs
 from tilewright.convert.plan import FilterFunction, Plan, Planned, layers_of, make_plan, nothing_to_convert
-from tilewright.convert.program import remove_programs
 from tilewright.convert.progress import track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
 from tilewright.convert.record import LayerRecord, Record, detach, record_of, remember_original
+from tilewright.convert.schemes.convolution import ConvScheme
 from tilewright.convert.text import shown_name, size
 from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
 
@@ -52,7 +54,7 @@ def convert_model(
         head, score, classifier, ... A rule that spells out its name converts it too.
     calibration_data: an iterable of sample inputs, each a mapping (keyword arguments), a tuple or list (positional) or
         one tensor; a mapping by itself is one sample. For schemes that quantise activations: they then search a scale
-        for each input channel, which lowers the error (``convert.calibrate``), or fix one for the whole tensor, as
+        for each input channel, which lowers the error (``convert.calibrate.rows``), or fix one for the whole tensor, as
         convolutions do. It also gives the report an output error for every layer.
     example_inputs: inputs as the model will see them, one (a mapping or a tensor) or an iterable of them. Each linear
         layer is then timed before and after, side by side on what reaches it, on the device where it is; ``report``
@@ -61,8 +63,8 @@ def convert_model(
         as the reason. Convolutions hand integers to each other, so they are timed together, in the whole model, and
         all or none are kept.
     fuse: let a layer apply the activation module that follows it, where tracing shows that nothing else reads what lies
-        between (``convert.fusion``); the activation is then taken in float32, before the only cast. And compute the
-        attention of transformers by a kernel of ours where that is the same (``convert.attention``).
+        between (``convert.graph.activations``); the activation is then taken in float32, before the only cast. And
+        compute the attention of transformers by a kernel of ours where that is the same (``convert.graph.attention``).
     inplace: change ``model`` itself and free each float weight as soon as its replacement exists. Otherwise ``model``
         is left as it was, and the result shares every parameter and buffer that was not converted with it.
     progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.

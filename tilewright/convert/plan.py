@@ -10,7 +10,7 @@ from torch import nn
 from tilewright.convert import structure
 from tilewright.convert.layers import is_converted
 from tilewright.convert.recipes import Recipe, Rule, matches, names_explicitly
-from tilewright.convert.schemes import Scheme, registered_schemes
+from tilewright.convert.schemes.base import Scheme, registered_schemes
 from tilewright.convert.text import listed, nearest, shown_name
 
 FilterFunction = Callable[[nn.Module, str], bool]

@@ -17,8 +17,7 @@ from typing import Any, Union
 
 from torch import nn
 
-from tilewright.convert.conv_schemes import Fuse, Int8Static, Sparse24Conv
-from tilewright.convert.schemes import (
+from tilewright.convert.schemes.base import (
     Int4WeightOnly,
     Int8ActInt4Weight,
     Int8Dynamic,
@@ -26,8 +25,9 @@ from tilewright.convert.schemes import (
     Scheme,
     scheme_from_json,
 )
-from tilewright.convert.sparse_schemes import Sparse24, Sparse24Int4, Sparse24Int8
-from tilewright.convert.static_schemes import Int8StaticInputs
+from tilewright.convert.schemes.convolution import Fuse, Int8Static, Sparse24Conv
+from tilewright.convert.schemes.sparse24 import Sparse24, Sparse24Int4, Sparse24Int8
+from tilewright.convert.schemes.static import Int8StaticInputs
 from tilewright.convert.text import closest
 
 Pattern = str | type[nn.Module]

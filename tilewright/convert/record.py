@@ -44,7 +44,7 @@ class Record:
     """One model. recipes: the JSON forms of those applied, in order. layers: by name. skipped: name -> reason.
 
     untraced: modules whose code could not be read as a graph, so that nothing was fused across it: name -> reason.
-    attention: modules whose config names our attention (``convert.attention``).
+    attention: modules whose config names our attention (``convert.graph.attention``).
     """
 
     recipes: list[dict[str, Any]] = field(default_factory=list)

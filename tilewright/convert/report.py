@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate
+from tilewright.convert.calibrate import rows as calibrate
 from tilewright.convert.converter import tensor_bytes
 from tilewright.convert.plan import layers_of
 from tilewright.convert.record import Record, original_of, record_of
 from tilewright.convert.text import listed, shown_name, size
-from tilewright.kernels.router import Decision, in_words, route
+from tilewright.kernels.dispatch.router import Decision, in_words, route
 from tilewright.nn import ConvLayer, QuantizedLinear
 
 #: Batch sizes (rows of activations) that the report asks the router about.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tilewright.autotune.clock import Clock, clock_for
-from tilewright.convert import calibrate
+from tilewright.convert.calibrate import rows as calibrate
 
 #: Shapes of input that are kept for one layer.
 MOST_SHAPES = 8

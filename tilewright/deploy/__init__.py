@@ -1,6 +1,6 @@
 """Export of converted models to other runtimes: ONNX, and packages that run without Python."""
 
-from tilewright.deploy.onnx_export import OnnxFile, export_onnx
-from tilewright.deploy.package import Package, export_package
+from tilewright.deploy.onnx.export import OnnxFile, export_onnx
+from tilewright.deploy.package.export import Package, export_package
 
 __all__ = ["OnnxFile", "Package", "export_onnx", "export_package"]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from tilewright.kernels.eager import profiled, unwatched
-from tilewright.kernels.operators import Arguments, Operator, define
+from tilewright.kernels.dispatch.layers import profiled, unwatched
+from tilewright.kernels.dispatch.operator import Arguments, Operator, define
+from tilewright.kernels.dispatch.router import serve
 from tilewright.kernels.registry import register_attention
-from tilewright.kernels.router import serve
 
 
 def _check(op: str, arguments: Arguments) -> None:

@@ -21,10 +21,10 @@ from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.checks import SCALE_DTYPES, check_devices, check_input, check_vector
 from tilewright.kernels.conv2d.gradients import conv_gradients
 from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry, empty_channels_last
+from tilewright.kernels.dispatch.operator import Arguments, Operator, define
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.dispatch.router import route_call, when_forgotten
 from tilewright.kernels.formats import sparse24
-from tilewright.kernels.operators import Arguments, Operator, define
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.router import route_call, when_forgotten
 from tilewright.kernels.sparse24_conv2d.reference import unpack_weight
 from tilewright.kernels.tuning import implementation_of
 

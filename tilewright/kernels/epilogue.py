@@ -21,3 +21,29 @@ def finish(
     if residual is not None:
         y = y + residual.to(y.dtype)
     return y.to(out_dtype)
+
+
+def finish_rows(
+    y: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Epilogue in place: ``y`` float32 [M, N] times ``row_scale`` [M, 1], plus bias, activation, plus residual, one
+    cast.
+    """
+    if bias is not None and bias.dtype != y.dtype:
+        bias = bias.to(y.dtype)
+    if row_scale is not None and bias is not None:
+        torch.addcmul(bias, y, row_scale, out=y)
+    elif row_scale is not None:
+        y.mul_(row_scale)
+    elif bias is not None:
+        y.add_(bias)
+    if activation != "none":
+        apply_activation(y, activation, inplace=True)
+    if residual is not None:
+        y.add_(residual.reshape(y.shape))
+    return y if y.dtype == out_dtype else y.to(out_dtype)

@@ -23,9 +23,9 @@ from tilewright.kernels.checks import (
     check_sparse24_weight,
     check_vector,
 )
-from tilewright.kernels.operators import Arguments, Operator, define
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.router import forget, measure_with, route, serve
+from tilewright.kernels.dispatch.operator import Arguments, Operator, define
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.dispatch.router import forget, measure_with, route, serve
 
 Facts = Callable[[Arguments], dict[str, Any]]
 

@@ -7,8 +7,8 @@ import importlib.util
 from dataclasses import replace
 
 from tilewright.kernels.cpu import choices
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import Implementation, prefer_by, register
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import Implementation, prefer_by, register
 
 _PACKAGE = "tilewright.kernels."
 _FOLDERS = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import int4
-from tilewright.kernels.problem import Problem
 
 QUANTIZERS = ("quantize_per_row", "rms_norm_quantize", "layer_norm_quantize")
 CONVOLUTIONS = ("conv2d_fused", "int8_conv2d_fused")

@@ -28,8 +28,8 @@ from tilewright.autotune.buckets import upper_edge
 from tilewright.autotune.clock import clock_for
 from tilewright.autotune.device import DeviceKind, cpu_kind, driver_version
 from tilewright.autotune.space import Choice, Hooks, Trials, Tunable, accept
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.router import Implementation, implementations, usual
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import Implementation, implementations, usual
 from tilewright.kernels.samples import CONVOLUTIONS, make_arguments
 
 #: What one after another is timed on a CPU should exceed its last cache; copies of the operands make up for the rest.
@@ -250,7 +250,7 @@ def _flat(config: Any) -> dict[str, Any]:
 
 _KERNEL_HOOKS = Hooks(facts_of, representative, device_kind, _kernel_trials, _kernel_launches)
 #: Shared by all kernels: a change here may change any of them.
-_COMMON = ("tilewright.kernels.triton_common", "tilewright.kernels.triton_split_k")
+_COMMON = ("tilewright.kernels.triton.common", "tilewright.kernels.triton.split_k")
 
 
 def tunable(
@@ -306,7 +306,10 @@ def _folder(op: str) -> str | None:
 def implementation_of(op: str) -> Tunable:
     """The choice between the implementations of ``op``, whose configurations are their names."""
     folder = _folder(op)
-    modules = (f"tilewright.kernels.{folder}" if folder else "tilewright.kernels.router", "tilewright.kernels.cpu")
+    modules = (
+        f"tilewright.kernels.{folder}" if folder else "tilewright.kernels.dispatch.router",
+        "tilewright.kernels.cpu",
+    )
     hooks = Hooks(facts_of, representative, device_kind, _implementation_trials)
     return Tunable(
         f"{op}.implementation",

@@ -11,8 +11,8 @@ from torch import nn
 from tilewright.kernels import conv_ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
-from tilewright.kernels.packed import forget
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.dispatch.packed import forget
+from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
 
 #: Padding modes by name. "dynamic_same" is TensorFlow's "SAME": the output has ceil(size / stride) pixels, and what

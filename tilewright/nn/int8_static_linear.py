@@ -13,7 +13,7 @@ from torch import nn
 
 from tilewright.kernels import conv_ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.activation import apply_activation
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.nn.int8_linear import _Int8Weight
 from tilewright.nn.quantized_linear import check_linear, common_options
 

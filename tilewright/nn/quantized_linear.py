@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from tilewright.kernels.activation import check_activation
-from tilewright.kernels.eager import forget as forget_calls
-from tilewright.kernels.eager import short_cut
-from tilewright.kernels.packed import forget
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.dispatch.layers import forget as forget_calls
+from tilewright.kernels.dispatch.layers import short_cut
+from tilewright.kernels.dispatch.packed import forget
+from tilewright.kernels.dispatch.problem import Problem, device_facts
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:

@@ -12,8 +12,8 @@ import torch
 
 from tilewright.kernels.attention.reference import default_scale
 from tilewright.kernels.cpu import native
-from tilewright.kernels.cpu_support import scratch
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.cpu.memory import scratch
+from tilewright.kernels.dispatch.problem import Problem
 
 #: Beyond so many keys, scores and packed keys outgrow the caches that the kernel counts on.
 MOST_KEYS = 512

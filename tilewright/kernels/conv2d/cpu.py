@@ -14,10 +14,10 @@ import torch
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.conv2d import reference
 from tilewright.kernels.conv_geometry import empty_channels_last, oihw, out_size, pad_image, to_channels_last
-from tilewright.kernels.cpu import conv_steps
-from tilewright.kernels.cpu_support import _Case, _probe
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.cpu import steps as conv_steps
+from tilewright.kernels.cpu.probes import _Case, _probe
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
 
 #: Activations as oneDNN's PyTorch operators know them: name, scalars, algorithm.
 _ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float], str]] = {

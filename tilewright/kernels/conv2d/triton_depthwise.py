@@ -31,8 +31,8 @@ from tilewright.kernels.conv2d.triton_launch import (
     unit,
     why_not_any_kernel,
 )
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.tuning import tunable
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilewright.kernels.triton_common import activate, nearest_byte, quotient
+from tilewright.kernels.triton.common import activate, nearest_byte, quotient
 
 
 @triton.jit

@@ -35,9 +35,9 @@ from tilewright.kernels.conv2d.triton_launch import (
     why_not_any_kernel,
     why_not_tile,
 )
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int8_linear.triton_tile import slice_of
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.triton_common import grouped_tile
+from tilewright.kernels.triton.common import grouped_tile
 from tilewright.kernels.tuning import tunable
 
 GROUP_M = 8

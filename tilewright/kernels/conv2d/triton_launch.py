@@ -18,9 +18,9 @@ import triton
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry, check_sizes, empty_channels_last, to_channels_last
-from tilewright.kernels.int8_linear.triton_launch import MAX_K
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.triton_common import FLOAT_DTYPES, why_not_on_gpu
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.triton.common import FLOAT_DTYPES, why_not_on_gpu
+from tilewright.kernels.triton.int8_product import MAX_K
 from tilewright.kernels.tuning import why_too_large
 
 INTEGERS = (torch.int8, torch.uint8)

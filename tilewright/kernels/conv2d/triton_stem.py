@@ -34,8 +34,8 @@ from tilewright.kernels.conv2d.triton_launch import (
     why_not_any_kernel,
     why_not_tile,
 )
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.tuning import tunable
 
 MAX_CHANNELS = 4

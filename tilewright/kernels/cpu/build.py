@@ -19,8 +19,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-LIBRARY = FOLDER / "_native.so"
+FOLDER = Path(__file__).parent / "c"
+LIBRARY = FOLDER.with_name("_native.so")
 #: Built once: what does not depend on the instruction set.
 COMMON = ("runtime.c", "conv_zeros.c")
 #: Built for each instruction set.
@@ -82,8 +82,8 @@ class BuildError(RuntimeError):
 def source_hash() -> str:
     """Of every C file, in hexadecimal. It is compiled into the library, which so knows whether it is out of date."""
     digest = hashlib.sha256()
-    for name in (*COMMON, *KERNELS, *HEADERS, Path(__file__).name):
-        digest.update((FOLDER / name).read_bytes())
+    for path in (*(FOLDER / name for name in (*COMMON, *KERNELS, *HEADERS)), Path(__file__)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

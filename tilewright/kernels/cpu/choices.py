@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.kernels.cpu import native
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 
 TABLE = Path(__file__).with_name("choices.csv")
 COLUMNS = ("op", "isa", "multiplied", "m", "n", "k", "c_kernel_ms", "other", "other_ms")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 
 from tilewright.kernels.cpu import native
-from tilewright.kernels.cpu_support import scratch
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.cpu.memory import scratch
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
 
 #: Bytes of quantised activations that are multiplied before the next rows are quantised.
 _BLOCK_BYTES = 4 << 20

@@ -22,9 +22,10 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tilewright.kernels.cpu import conv_steps, native
-from tilewright.kernels.cpu.conv_steps import Description
+from tilewright.kernels.cpu import native
+from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.replay_steps import NATIVE, NotNative, Plan
+from tilewright.kernels.cpu.steps import Description
 
 _local = threading.local()
 #: Replays kept for one function: one for each combination of input shapes.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry
-from tilewright.kernels.cpu import conv_steps
-from tilewright.kernels.cpu.conv_steps import Description, describe, set_residual, set_window
+from tilewright.kernels.cpu import steps as conv_steps
+from tilewright.kernels.cpu.steps import Description, describe, set_residual, set_window
 
 
 class NotNative(Exception):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 
 from tilewright.kernels.cpu import linear
-from tilewright.kernels.cpu_support import finish_rows, qlinear, qlinear_add, why_no_qlinear
+from tilewright.kernels.cpu.probes import qlinear, qlinear_add, why_no_qlinear
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import finish_rows
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int8_linear.cpu import LARGEST_K
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize.cpu import quantize_u8
 
 #: A product of a nibble and a signed byte is at most 15 * 127: a group of so many stays inside int32.

@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.int4_linear.dequantize import row_blocks, wide_product
 from tilewright.kernels.int4_linear.triton_dequantize import DequantizeConfig, plan_dequantize
-from tilewright.kernels.int4_linear.triton_tiles import plan_sum_parts
-from tilewright.kernels.problem import Problem, device_facts
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
-from tilewright.kernels.triton_common import as_matrix, why_not_on_gpu
+from tilewright.kernels.triton.common import as_matrix, why_not_on_gpu
+from tilewright.kernels.triton.tiles import plan_sum_parts
 
 #: On an H200 integers are as fast at 512 rows (8192 x 8192), and 1.7 times as slow at 2048.
 SMALLEST_M = 513

@@ -25,8 +25,12 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.int4_linear.layout import SPAN, SpanWeight, kernel_order, span_count, why_no_spans
-from tilewright.kernels.int4_linear.triton_tiles import (
+from tilewright.kernels.quantize.triton_quantize import quantize_per_row
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.split_k import choose_split
+from tilewright.kernels.triton.tiles import (
     SHARED_SOURCES,
     TileConfig,
     Tiling,
@@ -40,10 +44,6 @@ from tilewright.kernels.int4_linear.triton_tiles import (
     tile_candidates,
     why_not_tile,
 )
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.quantize.triton_quantize import quantize_per_row
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton_split_k import choose_split
 from tilewright.kernels.tuning import tunable
 
 WIDE_M = 256

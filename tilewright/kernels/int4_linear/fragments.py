@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.formats import int4
-from tilewright.kernels.packed import packed
 
 TILE_N = 16
 TILE_M = 8

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.formats import int4
-from tilewright.kernels.packed import packed
 
 QUARTER = 32
 SPAN = 4 * QUARTER

@@ -22,10 +22,10 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.int4_linear.dequantize import row_blocks, wide_product
-from tilewright.kernels.int4_linear.triton_tiles import plan_sum_parts
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.triton.tiles import plan_sum_parts
 from tilewright.kernels.tuning import tunable
 
 

@@ -34,6 +34,7 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.int4_linear.fragments import (
     TILE_M,
     TILE_N,
@@ -50,11 +51,10 @@ from tilewright.kernels.int4_linear.triton_mma import (
     offset_pair,
     scale_of,
 )
-from tilewright.kernels.int4_linear.triton_tiles import TRITON_DTYPES, finish_arguments, plan_sum_parts, rows_of
-from tilewright.kernels.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.sparse24_linear.triton_mma_sp import apart
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton_split_k import choose_split
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.split_k import choose_split
+from tilewright.kernels.triton.tiles import TRITON_DTYPES, finish_arguments, plan_sum_parts, rows_of
 from tilewright.kernels.tuning import tunable
 
 _TILE_N = tl.constexpr(TILE_N)

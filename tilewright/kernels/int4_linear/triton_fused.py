@@ -25,8 +25,11 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.int4_linear.layout import SpanWeight, kernel_order, span_count, why_no_spans
-from tilewright.kernels.int4_linear.triton_tiles import (
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.split_k import choose_split
+from tilewright.kernels.triton.tiles import (
     SHARED_SOURCES,
     TRITON_DTYPES,
     TileConfig,
@@ -42,9 +45,6 @@ from tilewright.kernels.int4_linear.triton_tiles import (
     tile_candidates,
     why_not_tile,
 )
-from tilewright.kernels.problem import Problem, device_facts, rows_aligned
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton_split_k import choose_split
 from tilewright.kernels.tuning import tunable
 
 #: On an H200, to dequantise and call the library overtakes at about 400 rows (8192 x 8192).

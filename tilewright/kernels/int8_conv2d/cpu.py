@@ -15,11 +15,11 @@ import torch
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.conv2d.cpu import out_shape
 from tilewright.kernels.conv_geometry import empty_channels_last, oihw, to_channels_last
-from tilewright.kernels.cpu import conv_steps
-from tilewright.kernels.cpu_support import _Case, _probe, _random_int8
+from tilewright.kernels.cpu import steps as conv_steps
+from tilewright.kernels.cpu.probes import _Case, _probe, _random_int8
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int8_conv2d import reference
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
 
 
 def why_not(problem: Problem) -> str | None:

@@ -17,8 +17,8 @@ import triton.language as tl
 from tilewright.aot.launch import Launch
 from tilewright.kernels.conv2d.triton_epilogue import requantize, store_quantized
 from tilewright.kernels.conv_geometry import empty_channels_last
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.triton_common import FLOAT_DTYPES, why_not_on_gpu
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.triton.common import FLOAT_DTYPES, why_not_on_gpu
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from tilewright.kernels.cpu import linear
-from tilewright.kernels.cpu_support import finish_rows, qlinear, scratch, why_no_qlinear
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.cpu.memory import scratch
+from tilewright.kernels.cpu.probes import qlinear, why_no_qlinear
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import finish_rows
 from tilewright.kernels.quantize.cpu import quantize_per_row, quantize_u8
 
 #: 255 * 127 * K must stay below 2^31.

@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.int8_linear.triton_launch import run_quantized, why_not_int8_product
-from tilewright.kernels.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
-from tilewright.kernels.triton_common import finish_tile
-from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+from tilewright.kernels.triton.common import finish_tile
+from tilewright.kernels.triton.int8_product import run_quantized, why_not_int8_product
+from tilewright.kernels.triton.split_k import choose_split, plan_reduce_parts
 from tilewright.kernels.tuning import tunable, why_too_large
 
 MAX_M = 128

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.int8_linear.triton_launch import run_quantized, why_not_int8_product
-from tilewright.kernels.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
-from tilewright.kernels.triton_common import finish_tile, grouped_tile
+from tilewright.kernels.triton.common import finish_tile, grouped_tile
+from tilewright.kernels.triton.int8_product import run_quantized, why_not_int8_product
 from tilewright.kernels.tuning import tunable, why_too_large
 
 GROUP_M = 8

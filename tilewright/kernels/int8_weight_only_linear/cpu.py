@@ -13,9 +13,11 @@ from collections.abc import Callable
 import torch
 
 from tilewright.kernels.cpu import linear
-from tilewright.kernels.cpu_support import WEIGHT_BLOCK_ELEMENTS, finish_rows, scratch, why_no_int8pack
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.cpu.memory import WEIGHT_BLOCK_ELEMENTS, scratch
+from tilewright.kernels.cpu.probes import why_no_int8pack
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import finish_rows
 
 #: Rows up to which ATen's product is faster (4096 x 4096, two threads).
 SMALL_BATCH = 32

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import finish
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix
 
 
 def why_not(problem: Problem) -> str | None:

@@ -16,10 +16,10 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int4_linear.dequantize import wide_product
-from tilewright.kernels.problem import Problem
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
-from tilewright.kernels.triton_split_k import plan_reduce_parts
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.triton.split_k import plan_reduce_parts
 
 #: Weights of a program: four times 16 bytes for each of its threads.
 BLOCK = 8192

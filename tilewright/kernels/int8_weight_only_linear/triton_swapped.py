@@ -24,10 +24,10 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
-from tilewright.kernels.int8_linear.triton_launch import inner_contiguous
-from tilewright.kernels.problem import Problem, device_facts, rows_aligned
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton_split_k import choose_split, plan_reduce_parts
+from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.int8_product import inner_contiguous
+from tilewright.kernels.triton.split_k import choose_split, plan_reduce_parts
 from tilewright.kernels.tuning import tunable, why_too_large
 
 SMALL_M, MIDDLE_M, MAX_M = 16, 128, 256

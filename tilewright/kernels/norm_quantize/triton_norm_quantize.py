@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.problem import Problem, device_facts
+from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.quantize.triton_quantize import CONFIGS as QUANTIZE_CONFIGS
 from tilewright.kernels.quantize.triton_quantize import (
     QuantizeConfig,
@@ -26,7 +26,7 @@ from tilewright.kernels.quantize.triton_quantize import (
     quantize_values,
     scale_of,
 )
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
 from tilewright.kernels.tuning import tunable
 
 #: Rows are cut up as for quantisation alone: the statistics need no more registers than the values.

@@ -12,8 +12,8 @@ import math
 import torch
 
 from tilewright.kernels.cpu import native
-from tilewright.kernels.cpu_support import BLOCK_ELEMENTS, scratch
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.cpu.memory import BLOCK_ELEMENTS, scratch
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.quantize import reference
 
 _ROUNDER = 12582912.0  # 1.5 * 2^23: adding it leaves no room for a fraction

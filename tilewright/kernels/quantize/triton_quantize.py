@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix, nearest_byte, quotient, why_not_on_gpu
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, nearest_byte, quotient, why_not_on_gpu
 from tilewright.kernels.tuning import tunable
 
 MAX_BLOCK_K = 16384

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tilewright.kernels.packed import packed
+from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.sparse24_conv2d.reference import unpack_weight
 
 

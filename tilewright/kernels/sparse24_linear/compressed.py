@@ -1,7 +1,7 @@
 """A few float32 rows times a 2:4 weight by the C kernel that reads the compressed form, on a CPU.
 
 The weight is never unpacked in memory: masks of 16 columns and the kept values are put into the kernel's order once
-(``kernels.packed``) and take a little more than half of the bytes of the dense weight.
+(``kernels.dispatch.packed``) and take a little more than half of the bytes of the dense weight.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.cpu import native
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import sparse24
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.sparse24_linear import cpu
 
 #: Rows up to which reading the compressed weight beats a dense float32 product (384 x 384 to 4096 x 4096, two threads).

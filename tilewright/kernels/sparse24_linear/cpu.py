@@ -2,7 +2,7 @@
 
 No CPU multiplies 2:4 operands, and from a few rows on the multiplications take longer than reading the dense weight
 does. The dense weight is made at the first call, in the library's order, and lives as long as the 2:4 one
-(``kernels.packed``). int4 values are dequantised into it: from some rows on that is faster than reading nibbles again.
+(``dispatch.packed``). int4 values are dequantised into it: from some rows on that is faster than reading nibbles again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.cpu_support import finish_rows
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import finish_rows
 from tilewright.kernels.formats import sparse24
 from tilewright.kernels.gradients import dequantized_weight
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
 
 #: Rows up to which a product that reads int4 is no slower than one in bfloat16 (384 x 384 to 4096 x 4096, two threads).
 SMALL_INT4_BATCH = 16

@@ -1,7 +1,7 @@
 """Linear layers on 2:4 weights by the vendor's sparse product, cuSPARSELt through PyTorch: for large batches.
 
 PyTorch's ``torch._cslt_compress`` and ``torch._cslt_sparse_mm`` are private: they are tried once on a small case before
-they are used. The library compresses the unpacked weight itself; what it makes is kept (``kernels.packed``). It wants
+they are used. The library compresses the unpacked weight itself; what it makes is kept (``dispatch.packed``). It wants
 rows of x in multiples of 8 (int8: 16), so a few rows of zeros may follow the last.
 
     y[m, n] = activation(sum_k x[m, k] * w[n, k] + b[n]) + r[m, n]
@@ -14,14 +14,14 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import finish
 from tilewright.kernels.formats import sparse24
-from tilewright.kernels.int8_linear.triton_launch import MAX_K
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate
-from tilewright.kernels.triton_common import FLOAT_DTYPES, as_matrix
+from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix
+from tilewright.kernels.triton.int8_product import MAX_K
 
 #: Multiples that the library wants of N and K, and of M.
 _WEIGHT_MULTIPLE = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32}

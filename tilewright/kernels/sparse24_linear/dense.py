@@ -1,6 +1,6 @@
 """Linear layers on 2:4 weights, unpacked once for each layer and multiplied densely: on every device.
 
-The dense weight is made at the first call and lives as long as the 2:4 one (``kernels.packed``). Float weights go to
+The dense weight is made at the first call and lives as long as the 2:4 one (``dispatch.packed``). Float weights go to
 ``F.linear``, which is what an ``nn.Linear`` calls; int8 and int4 weights to whatever serves the dense operator there.
 On a GPU this serves the shapes that 2:4 does not pay for.
 """
@@ -15,13 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.kernels.cpu_support import finish_rows
-from tilewright.kernels.epilogue import finish
+from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.dispatch.router import route_call, serve
+from tilewright.kernels.epilogue import finish, finish_rows
 from tilewright.kernels.formats import sparse24
 from tilewright.kernels.int4_linear.dequantize import wide_product
-from tilewright.kernels.packed import packed
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.router import route_call, serve
 
 #: The dense operator that each is handed on to.
 _DENSE = {"sparse24_int8_linear": "int8_linear", "sparse24_int4_linear": "int4_linear"}

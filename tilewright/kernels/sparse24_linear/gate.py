@@ -15,7 +15,7 @@ The vendor's sparse product was not there; it should pay from about 512 rows on,
 
 from __future__ import annotations
 
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 
 #: Rows up to which a weight unpacked in registers should be worth it, and the compute capability where it is not.
 UNPACKED_ROWS = 64

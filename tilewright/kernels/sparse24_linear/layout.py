@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.formats import int4, sparse24
-from tilewright.kernels.packed import packed
 
 #: Columns of a block, and groups of four in it.
 BLOCK = 128

@@ -30,9 +30,7 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.int4_linear.triton_tiles import finish_arguments
-from tilewright.kernels.int8_linear.triton_launch import MAX_K
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate
 from tilewright.kernels.sparse24_linear.fragments import (
@@ -52,8 +50,10 @@ from tilewright.kernels.sparse24_linear.triton_mma_sp import (
     x_registers,
 )
 from tilewright.kernels.sparse24_linear.triton_run import run, with_parts
-from tilewright.kernels.triton_common import FLOAT_DTYPES, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton_split_k import choose_split
+from tilewright.kernels.triton.common import FLOAT_DTYPES, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.int8_product import MAX_K
+from tilewright.kernels.triton.split_k import choose_split
+from tilewright.kernels.triton.tiles import finish_arguments
 
 _TILE_N = tl.constexpr(TILE_N)
 _TILE_M = tl.constexpr(TILE_M)

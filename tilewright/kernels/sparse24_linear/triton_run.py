@@ -9,10 +9,10 @@ import torch
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
-from tilewright.kernels.int4_linear.triton_tiles import finish_arguments, plan_sum_parts, rows_of
-from tilewright.kernels.problem import Problem, device_facts
-from tilewright.kernels.triton_common import as_matrix
-from tilewright.kernels.triton_split_k import plan_reduce_parts
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.triton.common import as_matrix
+from tilewright.kernels.triton.split_k import plan_reduce_parts
+from tilewright.kernels.triton.tiles import finish_arguments, plan_sum_parts, rows_of
 
 
 def with_parts(

@@ -25,21 +25,21 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.int4_linear.triton_nibbles import nibble_number, offset_of
-from tilewright.kernels.int4_linear.triton_tiles import (
-    finish_arguments,
-    inline_ptx_by_default,
-    store_part,
-)
-from tilewright.kernels.int8_linear.triton_launch import MAX_K
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate, layout
 from tilewright.kernels.sparse24_linear.layout import BLOCK, GROUPS, INT8, StepWeight
 from tilewright.kernels.sparse24_linear.triton_run import run, with_parts
 from tilewright.kernels.sparse24_linear.triton_select import select_columns
-from tilewright.kernels.triton_common import FLOAT_DTYPES, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton_split_k import choose_split
+from tilewright.kernels.triton.common import FLOAT_DTYPES, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.int8_product import MAX_K
+from tilewright.kernels.triton.nibbles import nibble_number, offset_of
+from tilewright.kernels.triton.split_k import choose_split
+from tilewright.kernels.triton.tiles import (
+    finish_arguments,
+    inline_ptx_by_default,
+    store_part,
+)
 
 KINDS = {"sparse24_linear": layout.FLOAT, "sparse24_int8_linear": layout.INT8, "sparse24_int4_linear": layout.INT4}
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}

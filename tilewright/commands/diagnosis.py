@@ -1,0 +1,255 @@
+"""What converting a model could give, layer by layer, before anything is converted: arithmetic, not measurement.
+
+    print(tilewright.diagnose(model, batch=8, chip="H200"))
+
+A linear layer sees as many rows as the batch times the positions: with ``example_inputs`` they are counted, also on the
+meta device, where it costs nothing. The best that a format could give is the ratio of two floors (``roofline``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert.layers import as_linear, is_converted, is_linear
+from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.roofline import Ceilings, ceilings_for, floor, measure_cpu
+
+#: What pays at all: below this, a layer is better left alone.
+WORTHWHILE = 1.1
+#: Schemes as the recipes call them, with the operator that serves them and what it multiplies in.
+LINEAR_FORMATS = {
+    "int8": {"op": "int8_linear"},
+    "int8-weight-only": {"op": "int8_weight_only_linear"},
+    "int4": {"op": "int4_linear", "group_size": 128},
+    "int8-int4": {"op": "int4_int8_linear", "group_size": 128},
+}
+CONV_FORMATS = {"int8": {"op": "int8_conv2d_fused", "x_dtype": torch.int8, "out_dtype": torch.int8}}
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One layer. problem: its work as it is. microseconds: its floor as it is; bound: by "memory" or "compute".
+    formats: the most that each scheme could give, as a factor. verdict: in words.
+    """
+
+    name: str
+    kind: str
+    problem: Problem
+    microseconds: float
+    bound: str
+    formats: dict[str, float]
+    verdict: str
+
+    @property
+    def best(self) -> tuple[str, float]:
+        """The scheme that could give most, and how much."""
+        return max(self.formats.items(), key=lambda item: item[1])
+
+    @property
+    def helps(self) -> bool:
+        """Whether converting it can pay at all."""
+        return not self.verdict.startswith("this will not help")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``diagnose`` found. ``str()`` gives a table."""
+
+    model: str
+    ceilings: Ceilings
+    layers: tuple[LayerDiagnosis, ...]
+    unseen: tuple[str, ...] = ()
+
+    def headlines(self) -> list[str]:
+        """The whole in words, one fact a line."""
+        total = sum(layer.microseconds for layer in self.layers)
+        least = sum(layer.microseconds / max(layer.best[1] if layer.helps else 1.0, 1.0) for layer in self.layers)
+        device = self.ceilings
+        rates = (device.float32, device.float16, device.int8)
+        floats, halves, integers = (f"{rate / 1e12:.3f}"[:5].rstrip(".") for rate in rates)
+        lines = [
+            f"{self.model} on {device.name} ({device.source}): {device.bytes / 1e12:.2f} TB/s, "
+            f"{floats} TOP/s in float32, {halves} in bfloat16, {integers} in int8",
+            f"{len(self.layers)} layers take {total:.3g} us at the least, {least:.3g} us in the best formats: "
+            f"{total / least if least else 1:.2f}x is the most that converting these layers could give",
+        ]
+        if self.unseen:
+            lines.append(f"the inputs did not reach {len(self.unseen)} layers: {', '.join(self.unseen[:4])}")
+        return lines
+
+    def __str__(self) -> str:
+        import io
+
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=150)
+        self.print(console)
+        return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+    def print(self, console: Any) -> None:
+        """Print the table."""
+        from rich.table import Table
+
+        for line in self.headlines():
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+        table = Table(box=None, pad_edge=False)
+        for title in ("layer", "M x N x K", "floor us", "bound by"):
+            table.add_column(title, justify="right" if title == "floor us" else "left", overflow="fold")
+        table.add_column("best possible", overflow="fold")
+        for layer in self.layers:
+            p = layer.problem
+            table.add_row(
+                layer.name,
+                f"{p.m} x {p.n} x {p.k}",
+                f"{layer.microseconds:.3g}",
+                layer.bound,
+                layer.verdict,
+                style="" if layer.helps else "yellow",
+            )
+        console.print(table)
+
+
+def diagnose(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    batch: int = 1,
+    chip: str | Ceilings = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Diagnosis:
+    """Find what bounds each linear and convolution layer of ``model``, which is left as it is.
+
+    example_inputs: one input as a mapping, a tuple or a tensor; without it each linear layer is taken to see ``batch``
+    rows, and convolutions are left out. chip: a name of ``roofline.CEILINGS`` or one that contains it, or "cpu", which
+    is measured. dtype: of weights and activations; default: each layer's.
+
+    Raises ValueError for an unknown chip, a batch below 1 and a model without such layers; TypeError for what is no
+    ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+    layers = {name: m for name, m in model.named_modules() if _is_layer(m)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear or convolution layer that is not converted yet")
+    ceilings = chip if isinstance(chip, Ceilings) else measure_cpu() if chip == "cpu" else ceilings_for(chip)
+    seen = {} if example_inputs is None else _shapes(model, layers, example_inputs)
+    found, unseen = [], []
+    for name, module in layers.items():
+        shape = seen.get(name)
+        if shape is None and (example_inputs is not None or not is_linear(module)):
+            unseen.append(name or "(root)")
+            continue
+        problem = _problem(module, shape, batch, dtype)
+        found.append(_judge(name or "(root)", type(module).__name__, problem, ceilings))
+    return Diagnosis(type(model).__name__, ceilings, tuple(found), tuple(unseen))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return not is_converted(module) and (is_linear(module) or isinstance(module, nn.Conv2d))
+
+
+def _shapes(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any) -> dict[str, torch.Size]:
+    """The shape of what reaches each layer."""
+    seen: dict[str, torch.Size] = {}
+    handles = []
+    try:
+        for name, module in layers.items():
+
+            def hook(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                if args and isinstance(args[0], torch.Tensor):
+                    seen[name] = args[0].shape
+
+            handles.append(module.register_forward_pre_hook(hook))
+        with calibrate.evaluation(model), torch.no_grad():
+            calibrate.call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _problem(module: nn.Module, shape: Iterable[int] | None, batch: int, dtype: torch.dtype | None) -> Problem:
+    if isinstance(module, nn.Conv2d):
+        images, channels, height, width = shape or (1, 1, 1, 1)
+        padding = module.padding
+        if isinstance(padding, str):
+            half = [
+                0 if padding == "valid" else d * (k - 1)
+                for d, k in zip(module.dilation, module.kernel_size, strict=True)
+            ]
+            sides = (half[0] // 2, half[0] - half[0] // 2, half[1] // 2, half[1] - half[1] // 2)
+        else:
+            sides = (padding[0], padding[0], padding[1], padding[1])
+        pairs = ((pair[0], pair[1]) for pair in (module.kernel_size, module.stride))
+        kernel, stride = pairs
+        sizes = ConvGeometry(
+            images,
+            channels,
+            height,
+            width,
+            module.out_channels,
+            kernel,
+            stride,
+            sides,
+            (module.dilation[0], module.dilation[1]),
+            module.groups,
+        )
+        m = images * sizes.out_height * sizes.out_width
+        k = sizes.taps * sizes.group_channels
+        return Problem("conv2d", m, module.out_channels, k, dtype or module.weight.dtype, conv=sizes)
+    linear = as_linear(module)
+    m = batch if shape is None else math.prod(tuple(shape)[:-1])
+    return Problem("linear", m, linear.out_features, linear.in_features, dtype or linear.weight.dtype)
+
+
+def _judge(name: str, kind: str, problem: Problem, ceilings: Ceilings) -> LayerDiagnosis:
+    now = floor(problem, ceilings)
+    formats, floors = {}, {}
+    # Weight-only formats are multiplied in 16 bits where that is the model's dtype or the faster one.
+    half = torch.bfloat16 if ceilings.float16 > ceilings.float32 else None
+    for scheme, changes in (LINEAR_FORMATS if problem.conv is None else CONV_FORMATS).items():
+        converted = replace(problem, **changes, scale_dtype=torch.bfloat16)  # type: ignore[arg-type]
+        if problem.conv is None and problem.x_dtype == torch.float32 and half is not None:
+            converted = replace(converted, compute_dtype=half)
+        floors[scheme] = floor(converted, ceilings)
+        formats[scheme] = now.seconds / floors[scheme].seconds if floors[scheme].seconds else 1.0
+    best = max(formats, key=lambda scheme: formats[scheme])
+    saved = now.seconds - floors[best].seconds
+    if not now.seconds:
+        verdict = "this will not help because there is nothing to compute"
+    elif formats[best] < WORTHWHILE:
+        verdict = _why_not(problem, now.bound, formats[best])
+    elif saved < ceilings.overhead:
+        verdict = (
+            f"this will not help because at most {1e6 * saved:.2g} us could be saved, and a call alone costs about "
+            f"{1e6 * ceilings.overhead:.2g} us"
+        )
+    else:
+        verdict = f"{best} up to {formats[best]:.2f}x"
+        weight_only = formats.get("int4", math.inf)
+        if weight_only < WORTHWHILE:
+            verdict += "; weight-only formats will not help because the arithmetic takes longer than the weight"
+    return LayerDiagnosis(name, kind, problem, now.microseconds, now.bound, formats, verdict)
+
+
+def _why_not(problem: Problem, bound: str, best: float) -> str:
+    if bound == "compute":
+        return f"this will not help because the arithmetic is the limit, in every format ({best:.2f}x at most)"
+    weight = problem.n * problem.k
+    activations = problem.m * (problem.n + problem.k)
+    if activations > weight:
+        return (
+            f"this will not help because reading and writing {problem.m} rows of activations takes longer than reading "
+            f"the weight ({best:.2f}x at most)"
+        )
+    return f"this will not help because no format moves markedly fewer bytes ({best:.2f}x at most)"

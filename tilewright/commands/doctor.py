@@ -1,0 +1,201 @@
+"""``tilewright doctor``: what this machine has and which kernels serve on it; what converting a model could give.
+
+    tilewright doctor                                          this machine: what is missing and what that costs
+    tilewright doctor MODEL --batch 8 --chip H200              each layer: bound by memory or compute, the best any
+                                                               format could give, or why this will not help
+
+MODEL is a folder with a Hugging Face config.json, a .safetensors file or a folder of them, or "module:function" where
+the function returns an nn.Module. --tokens 128 or --image 3,224,224 say what an input looks like: without either, a
+linear layer is taken to see one row for each input of the batch. Nothing is converted and no weight is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tilewright.autotune import folders, tables
+from tilewright.autotune.device import cpu_kind
+from tilewright.autotune.shortlist import shipped
+from tilewright.autotune.store import TableError, read_table
+from tilewright.commands.diagnosis import diagnose
+from tilewright.kernels import tuning
+from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.cpu import build, native
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import route
+
+#: What missing C kernels cost on a CPU: the operators of PyTorch that serve instead, 4096 x 4096, two threads of an AMD
+#: EPYC (Zen 4), 1 to 512 rows.
+COST = "int4 layers take up to 5 times as long, int8 weight-only layers up to 3 times, int8 layers up to 2 times"
+#: Layers whose implementation is looked up: operator, what one calls it, further fields of the problem.
+_LAYERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("int8_linear", "int8", {}),
+    ("int8_weight_only_linear", "int8-weight-only", {"compute_dtype": torch.bfloat16}),
+    ("int4_linear", "int4", {"compute_dtype": torch.bfloat16, "group_size": 128, "symmetric": False}),
+    ("int4_int8_linear", "int8-int4", {"group_size": 128, "symmetric": False}),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and whether it is as good as it can be here."""
+
+    subject: str
+    found: str
+    good: bool = True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _triton() -> Finding:
+    if importlib.util.find_spec("triton") is None:
+        return Finding("triton", "not installed: GPU kernels cannot be used", good=not torch.cuda.is_available())
+    return Finding("triton", _version("triton") or "installed, of an unknown version")
+
+
+def _gpu() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        yield Finding("GPU", "none that PyTorch can use")
+        return
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    yield Finding("GPU", names)
+    if importlib.util.find_spec("triton") is not None:
+        yield from short_list("sm_{}{}".format(*torch.cuda.get_device_capability()))
+
+
+def short_list(arch: str) -> Iterator[Finding]:
+    """Whether what was compiled ahead of time for a chip is still of the kernels as they are."""
+    known = shipped(arch)
+    if known is None:
+        return
+    tuning.import_kernels()
+    old, count = len(known.outdated()), len(known.lists)
+    words = f"{count} lists of candidates, compiled ahead of time with Triton {known.triton}"
+    if old:
+        words += f"; {old} are of other versions of the kernels, so `tilewright tune` times whole spaces there"
+    yield Finding(f"tuning on {arch}", words, good=not old)
+
+
+def _c_kernels() -> Iterator[Finding]:
+    try:
+        reason = native.why_no_native()
+    except ValueError as error:  # TILEWRIGHT_CPU_ISA asks for what is not there
+        reason = str(error)
+    if reason is None:
+        best = next(name for name in build.isas() if name != "portable" and native.supports(name))
+        note = "" if native.isa() == best else f"; TILEWRIGHT_CPU_ISA turns off the better {best}"
+        yield Finding("C kernels", f"use {native.isa()}{note}", good=not note)
+        return
+    yield Finding("C kernels", reason, good=False)
+    yield Finding("  what that costs", COST, good=False)
+    if not build.LIBRARY.is_file():
+        yield Finding("  what helps", _advice(), good=False)
+
+
+def _advice() -> str:
+    try:
+        compiler = build.find_compiler()
+    except build.BuildError as error:
+        return f"{error}: install one, then install tilewright again"
+    return f"there is a compiler now ({Path(compiler).name}): install tilewright again"
+
+
+def _tuned() -> Finding:
+    entries = 0
+    for path in tables.user_tables():
+        try:
+            entries += len(read_table(path))
+        except (TableError, OSError) as error:
+            return Finding("tuned choices", f"{path.name} cannot be used: {error}", good=False)
+    if not entries:
+        return Finding("tuned choices", "none, heuristics decide (`tilewright tune` times this machine)")
+    return Finding("tuned choices", f"{entries} in {folders.user_folder()} (`tilewright cache show`)")
+
+
+def _served() -> Iterator[Finding]:
+    try:
+        native.why_no_native()
+    except ValueError:  # already said
+        return
+    for op, scheme, facts in _LAYERS:
+        chosen = {rows: route(Problem(op, rows, 4096, 4096, torch.float32, **facts)).name for rows in (1, 256)}
+        names = list(dict.fromkeys(chosen.values()))
+        found = names[0] if len(names) == 1 else ", ".join(f"{name} at {rows} rows" for rows, name in chosen.items())
+        yield Finding(f"{scheme} on this CPU", found, good=names != ["reference"])
+    sizes = ConvGeometry(1, 64, 56, 56, 64, (3, 3), padding=(1, 1, 1, 1))
+    for op, dtype, words in (
+        ("conv2d_fused", torch.float32, "fused convolutions"),
+        ("int8_conv2d_fused", torch.int8, "int8 convolutions"),
+    ):
+        name = route(Problem(op, 3136, 64, 576, dtype, out_dtype=dtype, bias=True, conv=sizes)).name
+        yield Finding(f"{words} on this CPU", name, good=name != "reference")
+
+
+def examine() -> list[Finding]:
+    """Look at this machine. Starts no GPU kernel and changes nothing."""
+    return [
+        Finding("tilewright", _version("tilewright") or "not installed, run from its source"),
+        Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("torch", torch.__version__),
+        _triton(),
+        *_gpu(),
+        Finding("CPU", cpu_kind().name),
+        Finding("CPU threads", str(torch.get_num_threads())),
+        Finding("CPU, as PyTorch sees it", torch.backends.cpu.get_cpu_capability()),
+        *_c_kernels(),
+        *_served(),
+        _tuned(),
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("model", nargs="?", help="what to look at; without it, this machine")
+    parser.add_argument("--batch", type=int, default=1, help="inputs at once; default: 1")
+    parser.add_argument("--chip", help="a GPU by name, or cpu; default: the GPU that is here, else this CPU")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: each layer's")
+    parser.add_argument("--tokens", type=int, help="an input is so many token ids")
+    parser.add_argument("--image", metavar="C,H,W", help="an input is an image")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns its exit status: of the machine 1 if something could be better. Wrong input raises
+    ValueError or OSError.
+    """
+    if options.model is None:
+        findings = examine()
+        print_findings(findings)
+        return int(not all(finding.good for finding in findings))
+    from tilewright.commands.model_files import example_input, skeleton
+
+    model = skeleton(options.model)
+    inputs = example_input(options.batch, options.tokens, options.image)
+    chip = options.chip or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[options.dtype]
+    diagnose(model, inputs, batch=options.batch, chip=chip, dtype=dtype).print(Console())
+    return 0
+
+
+def print_findings(findings: list[Finding], console: Console | None = None) -> None:
+    """A table, with a mark in front of what could be better."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in findings:
+        mark, style = ("", "") if finding.good else ("!", "yellow")
+        table.add_row(mark, finding.subject, finding.found, style=style)
+    (console or Console()).print(table)

@@ -1,0 +1,1 @@
+"""What sample inputs tell: rows that reach a layer, scales of tensors, scales of input channels."""

@@ -1,0 +1,1 @@
+"""Converted models as files: safetensors and one JSON manifest."""

@@ -1,0 +1,352 @@
+"""``save_model`` and ``load_model``: safetensors files and one JSON manifest in a folder. Nothing is pickled.
+
+Loading builds the model on the meta device, so its float weights never exist, and checks everything against what the
+model needs before a byte of data is used. A save replaces an older one at the moment its manifest is renamed into
+place: the data files carry a digest in their names, so a save that dies half way leaves the older one readable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import nn
+
+import tilewright.nn as quantized
+from tilewright.convert import layers, structure
+from tilewright.convert.checkpoint import restore as conv_restore
+from tilewright.convert.checkpoint.manifest import FILE_NAME, Layer, Manifest, Stored, read_manifest
+from tilewright.convert.checkpoint.safetensors_file import (
+    DTYPE_NAMES,
+    CheckpointError,
+    Entry,
+    open_regular,
+    read_header,
+    read_tensor,
+    write_file,
+)
+from tilewright.convert.checkpoint.slots import Slot, hidden_meta_tensors, slots
+from tilewright.convert.graph import attention
+from tilewright.convert.graph.activations import fuse_named, fused_activations
+from tilewright.convert.record import record_of
+from tilewright.convert.text import listed, shown_name
+from tilewright.nn import ConvLayer, QuantizedLinear
+
+#: Classes that a manifest may name.
+MODULES: dict[str, type[QuantizedLinear | ConvLayer]] = {
+    kind.__name__: kind
+    for kind in (
+        quantized.Int8Linear,
+        quantized.Int8WeightOnlyLinear,
+        quantized.Int8StaticLinear,
+        quantized.Int4Linear,
+        quantized.Int8ActInt4WeightLinear,
+        quantized.Sparse24Linear,
+        quantized.Sparse24Int8Linear,
+        quantized.Sparse24Int4Linear,
+        quantized.ConvBnAct2d,
+        quantized.Int8ConvBnAct2d,
+        quantized.Sparse24ConvBnAct2d,
+    )
+}
+
+
+def save_model(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_bytes: int = 4 * 2**30) -> None:
+    """Write ``model`` into ``directory``, which is made if need be.
+
+    Everything that holds a tensor is written: parameters, buffers, also non-persistent ones, and tensors in plain
+    attributes. Data files are split at ``max_shard_bytes`` (a larger tensor gets a file of its own). An older save
+    there is replaced. Raises ValueError for what cannot be stored faithfully: tensors on the meta device or of an
+    exotic dtype, extra state, partly overlapping tensors.
+    """
+    if max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
+    places = slots(model)
+    tied = _check_storable(model, places)
+    kept = {name: slot.tensor for name, slot in places.items() if name not in tied}
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    older = _shards_there(folder)
+    shards = _split(kept, max_shard_bytes)
+    digests: dict[str, str] = {}
+    with _temporary_files(folder, len(shards)) as files:
+        for path, names in zip(files, shards, strict=False):
+            digests |= write_file(path, {name: kept[name] for name in names}, {"format": "pt"})
+        mark = hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in kept).encode()).hexdigest()[:12]
+        titles = [f"model-{mark}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        shard_of = {name: title for title, names in zip(titles, shards, strict=True) for name in names}
+        manifest = _describe(model, places, tied, digests, shard_of)
+        with files[-1].open("wb") as file:
+            file.write(manifest.to_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+        for source, title in zip(files, [*titles, FILE_NAME], strict=True):
+            os.replace(source, folder / title)
+    for name in older - set(titles):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+
+
+def _describe(
+    model: nn.Module, places: dict[str, Slot], tied: dict[str, str], digests: dict[str, str], shard_of: dict[str, str]
+) -> Manifest:
+    tensors = {}
+    for name, digest in digests.items():
+        tensor, kind = places[name].tensor, places[name].kind
+        shape = tuple(tensor.shape)
+        tensors[name] = Stored(tensor.dtype, shape, shard_of[name], digest, kind, tensor.requires_grad)
+    converted = {
+        name: Layer(type(module).__name__, module.config())
+        for name, module in model.named_modules()
+        if isinstance(module, layers.CONVERTED)
+    }
+    differing = [name for name, module in model.named_modules() if module.training != model.training]
+    fused = fused_activations(model)
+    folded = conv_restore.folded_norms(model)
+    return Manifest(record_of(model), converted, tensors, tied, model.training, differing, fused, folded)
+
+
+def _check_storable(model: nn.Module, places: dict[str, Slot]) -> dict[str, str]:
+    """Names of tensors that are another one: alias -> first name. Raises ValueError for what cannot be stored."""
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(
+                f"{shown_name(name)!r} ({type(module).__name__}) has extra state, which may not be a tensor"
+            )
+        if isinstance(module, layers.CONVERTED) and type(module).__name__ not in MODULES:
+            raise ValueError(f"{shown_name(name)!r} is a {type(module).__name__}, which load_model does not know")
+    tied: dict[str, str] = {}
+    first: dict[object, str] = {}
+    extents = []
+    for name, slot in places.items():
+        tensor = slot.tensor
+        if tensor.is_meta:
+            raise ValueError(f"the tensor {name!r} is on the meta device and has no values to save")
+        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or type(tensor.data) is not torch.Tensor:
+            raise ValueError(
+                f"the tensor {name!r} ({type(tensor.data).__name__}, {tensor.dtype}) has no place in safetensors"
+            )
+        extent = structure.memory_extent(tensor)
+        identity = id(tensor) if extent is None else (extent, tensor.shape, tensor.stride(), tensor.dtype)
+        if identity in first:
+            tied[name] = first[identity]
+            continue
+        first[identity] = name
+        if extent is not None:
+            extents.append((*extent, name))
+    extents.sort()
+    for (storage, _, end, name), (next_storage, begin, _, next_name) in pairwise(extents):
+        if storage == next_storage and begin < end:
+            raise ValueError(f"the tensors {name!r} and {next_name!r} overlap in memory without being the same")
+    return tied
+
+
+def _split(tensors: dict[str, torch.Tensor], limit: int) -> list[list[str]]:
+    """Names of the tensors of each data file, in order. At least one file."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _shards_there(folder: Path) -> set[str]:
+    """Data files of a save that is in the folder already."""
+    if not (folder / FILE_NAME).exists():
+        return set()
+    try:
+        return set(read_manifest(folder).shards())
+    except CheckpointError:
+        return set()  # Not ours, or broken: its manifest is replaced, its other files are left.
+
+
+@contextlib.contextmanager
+def _temporary_files(folder: Path, shards: int) -> Iterator[list[Path]]:
+    """Paths for the data files and the manifest; what is left of them at the end is removed."""
+    stem = f".tilewright-{secrets.token_hex(8)}"
+    files = [folder / f"{stem}-{i}.tmp" for i in range(shards + 1)]
+    try:
+        yield files
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def load_model(
+    directory: str | os.PathLike[str], factory: Callable[[], nn.Module], *, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """The model that ``save_model`` wrote into ``directory``.
+
+    factory: makes the *unconverted* model, as in ``lambda: AutoModel.from_config(config)``. It runs on the meta
+    device, so that no float weight is made; its layers are then replaced as the manifest says and the tensors put in,
+    on ``device``. Training modes, ties and ``requires_grad`` are those of the saved model. Raises CheckpointError,
+    which names file and tensor, if anything in the folder is missing, damaged, hostile or of another model.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    with ExitStack() as stack:
+        shards = {
+            shard: _open_shard(stack, folder / shard, names, manifest) for shard, names in manifest.shards().items()
+        }
+        with torch.device("meta"):
+            model = factory()
+        model = _swap_in(model, manifest, folder / FILE_NAME)
+        places = slots(model)
+        _check_names(places, manifest, folder / FILE_NAME, type(model).__name__)
+        loaded: dict[str, torch.Tensor] = {}
+        for shard, (file, entries, start) in shards.items():
+            for name, entry in entries.items():
+                stored = manifest.tensors[name]
+                tensor = read_tensor(file, folder / shard, name, entry, start, stored.sha256)
+                _check_values(places[name], name, tensor, folder / shard)
+                loaded[name] = tensor.to(device)
+    _put_in(places, manifest, loaded)
+    conv_restore.finish(model, dict(manifest.record.untraced))
+    if hidden := hidden_meta_tensors(model):
+        raise CheckpointError(
+            f"{type(model).__name__} keeps tensors in containers that no checkpoint can fill: {listed(hidden)}; "
+            "make them on an explicit device"
+        )
+    other_mode = set(manifest.differing)
+    for name, module in model.named_modules():
+        module.training = manifest.training != (name in other_mode)
+    structure.FastPaths.close(model, layers.is_converted)
+    if manifest.record.attention:
+        manifest.record.attention = attention.use(model)
+    if manifest.layers:
+        manifest.record.attach(model)
+    return model
+
+
+Shard = tuple[BinaryIO, dict[str, Entry], int]
+
+
+def _open_shard(stack: ExitStack, path: Path, names: list[str], manifest: Manifest) -> Shard:
+    """An open data file whose header says the same as the manifest."""
+    file = stack.enter_context(open_regular(path))
+    entries, start = read_header(file, path)
+    if missing := [name for name in names if name not in entries]:
+        raise CheckpointError(f"{path}: lacks the tensors {listed(missing)} that the manifest places there")
+    if unexpected := sorted(set(entries) - set(names)):
+        raise CheckpointError(
+            f"{path}: holds the tensors {listed(unexpected)}, which the manifest does not place there"
+        )
+    for name in names:
+        if reason := manifest.tensors[name].why_not(entries[name]):
+            raise CheckpointError(f"{path}: tensor {name!r} {reason}")
+    return file, entries, start
+
+
+def _swap_in(model: nn.Module, manifest: Manifest, path: Path) -> nn.Module:
+    """Replace what was converted by empty quantised modules. Returns the root."""
+    parents = structure.slots_of(model)
+    modules = dict(model.named_modules())
+    for name, layer in manifest.layers.items():
+        old = modules.get(name)
+        where = f"{path}: layer {name!r}"
+        if old is None:
+            raise CheckpointError(f"{where}: {type(model).__name__} has no such layer")
+        new = _build_empty(layer, where)
+        if isinstance(new, ConvLayer):
+            if reason := conv_restore.why_not_in_place_of(old, new):
+                raise CheckpointError(f"{where}: {reason}")
+            layers.carry_over(old, new, bias=False)
+            new.layer_name = name
+            model = structure.replace(model, old, new, parents)
+            continue
+        if not layers.is_linear(old) or layers.is_conv1d(old) != (new.origin == "Conv1D"):
+            raise CheckpointError(f"{where}: was a {new.origin}, but the factory's is a {type(old).__name__}")
+        linear = layers.as_linear(old)
+        wanted, there = (linear.in_features, linear.out_features), (new.in_features, new.out_features)
+        if wanted != there:
+            raise CheckpointError(
+                f"{where}: maps {there[0]} features to {there[1]}, the factory's {wanted[0]} to {wanted[1]}"
+            )
+        layers.carry_over(old, new)
+        new.layer_name = name
+        model = structure.replace(model, old, new, parents)
+    try:
+        fuse_named(model, manifest.fused)
+        conv_restore.fold_named(model, manifest.folded)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return model
+
+
+def _build_empty(layer: Layer, where: str) -> QuantizedLinear | ConvLayer:
+    kind = MODULES.get(layer.module)
+    if kind is None:
+        raise CheckpointError(f"{where}: module {layer.module!r} is unknown; known: {', '.join(MODULES)}")
+    try:
+        module = kind(**layer.config, device="meta")
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: {layer.module} cannot be built from its config: {error}") from error
+    if module.config() != layer.config:
+        raise CheckpointError(f"{where}: the config is not one that {layer.module} writes: {layer.config}")
+    return module
+
+
+def _check_names(places: dict[str, Slot], manifest: Manifest, path: Path, model: str) -> None:
+    """The manifest and the model must have the same names, each with the same shape and a compatible dtype."""
+    names = {*manifest.tensors, *manifest.tied}
+    missing = [name for name in places if name not in names]
+    unexpected = [name for name in sorted(names) if name not in places]
+    if missing or unexpected:
+        problems = [f"lacks {len(missing)}: {listed(missing)}"] if missing else []
+        problems += [f"has {len(unexpected)} unexpected: {listed(unexpected)}"] if unexpected else []
+        raise CheckpointError(f"{path}: does not fit {model}: of its tensors the checkpoint {'; it '.join(problems)}")
+    for name, slot in places.items():
+        stored, there = manifest.tensors[manifest.tied.get(name, name)], slot.tensor
+        fixed = _is_fixed(slot)
+        same_dtype = stored.dtype == there.dtype
+        # A float tensor may come back in another float dtype than the factory gives it: that of the model that was
+        # saved.
+        fits = same_dtype or (not fixed and stored.dtype.is_floating_point and there.dtype.is_floating_point)
+        if stored.shape != tuple(there.shape) or not fits:
+            held, needed = (
+                f"{dtype} {list(shape)}" for dtype, shape in ((stored.dtype, stored.shape), (there.dtype, there.shape))
+            )
+            raise CheckpointError(f"{path}: tensor {name!r} is {held}, {model} needs {needed}")
+
+
+def _check_values(slot: Slot, name: str, tensor: torch.Tensor, path: Path) -> None:
+    """Scales of quantised weights must be finite: one NaN would silently poison a whole output channel."""
+    scale = _is_fixed(slot) and slot.kind != "parameter" and tensor.is_floating_point()
+    if scale and not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{path}: tensor {name!r} holds a scale that is NaN or Inf")
+    if isinstance(slot.module, layers.CONVERTED) and (reason := slot.module.why_bad_buffer(slot.attribute, tensor)):
+        raise CheckpointError(f"{path}: tensor {name!r} is no 2:4 pattern: {reason}")
+    if slot.attribute == "weight_values":
+        return
+    if scale and isinstance(slot.module, ConvLayer) and not (tensor > 0).all():
+        raise CheckpointError(f"{path}: tensor {name!r} holds a scale that is not positive")
+
+
+def _is_fixed(slot: Slot) -> bool:
+    """Whether the module at a place works with one dtype only."""
+    if isinstance(slot.module, ConvLayer):
+        return slot.kind != "parameter" or slot.attribute == "bias"
+    return isinstance(slot.module, QuantizedLinear) and slot.kind != "parameter"
+
+
+def _put_in(places: dict[str, Slot], manifest: Manifest, loaded: dict[str, torch.Tensor]) -> None:
+    """Put every tensor in its place; tied places get the same object."""
+    for name in [*manifest.tensors, *manifest.tied]:
+        target = manifest.tied.get(name, name)
+        if places[name].kind == "parameter" and not isinstance(loaded[target], nn.Parameter):
+            loaded[target] = nn.Parameter(loaded[target], requires_grad=manifest.tensors[target].requires_grad)
+    for name, slot in places.items():
+        slot.put(loaded[manifest.tied.get(name, name)])

@@ -1,0 +1,64 @@
+"""Convolutions in a checkpoint: what a manifest says of them, and how they are put back into a fresh model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tilewright.convert.graph.tracing import is_norm
+from tilewright.convert.network.convolutions import install_programs
+from tilewright.convert.network.match import why_not_convolution
+from tilewright.nn import ConvLayer, FoldedBatchNorm, Int8ConvBnAct2d, Int8StaticLinear
+from tilewright.nn.conv_layer import common_options
+
+
+def folded_norms(model: nn.Module) -> dict[str, str]:
+    """The name of each folded batch-norm, and of the convolution that holds it."""
+    names = {module: name for name, module in model.named_modules()}
+    return {names[m]: m.source for m in model.modules() if isinstance(m, FoldedBatchNorm)}
+
+
+def why_not_in_place_of(old: nn.Module, new: ConvLayer) -> str | None:
+    """How the convolution ``old`` of the factory differs from what ``new`` was made of, or None."""
+    if not isinstance(old, nn.modules.conv._ConvNd):
+        return f"was a {new.origin}, but the factory's is a {type(old).__name__}"
+    if reason := why_not_convolution(old):
+        return reason
+    wanted = common_options(old, True)  # type: ignore[arg-type]
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "origin"):
+        there, expected = getattr(new, name), wanted[name]
+        if there != expected:
+            return f"has {name}={there}, the factory's {expected}"
+    return None
+
+
+def fold_named(model: nn.Module, folded: Mapping[str, str]) -> None:
+    """Put ``FoldedBatchNorm`` where a checkpoint says that there is one. Raises ValueError if the model has none."""
+    modules = dict(model.named_modules())
+    for name, source in folded.items():
+        norm, conv = modules.get(name), modules.get(source)
+        channels: Any = getattr(getattr(norm, "running_mean", None), "numel", lambda: None)()
+        if norm is None or not is_norm(norm) or channels is None:
+            raise ValueError(f"the model has no batch-norm {name!r} that a convolution could hold")
+        if not isinstance(conv, ConvLayer) or conv.out_channels != channels:
+            raise ValueError(f"the model has no fused convolution {source!r} of {channels} channels for {name!r}")
+        then = getattr(norm, "act", None)
+        new = FoldedBatchNorm(channels, source, then if isinstance(then, nn.Module) else None).train(norm.training)
+        for parent in list(model.modules()):
+            for attribute, child in list(parent._modules.items()):
+                if child is norm:
+                    parent._modules[attribute] = new
+
+
+def finish(model: nn.Module, untraced: dict[str, str]) -> None:
+    """After the tensors are in: read the scales of activations, and give the model its programs.
+
+    untraced: what was found not to trace when the model was converted, name -> reason.
+    """
+    for module in model.modules():
+        if isinstance(module, (Int8ConvBnAct2d, Int8StaticLinear)):
+            module.refresh()
+    if any(isinstance(module, ConvLayer) for module in model.modules()):
+        install_programs(model, untraced)

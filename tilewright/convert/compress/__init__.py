@@ -1,0 +1,1 @@
+"""Algorithms on one weight and the rows that reach it."""

@@ -1,0 +1,200 @@
+"""What a node of a traced graph computes, whichever of PyTorch's ways of saying it was used."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from tilewright.convert.graph.activations import activation_name
+from tilewright.convert.graph.tracing import SAME_PADDING_FUNCTIONS, has_hooks
+from tilewright.nn import FoldedBatchNorm, FusedActivation
+
+Modules = dict[str, nn.Module]
+#: An epilogue's name for an activation, and the slope of a leaky ReLU.
+Activation = tuple[str, float]
+
+_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    F.gelu: "gelu",
+    F.hardtanh: "hardtanh",
+    F.hardtanh_: "hardtanh",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+    torch.clamp: "clamp",
+    torch.clamp_min: "clamp",
+}
+_METHODS = {"relu": "relu", "relu_": "relu", "clamp": "clamp", "clamp_": "clamp", "clamp_min": "clamp"}
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_ADDITION_METHODS = ("add", "add_", "__add__", "__iadd__", "__radd__")
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
+_INPLACE_FUNCTIONS = (F.relu_, torch.relu_, F.hardtanh_, F.leaky_relu_, operator.iadd, operator.imul, operator.isub)
+
+
+def module_of(node: fx.Node, modules: Modules) -> nn.Module | None:
+    """The module that a node calls, if it calls one that no hook watches."""
+    if node.op != "call_module":
+        return None
+    module = modules.get(str(node.target))
+    return None if module is None or has_hooks(module) else module
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def activation_of(node: fx.Node, modules: Modules) -> Activation | None:
+    """The activation that ``node`` applies to its first argument, or None."""
+    module = module_of(node, modules)
+    if module is not None:
+        return None if len(node.args) != 1 or node.kwargs else module_activation(module)
+    if node.op == "call_function":
+        kind = _FUNCTIONS.get(node.target)
+    elif node.op == "call_method":
+        kind = _METHODS.get(str(node.target))
+    else:
+        return None
+    if kind is None or not node.args:
+        return None
+    if kind == "hardtanh":
+        return bounded(argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0))
+    if kind == "clamp":
+        return bounded(argument(node, 1, "min"), argument(node, 2, "max"))
+    if kind == "gelu":
+        return ("gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"), 0.0
+    if kind == "leaky_relu":
+        slope = argument(node, 1, "negative_slope", 0.01)
+        return (kind, float(slope)) if isinstance(slope, (int, float)) else None
+    return kind, 0.0
+
+
+def bounded(low: Any, high: Any) -> Activation | None:
+    """What clamping to low..high amounts to."""
+    if isinstance(low, fx.Node) or isinstance(high, fx.Node) or low != 0:
+        return None
+    if high is None or high == math.inf:
+        return "relu", 0.0
+    return ("relu6", 0.0) if high == 6 else None
+
+
+def module_activation(module: nn.Module) -> Activation | None:
+    """The activation that ``module`` is, or None."""
+    kind = type(module)
+    if kind is nn.ReLU6:
+        return "relu6", 0.0
+    if kind is nn.Hardtanh:
+        return bounded(module.min_val, module.max_val)
+    if kind is nn.Hardswish:
+        return "hardswish", 0.0
+    if kind is nn.LeakyReLU:
+        return "leaky_relu", float(module.negative_slope)  # type: ignore[arg-type]
+    name = activation_name(module)
+    return None if name is None else (name, 0.0)
+
+
+def addends(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two values that ``node`` adds, if it adds two and nothing else."""
+    if not (
+        (node.op == "call_function" and node.target in _ADDITIONS)
+        or (node.op == "call_method" and node.target in _ADDITION_METHODS)
+    ):
+        return None
+    if node.kwargs.get("alpha", 1) != 1 or "out" in node.kwargs:
+        return None
+    a, b = argument(node, 0, "input"), argument(node, 1, "other")
+    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
+
+
+def is_identity(node: fx.Node, modules: Modules) -> bool:
+    """Whether ``node`` passes its first argument on unchanged, in eval mode."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    module = module_of(node, modules)
+    if module is not None:
+        if len(node.args) != 1 or node.kwargs:
+            return False
+        if isinstance(module, FoldedBatchNorm):
+            return module.then is None
+        return isinstance(module, (FusedActivation, *_IDENTITIES))
+    if node.op != "call_function":
+        return False
+    if node.target in _DROPOUTS:
+        return argument(node, 2, "training", True) is False
+    if getattr(node.target, "__name__", "") == "stochastic_depth":  # of torchvision, which wraps it for torch.fx
+        return argument(node, 3, "training", True) is False
+    return False
+
+
+def zero_padding(node: fx.Node, modules: Modules) -> tuple[int, int, int, int] | None:
+    """Top, bottom, left, right of the zeros that ``node`` puts around its first argument, or None."""
+    module = module_of(node, modules)
+    if isinstance(module, (nn.ZeroPad2d, nn.ZeroPad1d)):
+        pads: Any = module.padding
+    elif isinstance(module, (nn.ConstantPad2d, nn.ConstantPad1d)) and module.value == 0:
+        pads = module.padding
+    elif node.op == "call_function" and node.target is F.pad:
+        if argument(node, 2, "mode", "constant") != "constant" or argument(node, 3, "value") not in (None, 0, 0.0):
+            return None
+        pads = argument(node, 1, "pad")
+    else:
+        return None
+    if not isinstance(pads, (tuple, list)) or not all(isinstance(each, int) and each >= 0 for each in pads):
+        return None
+    if len(pads) == 2:
+        return 0, 0, pads[0], pads[1]
+    return (pads[2], pads[3], pads[0], pads[1]) if len(pads) == 4 else None
+
+
+def globally_pooled(node: fx.Node, modules: Modules) -> fx.Node | None:
+    """The image that ``node`` averages into one pixel, if it does."""
+    module, sizes = module_of(node, modules), None
+    if isinstance(module, nn.AdaptiveAvgPool2d) and type(module).forward is nn.AdaptiveAvgPool2d.forward:
+        sizes = module.output_size
+    elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
+        sizes = argument(node, 1, "output_size")
+    source = node.args[0] if node.args else None
+    return source if sizes in (1, (1, 1), [1, 1]) and isinstance(source, fx.Node) else None
+
+
+def pads_by_input_size(node: fx.Node) -> fx.Node | None:
+    """What ``node`` pads as TensorFlow's "SAME" does, for the convolution that is its second argument."""
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in SAME_PADDING_FUNCTIONS:
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    return None
+
+
+def writes_in_place(node: fx.Node, modules: Modules) -> bool:
+    """Whether ``node`` overwrites its first argument."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.op == "call_module":
+        return getattr(modules.get(str(node.target)), "inplace", False) is True
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__iadd__"
+    return node.op == "call_function" and (
+        node.target in _INPLACE_FUNCTIONS or argument(node, 99, "inplace", False) is True
+    )
+
+
+def functionalize(graph: fx.Graph, modules: Modules) -> None:
+    """Let whatever reads a value after it was overwritten read the result of the overwriting instead."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if writes_in_place(node, modules):
+            source: fx.Node = node.args[0]
+            for user in list(source.users):
+                if position[user] > position[node]:
+                    user.replace_input_with(source, node)

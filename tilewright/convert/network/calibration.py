@@ -1,0 +1,222 @@
+"""Calibration of static int8: what reaches each convolution on sample inputs, and what quantising it costs there.
+
+The model runs with its convolutions fused in float, region by region through ``torch.fx.Interpreter``, which sees every
+tensor between layers. Convolutions outside of any region are watched by a hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tilewright.convert.calibrate.observers import Observer
+from tilewright.convert.calibrate.rows import relative_error
+from tilewright.convert.graph.tracing import Region
+from tilewright.convert.network.int8_flow import Flow, Scale
+from tilewright.convert.network.match import Site
+from tilewright.convert.network.program import Program
+from tilewright.convert.record import join
+from tilewright.convert.text import shown_name
+from tilewright.nn import ConvLayer
+
+#: Sample inputs on which the error of each layer is measured after the scales are known.
+ERROR_SAMPLES = 4
+Watch = Callable[[fx.Node, Any], None]
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph and shows every value to ``watch``."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, watch: Watch):
+        super().__init__(module, graph=graph)
+        self.watch = watch
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.watch(n, value)
+        return value
+
+
+class Calibration:
+    """Observers for every tensor that a convolution to be quantised reads.
+
+    regions: with their sites; the programs of these regions must be in place. wanted: names of the layers to quantise,
+    in the model.
+    """
+
+    def __init__(self, model: nn.Module, regions: list[tuple[Region, list[Site]]], wanted: set[str]):
+        self.model = model
+        self.regions = regions
+        self.wanted = wanted
+        self.observers: dict[Scale, Observer] = {}
+        self._by_node: dict[fx.Node, list[tuple[Observer, str]]] = {}
+        inside: set[str] = set()
+        for region, sites in regions:
+            modules = region.modules()
+            names = {site.name for site in sites if join(region.name, site.name) in wanted}
+            inside |= {join(region.name, name) for name in names}
+            flow = Flow(region.graph, modules, sites, names)
+            shared: dict[fx.Node, Observer] = {}
+            for node, port in flow.ports():
+                observer = shared.setdefault(flow.leader(node), Observer())
+                layer = join(region.name, port.layer)
+                self.observers[Scale(layer, port.port)] = observer
+                watched = self._by_node.setdefault(node, [])
+                if not any(known is observer for known, _ in watched):
+                    watched.append((observer, layer))
+        self.outside = sorted(wanted - inside)
+        for layer in self.outside:
+            self.observers[Scale(layer, "x")] = Observer()
+
+    # ---- running
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """While this is open, whatever the model is called on is observed."""
+        handles = []
+        for layer in self.outside:
+            observer = self.observers[Scale(layer, "x")]
+            module = self.model.get_submodule(layer)
+            handles.append(module.register_forward_pre_hook(_hook(observer, layer), prepend=False))
+        with self._interpreted(self._observe):
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    @contextlib.contextmanager
+    def _interpreted(self, watch: Watch) -> Iterator[None]:
+        programs: list[Program] = []
+        for region, _ in self.regions:
+            program = vars(region.module).get("forward")
+            if not isinstance(program, Program):
+                continue
+
+            def run(_: Program, given: tuple[Any, ...], region: Region = region) -> Any:
+                return _Interpreter(region.module, region.graph, watch).run(*given)
+
+            program.observer = run
+            programs.append(program)
+        try:
+            yield
+        finally:
+            for program in programs:
+                program.observer = None
+
+    def _observe(self, node: fx.Node, value: Any) -> None:
+        for observer, layer in self._by_node.get(node, ()):
+            _add(observer, value, layer)
+
+    # ---- results
+    def reached(self, layer: str) -> bool:
+        """Whether any value came to a layer."""
+        return self.observers[Scale(layer, "x")].seen > 0
+
+    def scales(self, layer: str, observer: str, percentile: float) -> dict[str, float]:
+        """Keyword arguments of ``Int8ConvBnAct2d.from_float``."""
+        found = {}
+        for port, name in (("x", "input_scale"), ("r", "residual_scale")):
+            seen = self.observers.get(Scale(layer, port))
+            if seen is not None and seen.seen:
+                found[name] = seen.scale(observer, percentile)
+        return found
+
+    def errors(
+        self, candidates: dict[str, ConvLayer], samples: Iterable[Any], call: Callable[[nn.Module, Any], Any]
+    ) -> dict[str, float | None]:
+        """Relative output error of each int8 layer in ``candidates`` on what reaches it in the float model.
+
+        Its input and residual are quantised, its output is not. A layer that is called more than once has its worst.
+        """
+        found: dict[str, float | None] = {}
+
+        def measure(name: str, given: tuple[Any, ...], value: torch.Tensor) -> None:
+            error = relative_error(_quantized_run(candidates[name], given), value)
+            worst = found.get(name, 0.0)
+            found[name] = None if error is None or worst is None else max(error, worst)
+
+        self._at_sites(candidates, samples, call, measure)
+        return found
+
+    def correct_biases(
+        self, candidates: dict[str, ConvLayer], samples: Iterable[Any], call: Callable[[nn.Module, Any], Any]
+    ) -> None:
+        """Take from each int8 layer in ``candidates`` what it errs by on average, channel by channel.
+
+        Rounding a weight shifts the mean of a channel wherever the mean of its inputs is not zero, as after a ReLU
+        (Nagel et al. 2019, section 4.2). The mean is that of the result before the activation.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def measure(name: str, given: tuple[Any, ...], value: torch.Tensor) -> None:
+            x, _, _, slope, padding = given
+            plain = (x, None, "none", slope, padding)
+            difference = self.model.get_submodule(name).run(*plain) - _quantized_run(candidates[name], plain)  # type: ignore[operator]
+            difference = difference.to(torch.float64).transpose(0, 1).flatten(1)
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + difference.sum(1).cpu()
+            counts[name] = counts.get(name, 0) + difference.shape[1]
+
+        self._at_sites(candidates, samples, call, measure)
+        for name, total in sums.items():
+            layer = candidates[name]
+            if not counts[name] or not torch.isfinite(total).all():
+                continue
+            shift = (total / counts[name]).to(layer.device, torch.float32)
+            bias = shift if layer.bias is None else layer.bias.detach() + shift
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+
+    def _at_sites(
+        self,
+        candidates: dict[str, ConvLayer],
+        samples: Iterable[Any],
+        call: Callable[[nn.Module, Any], Any],
+        measure: Callable[[str, tuple[Any, ...], torch.Tensor], None],
+    ) -> None:
+        """Run the float model and call ``measure`` for each call of a layer: its name, arguments and result."""
+        sites = {
+            site.call: join(region.name, site.name)
+            for region, each in self.regions
+            for site in each
+            if join(region.name, site.name) in candidates
+        }
+        values: dict[fx.Node, Any] = {}
+
+        def watch(node: fx.Node, value: Any) -> None:
+            values[node] = value
+            if node in sites:
+                measure(sites[node], fx.map_arg(node.args[1:], values.__getitem__), value)
+
+        with self._interpreted(watch):
+            for sample in samples:
+                values.clear()
+                call(self.model, sample)
+
+
+def _quantized_run(layer: ConvLayer, given: tuple[Any, ...]) -> torch.Tensor:
+    x, residual, *rest = given
+    if residual is not None and getattr(layer, "residual_scale", None) is not None:
+        residual = torch.ops.tilewright.quantize_per_tensor(residual, layer.r_scale)
+    return layer.run(x, residual, *rest)
+
+
+def _hook(observer: Observer, layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args:
+            _add(observer, args[0], layer)
+
+    return hook
+
+
+def _add(observer: Observer, value: Any, layer: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        return
+    try:
+        observer.add(value)
+    except ValueError as error:
+        raise ValueError(f"calibration data brings {error} into the layer {shown_name(layer)!r}") from None

@@ -1,0 +1,335 @@
+"""Which tensors of a rewritten graph are kept in int8 between convolutions, and with whose scale.
+
+A tensor is stored in int8 if an int8 convolution reads it and everything else that does can take it so: another
+convolution (as its residual too), pooling, a reshape, a concatenation. Otherwise it stays float and is quantised once
+for all int8 convolutions that read it. Scales live in the convolutions: the tensor that a layer convolves has the
+layer's ``input_scale``, the one it adds its ``residual_scale``. Where a value passes through unchanged (pooling with a
+maximum, a reshape, a concatenation) the tensors before and after share one scale.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from tilewright.convert.graph.patterns import (
+    Modules,
+    activation_of,
+    addends,
+    argument,
+    is_identity,
+    module_of,
+    zero_padding,
+)
+from tilewright.convert.network.match import Site, dynamic_padding
+from tilewright.nn import Int8ConvBnAct2d, quantized_ops
+
+_PASSING_MODULES = (nn.MaxPool2d, nn.ReLU, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle)
+_PASSING_FUNCTIONS = (
+    F.max_pool2d,
+    torch.max_pool2d,
+    F.relu,
+    torch.relu,
+    torch.flatten,
+    torch.reshape,
+    torch.permute,
+    torch.transpose,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.chunk,
+    torch.split,
+    F.channel_shuffle,
+    F.pixel_shuffle,
+    operator.getitem,
+)
+_PASSING_METHODS = (
+    *("relu", "relu_", "reshape", "view", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"),
+    *("chunk", "split"),
+)
+_SIZE_METHODS = ("size", "dim", "numel")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where a scale lives: a buffer of a layer. port: "x" or "r"."""
+
+    layer: str
+    port: str
+
+
+class Flow:
+    """The tensors of one graph that int8 convolutions read, and their scales.
+
+    sites: all convolutions. quantized: names of the layers that are, or are to be, int8.
+    """
+
+    def __init__(self, graph: fx.Graph, modules: Modules, sites: list[Site], quantized: set[str]):
+        self.graph, self.modules = graph, modules
+        self.sites = {site.call: site for site in sites if site.name in quantized}
+        self._leader: dict[fx.Node, fx.Node] = {}
+        #: Filled by ``stored``.
+        self.stored_nodes: set[fx.Node] = set()
+        self._unite()
+
+    # ---- kinds of nodes
+    def passes(self, node: fx.Node) -> bool:
+        """Whether the values of ``node`` are values of its first argument, or zeros."""
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        if is_identity(node, self.modules) or zero_padding(node, self.modules) is not None:
+            return True
+        module = module_of(node, self.modules)
+        if isinstance(module, nn.MaxPool2d) and module.return_indices:
+            return False
+        if module is not None:
+            return type(module) in _PASSING_MODULES
+        if node.op == "call_function":
+            if node.target in (F.max_pool2d, torch.max_pool2d) and node.kwargs.get("return_indices"):
+                return False
+            if node.target is operator.getitem:
+                return isinstance(node.args[1], (int, slice, tuple)) and not self.asks_size(node.args[0])
+            return node.target in _PASSING_FUNCTIONS
+        return node.op == "call_method" and node.target in _PASSING_METHODS
+
+    def max_window(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """Kernel size, stride, padding, dilation and ceil_mode of a pooling with a maximum, or None."""
+        module = module_of(node, self.modules)
+        if isinstance(module, nn.MaxPool2d):
+            return module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
+        if node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
+            names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+            defaults = (None, None, 0, 1, False)
+            return tuple(
+                argument(node, i + 1, name, default)
+                for i, (name, default) in enumerate(zip(names, defaults, strict=True))
+            )
+        return None
+
+    def joins(self, node: fx.Node) -> list[fx.Node]:
+        """What ``node`` concatenates."""
+        if node.op == "call_function" and node.target in (torch.cat, torch.concat):
+            parts = argument(node, 0, "tensors")
+            if isinstance(parts, (list, tuple)) and all(isinstance(part, fx.Node) for part in parts):
+                return list(parts)
+        return []
+
+    def averages(self, node: fx.Node) -> tuple[Any, bool] | None:
+        """Dimensions that ``node`` takes the mean over, and whether they stay; None if it does no such thing."""
+        if (node.op == "call_method" and node.target == "mean") or (
+            node.op == "call_function" and node.target is torch.mean
+        ):
+            dim, keep = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
+            plain = dim is not None and not isinstance(dim, fx.Node) and "dtype" not in node.kwargs
+            return (tuple(dim) if isinstance(dim, list) else dim, keep) if plain else None
+        return None
+
+    def asks_size(self, node: object) -> bool:
+        """Whether ``node`` looks at the shape of its argument only."""
+        if not isinstance(node, fx.Node):
+            return False
+        if node.op == "call_method":
+            return node.target in _SIZE_METHODS
+        if node.op != "call_function":
+            return False
+        return node.target is dynamic_padding or (node.target is getattr and node.args[1] in ("shape", "ndim"))
+
+    def on_vectors(self) -> set[str]:
+        """Layers that only ever see one pixel, a pooled image: squeeze-and-excite, where int8 gains nothing."""
+        single: set[fx.Node] = set()
+        found: dict[str, bool] = {}
+        for node in self.graph.nodes:
+            average = self.averages(node)
+            site = self.sites.get(node)
+            source = site.x if site is not None else node.args[0] if node.args else None
+            if average is not None and average[1]:
+                single.add(node)
+            elif site is not None:
+                pooled = source in single and max(site.layer.kernel_size) == 1
+                found[site.name] = pooled and found.get(site.name, True)
+                if pooled and site.residual is None:
+                    single.add(node)
+            elif source in single and (self.passes(node) or activation_of(node, self.modules) is not None):
+                single.add(node)
+        return {name for name, pooled in found.items() if pooled}
+
+    # ---- tensors that share a scale
+    def leader(self, node: fx.Node) -> fx.Node:
+        """One node that stands for all whose tensors share a scale with that of ``node``."""
+        root = node
+        while (above := self._leader.get(root, root)) is not root:
+            root = above
+        self._leader[node] = root
+        return root
+
+    def _join(self, a: fx.Node, b: fx.Node) -> None:
+        self._leader[self.leader(a)] = self.leader(b)
+
+    def _unite(self) -> None:
+        first: dict[tuple[str, str], fx.Node] = {}
+        for node in self.graph.nodes:
+            if self.passes(node):
+                self._join(node, node.args[0])
+            for part in self.joins(node):
+                self._join(part, node)
+            if (site := self.sites.get(node)) is not None:
+                # A layer that is called twice has one scale for both inputs.
+                self._join(site.x, first.setdefault((site.name, "x"), site.x))
+                if site.residual is not None:
+                    self._join(site.residual, first.setdefault((site.name, "r"), site.residual))
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Put ``new`` in the place of ``old``, with its scale."""
+        self._leader[new] = self.leader(old)
+        if old in self.stored_nodes:
+            self.stored_nodes.add(new)
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def ports(self) -> list[tuple[fx.Node, Scale]]:
+        """Every tensor that an int8 convolution reads, and where its scale lives."""
+        found = []
+        for site in self.sites.values():
+            found.append((site.x, Scale(site.name, "x")))
+            if site.residual is not None:
+                found.append((site.residual, Scale(site.name, "r")))
+        return found
+
+    # ---- storage
+    def stored(self, scales: dict[fx.Node, Scale]) -> set[fx.Node]:
+        """The nodes whose tensors are int8. scales: of those that have one, by leader."""
+        wanted: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if self.leader(node) not in scales or self.asks_size(node):
+                continue
+            verdicts = [self._reads_int8(user, node, wanted, scales) for user in node.users if not self.asks_size(user)]
+            if verdicts and None not in verdicts and any(verdicts):
+                wanted.add(node)
+        stored = self.stored_nodes
+        for node in self.graph.nodes:
+            if node not in wanted:
+                continue
+            if node in self.sites or (
+                (self.passes(node) and node.args[0] in stored)
+                or any(part in stored for part in self.joins(node))
+                or any(part in stored for part in addends(node) or ())
+            ):
+                stored.add(node)
+        return stored
+
+    def _reads_int8(
+        self, user: fx.Node, node: fx.Node, wanted: set[fx.Node], scales: dict[fx.Node, Scale]
+    ) -> bool | None:
+        """Whether ``user`` gains by ``node`` being int8; None if it cannot take it."""
+        if (site := self.sites.get(user)) is not None:
+            takes = site.residual is not node or getattr(site.layer, "residual_scale", None) is not None
+            return True if takes else None
+        if self.averages(user) is not None:
+            return user in wanted
+        if self.passes(user) or self.joins(user) or addends(user) is not None:
+            return True if user in wanted else None
+        return None
+
+
+def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> None:
+    """Let the int8 convolutions of a rewritten graph hand each other int8 tensors."""
+    quantized = {site.name for site in sites if isinstance(modules[site.name], Int8ConvBnAct2d)}
+    if not quantized:
+        return
+    flow = Flow(graph, modules, sites, quantized)
+    scales: dict[fx.Node, Scale] = {}
+    for node, scale in flow.ports():
+        layer = modules[scale.layer]
+        if scale.port == "x" or getattr(layer, "residual_scale", None) is not None:
+            scales.setdefault(flow.leader(node), scale)
+    stored = flow.stored(scales)
+    nonnegative = _nonnegative(flow, stored)
+    order = list(graph.nodes)
+    layer_nodes: dict[str, fx.Node] = {}
+
+    def attribute(scale: Scale, name: str) -> fx.Node:
+        if scale.layer not in layer_nodes:
+            with graph.inserting_after(last_placeholder):
+                layer_nodes[scale.layer] = graph.get_attr(scale.layer)
+        with graph.inserting_after(layer_nodes[scale.layer]):
+            return graph.call_function(getattr, (layer_nodes[scale.layer], name))
+
+    def scale_of(node: fx.Node) -> fx.Node:
+        scale = scales[flow.leader(node)]
+        return attribute(scale, f"{scale.port}_scale")
+
+    def dtype_of(node: fx.Node) -> fx.Node:
+        return attribute(scales[flow.leader(node)], "dtype")
+
+    last_placeholder = [node for node in order if node.op == "placeholder"][-1]
+    in_int8: dict[fx.Node, fx.Node] = {}
+
+    def as_int8(node: fx.Node) -> fx.Node:
+        """An int8 form of a float tensor, made once, right after it."""
+        if node in stored:
+            return node
+        if node not in in_int8:
+            scale = scale_of(node)
+            with graph.inserting_after(scale if node.op == "placeholder" else node):
+                in_int8[node] = graph.call_function(quantized_ops.quantize, (node, scale))
+        return in_int8[node]
+
+    for node in order:
+        site = flow.sites.get(node)
+        if site is not None:
+            arguments: list[Any] = [*node.args]
+            nonneg = site.x in nonnegative
+            arguments[1] = as_int8(site.x)
+            node.args = (*arguments, scale_of(node) if node in stored else None, nonneg)
+        elif node in stored and (window := flow.max_window(node)) is not None:
+            with graph.inserting_before(node):
+                flow.replace(node, graph.call_function(quantized_ops.max_pool2d, (node.args[0], *window)))
+        elif node in stored and flow.joins(node):
+            parts = flow.joins(node)
+            node.args = ([as_int8(part) for part in parts], *node.args[1:])
+        elif (pair := addends(node)) is not None and any(part in stored for part in pair):
+            _write_addition(flow, node, pair, stored, scale_of, dtype_of)
+        elif (average := flow.averages(node)) is not None and node.args[0] in stored:
+            source: fx.Node = node.args[0]
+            with graph.inserting_before(node):
+                new = graph.call_function(quantized_ops.mean, (source, scale_of(source), dtype_of(source), *average))
+            flow.replace(node, new)
+
+
+def _write_addition(
+    flow: Flow, node: fx.Node, pair: tuple[fx.Node, fx.Node], stored: set[fx.Node], scale_of: Any, dtype_of: Any
+) -> None:
+    """An addition that no convolution took over, of tensors of which at least one is int8."""
+    graph = flow.graph
+    scales = [scale_of(part) if part in stored else 1.0 for part in pair]
+    if node in stored:
+        with graph.inserting_before(node):
+            new = graph.call_function(quantized_ops.add, (pair[0], scales[0], pair[1], scales[1], scale_of(node)))
+        flow.replace(node, new)
+        return
+    for part, scale in zip(pair, scales, strict=True):
+        if part in stored:
+            with graph.inserting_before(node):
+                wide = graph.call_function(quantized_ops.dequantize, (part, scale, dtype_of(part)))
+            node.replace_input_with(part, wide)
+
+
+def _nonnegative(flow: Flow, stored: set[fx.Node]) -> set[fx.Node]:
+    """Stored tensors that hold no negative value, whatever the input."""
+    found: set[fx.Node] = set()
+    for node in flow.graph.nodes:
+        if node not in stored:
+            continue
+        site = flow.sites.get(node)
+        parts = flow.joins(node) or ([node.args[0]] if flow.passes(node) else [])
+        if site is not None:
+            positive = site.activation in ("relu", "relu6")
+        else:
+            positive = bool(parts) and all(part in found for part in parts)
+        if positive:
+            found.add(node)
+    return found

@@ -1,0 +1,257 @@
+"""Finds what follows each convolution in a graph, and writes both as one call.
+
+A chain is a convolution, what only it feeds (a batch-norm that is folded already, dropout), one addition and one
+activation: ``conv -> add -> act``. Its calls are replaced by ``layer.run(x, residual, activation, slope, padding)``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tilewright.convert.graph.patterns import (
+    Modules,
+    activation_of,
+    addends,
+    functionalize,
+    globally_pooled,
+    is_identity,
+    module_of,
+    pads_by_input_size,
+    zero_padding,
+)
+from tilewright.convert.graph.tracing import Region, calls, is_known, is_norm
+from tilewright.nn import ConvLayer, FoldedBatchNorm
+from tilewright.nn.conv_layer import pads_by_size
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+def call_counts(regions: list[Region]) -> Counter[int]:
+    """How often each module is called in the graphs of all regions, by ``id``."""
+    counts: Counter[int] = Counter()
+    for region in regions:
+        parts = region.modules()
+        counts.update(id(parts[str(node.target)]) for node in calls(region.graph))
+    return counts
+
+
+def find_folds(region: Region, counts: Counter[int], outside: set[int]) -> dict[nn.Module, nn.Module | str]:
+    """For each convolution of ``region`` that is followed by batch-norm: the one to fold in, or why it is not folded.
+
+    counts: of calls in all regions. outside: ``id`` of modules that are reached from somewhere else than this region.
+    """
+    modules = region.modules()
+    read = {str(node.target).rpartition(".")[0] for node in region.graph.nodes if node.op == "get_attr"}
+    sites: dict[nn.Module, list[fx.Node | None]] = {}
+    for node in calls(region.graph):
+        conv = module_of(node, modules)
+        if isinstance(conv, CONVOLUTIONS):
+            sites.setdefault(conv, []).append(_norm_after(node, modules))
+    found: dict[nn.Module, nn.Module | str] = {}
+    for conv, norms in sites.items():
+        if not any(norms):
+            continue
+        kinds = {id(modules[str(node.target)]) if node is not None else None for node in norms}
+        norm = next(modules[str(node.target)] for node in norms if node is not None)
+        names = {str(node.target) for node in calls(region.graph) if modules[str(node.target)] in (conv, norm)}
+        if len(kinds) > 1:
+            found[conv] = "it is called several times, with different batch-norms after it"
+        elif counts[id(norm)] != len(norms) or counts[id(conv)] != len(norms):
+            found[conv] = "its batch-norm is called from elsewhere as well"
+        elif id(conv) in outside or id(norm) in outside:
+            found[conv] = "it or its batch-norm is part of two modules"
+        elif names & read:
+            found[conv] = "forward reads its weight, which folding would change"
+        else:
+            found[conv] = norm
+    return found
+
+
+def _norm_after(node: fx.Node, modules: Modules) -> fx.Node | None:
+    """The call of a batch-norm that is all that reads the result of ``node``."""
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if len(user.args) != 1 or user.kwargs:
+            return None
+        module = module_of(user, modules)
+        if module is not None and is_norm(module):
+            return user
+        if not is_identity(user, modules):
+            return None
+        node = user
+    return None
+
+
+@dataclass
+class Site:
+    """One call of a convolution after the graph was rewritten. name: of the layer, relative to the region.
+
+    call: the node ``layer.run(...)``. epilogue: what it takes over, for the report.
+    """
+
+    name: str
+    layer: ConvLayer
+    call: fx.Node
+    epilogue: tuple[str, ...]
+
+    @property
+    def x(self) -> fx.Node:
+        """What it convolves."""
+        return self.call.args[1]  # type: ignore[return-value]
+
+    @property
+    def residual(self) -> fx.Node | None:
+        """What it adds."""
+        return self.call.args[2]  # type: ignore[return-value]
+
+    @property
+    def activation(self) -> str:
+        """What it applies."""
+        return self.call.args[3]  # type: ignore[return-value]
+
+
+def match_layout(y: Any, like: Any) -> Any:
+    """``y`` in the order that PyTorch gives results of a contiguous input ``like``: code outside may view them."""
+    if isinstance(y, torch.Tensor) and isinstance(like, torch.Tensor) and like.is_contiguous():
+        return y.contiguous()
+    return y
+
+
+def _lay_out(graph: fx.Graph, modules: Modules) -> None:
+    """Give what leaves the graph, to its caller or to code that was not traced, the layout it would have had."""
+    first = next(node for node in graph.nodes if node.op == "placeholder")
+
+    def laid_out(value: fx.Node, before: fx.Node) -> fx.Node:
+        if value.op in ("placeholder", "get_attr") or (value.op == "call_function" and isinstance(value.target, type)):
+            return value
+        with graph.inserting_before(before):
+            return graph.call_function(match_layout, (value, first))
+
+    for node in list(graph.nodes):
+        opaque = node.op == "call_module" and not is_known(modules[str(node.target)])
+        made = node.op == "call_function" and isinstance(node.target, type)
+        if opaque or made or node.op == "output":
+            inner = {value: laid_out(value, node) for value in node.all_input_nodes}
+            node.args = fx.map_arg(node.args, inner.__getitem__)
+            node.kwargs = fx.map_arg(node.kwargs, inner.__getitem__)
+
+
+def rewrite(region: Region) -> list[Site]:
+    """Replace every chain in the graph of ``region``, whose convolutions are ``ConvLayer``s already, by one call."""
+    graph, modules = region.graph, region.modules()
+    functionalize(graph, modules)
+    _views_become_reshapes(graph)
+    _global_pools_become_means(graph, modules)
+    sites = []
+    for node in list(graph.nodes):
+        layer = module_of(node, modules)
+        if isinstance(layer, ConvLayer) and len(node.args) == 1 and not node.kwargs and layer.activation == "none":
+            sites.append(_rewrite_chain(graph, node, layer, modules))
+    _lay_out(graph, modules)
+    return sites
+
+
+def _rewrite_chain(graph: fx.Graph, node: fx.Node, layer: ConvLayer, modules: Modules) -> Site:
+    before, padding = _with_padding_before(node, layer, modules)
+    x: fx.Node = node.args[0] if before is None else before.args[0]  # type: ignore[assignment]
+    end, residual, activation = node, None, ("none", 0.01)
+    epilogue: list[str] = []
+    chain = [node]
+    while len(end.users) == 1:
+        user = next(iter(end.users))
+        pair = addends(user)
+        if is_identity(user, modules) and user.args[0] is end:
+            if isinstance(modules.get(str(user.target)), FoldedBatchNorm):
+                epilogue.append("batch-norm")
+        elif activation[0] != "none":
+            break
+        elif pair is not None and residual is None:
+            residual = pair[1] if pair[0] is end else pair[0]
+            if residual is end:
+                residual = None
+                break
+            epilogue.append("add")
+        elif (found := activation_of(user, modules)) is not None and user.args[0] is end:
+            activation = found
+            epilogue.append(found[0])
+        else:
+            break
+        end = user
+        chain.append(end)
+    with graph.inserting_before(end):
+        self_node = graph.get_attr(str(node.target))
+        if padding == "dynamic":
+            padding = graph.call_function(dynamic_padding, (self_node, x))
+        run = graph.call_method("run", (self_node, x, residual, *activation, padding))
+    end.replace_all_uses_with(run)
+    for old in [*reversed(chain), *([] if before is None else [before])]:
+        graph.erase_node(old)
+    return Site(str(node.target), layer, run, tuple(epilogue))
+
+
+def dynamic_padding(layer: ConvLayer, x: torch.Tensor) -> tuple[int, int, int, int]:
+    """What TensorFlow's "SAME" pads at the top, bottom, left and right of ``x`` [N, C, H, W]."""
+    return layer.same_padding_for(x.shape[2], x.shape[3])
+
+
+def _with_padding_before(node: fx.Node, layer: ConvLayer, modules: Modules) -> tuple[fx.Node | None, Any]:
+    """The node before the convolution that pads with zeros, if any, and what the layer pads in its place.
+
+    None: the layer's own padding. "dynamic": by the size of the input.
+    """
+    x: fx.Node = node.args[0]  # type: ignore[assignment]
+    if len(x.users) != 1 or layer._padding is None or layer.origin != "Conv2d":
+        return None, None
+    if pads_by_input_size(x) is not None and not any(layer._padding):
+        return x, "dynamic"
+    pads = zero_padding(x, modules)
+    if pads is None:
+        return None, None
+    return x, tuple(a + b for a, b in zip(pads, layer._padding, strict=True))
+
+
+def _views_become_reshapes(graph: fx.Graph) -> None:
+    """A convolution's result is channels-last, of which a view may not exist where one of a contiguous tensor did."""
+    for node in graph.nodes:
+        if (
+            node.op == "call_method"
+            and node.target == "view"
+            and not any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
+        ):
+            node.target = "reshape"
+
+
+def _global_pools_become_means(graph: fx.Graph, modules: Modules) -> None:
+    """What PyTorch computes for them too, but as one operator and without a layout of its own."""
+    for node in list(graph.nodes):
+        if (source := globally_pooled(node, modules)) is not None:
+            with graph.inserting_before(node):
+                mean = graph.call_method("mean", (source, (-2, -1), True))
+            node.replace_all_uses_with(mean)
+            graph.erase_node(node)
+
+
+def why_not_convolution(module: nn.Module) -> str | None:
+    """Why a convolution cannot be replaced by a fused one, but for what its weight tells; None if it can."""
+    kind = type(module).__name__
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return f"{kind}: transposed convolutions have no fused kernel"
+    if not isinstance(module, CONVOLUTIONS):
+        return f"{kind}: only one- and two-dimensional convolutions have a fused kernel"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized: remove the parametrization first"
+    plain = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
+    if not pads_by_size(module) and (
+        type(module).forward is not plain.forward or type(module)._conv_forward is not plain._conv_forward
+    ):
+        return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
+    if module.padding_mode != "zeros":
+        return f"padding_mode={module.padding_mode!r}: the fused kernels pad with zeros"
+    return None

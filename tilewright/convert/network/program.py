@@ -1,0 +1,229 @@
+"""The ``forward`` that a converted model runs: the traced graph with its convolutions fused.
+
+A program stands in the instance's ``forward`` and the class stays what it was. Every submodule keeps a meaning of its
+own (a convolution with batch-norm folded in, a batch-norm that passes its input on), so the ``forward`` of the class
+computes the same, with more kernels. The program falls back to it wherever the graph would not be what the caller asks
+for: in training mode, with other arguments than the graph was made for, with hooks or submodules that came later.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Container
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tilewright.convert.graph.tracing import NotAsExpected, ReplacedForward, bind_call, is_known
+from tilewright.convert.network import replayable as whole
+from tilewright.kernels.cpu.replay import Replays
+from tilewright.kernels.dispatch import regions
+from tilewright.nn.conv_int8 import scales_read
+
+
+class Namespace:
+    """Holds what the fast form of a program refers to, as attributes."""
+
+
+class Program(ReplacedForward):
+    """A callable in place of ``owner.forward``.
+
+    source, names: Python code of ``def forward(self, ...)`` and the globals it uses. flat_source: the same with
+    ``leaf_i`` in place of dotted names. leaves: these names. called: leaves that the code calls as modules. inputs,
+    defaults: as of ``Region``.
+    """
+
+    def __init__(self, owner: nn.Module, graph: fx.Graph, inputs: tuple[str, ...], defaults: dict[str, Any]):
+        self.owner = owner
+        self.inputs, self.defaults = inputs, defaults
+        self.source, self.names = _code(graph)
+        modules = dict(owner.named_modules(remove_duplicate=False))
+        flat, self.leaves, self.called = _flattened(graph, modules)
+        #: Whether a compiled graph calls it as one operator.
+        self.whole = whole.runs_whole(graph, modules)
+        self.flat_source, _ = _code(flat)
+        #: Runs instead of the program while activations are observed: (program, inputs) -> outputs.
+        self.observer: Callable[..., Any] | None = None
+        self._make()
+
+    def _make(self) -> None:
+        self._function = _compiled(self.source, self.names)
+        self._flat = _compiled(self.flat_source, self.names)
+        self._bound: Namespace | None = None
+        self._replays: Replays | None = None
+        self._region = regions.Region(weakref.WeakMethod(self._eager), weakref.WeakMethod(self._traced))
+        self._region_name = regions.add(self._region)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("owner", "inputs", "defaults", "source", "flat_source", "leaves", "called", "whole")
+        state = {name: value for name, value in vars(self).items() if name in kept}
+        # Modules of Python cannot be pickled; their names can.
+        state["imports"] = {name: v.__name__ for name, v in self.names.items() if isinstance(v, types.ModuleType)}
+        state["names"] = {name: v for name, v in self.names.items() if name not in state["imports"]}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        imports = state.pop("imports")
+        vars(self).update(state)
+        self.names = self.names | {name: importlib.import_module(module) for name, module in imports.items()}
+        self.observer = None
+        self._make()
+
+    @property
+    def __code__(self) -> Any:
+        # torch.export looks where the code of a forward lies.
+        return inspect.unwrap(type(self.owner).forward).__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        parameters = inspect.signature(type(self.owner).forward).parameters.values()
+        return inspect.Signature(list(parameters)[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the owner's class computes."""
+        owner = self.owner
+        given = args if len(args) == len(self.inputs) and not kwargs else self._inputs_of(args, kwargs)
+        if given is None or owner.training:
+            return type(owner).forward(owner, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            if self.whole and whole.takes(given):
+                return torch.ops.tilewright.region(list(given), self._region_name)
+            return self._function(owner, *given)
+        try:
+            if self.observer is not None:
+                return self.observer(self, given)
+            if not self._is_current():
+                return type(owner).forward(owner, *args, **kwargs)
+            if self._replays is not None and not torch.is_grad_enabled() and self._is_unwatched():
+                return self._replays(*given)
+            return self._flat(self._bound, *given)
+        except NotAsExpected:
+            return type(owner).forward(owner, *args, **kwargs)
+
+    def _eager(self, *given: Any) -> Any:
+        """What a compiled graph calls: as from Python, on the graph's inputs."""
+        return self(**dict(zip(self.inputs, given, strict=True)))
+
+    def _traced(self, *given: Any) -> Any:
+        """The same operator by operator, for tensors that stand for others."""
+        try:
+            return self._function(self.owner, *given)
+        except NotAsExpected:
+            return type(self.owner).forward(self.owner, **dict(zip(self.inputs, given, strict=True)))
+
+    def _inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What a call gives the graph's inputs; None if it asks for something else than the graph does."""
+        found = bind_call(type(self.owner), self.inputs, self.defaults, args, kwargs)
+        return None if isinstance(found, str) else found
+
+    # ---- the fast form
+    def _is_current(self) -> bool:
+        """Whether the model is still the one that was converted: no submodule replaced, no hook put on one inside."""
+        if self._bound is None:
+            self._bind()
+        return not any(self._hooks) and list(map(dict.get, self._tables, self._keys)) == self._expected
+
+    def _bind(self) -> None:
+        """Look up the submodules once: ``nn.Module`` is slow to reach them, and there are many."""
+        owner, bound = self.owner, Namespace()
+        for leaf, path in self.leaves.items():
+            setattr(bound, leaf, owner.get_submodule(path))
+        called = {getattr(bound, leaf) for leaf in self.called}
+        apart = {part for module in called for part in module.modules()}
+        inlined = [module for module in owner.modules() if module not in apart]
+        places = [(module._modules, name) for module in inlined for name in module._modules]
+        self._tables, self._keys = [table for table, _ in places], [name for _, name in places]
+        self._expected = [table[name] for table, name in places]
+        self._hooks = [
+            table
+            for module in inlined
+            if module is not owner
+            for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        ]
+        self._bound = bound
+        self._bind_replays(owner, called)
+
+    def _bind_replays(self, owner: nn.Module, called: set[nn.Module]) -> None:
+        """On a CPU a recording of the program is faster, if it does the same operators in each call.
+
+        Code that was not traced may branch on values; a model with such parts is not recorded.
+        """
+        if not all(is_known(module) for module in called):
+            return
+        self._replays = Replays(lambda *given: self._flat(self._bound, *given), state=scales_read)
+        self._watched = [
+            table
+            for module in called
+            for part in module.modules()
+            for table in (part._forward_hooks, part._forward_pre_hooks)
+        ]
+        held = [(t, n) for m in owner.modules() for t in (m._parameters, m._buffers) for n in t]
+        self._tensor_tables, self._tensor_names = [table for table, _ in held], [name for _, name in held]
+        self._tensors = self._held_tensors()
+
+    def _held_tensors(self) -> list[int]:
+        return list(map(id, map(dict.get, self._tensor_tables, self._tensor_names)))  # type: ignore[arg-type]
+
+    def _is_unwatched(self) -> bool:
+        """Whether a recording may run: no hook would miss it, and no tensor was put in the place of another."""
+        if any(self._watched):
+            return False
+        if (held := self._held_tensors()) != self._tensors:
+            self._tensors = held
+            if self._replays is not None:
+                self._replays.clear()
+        return True
+
+
+def programs_of(model: nn.Module) -> dict[str, Program]:
+    """The programs of ``model`` by the names of their modules."""
+    found = ((name, vars(module).get("forward")) for name, module in model.named_modules())
+    return {name: program for name, program in found if isinstance(program, Program)}
+
+
+def remove_programs(model: nn.Module) -> None:
+    """Let every module run its class's ``forward`` again."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), Program):
+            del vars(module)["forward"]
+
+
+def _code(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    code = graph.python_code("self")
+    return code.src, dict(code.globals)
+
+
+def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
+    space = dict(names)
+    exec(source, space)
+    return space["forward"]
+
+
+def _flattened(graph: fx.Graph, modules: Container[str]) -> tuple[fx.Graph, dict[str, str], list[str]]:
+    """The graph with each submodule it uses as an attribute ``leaf_i`` of ``self``.
+
+    Returns it, the name of each leaf's module, and the leaves that are called as modules.
+    """
+    flat = copy.deepcopy(graph)
+    leaves: dict[str, str] = {}
+    called = []
+
+    def leaf(path: str) -> str:
+        return leaves.setdefault(path, f"leaf_{len(leaves)}")
+
+    for node in flat.nodes:
+        target = str(node.target)
+        if node.op == "call_module":
+            node.target = leaf(target)
+            called.append(node.target)
+        elif node.op == "get_attr" and target in modules:
+            node.target = leaf(target)
+        elif node.op == "get_attr":
+            prefix, _, attribute = target.rpartition(".")
+            node.target = f"{leaf(prefix)}.{attribute}"
+    return flat, {name: path for path, name in leaves.items()}, called

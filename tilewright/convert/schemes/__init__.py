@@ -1,0 +1,1 @@
+"""What happens to one layer: a frozen dataclass for each scheme."""

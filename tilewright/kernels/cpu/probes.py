@@ -1,0 +1,141 @@
+"""Probes of PyTorch's private operators.
+
+PyTorch's oneDNN and int4/int8 pack operators are private: each is probed once, at first use, for being there, being
+right on a small case and not being a reference loop, and is refused with the reason otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def _seconds(run: Callable[[], object], repeats: int = 3) -> float:
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+_Case = tuple[torch.Tensor, torch.Tensor, Callable[[], object]]
+
+
+def _probe(name: str, check: Callable[[], _Case], bound: float) -> str | None:
+    """Why a private operator cannot be used, or None. ``check`` returns its result, the expected one, and a call to
+    time.
+    """
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            actual, expected, run = check()
+            error = (actual.double() - expected.double()).norm() / expected.double().norm()
+            if not error <= bound:
+                return f"{name} gives wrong results on this CPU (relative error {error:.1e})"
+            dense = torch.randn(512, 512)
+            x = torch.randn(32, 512)
+            plain = _seconds(lambda: torch.nn.functional.linear(x, dense))
+            ours = _seconds(run)
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+        words = str(error) or repr(error)
+        return f"{name} is not usable in torch {torch.__version__}: {words.splitlines()[0]}"
+    # The reference loops behind these operators are hundreds of times slower than a float32 product.
+    if ours > 10 * plain + 1e-3:
+        return f"{name} is a slow reference path on this CPU ({ours / plain:.0f} times a float32 product)"
+    return None
+
+
+def qlinear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor
+) -> torch.Tensor:
+    """(u8 x - 128) [M, K] times a prepacked int8 weight, times weight_scale [N] -> float32 [M, N], through oneDNN."""
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 128, weight, weight_scale, weight_zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def qlinear_add(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """``total`` float32 [M, N] plus what ``qlinear`` returns, in place; returns it."""
+    return torch.ops.onednn.qlinear_pointwise.binary(
+        x,
+        1.0,
+        128,
+        weight,
+        weight_scale,
+        weight_zero,
+        total,
+        None,
+        1.0,
+        0,
+        torch.float32,
+        1.0,
+        0,
+        "sum",
+        1.0,
+        "none",
+        [],
+        "",
+    )
+
+
+def _random_int8(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+    q[..., : shape[-1] // 2] = 127  # pairs of extreme products overflow 16 bits on CPUs without VNNI
+    return q
+
+
+@functools.cache
+def why_no_qlinear() -> str | None:
+    """Why oneDNN's quantised linear cannot be used, or None."""
+
+    def check() -> _Case:
+        q, w = _random_int8(32, 512), _random_int8(512, 512)
+        x = (q.to(torch.int32) + 128).to(torch.uint8)
+        packed = torch.ops.onednn.qlinear_prepack(w, None)
+        scale, zero = torch.rand(512), torch.zeros(512, dtype=torch.int32)
+        expected = q.double() @ w.double().t() * scale
+        y = qlinear(x, packed, scale, zero)
+        y = qlinear_add(x, packed, scale, zero, y)
+        return y, 2 * expected, lambda: qlinear(x, packed, scale, zero)
+
+    return _probe("oneDNN's quantised linear", check, 1e-6)
+
+
+@functools.cache
+def why_no_int8pack() -> str | None:
+    """Why ATen's int8 weight-only product cannot be used, or None."""
+
+    def check() -> _Case:
+        x, w = torch.randn(32, 512).bfloat16(), _random_int8(512, 512)
+        ones = torch.ones(512, dtype=torch.bfloat16)
+        return (
+            torch._weight_int8pack_mm(x, w, ones),
+            x.double() @ w.double().t(),
+            lambda: torch._weight_int8pack_mm(x[:4], w, ones),
+        )
+
+    return _probe("ATen's int8 weight-only product", check, 4e-3)
+
+
+@functools.cache
+def why_no_int4pack() -> str | None:
+    """Why ATen's int4 weight-only product cannot be used, or None."""
+
+    def check() -> _Case:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(32, 512, generator=generator).bfloat16()
+        u = torch.randint(0, 16, (512, 512), generator=generator, dtype=torch.int32)
+        scale_and_offset = torch.rand(16, 512, 2, generator=generator).bfloat16()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(u, 1)
+        scale, offset = (t.t().double().repeat_interleave(32, 1) for t in scale_and_offset.unbind(-1))
+        run = functools.partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x, packed, 32, scale_and_offset)
+        return run(), x.double() @ ((u - 8) * scale + offset).t(), run
+
+    return _probe("ATen's int4 weight-only product", check, 4e-3)

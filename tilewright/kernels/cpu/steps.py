@@ -1,0 +1,371 @@
+"""Steps of a network for the C kernels: convolutions with packed weights, pooling, sums, products, changes of type.
+
+A ``Step`` is the structure of conv.h with the tensors it points to. One call executes any number of them, without the
+interpreter in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.cpu import native
+from tilewright.kernels.dispatch.packed import packed
+
+FLOAT32, INT8, UINT8, NONNEGATIVE = range(4)
+CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD = range(9)
+TYPES = {torch.float32: FLOAT32, torch.int8: INT8, torch.uint8: UINT8}
+#: By the numbers that conv.h gives them. "sigmoid" is for the gates of squeeze-and-excite; no operator has it.
+ACTIVATIONS = {
+    name: code for code, name in enumerate(("none", "relu", "relu6", "hardswish", "silu", "leaky_relu", "sigmoid"))
+}
+#: Limits of the kernels' tables; see conv_tile.h, conv_int8.c and conv.h.
+MOST_WINDOWS, MOST_GATHERED_BYTES, MOST_PIXEL_BYTES, MOST_TAPS = 4096, 64 << 10, 1 << 16, 128
+#: Windows over fewer channels are copied first: a loop over three channels costs more than the copy.
+FEW_CHANNELS = 8
+#: Sums of products of int8 values must stay below 2^31.
+LARGEST_DEPTH = 66_000
+
+
+#: stride, padding (top, bottom, left, right), dilation, groups
+Window = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
+
+class Description(ctypes.Structure):
+    """``tw_step`` of conv.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "x_type", "y_type", "r_type", "activation", "gather")),
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels")),
+        *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels")),
+        *((name, ctypes.c_int64) for name in ("kernel_height", "kernel_width", "stride_height", "stride_width")),
+        *((name, ctypes.c_int64) for name in ("top", "left", "dilation_height", "dilation_width", "groups")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "r_stride", "x_image", "x_row", "x_channel")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "weight", "residual", "y", "scale", "bias", "compensation", "plain")
+        ),
+        *((name, ctypes.c_float) for name in ("slope", "x_scale", "r_scale", "y_scale")),
+    ]
+
+
+def lanes() -> int:
+    """Numbers in a vector of the instruction set in use; 0 where there are no C kernels for convolution."""
+    function = native._function("conv_lanes")
+    return function() if function else 0
+
+
+def why_no_kernels() -> str | None:
+    """Why the C kernels cannot convolve, or None if they can."""
+    if native.why_no_native():
+        return native.why_no_native()
+    return None if lanes() else f"there are no C kernels for convolution on {native.isa()}"
+
+
+def why_not_conv(geometry: ConvGeometry, x_dtype: torch.dtype) -> str | None:
+    """Why the C kernels do not take a convolution of that geometry, or None."""
+    integer = x_dtype != torch.float32
+    reason = why_no_kernels()
+    if reason:
+        return reason
+    if 0 in (geometry.batch, geometry.in_channels, geometry.out_channels):
+        return "nothing to multiply"
+    size = 1 if integer else 4
+    depth = geometry.taps * geometry.group_channels
+    if integer and depth > LARGEST_DEPTH:
+        return f"int32 sums of products may overflow beyond {LARGEST_DEPTH} values in a window"
+    if max(geometry.in_channels, geometry.out_channels) * size > MOST_PIXEL_BYTES:
+        return f"a pixel has more than {MOST_PIXEL_BYTES} bytes"
+    if geometry.depthwise and geometry.out_channels == geometry.in_channels:
+        return f"a window of more than {MOST_TAPS} values" if geometry.taps > MOST_TAPS else None
+    if gathers(geometry.group_channels, geometry.taps, integer):
+        return "a window too large to copy" if (depth + 3) * size > MOST_GATHERED_BYTES else None
+    return f"a window of more than {MOST_WINDOWS} values" if geometry.taps > MOST_WINDOWS else None
+
+
+def gathers(group_channels: int, taps: int, integer: bool) -> bool:
+    """Whether each window is copied to one row, because its channels are few or no multiple of four int8."""
+    return (integer and group_channels % 4 != 0) or (group_channels < FEW_CHANNELS and taps > 1)
+
+
+# ---- weights
+@dataclass(frozen=True)
+class PackedWeight:
+    """weight: in the kernels' order. compensation: int32, -128 times the sum of each output channel's int8 weights.
+    kind: CONV, DEPTHWISE or WINOGRAD. descriptions: of calls that were made with it, by all that they depend on.
+    plain: address of the weight that it was made of, for WINOGRAD.
+    """
+
+    weight: torch.Tensor
+    compensation: torch.Tensor | None
+    kind: int
+    gather: bool
+    descriptions: dict[Any, tuple[Description, tuple[torch.Tensor, ...]]]
+    plain: int | None = None
+
+
+def padded_vector(values: torch.Tensor, groups: int) -> torch.Tensor:
+    """[Co] -> the same for each group, followed by zeros up to whole vectors."""
+    per_group = values.detach().reshape(groups, -1)
+    return F.pad(per_group, (0, -per_group.shape[1] % lanes())).reshape(-1)
+
+
+def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
+    """OHWI weight, float32 or int8, in the order of conv_tile.h or, for depthwise convolutions, of their kernels."""
+    weight = weight.detach()
+    out_channels, height, width, channels = weight.shape
+    integer, taps = weight.dtype == torch.int8, height * width
+    total = weight.sum((1, 2, 3), dtype=torch.int32) * -128 if integer else None
+    if groups > 1 and groups == out_channels and channels == 1:
+        packed_taps = _pack_depthwise(weight.reshape(out_channels, taps))
+        return PackedWeight(packed_taps, None if total is None else padded_vector(total, 1), DEPTHWISE, False, {})
+    step = 4 if integer else 1
+    depth, group_out = taps * channels, out_channels // groups
+    rows = F.pad(weight.reshape(out_channels, depth), (0, -depth % step)).view(groups, group_out, -1)
+    vectors = -(-group_out // lanes())
+    blocks = []
+    for group in F.pad(rows, (0, 0, 0, vectors * lanes() - group_out)):
+        first = 0
+        while first < vectors:
+            wide = min(vectors - first, 3) if vectors - first in (1, 3) else 2  # block_vectors of conv_tile.h
+            block = group[first * lanes() : (first + wide) * lanes()]
+            # [channels, depth] -> [depth / step, channels, step]
+            blocks.append(block.reshape(wide * lanes(), -1, step).transpose(0, 1).reshape(-1))
+            first += wide
+    compensation = None if total is None else padded_vector(total, groups)
+    return PackedWeight(torch.cat(blocks), compensation, CONV, gathers(channels, taps, integer), {})
+
+
+def _pack_depthwise(flat: torch.Tensor) -> torch.Tensor:
+    """[C, taps] -> float32 [taps, whole vectors of C]; int8 as ``depthwise_pixel`` of conv_int8.c interleaves it."""
+    channels, taps = flat.shape
+    if flat.dtype != torch.int8:
+        return F.pad(flat.t(), (0, -channels % lanes())).contiguous()
+    padded = F.pad(flat, (0, -taps % 4, 0, -channels % (4 * lanes())))
+    # Of 4 * lanes() channels, number 16 lane + 4 vector + i lies at [tap / 4, vector, lane, i, tap % 4].
+    parts = padded.view(-1, lanes() // 4, 4, 4, padded.shape[1] // 4, 4)
+    return parts.permute(0, 4, 2, 1, 3, 5).contiguous()
+
+
+#: The factors that F(2 x 2, 3 x 3) multiplies a window's weights with; the other matrices are in conv_winograd.c.
+_WINOGRAD = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def pack_winograd(weight: torch.Tensor) -> PackedWeight:
+    """OHWI weight [Co, 3, 3, C], float32, as conv_winograd.c reads it: [panel][point][C][channels of the panel]."""
+    factors = torch.tensor(_WINOGRAD, dtype=torch.float64)
+    points = torch.einsum("ai,bj,oijc->abco", factors, factors, weight.detach().double()).float().flatten(0, 1)
+    points = F.pad(points, (0, -points.shape[-1] % lanes()))
+    panels = [panel.reshape(-1) for panel in points.split(2 * lanes(), -1)]
+    return PackedWeight(torch.cat(panels), None, WINOGRAD, False, {}, weight.data_ptr())
+
+
+#: Fewer channels than that are transformed for longer than they are multiplied; for more a block would be too small.
+WINOGRAD_CHANNELS = range(32, 1025)
+
+
+def prefers_winograd(x_shape: Sequence[int], weight: torch.Tensor, window: Window) -> bool:
+    """Whether tiles of 2 x 2 results are faster than windows: float32, 3 x 3, stride 1, few half-empty tiles."""
+    stride, padding, dilation, groups = window
+    out_channels, kernel_height, kernel_width, channels = weight.shape
+    if (kernel_height, kernel_width, groups) != (3, 3, 1) or weight.dtype != torch.float32:
+        return False
+    if tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or not weight.is_contiguous():
+        return False
+    if channels not in WINOGRAD_CHANNELS or channels % 16 or out_channels < 16:
+        return False
+    height, width = x_shape[2] + padding[0] + padding[1] - 2, x_shape[3] + padding[2] + padding[3] - 2
+    tiles = -(-height // 2) * -(-width // 2)
+    # 16 products for a tile, 9 for a pixel
+    return x_shape[0] * tiles >= FEWEST_TILES and 16 * 1.2 * tiles <= 9 * height * width
+
+
+#: With fewer the weights, which are 16 / 9 as many, are read for too little.
+FEWEST_TILES = 16
+
+
+def packed_weight(
+    weight: torch.Tensor, groups: int, x_shape: Sequence[int] = (), window: Window | None = None
+) -> PackedWeight:
+    """The weight in the order of the fastest kernel for a convolution of that window, made once for as long as
+    ``weight`` lives unchanged.
+    """
+    if window and prefers_winograd(x_shape, weight, window):
+        return packed(weight, f"c-winograd-{lanes()}", lambda: pack_winograd(weight))
+    return packed(weight, f"c-conv-{groups}-{lanes()}", lambda: pack_weight(weight, groups))
+
+
+# ---- steps
+def pixel_stride(x: torch.Tensor) -> int:
+    """Elements between neighbouring pixels of a channels-last tensor, perhaps a slice of another's channels."""
+    n, c, h, w = x.shape
+    return x.stride(3) if w > 1 else x.stride(2) if h > 1 else x.stride(0) if n > 1 else c
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether the C kernels can read ``x`` [N, C, H, W] where it is."""
+    n, c, h, w = x.shape
+    step = pixel_stride(x)
+    wanted = ((n, h * w * step), (c, 1), (h, w * step), (w, step))
+    return step >= c and all(size == 1 or s == want for s, (size, want) in zip(x.stride(), wanted, strict=True))
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``x`` if the C kernels can read it where it is, else a copy."""
+    return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
+
+
+def describe(kind: int, x: torch.Tensor, y: torch.Tensor) -> Description:
+    """A description of ``kind`` from x [N, C, H, W] to y [N, Co, P, Q], both channels-last."""
+    d = Description(kind=kind, x_type=TYPES[x.dtype], y_type=TYPES[y.dtype], x=x.data_ptr(), y=y.data_ptr())
+    d.batch, d.channels, d.height, d.width = x.shape
+    _, d.out_channels, d.out_height, d.out_width = y.shape
+    d.x_stride, d.y_stride = pixel_stride(x), pixel_stride(y)
+    d.groups = d.kernel_height = d.kernel_width = d.stride_height = d.stride_width = 1
+    d.dilation_height = d.dilation_width = 1
+    d.x_scale = d.r_scale = d.y_scale = 1.0
+    return d
+
+
+def set_window(
+    d: Description, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> None:
+    """padding: top, bottom, left, right; the size of the result says what the kernels read at the other sides."""
+    d.kernel_height, d.kernel_width = kernel
+    d.stride_height, d.stride_width = stride
+    d.top, d.left = padding[0], padding[2]
+    d.dilation_height, d.dilation_width = dilation
+
+
+def describe_conv(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: PackedWeight,
+    kernel: Sequence[int],
+    window: Window,
+    bias: torch.Tensor | None,
+    activation: str,
+    negative_slope: float,
+    scale: torch.Tensor | None = None,
+    out_scale: float | None = None,
+    x_nonnegative: bool = False,
+) -> tuple[Description, tuple[torch.Tensor, ...]]:
+    """A convolution, and the tensors that the description points to beside x, y and the residual, which is not set.
+
+    window: stride, padding, dilation, groups. scale: float32 [Co], of the integer sums.
+    """
+    stride, padding, dilation, groups = window
+    d = describe(weight.kind, x, y)
+    set_window(d, kernel, stride, padding, dilation)
+    d.groups, d.gather = groups, weight.gather
+    d.activation, d.slope = ACTIVATIONS[activation], negative_slope
+    d.weight, d.plain = weight.weight.data_ptr(), weight.plain
+    parts = 1 if weight.kind == DEPTHWISE else groups
+    kept = [weight.weight]
+
+    def own(values: torch.Tensor) -> int:
+        kept.append(padded_vector(values, parts))
+        return kept[-1].data_ptr()
+
+    if bias is not None:
+        d.bias = own(bias.float())
+    if scale is not None and weight.compensation is not None:
+        d.scale = own(scale)
+        if bias is None:
+            d.bias = own(torch.zeros_like(scale))
+        if x_nonnegative and x.dtype == torch.int8:
+            d.x_type = NONNEGATIVE
+        else:
+            kept.append(weight.compensation)
+            d.compensation = weight.compensation.data_ptr()
+    if out_scale is not None:
+        d.y_scale = out_scale
+    return d, tuple(kept)
+
+
+def describe_convert(x: torch.Tensor, y: torch.Tensor, scale: float = 1.0) -> Description:
+    """``x`` float32 [N, C, H, W] of any strides -> ``y`` channels-last, quantised with ``scale`` if it is int8."""
+    d = describe(CONVERT, x, y)
+    d.x_image, d.x_channel, d.x_row, d.x_stride = x.stride()
+    d.y_scale = scale
+    return d
+
+
+def set_residual(d: Description, residual: torch.Tensor, scale: float = 1.0) -> None:
+    """Add ``residual``, channels-last of the shape of the result (or [N, C, 1, 1] for MULTIPLY), times ``scale``."""
+    d.residual, d.r_type, d.r_scale = residual.data_ptr(), TYPES[residual.dtype], scale
+    d.r_stride = pixel_stride(residual)
+
+
+#: Below so many products or bytes a second thread costs more than it brings.
+GRAIN = 1 << 15
+
+
+def run(descriptions: ctypes.Array[Description] | Description, count: int = 1, threads: int | None = None) -> None:
+    """Execute ``count`` descriptions, on PyTorch's threads."""
+    function = native._function("run_steps")
+    if function is None:
+        raise RuntimeError(native.why_no_native())
+    function(ctypes.addressof(descriptions), count, threads or torch.get_num_threads())
+
+
+# ---- single calls
+def description_of(
+    weight: PackedWeight,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    kernel: Sequence[int],
+    window: Window,
+    bias: torch.Tensor | None,
+    activation: str,
+    negative_slope: float,
+    weight_scale: torch.Tensor | None = None,
+    x_scale: float = 1.0,
+    out_scale: float | None = None,
+    x_nonnegative: bool = False,
+) -> Description:
+    """``describe_conv``, or what it returned for the last call that looked like this one."""
+    numbers = (activation, negative_slope, x_scale, out_scale, x_nonnegative)
+    vectors = tuple(None if v is None else (v.data_ptr(), _version(v)) for v in (bias, weight_scale))
+    key = (x.shape, x.stride(), x.dtype, y.dtype, window, numbers, vectors)
+    known = weight.descriptions.get(key)
+    if known is None:
+        scale = None if weight_scale is None else weight_scale * torch.full((), x_scale)
+        arguments = (kernel, window, bias, activation, negative_slope, scale, out_scale, x_nonnegative)
+        description, kept = describe_conv(x, y, weight, *arguments)
+        # The vectors are kept too: no other can then take their place in memory and be mistaken for them.
+        known = description, (*kept, *(v for v in (bias, weight_scale) if v is not None))
+        if len(weight.descriptions) >= _REMEMBERED:
+            weight.descriptions.clear()
+        weight.descriptions[key] = known
+    return known[0]
+
+
+_REMEMBERED = 64
+
+
+def _version(tensor: torch.Tensor) -> object:
+    # A write into an inference tensor leaves no trace, so what was made of it is not found again.
+    return object() if tensor.is_inference() else tensor._version
+
+
+def run_with(
+    description: Description,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    residual: torch.Tensor | None,
+    residual_scale: float = 1.0,
+) -> None:
+    """Run ``description`` on these tensors. It is copied first, so that threads can share it."""
+    d = Description.from_buffer_copy(description)
+    d.x, d.y = x.data_ptr(), y.data_ptr()
+    if residual is not None:
+        residual = channels_last(residual)
+        set_residual(d, residual, residual_scale)
+    run(d)

@@ -1,0 +1,176 @@
+"""How an operator ``tilewright::*`` is registered with ``torch.library``: the only place that does.
+
+Each operator has one kernel for every device, which checks its arguments and asks the router who serves the call; a
+fake kernel; an autograd formula; and, where it has one, an autocast rule. Calls that repeat on a CPU take a short cut,
+before anything of autograd where no gradient is asked for (``repeats``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilewright.kernels.dispatch.layers import unwatched
+from tilewright.kernels.dispatch.repeats import Repeats
+from tilewright.kernels.dispatch.router import when_forgotten
+
+NAMESPACE = "tilewright"
+#: Calls of one operator, by shapes and dtypes, whose implementation is remembered.
+_REMEMBERED = 4096
+Arguments = Mapping[str, Any]
+Binder = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]
+Gradients = Callable[[torch.Tensor, Arguments, frozenset[str]], Mapping[str, "torch.Tensor | None"]]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """name, schema without the name; check: raises for bad arguments and returns what ``fake`` wants to know of them;
+    implementation: checks likewise, and returns the function that serves the call; fake: the outputs' shapes and
+    dtypes. autocast: arguments that are cast to the autocast dtype where they are float, without any there is no rule.
+    differentiable: arguments with a gradient, which ``gradients`` returns by name for (gradient of the output,
+    arguments, those of ``differentiable`` that are wanted). prepare: from the arguments of a call to the function of x
+    and the residual that serves calls like it, for as long as the other arguments stay; None where there is none.
+    """
+
+    name: str
+    schema: str
+    check: Callable[[str, Arguments], Any]
+    implementation: Callable[[str, Arguments], Callable[..., Any]]
+    fake: Callable[[Arguments, Any], Any]
+    autocast: tuple[str, ...] = ()
+    differentiable: tuple[str, ...] = ()
+    gradients: Gradients | None = None
+    prepare: Callable[[Arguments], Callable[..., Any] | None] | None = None
+
+
+def define(operator: Operator) -> None:
+    """Register ``operator`` for CPU and CUDA tensors."""
+    name = operator.name
+    _library.define(name + operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    declared = overload._schema.arguments
+    positional = tuple(argument.name for argument in declared if not argument.kwarg_only)
+    defaults = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+
+    def bind(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**defaults, **dict(zip(positional, args, strict=False)), **kwargs}
+
+    served: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    when_forgotten(served.clear)
+    residual = positional.index("residual") if "residual" in positional else len(positional)
+    repeats = None if operator.prepare is None else Repeats(residual, operator.prepare, bind)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if repeats is not None and args[0].is_cpu and (call := repeats.find(args, kwargs)) is not None:
+            return call(args[0], args[residual] if len(args) > residual else None)
+        return serve(args, kwargs)
+
+    def serve(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        arguments = bind(args, kwargs)
+        # Checking and routing look at nothing but what is in the key: they cost more than a small product.
+        key = (*map(_looks, args), *[(name, _looks(value)) for name, value in kwargs.items()])
+        function = served.get(key)
+        if function is None:
+            function = operator.implementation(name, arguments)
+            if len(served) >= _REMEMBERED:
+                served.clear()
+            served[key] = function
+        return function(**arguments)
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        arguments = bind(args, kwargs)
+        return operator.fake(arguments, operator.check(name, arguments))
+
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
+        if operator.autocast:
+            cast = _autocast(overload, bind, device.lower(), operator.autocast)
+            _library.impl(name, cast, "Autocast" + device)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    formula = _register_autograd(operator, overload, positional, bind)
+    general = None if repeats is None else _autograd_kernel(overload, *formula)
+    if repeats is None or general is None:
+        return
+
+    def before_autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        # In compiled graphs the way through autograd costs as much as a small product. Modes and subclasses want to see
+        # the operator, though, and everything below this kernel.
+        if unwatched(args[0]):
+            given = args[residual] if len(args) > residual else None
+            if given is None or type(given) is torch.Tensor:
+                call = repeats.find(args, kwargs)
+                if call is not None:
+                    return call(args[0], given)
+        return general(keyset, *args, **kwargs)
+
+    _library.impl(name, before_autograd, "AutogradCPU", with_keyset=True)
+
+
+def _autograd_kernel(
+    overload: Any, backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> Callable[..., Any] | None:
+    """The kernel that ``register_autograd`` makes of a formula; None where this version of PyTorch hides it."""
+    try:
+        from torch._library.autograd import Info, make_autograd_impl
+    except ImportError:
+        return None
+    return make_autograd_impl(overload, Info(backward, setup_context))
+
+
+def _looks(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _autocast(overload: Any, bind: Binder, device: str, names: tuple[str, ...]) -> Callable[..., Any]:
+    """Casts the arguments called ``names`` to the autocast dtype where they are float; all else stays as it is."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, "Autocast" + device.upper()))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arguments = bind(args, kwargs)
+        dtype = torch.get_autocast_dtype(device)
+        for name in names:
+            value = arguments.get(name)
+            # As for PyTorch's own operators, float64 is left alone.
+            if value is not None and value.is_floating_point() and value.dtype != torch.float64:
+                arguments[name] = value.to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return overload(**arguments)
+
+    return run
+
+
+def _register_autograd(
+    operator: Operator, overload: Any, positional: tuple[str, ...], bind: Binder
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns the formula: what goes back, and what it keeps."""
+
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None
+    ) -> None:
+        arguments = bind(inputs, keyword_only_inputs or {})
+        ctx.tensor_names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+        ctx.others = {name: value for name, value in arguments.items() if not isinstance(value, torch.Tensor)}
+        ctx.save_for_backward(*(arguments[name] for name in ctx.tensor_names))
+
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if operator.gradients is None or not operator.differentiable:
+            raise RuntimeError(f"{NAMESPACE}::{operator.name} is for inference: it has no gradient")
+        arguments = {**ctx.others, **dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True))}
+        wanted = frozenset(
+            name
+            for name, needed in zip(positional, ctx.needs_input_grad, strict=False)
+            if needed and name in operator.differentiable
+        )
+        found = operator.gradients(grads[0], arguments, wanted)
+        return tuple(found.get(name) for name in positional)
+
+    torch.library.register_autograd(overload, backward, setup_context=setup_context, lib=_library)
+    return backward, setup_context
+
+
+_library = torch.library.Library(NAMESPACE, "DEF")

@@ -1,0 +1,246 @@
+"""One router for every operator: from a ``Problem`` to the implementation that serves it.
+
+``route`` is a pure function of the problem and of what is registered. Implementations stand in order of preference; the
+first that has no reason against the problem serves it, and the reasons of those before it go into the report.
+
+Adding an implementation is one call of ``register``. A package can offer its own under the entry-point group
+``tilewright.kernels``: an entry point names a function without arguments that calls ``register``. It runs only when
+``load_plugin`` is given its name, never on import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+
+PLUGIN_GROUP = "tilewright.kernels"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator.
+
+    name: as the report prints it. op: the operator. why_not: the reason why it does not take a problem, or None if it
+    does. target: "module:function" of a function with the operator's signature, imported when it first serves a call.
+    prepare: likewise, of a function of the operator's arguments but x and the residual, which returns one of x alone.
+    Layers call that in eager inference, for inputs of one shape and dtype. handed_on: the problem of another operator
+    that it has solved for a problem, or None where it multiplies itself.
+    """
+
+    name: str
+    op: str
+    why_not: Callable[[Problem], str | None]
+    target: str
+    prepare: str | None = None
+    handed_on: Callable[[Problem], Problem | None] | None = None
+
+    @functools.cached_property
+    def prepared(self) -> Callable[..., Any] | None:
+        """The function behind ``prepare``, or None."""
+        return None if self.prepare is None else _imported(self.prepare)
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        """The function behind ``target``."""
+        return _imported(self.target)
+
+
+def _imported(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The implementation that serves a problem, and those preferred to it with their reasons against it."""
+
+    implementation: Implementation
+    declined: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """Name of the chosen implementation."""
+        return self.implementation.name
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.declined)
+        return f"{self.name} ({reasons})" if reasons else self.name
+
+
+_registered: dict[str, list[Implementation]] = {}
+
+
+def register(implementation: Implementation, before: str | None = None) -> None:
+    """Add an implementation as the least preferred one, or in front of the one called ``before``.
+
+    Raises ValueError if the operator already has one of that name, or none called ``before``.
+    """
+    known = _registered.setdefault(implementation.op, [])
+    names = [other.name for other in known]
+    if implementation.name in names:
+        raise ValueError(f"operator {implementation.op!r} already has an implementation called {implementation.name!r}")
+    if before is not None and before not in names:
+        raise ValueError(
+            f"operator {implementation.op!r} has no implementation called {before!r}, only {', '.join(names)}"
+        )
+    known.insert(len(known) if before is None else names.index(before), implementation)
+    forget()
+
+
+def unregister(op: str, name: str) -> None:
+    """Remove an implementation. Raises ValueError if there is none of that name."""
+    kept = [other for other in _registered.get(op, []) if other.name != name]
+    if len(kept) == len(_registered.get(op, [])):
+        raise ValueError(f"operator {op!r} has no implementation called {name!r}")
+    _registered[op] = kept
+    forget()
+
+
+def implementations(op: str) -> tuple[Implementation, ...]:
+    """All implementations of an operator, most preferred first."""
+    return tuple(_registered.get(op, ()))
+
+
+@functools.lru_cache(maxsize=4096)
+def route(problem: Problem) -> Decision:
+    """Which implementation serves ``problem``. Raises NotImplementedError that lists every reason if none does."""
+    return _decide(problem, None if _measured is None else _measured(problem))
+
+
+def in_words(problem: Problem) -> str:
+    """The name of what serves ``problem``, and of what that hands it on to. Raises as ``route``."""
+    implementation = route(problem).implementation
+    inner = None if implementation.handed_on is None else implementation.handed_on(problem)
+    return implementation.name if inner is None else f"{implementation.name}: {in_words(inner)}"
+
+
+def usual(problem: Problem) -> Decision:
+    """What ``route`` says where nothing was timed and the user fixed nothing: the choice to beat."""
+    return _decide(problem, None)
+
+
+def _decide(problem: Problem, measured: str | None) -> Decision:
+    declined: list[tuple[str, str]] = []
+    if measured is not None:
+        faster: tuple[str, str] | None = (measured, f"{measured} was chosen, by timing it here or by the user")
+    else:
+        faster = None if _faster is None else _faster(problem)
+    if faster is not None and not _takes(faster[0], problem):
+        faster = None
+    for implementation in _registered.get(problem.op, ()):
+        reason = implementation.why_not(problem)
+        if reason is None and faster is not None and implementation.name != faster[0]:
+            reason = faster[1]
+        if reason is None:
+            return Decision(implementation, tuple(declined))
+        declined.append((implementation.name, reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in declined) or "nothing is registered for it"
+    raise NotImplementedError(f"no implementation of {problem.op} takes {problem}: {reasons}")
+
+
+def _takes(name: str, problem: Problem) -> bool:
+    return any(other.name == name and other.why_not(problem) is None for other in implementations(problem.op))
+
+
+_faster: Callable[[Problem], tuple[str, str] | None] | None = None
+
+
+def prefer_by(faster: Callable[[Problem], tuple[str, str] | None]) -> None:
+    """Have ``route`` pass over all others for the implementation that ``faster`` names, with the words that it gives
+    for it, where that takes the problem; it returns None where the order of registration stands.
+    """
+    global _faster
+    _faster = faster
+    forget()
+
+
+@functools.lru_cache(maxsize=8192)
+def serve(
+    op: str, m: int, n: int, k: int, x_dtype: torch.dtype, device: torch.device, **facts: Any
+) -> Callable[..., Any]:
+    """The function that serves a call on ``device``; ``facts`` are further fields of ``Problem``. Remembered, for
+    speed.
+    """
+    return route_call(Problem(op, m, n, k, x_dtype, **facts, **device_facts(device))).implementation.function
+
+
+_notes: list[Problem] | None = None
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[Problem]]:
+    """Inside, in every thread, each problem that a call poses is added to the list: once, and before it is served."""
+    global _notes
+    before, _notes = _notes, []
+    forget()
+    try:
+        yield _notes
+    finally:
+        _notes = before
+
+
+def route_call(problem: Problem) -> Decision:
+    """``route`` for a call that is about to be served: what the user wants tuned on first use is tuned before."""
+    if _notes is not None:
+        _notes.append(problem)
+    if _before_call is not None:
+        _before_call(problem)
+    return route(problem)
+
+
+_measured: Callable[[Problem], str | None] | None = None
+_before_call: Callable[[Problem], None] | None = None
+
+
+def measure_with(measured: Callable[[Problem], str | None], before_call: Callable[[Problem], None]) -> None:
+    """Have ``route`` prefer the implementation that ``measured`` names for a problem, if it takes it; ``before_call``
+    is run for each problem that is served for the first time.
+    """
+    global _measured, _before_call
+    _measured, _before_call = measured, before_call
+    forget()
+
+
+_age = 0
+
+
+def age() -> int:
+    """How often ``forget`` was called: a decision that was remembered at another age may be another now."""
+    return _age
+
+
+_when_forgotten: list[Callable[[], None]] = []
+
+
+def when_forgotten(clear: Callable[[], None]) -> None:
+    """Have ``clear`` called whenever what is registered changes: for those who remember what ``route`` said."""
+    _when_forgotten.append(clear)
+
+
+def forget() -> None:
+    """Ask every implementation anew: what can be used, or in which order, has changed."""
+    global _age
+    _age += 1
+    route.cache_clear()
+    serve.cache_clear()
+    for clear in _when_forgotten:
+        clear()
+
+
+def load_plugin(name: str) -> None:
+    """Run the entry point called ``name`` of the group ``tilewright.kernels``. Raises ValueError naming those
+    installed.
+    """
+    found = {point.name: point for point in entry_points(group=PLUGIN_GROUP)}
+    if name not in found:
+        raise ValueError(f"no kernel plugin is called {name!r}; installed: {', '.join(sorted(found)) or 'none'}")
+    found[name].load()()

@@ -1,0 +1,1 @@
+"""What several Triton kernels share. Imports Triton, so nothing imports this room where there is none."""
