@@ -28,12 +28,12 @@ from tilewright.convert import (
     convert_model,
     hold_masks,
     load_model,
+    prune_model,
     report,
     revert_model,
     save_model,
     search_pruning,
 )
-from tilewright.convert.search import prune_model
 from tilewright.deploy import export_onnx, export_package
 
 try:

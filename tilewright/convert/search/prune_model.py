@@ -55,7 +55,8 @@ def prune_model(
     """Make the weights of linear layers and convolutions 2:4 and return the pruned model, of the same classes.
 
     pruning: "magnitude", or with ``calibration_data`` "wanda" or "sparsegpt" (``convert.compress.pruning``).
-        Convolutions are pruned by magnitude whatever it says. patterns, exclude, heads, calibration_data: as of ``convert_model``.
+        Convolutions are pruned by magnitude whatever it says. patterns, exclude, heads, calibration_data: as of
+        ``convert_model``.
     masks: name of a layer -> bool mask of its weight's shape, for layers whose choice is made; if given, no other layer
         is pruned.
     inplace: write into the parameters of ``model``. Otherwise the result has parameters of its own.
