@@ -368,9 +368,9 @@ def _small_launch(family: Family, shape: Shape, config: Any, target: Target, ind
         launches, _ = family.plan(make_arguments(family.op, size, device), config)
         return launches[index]
 
-    wanted = specialize(planned(shape, "meta"), target)
+    required = specialize(planned(shape, "meta"), target)
     for sizes in _small_shapes(family, shape, config):
-        if all(specialize(planned(size, "meta"), target) == wanted for size in sizes):
+        if all(specialize(planned(size, "meta"), target) == required for size in sizes):
             return Small(planned(sizes[depth - 1], "cpu"), sizes[depth - 1].k) if depth <= len(sizes) else None
     return None
 

@@ -221,12 +221,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
     everything = entries()
-    wanted = [
+    required = [
         number
         for number, (target, entry) in enumerate(everything)
         if options.only in f"{' '.join(entry.key)} {target.name}"
     ]
-    chosen = sample(wanted, options.sample or len(wanted))
+    chosen = sample(required, options.sample or len(required))
     rows, failed = [], []
     for number, found in enumerate(compute_all(chosen, options.jobs), 1):
         (rows if isinstance(found, Row) else failed).append(found)

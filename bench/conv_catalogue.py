@@ -167,9 +167,9 @@ def _small_launch(
     def planned(size: ConvShape, device: str) -> Launch:
         return family.plan(make_call(size, device), config)[index]
 
-    wanted = specialize(planned(shape, "meta"), target)
+    required = specialize(planned(shape, "meta"), target)
     for sizes in _small_shapes(shape):
-        if all(specialize(planned(size, "meta"), target) == wanted for size in sizes):
+        if all(specialize(planned(size, "meta"), target) == required for size in sizes):
             if depth > len(sizes):
                 return None
             call = make_call(sizes[depth - 1])

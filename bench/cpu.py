@@ -45,7 +45,7 @@ from torch import nn
 import tilewright as tw
 import tilewright.nn as tnn
 from bench import cpu_onnx, cpu_peak
-from bench.idle import apart, until_idle
+from bench.idle import split_registers, until_idle
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.router import route
 
@@ -82,7 +82,7 @@ def medians(functions: dict[str, Callable[[], object]], seconds: float, one_pool
         repeats[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
-    with contextlib.nullcontext(lambda: None) if one_pool else apart() as bind:
+    with contextlib.nullcontext(lambda: None) if one_pool else split_registers() as bind:
         while len(next(iter(times.values()))) < 5 or time.perf_counter() - start < seconds:
             bind()
             for name, function in functions.items():

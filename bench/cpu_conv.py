@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from bench.idle import apart, until_idle
+from bench.idle import split_registers, until_idle
 
 RESULTS = Path(__file__).parent / "results" / "cpu_conv.csv"
 THREADS = 2
@@ -140,7 +140,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], seconds: float) -> dict
     """Median seconds of each function, all timed in turn, each at rest and after a run that does not count."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
-    with apart() as bind:
+    with split_registers() as bind:
         while len(next(iter(times.values()))) < 7 or time.perf_counter() - start < seconds:
             bind()
             for name, function in functions.items():

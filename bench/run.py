@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.baselines import CPU, GPU, Variant, semi_structured
-from bench.idle import apart, until_idle
+from bench.idle import split_registers, until_idle
 from bench.result_files import RESULTS, Row, about, markdown, merge, plot, read_rows, slug, write_rows
 from tilewright.autotune.clock import GpuClock
 from tilewright.kernels.roofline import Ceilings, ceilings_for, highest, measure_cpu
@@ -71,7 +71,7 @@ def interleaved(calls: Mapping[str, tuple[Call, Call]], rounds: int) -> dict[str
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     evict = torch.empty(EVICTED_BYTES, dtype=torch.uint8)
-    with apart() as bind:
+    with split_registers() as bind:
         for _ in range(rounds + 1):
             evict.add_(1)
             bind()
@@ -290,8 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
     everything = CPU if options.device == "cpu" else GPU
-    wanted = options.variants or [""]
-    variants = [v for i, v in enumerate(everything) if i == 0 or any(text in v.name for text in wanted)]
+    required = options.variants or [""]
+    variants = [v for i, v in enumerate(everything) if i == 0 or any(text in v.name for text in required)]
     name = "cpu" if options.device == "cpu" else slug(torch.cuda.get_device_name())
     output = options.output or RESULTS / f"{options.name}_{name}"
     shapes, batches = options.shape or SHAPES[options.device], options.m or BATCHES[options.device]

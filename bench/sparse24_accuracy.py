@@ -94,17 +94,17 @@ def digits_rows(seed: int = 0) -> Iterator[tuple[str, float]]:
 
 def main(arguments: list[str]) -> int:
     """The command line above; returns the exit status."""
-    wanted = arguments or ["minilm", "digits"]
-    if unknown := set(wanted) - {"minilm", "digits"}:
+    required = arguments or ["minilm", "digits"]
+    if unknown := set(required) - {"minilm", "digits"}:
         print(f"unknown: {', '.join(sorted(unknown))}; there are minilm and digits")
         return 2
-    if "minilm" in wanted:
+    if "minilm" in required:
         print(
             "| all-MiniLM-L6-v2 | cosine, mean | cosine, minimum | bytes of the layers |\n|---|---|---|---|", flush=True
         )
         for name, mean, least, ratio in minilm_rows():
             print(f"| {name} | {mean:.4f} | {least:.4f} | {ratio:.3f}x |", flush=True)
-    if "digits" in wanted:
+    if "digits" in required:
         print("\n| small ResNet on digits | accuracy, % |\n|---|---|")
         for name, accuracy in digits_rows():
             print(f"| {name} | {accuracy:.2f} |", flush=True)

@@ -64,9 +64,9 @@ def measure(n: int, k: int, dtype: torch.dtype, batches: tuple[int, ...], second
             }
             found = medians(calls, seconds)
         dense = found.pop("dense")
-        served = router.in_words(layers["2:4"].problem(m, dtype))
+        dispatched = router.describe(layers["2:4"].problem(m, dtype))
         cells = [f"{dense / time:.2f}x" for time in found.values()]
-        yield [f"{n} x {k}", str(m), str(dtype).removeprefix("torch."), f"{1e6 * dense:.0f}", *cells, served]
+        yield [f"{n} x {k}", str(m), str(dtype).removeprefix("torch."), f"{1e6 * dense:.0f}", *cells, dispatched]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -132,12 +132,14 @@ def goals(rows: list[Row]) -> list[str]:
         ("anything at 2:4", 0.97, [r for r in routed if r.format in SPARSE]),
     )
     lines = []
-    for name, wanted, found in asked:
+    for name, required, found in asked:
         if found:
             worst = min(found, key=lambda row: row.speedup or 0.0)
-            verdict = "met" if (worst.speedup or 0.0) >= wanted else "MISSED"
+            verdict = "met" if (worst.speedup or 0.0) >= required else "MISSED"
             where = f"{worst.format}, M = {worst.m}, {worst.n} x {worst.k}"
-            lines.append(f"{verdict}: {name} >= {wanted}x dense bfloat16; the least is {worst.speedup:.2f}x ({where})")
+            lines.append(
+                f"{verdict}: {name} >= {required}x dense bfloat16; the least is {worst.speedup:.2f}x ({where})"
+            )
     return lines
 
 

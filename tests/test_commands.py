@@ -16,7 +16,7 @@ from tilewright.autotune import tables
 from tilewright.commands import doctor, tune
 from tilewright.kernels import tuning
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.router import noted
+from tilewright.kernels.dispatch.router import record_problems
 from tilewright.kernels.roofline import CEILINGS, ceilings_for, floor, measure_cpu
 
 
@@ -151,7 +151,7 @@ def test_convolutions_are_tuned_for_the_images_of_a_run(saved_network: Path, cap
     assert status == 0, out
     # What was tuned is what the model asks for when it runs.
     loaded = tw.load_model(saved_network, small_network).eval()
-    with noted() as posed, torch.inference_mode():
+    with record_problems() as posed, torch.inference_mode():
         loaded(torch.randn(2, 3, 32, 32))
     convolutions = [problem for problem in posed if problem.conv is not None]
     assert len(convolutions) == 3

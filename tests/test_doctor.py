@@ -22,11 +22,11 @@ from tilewright.kernels.dispatch.router import route
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """What was looked up before is forgotten, and again after."""
-    native.forget()
+    native.reload()
     route.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    native.forget()
+    native.reload()
     route.cache_clear()
 
 
@@ -55,7 +55,7 @@ def test_a_forced_instruction_set_is_named(anew: pytest.MonkeyPatch):
         pytest.skip("needs C kernels better than AVX2")
     best = native.isa()
     anew.setenv("TILEWRIGHT_CPU_ISA", "avx2")
-    native.forget()
+    native.reload()
     assert found("C kernels") == f"use avx2; TILEWRIGHT_CPU_ISA turns off the better {best}"
 
 

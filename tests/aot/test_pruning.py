@@ -23,7 +23,7 @@ H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "device_
 
 
 @pytest.fixture(scope="module")
-def pruned() -> autotune.Pruned:
+def pruned() -> autotune.ShortListed:
     asked = Problem("int4_linear", 16, 4096, 4096, torch.bfloat16, group_size=128, **H200)
     tuned, found = next(iter(tuning.kernels_for(asked)))
     few = [c for c in tuned.candidates(found) if c.splits == 1 and c.num_stages in (2, 4) and c.block_m == 16]
@@ -32,7 +32,7 @@ def pruned() -> autotune.Pruned:
         yield autotune.prune(tuned, found, "sm_90")
 
 
-def test_the_figures_of_what_is_kept(pruned: autotune.Pruned):
+def test_the_figures_of_what_is_kept(pruned: autotune.ShortListed):
     assert len(pruned.kept) >= 4 and pruned.tunable.heuristic(pruned.problem) in pruned.kept
     for config, figures in pruned.kept.items():
         assert 16 < figures.registers <= 255 and figures.spill_bytes == 0
@@ -49,7 +49,7 @@ def test_filling_by_hand():
     assert filling(0, 4, 0, 0, 0, 1024) == 0.0
 
 
-def test_the_order_is_most_promising_first(pruned: autotune.Pruned):
+def test_the_order_is_most_promising_first(pruned: autotune.ShortListed):
     values = [figures.filling for figures in pruned.kept.values()]
     assert values == sorted(values, reverse=True) and 0 < values[0] <= 1
 
@@ -66,7 +66,7 @@ def test_what_spills_or_does_not_fit_is_dropped_with_the_figure():
     assert all("shared memory" in why or "spill" in why for why in on_small.dropped.values()), on_small.dropped
 
 
-def test_a_short_list_is_read_back_for_the_same_problem_alone(pruned: autotune.Pruned, tmp_path: Path):
+def test_a_short_list_is_read_back_for_the_same_problem_alone(pruned: autotune.ShortListed, tmp_path: Path):
     path = tmp_path / "short.json"
     made = autotune.ShortList("sm_90")
     made.add(pruned)
@@ -85,7 +85,7 @@ def test_a_short_list_is_read_back_for_the_same_problem_alone(pruned: autotune.P
     assert old.lists == made.lists
 
 
-def test_equal_code_is_compiled_once(pruned: autotune.Pruned, monkeypatch: pytest.MonkeyPatch):
+def test_equal_code_is_compiled_once(pruned: autotune.ShortListed, monkeypatch: pytest.MonkeyPatch):
     from tilewright.aot import compiler as aot
 
     made, compile_launch = [], aot.compile_launch

@@ -60,8 +60,8 @@ def in_words(rows: list[Row]) -> str:
 
 
 def test_every_kernel_of_the_catalogue_has_its_row() -> None:
-    wanted = {(*entry.key, target.name) for target, entry in entries()}
-    assert {row.key for row in ROWS} == wanted, "the catalogue has changed: `make compiled` makes the table anew"
+    required = {(*entry.key, target.name) for target, entry in entries()}
+    assert {row.key for row in ROWS} == required, "the catalogue has changed: `make compiled` makes the table anew"
 
 
 def test_every_kernel_that_is_launched_is_in_the_table() -> None:

@@ -57,7 +57,7 @@ def test_the_environment_variable_turns_tuning_on(monkeypatch: pytest.MonkeyPatc
     with toy() as (tuned, _):
         monkeypatch.setenv("TILEWRIGHT_AUTOTUNE", "0")
         assert tuned.choose(SMALL) == Size(64)
-        tuned.forget()
+        tuned.invalidate()
         monkeypatch.setenv("TILEWRIGHT_AUTOTUNE", "1")
         assert tuned.choose(SMALL) == Size(16)
         monkeypatch.setenv("TILEWRIGHT_AUTOTUNE", "please")
@@ -196,11 +196,11 @@ def test_a_short_list_limits_what_is_timed():
 
 def test_the_list_of_the_package_is_found_by_the_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shortlist, "SHIPPED", tmp_path)
-    figures = autotune.offline.Compiled(64, 0, 1024, "wgmma")
+    figures = autotune.offline.CompiledCandidate(64, 0, 1024, "wgmma")
     for arch, expected in (("sm_90", {16, 64}), ("sm_100", {16, 32, 64, 128})):
         with toy(device=DeviceKind("Toy 9000", arch, 132, "1.2.3")) as (tuned, clock):
             made = autotune.ShortList("sm_90")
-            made.add(autotune.Pruned(tuned, SMALL, {Size(16): figures}, {Size(32): "8 bytes of registers spill"}))
+            made.add(autotune.ShortListed(tuned, SMALL, {Size(16): figures}, {Size(32): "8 bytes of registers spill"}))
             made.write(tmp_path / "sm_90.json")
             shortlist.shipped.cache_clear()
             assert autotune.tune(tuned, SMALL, budget=60).config == Size(16)

@@ -59,13 +59,13 @@ class _Operators(TorchDispatchMode):
 
 def _subscript(tensor: torch.Tensor, index: Any) -> torch.Tensor:
     """``tensor[index]`` by operators alone, for ``launches``."""
-    wanted = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in [one for one in wanted if not isinstance(one, torch.Tensor)]:
-        place = next(i for i, one in enumerate(wanted) if one is Ellipsis)
-        missing = tensor.dim() - sum(one is not None and one is not Ellipsis for one in wanted)
-        wanted[place : place + 1] = [slice(None)] * missing
+    required = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in [one for one in required if not isinstance(one, torch.Tensor)]:
+        place = next(i for i, one in enumerate(required) if one is Ellipsis)
+        missing = tensor.dim() - sum(one is not None and one is not Ellipsis for one in required)
+        required[place : place + 1] = [slice(None)] * missing
     aten, dim, tensors = torch.ops.aten, 0, {}
-    for one in wanted:
+    for one in required:
         if one is None:
             tensor, dim = aten.unsqueeze(tensor, dim), dim + 1
         elif isinstance(one, int):

@@ -164,12 +164,12 @@ def test_int8_in_and_out() -> None:
     convolution = Convolution("", Int8ConvBnAct2d, {"padding": 1}, scales)
     conv, norm = convolution.plain()
     module = convolution.fuse(conv, norm, activation="relu")
-    apart = convolution.fuse(conv, norm, activation="relu", output_scale=None)
+    split_registers = convolution.fuse(conv, norm, activation="relu", output_scale=None)
     q = torch.randint(-127, 128, (2, CHANNELS, 7, 5), dtype=torch.int8)
     r = torch.randint(-127, 128, (2, OUT, 7, 5), dtype=torch.int8)
     y = module(q, r)
     assert y.dtype == torch.int8
-    expected = (apart(q * torch.tensor(0.03), r * torch.tensor(0.02)) / 0.05).round().clamp(-127, 127)
+    expected = (split_registers(q * torch.tensor(0.03), r * torch.tensor(0.02)) / 0.05).round().clamp(-127, 127)
     assert (y - expected).abs().max() <= 1
     assert (y != expected).float().mean() < 0.01  # ties, which the rounding of r * 0.02 decides
     assert torch.equal(y, module(q * torch.tensor(0.03), r))
@@ -210,14 +210,14 @@ def test_the_problem_is_the_one_that_forward_poses(convolution: Convolution, mon
     module = convolution.make()
     asked: list[Any] = []
     monkeypatch.setattr(conv_ops, "route_call", lambda problem: asked.append(problem) or route(problem))
-    conv_ops._served.clear()
+    conv_ops._dispatched.clear()
     size = 13
     module(torch.randn(2, CHANNELS, *([size] * convolution.dims)))
     posed = [problem for problem in asked if problem.op == module.op_name]
     (problem,) = posed
-    wanted = module.problem(2, problem.x_dtype, size)
+    required = module.problem(2, problem.x_dtype, size)
     for name in ("op", "m", "n", "k", "x_dtype", "conv", "bias", "activation"):
-        assert getattr(wanted, name) == getattr(problem, name), name
+        assert getattr(required, name) == getattr(problem, name), name
 
 
 def test_a_fused_convolution_trains() -> None:

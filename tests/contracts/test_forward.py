@@ -191,9 +191,9 @@ def test_the_problem_is_the_one_that_forward_poses(layer: Layer, monkeypatch: py
     from tilewright.kernels import ops
     from tilewright.kernels.dispatch import router
 
-    real = ops.serve
+    real = ops.resolve
     monkeypatch.setattr(ops, "serve", spy)
-    router.forget()  # what was asked before is remembered
+    router.invalidate()  # what was asked before is remembered
     module(torch.randn(7, K))
     ((op, m, n, k, x_dtype, facts),) = asked
     problem = module.problem(7)

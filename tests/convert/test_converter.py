@@ -327,11 +327,11 @@ def test_logging_not_printing(caplog: pytest.LogCaptureFixture, capfd: pytest.Ca
 
 
 @pytest.mark.parametrize("progress, shown", [(None, False), (False, False), (True, True)])
-def test_progress(progress: bool | None, shown: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress(progress: bool | None, displayed: bool, capfd: pytest.CaptureFixture[str]) -> None:
     convert_model(nn.Sequential(*(nn.Linear(32, 32) for _ in range(30))), "int8", progress=progress)
     written = capfd.readouterr()
     assert written.out == ""
-    assert ("Converting" in written.err) == shown  # stderr is no terminal here
+    assert ("Converting" in written.err) == displayed  # stderr is no terminal here
 
 
 def test_what_is_no_model() -> None:

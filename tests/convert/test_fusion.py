@@ -91,10 +91,10 @@ class DataDependent(nn.Module):
 @pytest.mark.parametrize("recipe", ["int8", "int8-weight-only", "int4-g32", "int8-int4-g32"])
 def test_fused_and_unfused_agree(activation: nn.Module, name: str, recipe: str, x: torch.Tensor) -> None:
     model = mlp(activation)
-    fused, apart = tw.convert_model(model, recipe), tw.convert_model(model, recipe, fuse=False)
+    fused, split_registers = tw.convert_model(model, recipe), tw.convert_model(model, recipe, fuse=False)
     assert fused_activations(fused) == {"1": "0"} and fused[0].activation == name
-    assert not fused_activations(apart) and apart[0].activation == "none"
-    torch.testing.assert_close(fused(x), apart(x), rtol=1e-5, atol=1e-5)
+    assert not fused_activations(split_registers) and split_registers[0].activation == "none"
+    torch.testing.assert_close(fused(x), split_registers(x), rtol=1e-5, atol=1e-5)
     assert type(model[1]) is type(activation)
     assert tw.report(fused).layers[0].scheme.endswith(f" + {name}")
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bench.idle import apart, until_idle
+from bench.idle import split_registers, until_idle
 
 
 def test_it_waits_for_a_thread_that_spins():
@@ -49,7 +49,7 @@ def test_threads_are_kept_apart_and_let_go():
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
-    with apart() as bind:
+    with split_registers() as bind:
         bind()
         own, other = os.sched_getaffinity(0), os.sched_getaffinity(thread.native_id)
         assert len(own) == 1 and other == cores - own

@@ -125,18 +125,18 @@ def config_cases() -> list[Any]:
 def test_every_config(family: Any, config: Any) -> None:
     if family.op in QUANTIZERS:
         k = config.block_k - 11 if config.one_block else config.block_k + 333
-        wanted = [Shape(config.rows + 1, 0, k, dtype) for dtype in DTYPES]
+        required = [Shape(config.rows + 1, 0, k, dtype) for dtype in DTYPES]
     else:
         is_sparse, has_units = family.name.startswith("sparse24"), family.name == "int4_linear mma.sync"
         options = FRAGMENT_GROUPS if has_units else GROUPS if family.op.startswith("int4") else ENDS
         m, n = getattr(config, "block_m", 8) + 3, getattr(config, "block_n", 64) + 9
         depths = (384, 512, 256) if is_sparse or has_units else (299, 512, 300)
-        wanted = [Shape(m, n, k, dtype, **end) for k, dtype, end in zip(depths, DTYPES, options[1:], strict=False)]
+        required = [Shape(m, n, k, dtype, **end) for k, dtype, end in zip(depths, DTYPES, options[1:], strict=False)]
         if has_units:  # float32 is not for the tensor cores
-            wanted = [replace(shape, m=m - 4) for shape in wanted if shape.dtype != torch.float32]
+            required = [replace(shape, m=m - 4) for shape in required if shape.dtype != torch.float32]
         if is_sparse:
-            wanted = [shape for shape in wanted if family.why_not(problem_of(family.op, shape)) is None]
-    for shape in wanted:
+            required = [shape for shape in required if family.why_not(problem_of(family.op, shape)) is None]
+    for shape in required:
         arguments = make_arguments(family.op, shape)
         launches, outputs = family.plan(on_gpu(arguments), config, inline_ptx=torch.version.hip is None)
         for launch in launches:

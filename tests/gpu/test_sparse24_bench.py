@@ -75,5 +75,5 @@ def test_the_table_of_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 4
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
-    served = [line.split("|")[-2].strip() for line in lines[2:]]
-    assert all(name.startswith(("C kernel, 2:4", "unpacked once")) for name in served)
+    dispatched = [line.split("|")[-2].strip() for line in lines[2:]]
+    assert all(name.startswith(("C kernel, 2:4", "unpacked once")) for name in dispatched)

@@ -12,8 +12,8 @@ from tilewright.kernels.dispatch import router
 
 def forget_choice() -> None:
     """Choose library and instruction set anew, and let the router ask again."""
-    native.forget()
-    router.forget()
+    native.reload()
+    router.invalidate()
 
 
 @pytest.fixture(params=build.isas())

@@ -155,9 +155,9 @@ def test_gradients_are_those_of_pytorch(activation: str) -> None:
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
 @pytest.mark.parametrize("changes", [{}, {"batch": 0}, {"dtype": torch.bfloat16}], ids=["plain", "empty", "bfloat16"])
-def test_only_the_gradient_asked_for(wanted: str, changes: dict[str, Any]) -> None:
+def test_only_the_gradient_asked_for(required: str, changes: dict[str, Any]) -> None:
     arguments = arguments_of("conv2d_fused", activation="relu6", **changes)
-    value = arguments[wanted].requires_grad_()
+    value = arguments[required].requires_grad_()
     operator("conv2d_fused")(**arguments).float().sum().backward()
     assert (value.grad.shape, value.grad.dtype) == (value.shape, value.dtype)
     assert bool(value.grad.any()) == ("batch" not in changes)

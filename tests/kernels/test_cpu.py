@@ -56,7 +56,7 @@ def implementation(op: str, name: str) -> router.Implementation:
     return next(one for one in router.implementations(op) if one.name == name)
 
 
-def usual(op: str, name: str, **changes: Any) -> Case:
+def default_decision(op: str, name: str, **changes: Any) -> Case:
     """A case that the implementation takes; skips, with its reason, where this machine lacks what it needs."""
     case = Case(op).with_(**{"m": 4, "n": 48, "k": 96, **changes})
     if "ATen" in name:
@@ -160,7 +160,7 @@ def test_groups_and_zero_points(case: Case, name: str) -> None:
 @pytest.mark.parametrize("op, name", EACH)
 def test_leading_dimensions_and_strides(op: str, name: str) -> None:
     """Transposed, sliced, expanded and reshaped inputs give what their contiguous copies give."""
-    case = usual(op, name, m=24, residual=True)
+    case = default_decision(op, name, m=24, residual=True)
     arguments, function = make(case), implementation(op, name).function
     flat = function(**arguments)
     inputs = {key: arguments[key] for key in ("x", "residual", "x_scale") if key in arguments}
@@ -191,7 +191,7 @@ def test_leading_dimensions_and_strides(op: str, name: str) -> None:
 @pytest.mark.parametrize("op, name", [each for each in EACH if each.values[0] not in ("int4_linear", *SPARSE_OPS)])
 def test_a_weight_is_not_taken_for_its_transpose(op: str, name: str) -> None:
     """Both have one address and, if square, one shape."""
-    case = usual(op, name, n=96, bias=False)
+    case = default_decision(op, name, n=96, bias=False)
     arguments, function = make(case), implementation(op, name).function
     key = "weight_packed" if case.is_int4 else "weight"
     if case.is_int4:
@@ -204,7 +204,7 @@ def test_a_weight_is_not_taken_for_its_transpose(op: str, name: str) -> None:
 
 @pytest.mark.parametrize("op, name", EACH)
 def test_arguments_are_left_alone(op: str, name: str) -> None:
-    case = usual(op, name, residual=True)
+    case = default_decision(op, name, residual=True)
     arguments = make(case)
     before = {key: value.clone() for key, value in arguments.items() if isinstance(value, torch.Tensor)}
     y = implementation(op, name).function(**arguments)
@@ -219,7 +219,7 @@ def test_arguments_are_left_alone(op: str, name: str) -> None:
 @pytest.mark.parametrize("op, name", EACH)
 def test_a_row_does_not_depend_on_its_batch(op: str, name: str) -> None:
     """Within one implementation: which one serves may change with the batch."""
-    for case in (usual(op, name, m=m, k=k) for m, k in ((24, 96), (24, 1024))):
+    for case in (default_decision(op, name, m=m, k=k) for m, k in ((24, 96), (24, 1024))):
         arguments, function = make(case), implementation(op, name).function
         whole = function(**arguments)
         for rows in (slice(0, 8), slice(5, 24)):
@@ -233,7 +233,7 @@ def test_a_row_does_not_depend_on_its_batch(op: str, name: str) -> None:
 
 @pytest.mark.parametrize("op, name", EACH)
 def test_runs_repeat_to_the_bit(op: str, name: str) -> None:
-    arguments, function = make(usual(op, name, m=30, k=1024)), implementation(op, name).function
+    arguments, function = make(default_decision(op, name, m=30, k=1024)), implementation(op, name).function
     first = function(**arguments)
     for _ in range(5):
         assert torch.equal(function(**arguments), first)
@@ -242,7 +242,7 @@ def test_runs_repeat_to_the_bit(op: str, name: str) -> None:
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("op, name", EACH)
 def test_a_row_without_a_number_stays_without_one_and_alone(op: str, name: str, bad: str) -> None:
-    case = usual(op, name)
+    case = default_decision(op, name)
     arguments, function = make(case), implementation(op, name).function
     clean = function(**arguments)
     key = "x_scale" if op == "int8_linear_quantized" else "x"
@@ -255,7 +255,7 @@ def test_a_row_without_a_number_stays_without_one_and_alone(op: str, name: str, 
 
 @pytest.mark.parametrize("op, name", EACH)
 def test_a_huge_row_and_a_zero_row_change_no_other(op: str, name: str) -> None:
-    case = usual(op, name)
+    case = default_decision(op, name)
     arguments, function = make(case), implementation(op, name).function
     clean = function(**arguments)
     key = "x_scale" if op == "int8_linear_quantized" else "x"
@@ -357,7 +357,7 @@ def test_int8_sums_are_exact_at_the_extremes(name: str, k: int) -> None:
 # ---- threads and modes
 @pytest.mark.parametrize("op, name", EACH)
 def test_threads_do_not_share_scratch_memory(op: str, name: str) -> None:
-    calls = [make(usual(op, name, m=m), seed=m) for m in (2, 5, 11, 30)]
+    calls = [make(default_decision(op, name, m=m), seed=m) for m in (2, 5, 11, 30)]
     function = implementation(op, name).function
     expected = [function(**arguments) for arguments in calls]
     with ThreadPoolExecutor(4) as pool:
@@ -368,7 +368,7 @@ def test_threads_do_not_share_scratch_memory(op: str, name: str) -> None:
 
 @pytest.mark.parametrize("op, name", EACH)
 def test_inference_mode_and_normal_mode_take_turns(op: str, name: str) -> None:
-    arguments, function = make(usual(op, name)), implementation(op, name).function
+    arguments, function = make(default_decision(op, name)), implementation(op, name).function
     with torch.inference_mode():
         first = function(**arguments)
     second = function(**arguments)

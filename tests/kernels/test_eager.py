@@ -47,14 +47,14 @@ def dispatched() -> Callable[[Callable[[], Any]], bool]:
 
     def ask(call: Callable[[], Any]) -> bool:
         found: list[Any] = []
-        short_cut = eager.short_cut
+        prepared_call = eager.prepared_call
 
         def noted(*args: Any) -> Any:
-            found.append(short_cut(*args))
+            found.append(prepared_call(*args))
             return found[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tilewright.nn.quantized_linear.short_cut", noted)
+            patch.setattr("tilewright.nn.quantized_linear.prepared_call", noted)
             for _ in range(3):
                 call()
         assert len(found) == 3

@@ -108,8 +108,8 @@ def cases() -> list[Any]:
     for family in FAMILIES:
         for turn, config in enumerate(family.configs):
             for target in TARGETS:
-                for i, wanted in enumerate(shapes_of(family, config, turn + (target == "sm_90"))):
-                    shape = taken(family, config, target, wanted)
+                for i, required in enumerate(shapes_of(family, config, turn + (target == "sm_90"))):
+                    shape = taken(family, config, target, required)
                     if shape is None:
                         continue
                     layout = LAYOUTS[(turn + i) % len(LAYOUTS)] if i else "contiguous"
@@ -178,8 +178,8 @@ def test_every_kernel_and_config(family: Family, config: Any, target: str, shape
 
 
 def test_the_sample_has_every_kernel_target_dtype_and_layout() -> None:
-    for place, wanted in ((0, FAMILIES), (2, TARGETS), (4, LAYOUTS)):
-        assert all(any(case.values[place] is one for case in SAMPLE) for one in wanted)
+    for place, required in ((0, FAMILIES), (2, TARGETS), (4, LAYOUTS)):
+        assert all(any(case.values[place] is one for case in SAMPLE) for one in required)
     dtypes = {(case.values[0].name, case.values[3].dtype) for case in SAMPLE}
     for family in FAMILIES:
         seen = {dtype for name, dtype in dtypes if name == family.name}

@@ -30,8 +30,8 @@ H200: dict[str, Any] = {"device": "cuda", "capability": (9, 0), "multiprocessors
 
 
 def problem(m: int = 1, n: int = 4096, k: int = 4096, **facts: Any) -> Problem:
-    usual = {"x_dtype": torch.bfloat16, "scale_dtype": torch.bfloat16, "group_size": 128, **H200}
-    return Problem("int4_linear", m, n, k, **{**usual, **facts})
+    default_decision = {"x_dtype": torch.bfloat16, "scale_dtype": torch.bfloat16, "group_size": 128, **H200}
+    return Problem("int4_linear", m, n, k, **{**default_decision, **facts})
 
 
 def random_weight(n: int, k: int, group_size: int, dtype: torch.dtype, symmetric: bool = False) -> tuple[Any, ...]:

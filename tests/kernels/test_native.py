@@ -286,32 +286,32 @@ def test_declines_in_words(isa: str, m: int, x_dtype: torch.dtype, activation: s
 
 def test_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TILEWRIGHT_CPU_ISA", "off")
-    native.forget()
+    native.reload()
     try:
         assert "turned off" in (native.why_no_native() or "")
         assert not native.quantize_rows(torch.randn(2, 4), None, 0, torch.empty(2, 4), torch.empty(2))
     finally:
-        native.forget()
+        native.reload()
 
 
 def test_an_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TILEWRIGHT_CPU_ISA", "mmx")
-    native.forget()
+    native.reload()
     with pytest.raises(ValueError, match=r"mmx is unknown; the known ones are amx, avx512_bf16"):
         native.why_no_native()
-    native.forget()
+    native.reload()
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
     if native.why_no_native() is not None:
         pytest.skip("no C kernels here")
     monkeypatch.setattr(build, "source_hash", lambda: "0" * 16)
-    native.forget()
+    native.reload()
     try:
         assert "compiled from other sources" in (native.why_no_native() or "")
     finally:
         monkeypatch.undo()
-        native.forget()
+        native.reload()
 
 
 def test_what_an_old_compiler_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -97,7 +97,7 @@ def test_integer_sums_are_exact(isa: str, k: int, group_size: int, symmetric: bo
     assert torch.equal(KERNELS["int4_int8_linear"](**arguments).double(), sums)
 
 
-def usual(op: str, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
+def default_decision(op: str, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
     return make(Case(op, m=123, n=130, k=320, group_size=64, symmetric=False, dtype=dtype, **options))
 
 
@@ -118,7 +118,7 @@ def test_result_depends_neither_on_the_batch_nor_on_threads(
     compute_dtype: torch.dtype | None,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    arguments = usual(op, compute_dtype=compute_dtype)
+    arguments = default_decision(op, compute_dtype=compute_dtype)
     whole, x = KERNELS[op](**arguments), arguments["x"]
 
     def in_parts(rows: int) -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_result_depends_neither_on_the_batch_nor_on_threads(
 
 @pytest.mark.parametrize("op, compute_dtype", VARIANTS)
 def test_a_bad_row_stays_alone(isa: str, op: str, compute_dtype: torch.dtype | None):
-    arguments = usual(op, compute_dtype=compute_dtype)
+    arguments = default_decision(op, compute_dtype=compute_dtype)
     clean = KERNELS[op](**arguments)
     arguments["x"][3, 7], arguments["x"][20, 300] = math.nan, math.inf
     y = KERNELS[op](**arguments)
@@ -153,7 +153,7 @@ def test_a_bad_row_stays_alone(isa: str, op: str, compute_dtype: torch.dtype | N
 
 @pytest.mark.parametrize("op, compute_dtype", VARIANTS)
 def test_replacing_a_scale_is_noticed(isa: str, op: str, compute_dtype: torch.dtype | None):
-    arguments = usual(op, compute_dtype=compute_dtype) | {"bias": None}
+    arguments = default_decision(op, compute_dtype=compute_dtype) | {"bias": None}
     y = KERNELS[op](**arguments)
     arguments["weight_scale"].mul_(2)
     assert torch.allclose(KERNELS[op](**arguments), 2 * y, rtol=1e-6)

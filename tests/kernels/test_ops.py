@@ -180,11 +180,11 @@ def test_gradients_have_the_dtype_of_their_inputs(op: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("wanted", ["x", "bias", "residual"])
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_only_the_gradient_asked_for(op: str, wanted: str) -> None:
+def test_only_the_gradient_asked_for(op: str, required: str) -> None:
     arguments = arguments_of(op, residual=True, activation="relu")
-    arguments[wanted].requires_grad_()
+    arguments[required].requires_grad_()
     call(op, arguments).sum().backward()
-    assert arguments[wanted].grad.shape == arguments[wanted].shape
+    assert arguments[required].grad.shape == arguments[required].shape
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)

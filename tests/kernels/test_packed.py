@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from tilewright.kernels.dispatch import packed as cache
-from tilewright.kernels.dispatch.packed import forget, packed, packed_bytes
+from tilewright.kernels.dispatch.packed import invalidate, packed, packed_bytes
 
 
 class Counter:
@@ -65,7 +65,7 @@ def test_what_was_made_from_an_inference_tensor_can_be_forgotten() -> None:
     make = Counter()
     packed(weight, "a", make)
     packed(weight, "b", make)
-    forget(weight)
+    invalidate(weight)
     packed(weight, "a", make)
     assert make.calls == 3
 

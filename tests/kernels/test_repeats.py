@@ -61,12 +61,12 @@ def expected(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) 
 def test_from_the_third_call_on_nothing_is_looked_up_again(layer: Any, shortened: list[bool], mode: Any) -> None:
     x, residual = torch.randn(3, 32), torch.randn(3, 16)
     plain, added = expected(layer, x), expected(layer, x, residual)
-    for given, wanted in ((None, plain), (residual, added)):
+    for given, required in ((None, plain), (residual, added)):
         shortened.clear()
         with mode():
             results = [call(layer, x, given) for _ in range(4)]
         assert shortened[-1]
-        assert all(torch.equal(each, wanted) for each in results)
+        assert all(torch.equal(each, required) for each in results)
         assert not any(each.requires_grad for each in results)
 
 
@@ -109,7 +109,7 @@ def test_what_is_written_replaced_or_decided_anew_is_noticed(layer: Any, shorten
     again()
     layer.bias = nn.Parameter(torch.randn(16))
     again()
-    router.forget()
+    router.invalidate()
     again()
     with torch.no_grad():
         assert torch.equal(call(layer, x, activation="relu"), expected(layer, x).relu())

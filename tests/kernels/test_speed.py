@@ -58,7 +58,7 @@ def ratio(theirs: Callable[[], object], ours: Callable[[], object], seconds: flo
     return statistics.median(times[0]) / statistics.median(times[1])
 
 
-def check(linear: nn.Linear, module: QuantizedLinear, m: int, wanted: float, error: float) -> None:
+def check(linear: nn.Linear, module: QuantizedLinear, m: int, required: float, error: float) -> None:
     x = torch.randn(m, SIZE)
     with torch.inference_mode():
         expected = linear(x)
@@ -66,24 +66,26 @@ def check(linear: nn.Linear, module: QuantizedLinear, m: int, wanted: float, err
         found = []
         for _ in range(ATTEMPTS):
             found.append(ratio(lambda: linear(x), lambda: module(x)))
-            if found[-1] >= wanted:
+            if found[-1] >= required:
                 return
-    pytest.fail(f"{module.scheme_name} at {m} rows: {max(found):.2f} times float32, not {wanted} ({ATTEMPTS} attempts)")
+    pytest.fail(
+        f"{module.scheme_name} at {m} rows: {max(found):.2f} times float32, not {required} ({ATTEMPTS} attempts)"
+    )
 
 
 @pytest.mark.parametrize("m", [1, 16, 128, 512])
 def test_int8_is_faster_than_float32(linear: nn.Linear, int8: QuantizedLinear, m: int) -> None:
-    wanted = 5.0
+    required = 5.0
     if native.isa() == "avx2":
-        wanted = INT8_WITH_AVX2[m]
+        required = INT8_WITH_AVX2[m]
     elif why_no_qlinear():
         pytest.skip(f"no fast int8 path here: {why_no_qlinear()}")
-    check(linear, int8, m, wanted, 0.02)
+    check(linear, int8, m, required, 0.02)
 
 
 @pytest.mark.skipif(why_no_int4pack() is not None, reason=f"no fast int4 path here: {why_no_int4pack()}")
 @pytest.mark.parametrize("m, wanted", [(1, 8.0), (16, 1.5), (128, 1.5), (512, 1.5)])
-def test_int4_is_faster_than_float32(linear: nn.Linear, int4: QuantizedLinear, m: int, wanted: float) -> None:
+def test_int4_is_faster_than_float32(linear: nn.Linear, int4: QuantizedLinear, m: int, required: float) -> None:
     if native.isa() == "avx2":
-        wanted = INT4_WITH_AVX2[m]
-    check(linear, int4, m, wanted, 0.15)
+        required = INT4_WITH_AVX2[m]
+    check(linear, int4, m, required, 0.15)

@@ -17,7 +17,7 @@ from tilewright.autotune.buckets import EDGES, upper_edge
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.dispatch.problem import Problem, rows_aligned
-from tilewright.kernels.dispatch.router import Implementation, forget, register, route, unregister
+from tilewright.kernels.dispatch.router import Implementation, invalidate, register, route, unregister
 from tilewright.kernels.samples import make_arguments
 
 H200: dict[str, Any] = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "device_name": "NVIDIA H200"}
@@ -238,7 +238,7 @@ def test_first_use_finds_what_is_slow_and_refuses_what_is_wrong(impostors: None)
     assert decision.name == "blocks of rows"
     assert ("sleepy", "blocks of rows was chosen, by timing it here or by the user") in decision.declined
     autotune.forget_tables()
-    forget()
+    invalidate()
     assert route(asked).name == "blocks of rows"  # the table says so
     begin = time.perf_counter()
     q, _ = torch.ops.tilewright.quantize_per_row(x)
@@ -248,12 +248,12 @@ def test_first_use_finds_what_is_slow_and_refuses_what_is_wrong(impostors: None)
 def test_a_user_can_fix_the_implementation():
     asked = cpu_problem("int4_linear")
     name = "int4_linear.implementation"
-    usual = route(asked).name
+    default_decision = route(asked).name
     with autotune.constraints(name, implementation="dequantised blocks"):
         assert route(asked).name == "dequantised blocks"
         with pytest.raises(ValueError, match="nothing to multiply"):
             route(asked.with_rows(0))
-    assert route(asked).name == usual != "dequantised blocks"
+    assert route(asked).name == default_decision != "dequantised blocks"
     with autotune.constraints(name, implementation="abacus"), pytest.raises(ValueError, match="implementation=abacus"):
         route(asked)
 

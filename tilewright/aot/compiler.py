@@ -138,9 +138,9 @@ class Compiled:
             if not isinstance(constant, torch.Tensor) and constant != value:
                 raise ValueError(f"{name} was compiled in as {constant!r}, not {value!r}")
         for name in names:
-            wanted, found = self.specialization.signature[name], pointer_type(args[name])
-            if wanted.startswith("*") and found not in (None, wanted):
-                raise ValueError(f"{name} was compiled as {wanted}, and is {found}")
+            required, found = self.specialization.signature[name], pointer_type(args[name])
+            if required.startswith("*") and found not in (None, required):
+                raise ValueError(f"{name} was compiled as {required}, and is {found}")
         for name in self.specialization.divisible() & set(names):
             value = args[name]
             place = (
@@ -197,8 +197,8 @@ def _split_config(config: Any) -> tuple[dict[str, Any], Config]:
         return sizes, Config(**{name: sizes.pop(name) for name in ("num_warps", "num_stages") if name in sizes})
     if not hasattr(config, "num_warps"):
         raise TypeError(f"a config has num_warps, {type(config).__name__} {config!r} has not")
-    for name, usual in (("num_ctas", 1), ("maxnreg", None)):
-        if getattr(config, name, usual) != usual:
+    for name, default_decision in (("num_ctas", 1), ("maxnreg", None)):
+        if getattr(config, name, default_decision) != default_decision:
             raise ValueError(f"a config with {name}={getattr(config, name)} cannot be compiled here")
     fixed = Config(config.num_warps, getattr(config, "num_stages", Config.num_stages))
     return dict(getattr(config, "kwargs", {})), fixed

@@ -12,7 +12,7 @@ is ever slowed by tuning that nobody asked for. Knows no kernel by name.
 """
 
 from tilewright.autotune.modes import on_first_use, tuning_wanted
-from tilewright.autotune.offline import Compiler, Pruned, prune
+from tilewright.autotune.offline import Compiler, ShortListed, prune
 from tilewright.autotune.shortlist import ShortList
 from tilewright.autotune.space import TUNABLES, Choice, Hooks, Trials, Tunable, constraints
 from tilewright.autotune.tables import forget_tables
@@ -24,8 +24,8 @@ __all__ = [
     "Compiler",
     "Hooks",
     "Outcome",
-    "Pruned",
     "ShortList",
+    "ShortListed",
     "Trials",
     "Tunable",
     "constraints",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledCandidate:
     """The worst of a candidate's kernels: registers of a thread, bytes that spilled, bytes of shared memory of a block.
     matrix: kinds of matrix instruction. filling: of the chip, see ``filling``.
     """
@@ -54,12 +54,12 @@ def filling(blocks: int, warps: int, registers: int, shared_bytes: int, units: i
 
 
 @dataclass(frozen=True)
-class Pruned:
+class ShortListed:
     """One problem's candidates: kept with their figures, dropped with the reason."""
 
     tunable: Tunable
     problem: Any
-    kept: Mapping[Any, Compiled]
+    kept: Mapping[Any, CompiledCandidate]
     dropped: Mapping[Any, str]
 
 
@@ -107,7 +107,7 @@ def prune(
     target: str,
     progress: Callable[[int, int], None] | None = None,
     compiler: Compiler | None = None,
-) -> Pruned:
+) -> ShortListed:
     """Compile every candidate for ``target``, of ``aot.TARGETS``. Raises ValueError for what is no Triton kernel.
 
     A candidate that does not compile is dropped with the compiler's words. compiler: one for several problems, which
@@ -121,7 +121,7 @@ def prune(
         raise ValueError(f"{tunable.name} chooses between implementations: there is nothing to compile")
     sample = tunable.hooks.representative(problem)
     serving, refused = tunable.split_candidates(sample)
-    kept: dict[Any, Compiled] = {}
+    kept: dict[Any, CompiledCandidate] = {}
     dropped = dict(refused)
     for place, config in enumerate(serving):
         try:
@@ -137,7 +137,7 @@ def prune(
             if limits:
                 dropped[config] = "; ".join(limits)
             else:
-                kept[config] = Compiled(
+                kept[config] = CompiledCandidate(
                     max((one.registers for one in made), default=0),
                     spilled,
                     max((one.shared_bytes for one in made), default=0),
@@ -147,7 +147,7 @@ def prune(
         if progress is not None:
             progress(place + 1, len(serving))
     order = sorted(kept, key=lambda config: -kept[config].filling)
-    return Pruned(tunable, sample, {config: kept[config] for config in order}, dropped)
+    return ShortListed(tunable, sample, {config: kept[config] for config in order}, dropped)
 
 
 def _filling_of(launches: Sequence[Launch], made: Sequence[_Figures], units: int, chip: Target) -> float:

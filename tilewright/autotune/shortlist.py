@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.autotune.device import triton_version
-from tilewright.autotune.offline import Pruned
+from tilewright.autotune.offline import ShortListed
 from tilewright.autotune.space import TUNABLES, Tunable
 from tilewright.autotune.store import MAX_BYTES, TableError
 
@@ -68,7 +68,7 @@ class ShortList:
             raise TableError(f"{path} is no short list of candidates: {error}") from error
         return made
 
-    def add(self, found: Pruned) -> None:
+    def add(self, found: ShortListed) -> None:
         """Take in what ``prune`` found, in place of what other code of the same kernel left."""
         tunable = found.tunable
         self.lists = {key: value for key, value in self.lists.items() if _is_current(key) is not False}

@@ -172,7 +172,7 @@ class Tunable:
         """Of the code that a measurement depends on."""
         return source_hash(*self.modules)
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Choose anew from now on."""
         self._memo.clear()
 
@@ -265,7 +265,7 @@ def _frozen(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 def _forget_all() -> None:
     for tunable in TUNABLES.values():
-        tunable.forget()
+        tunable.invalidate()
 
 
 when_changed(_forget_all)

@@ -115,14 +115,14 @@ def _race(trials: Trials, candidates: Sequence[Any], budget: float, progress: An
 def _entry(tunable: Tunable, outcome: Outcome) -> dict[str, Any]:
     """What the table keeps: the configuration, and how it was found."""
 
-    def shown(seconds: float | None) -> float | None:
+    def displayed(seconds: float | None) -> float | None:
         return None if seconds is None else round(1e6 * seconds, 3)
 
     return {
         "config": tunable.encode(outcome.config),
-        "microseconds": shown(outcome.seconds.get(outcome.config)),
+        "microseconds": displayed(outcome.seconds.get(outcome.config)),
         "heuristic": tunable.encode(outcome.heuristic),
-        "heuristic_microseconds": shown(outcome.seconds.get(outcome.heuristic)),
+        "heuristic_microseconds": displayed(outcome.seconds.get(outcome.heuristic)),
         "timed": len(outcome.seconds),
         "left_out": len(outcome.left_out),
         "failed": [

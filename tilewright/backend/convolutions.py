@@ -58,9 +58,9 @@ def _excluded(convolution: _Convolution, name: str, asked: Recipe, recipe: Recip
     if isinstance(decided, str):
         return decided
     if recipe is not None:
-        wanted = decide(module, [name], recipe, None, None, {})
-        if isinstance(wanted, str) and wanted.startswith("left alone by"):
-            return wanted
+        required = decide(module, [name], recipe, None, None, {})
+        if isinstance(required, str) and required.startswith("left alone by"):
+            return required
     return None
 
 

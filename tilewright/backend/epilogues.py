@@ -23,13 +23,13 @@ def rewrite(captured: Captured) -> None:
     """Pull activation and residual into every linear operator that has a place for them."""
     order: Order | None = None
     for node in list(captured.graph.nodes):
-        if takes_epilogue(node):
+        if has_epilogue(node):
             order = order or Order(captured.graph)
             if _absorb(captured, node, order):
                 order = None  # positions have changed
 
 
-def takes_epilogue(node: fx.Node) -> bool:
+def has_epilogue(node: fx.Node) -> bool:
     """Whether ``node`` calls a linear operator of Tilewright."""
     name = operator_of(node)
     if name is None or not name.endswith(("linear", "linear_quantized")):

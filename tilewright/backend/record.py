@@ -9,7 +9,7 @@ import logging
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from tilewright.convert.text import listed, shown_name
+from tilewright.convert.text import display_name, listed
 
 logger = logging.getLogger("tilewright.backend")
 
@@ -47,10 +47,10 @@ class GraphReport:
         kinds = Counter(rewrite.kind for rewrite in self.rewrites)
         summary = ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "nothing rewritten"
         lines = [f"graph: {summary}; {len(self.left)} layers left alone"]
-        lines += [f"  {rewrite.kind:<12} {shown_name(rewrite.layer)}: {rewrite.what}" for rewrite in self.rewrites]
+        lines += [f"  {rewrite.kind:<12} {display_name(rewrite.layer)}: {rewrite.what}" for rewrite in self.rewrites]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left.items():
-            by_reason.setdefault(reason, []).append(shown_name(name))
+            by_reason.setdefault(reason, []).append(display_name(name))
         lines += [f"  left alone   {listed(names, 3)}: {reason}" for reason, names in by_reason.items()]
         return "\n".join([*lines, *(f"  note         {note}" for note in self.notes)])
 

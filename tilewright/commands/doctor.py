@@ -128,7 +128,7 @@ def _tuned() -> Finding:
     return Finding("tuned choices", f"{entries} in {folders.user_folder()} (`tilewright cache show`)")
 
 
-def _served() -> Iterator[Finding]:
+def _dispatched() -> Iterator[Finding]:
     try:
         native.why_no_native()
     except ValueError:  # already said
@@ -159,7 +159,7 @@ def examine() -> list[Finding]:
         Finding("CPU threads", str(torch.get_num_threads())),
         Finding("CPU, as PyTorch sees it", torch.backends.cpu.get_cpu_capability()),
         *_c_kernels(),
-        *_served(),
+        *_dispatched(),
         _tuned(),
     ]
 

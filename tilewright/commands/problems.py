@@ -13,7 +13,7 @@ from tilewright.convert.calibrate import rows as calibrate
 from tilewright.convert.checkpoint.manifest import read_manifest
 from tilewright.convert.checkpoint.native import MODULES, load_model
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.router import noted
+from tilewright.kernels.dispatch.router import record_problems
 from tilewright.nn import QuantizedLinear
 
 
@@ -57,7 +57,7 @@ def of_run(
         inputs = torch.zeros_like(inputs, device=device)
         if dtype is not None and inputs.is_floating_point():
             inputs = inputs.to(dtype)
-        with calibrate.evaluation(model), torch.inference_mode(), noted() as problems:
+        with calibrate.evaluation(model), torch.inference_mode(), record_problems() as problems:
             calibrate.call(model, inputs)
         found += problems
     return found

@@ -172,7 +172,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[str, float], N
         yield lambda words, done: bar.update(task, description=words, completed=done)
 
 
-def _words(tuned: autotune.Tunable, problem: Problem) -> str:
+def _describe(tuned: autotune.Tunable, problem: Problem) -> str:
     words = f"{tuned.name} M={problem.m} N={problem.n} K={problem.k}"
     sizes = problem.conv
     if sizes is None:
@@ -195,12 +195,12 @@ def _time(asked: list[Asked], short: autotune.ShortList | None, seconds: float, 
             candidates = None if short is None else short.candidates(tuned, problem)
 
             def progress(done: int, total: int, tuned: Any = tuned, problem: Any = problem, place: int = place) -> None:
-                show(_words(tuned, problem), place + done / total)
+                show(_describe(tuned, problem), place + done / total)
 
             # Those that end early leave their share to the others.
             budget = left / (len(asked) - place)
             outcome = autotune.tune(tuned, problem, budget, candidates=candidates, progress=progress)
-            console.print(f"{_words(tuned, problem)}: {_outcome(tuned, outcome)}")
+            console.print(f"{_describe(tuned, problem)}: {_outcome(tuned, outcome)}")
             failures += outcome.config is None
     console.print(f"written to {tables.table_path(device)}")
     return int(failures > 0)
@@ -236,7 +236,7 @@ def _prune(options: argparse.Namespace, console: Console) -> int:
         known = short.of(tuned, problem)
         if known is not None:
             console.print(
-                f"{_words(tuned, problem)}: {len(known['kept'])} kept, {len(known['dropped'])} dropped before"
+                f"{_describe(tuned, problem)}: {len(known['kept'])} kept, {len(known['dropped'])} dropped before"
             )
             continue
         if time.monotonic() > end:
@@ -248,10 +248,10 @@ def _prune(options: argparse.Namespace, console: Console) -> int:
         with _progress(console, 1) as show:
 
             def progress(done: int, total: int, tuned: Any = tuned, problem: Any = problem) -> None:
-                show(_words(tuned, problem), done / total)
+                show(_describe(tuned, problem), done / total)
 
             pruned = autotune.prune(tuned, problem, target.name, progress, compiler)
-        console.print(f"{_words(tuned, problem)}: {len(pruned.kept)} kept, {len(pruned.dropped)} dropped")
+        console.print(f"{_describe(tuned, problem)}: {len(pruned.kept)} kept, {len(pruned.dropped)} dropped")
         # After every problem: a run that is stopped leaves what it has.
         short.add(pruned)
         short.write(output)

@@ -22,7 +22,7 @@ from tilewright.convert.progress import track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
 from tilewright.convert.record import LayerRecord, Record, detach, record_of, remember_original
 from tilewright.convert.schemes.convolution import ConvScheme
-from tilewright.convert.text import shown_name, size
+from tilewright.convert.text import display_name, size
 from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
 
 logger = logging.getLogger("tilewright")
@@ -151,7 +151,7 @@ def _observe(
     if data is None:
         for name, planned in plan.convert.items():
             if planned.scheme.needs_data:
-                raise ValueError(f"{planned.scheme}, the scheme of {shown_name(name)!r}, needs calibration_data")
+                raise ValueError(f"{planned.scheme}, the scheme of {display_name(name)!r}, needs calibration_data")
         return {}
     if not any(planned.scheme.calibrated for planned in plan.convert.values()):
         logger.warning("no scheme of this recipe makes use of calibration_data; it only measures output errors")
@@ -180,10 +180,10 @@ def _leave_slow_convolutions(
     convolutions = {model.get_submodule(name) for name in names}
     trial = convert(filter_fn=lambda module, name: module in convolutions)
     times = timing.compare_models(model, trial, examples)
-    if times.lost:
+    if times.slower:
         for name in names:
             del plan.convert[name]
-            plan.skipped[name] = f"{NOT_FASTER}: the whole model takes {times.words()}"
+            plan.skipped[name] = f"{NOT_FASTER}: the whole model takes {times.describe()}"
 
 
 def _reached(model: nn.Module, plan: Plan, examples: list[Any] | None) -> dict[str, list[timing.Reached]]:
@@ -212,21 +212,21 @@ def _swap(
             try:
                 new, made = _convert_layer(old, plan.convert[name], samples.pop(name, None))
             except Exception as error:
-                raise RuntimeError(f"converting the layer {shown_name(name)!r} failed: {error}") from error
+                raise RuntimeError(f"converting the layer {display_name(name)!r} failed: {error}") from error
         if made.bytes_after >= made.bytes_before and not plan.convert[name].explicit:
             record.skipped[name] = f"too small to pay: {made.bytes_before} bytes would become {made.bytes_after}"
             continue
         times = timing.compare(old, new, reached.pop(name, []))
         if times is not None:
             made.microseconds_before, made.microseconds_after = 1e6 * times.before, 1e6 * times.after
-            if keep_if_faster and times.lost:
-                record.skipped[name] = f"{NOT_FASTER}: {times.words()}"
+            if keep_if_faster and times.slower:
+                record.skipped[name] = f"{NOT_FASTER}: {times.describe()}"
                 continue
         layers.carry_over(old, new)
         new.layer_name = name  # type: ignore[assignment]
         model = structure.replace(model, old, new, slots)
         record.layers[name] = made
-        logger.debug("converted %s to %s", shown_name(name), plan.convert[name].scheme)
+        logger.debug("converted %s to %s", display_name(name), plan.convert[name].scheme)
         # The float weight must be gone before the next layer is made, so nothing may keep hold of the old module.
         del old, new
     return model
@@ -285,7 +285,7 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             new = layers.to_float(old)
             layers.carry_over(old, new, bias=isinstance(old, QuantizedLinear))
             model = structure.replace(model, old, new, slots)
-            logger.debug("reverted %s", shown_name(names[0]))
+            logger.debug("reverted %s", display_name(names[0]))
     for old in [module for module in model.modules() if isinstance(module, FoldedBatchNorm)]:
         new = nn.Identity() if old.then is None else old.then
         model = structure.replace(model, old, new.train(old.training), slots)

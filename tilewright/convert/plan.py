@@ -11,7 +11,7 @@ from tilewright.convert import structure
 from tilewright.convert.layers import is_converted
 from tilewright.convert.recipes import Recipe, Rule, matches, names_explicitly
 from tilewright.convert.schemes.base import Scheme, registered_schemes
-from tilewright.convert.text import listed, nearest, shown_name
+from tilewright.convert.text import display_name, listed, nearest
 
 FilterFunction = Callable[[nn.Module, str], bool]
 
@@ -37,7 +37,7 @@ def layers_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     kinds = registered_schemes().values()
     found: dict[nn.Module, list[str]] = {}
     for module, names in structure.names_of_modules(model).items():
-        if is_converted(module) or any(kind.takes(module) for kind in kinds):
+        if is_converted(module) or any(kind.supports(module) for kind in kinds):
             found[module] = names
     return found
 
@@ -112,7 +112,7 @@ def _rule_for(module: nn.Module, names: list[str], recipe: Recipe) -> Rule | str
     passed_over = ""
     for rule in recipe.rules:
         if any(matches(rule.pattern, name, module) for name in names):
-            if rule.scheme is None or rule.scheme.takes(module):
+            if rule.scheme is None or rule.scheme.supports(module):
                 return rule
             passed_over = f"{type(rule.scheme).__name__} takes {rule.scheme.about}, not {type(module).__name__}"
     return passed_over or "no rule of the recipe matches it"
@@ -131,7 +131,7 @@ def _check_patterns(model: nn.Module, layers: dict[nn.Module, list[str]], recipe
         if any(matches(pattern, name, module) for module, names in modules.items() for name in names):
             message += f"; it names a module that holds layers: did you mean {pattern + '.*'!r}?"
         else:
-            layer_names = [shown_name(name) for names in layers.values() for name in names]
+            layer_names = [display_name(name) for names in layers.values() for name in names]
             message += f"; the nearest layer names are {listed(nearest(pattern, layer_names))}"
         raise ValueError(message)
 
@@ -143,6 +143,6 @@ def nothing_to_convert(model: nn.Module, skipped: dict[str, str]) -> str:
         return f"nothing to convert in {type(model).__name__}: it has no layer that a scheme takes ({about})"
     by_reason: dict[str, list[str]] = {}
     for name, reason in skipped.items():
-        by_reason.setdefault(reason, []).append(shown_name(name))
+        by_reason.setdefault(reason, []).append(display_name(name))
     reasons = "\n".join(f"  {reason}: {listed(names, 3)}" for reason, names in by_reason.items())
     return f"nothing to convert in {type(model).__name__}; every layer is left alone:\n{reasons}"

@@ -19,8 +19,8 @@ def track(items: Iterable[T], description: str, progress: bool | None = None) ->
     a terminal.
     """
     many = not isinstance(items, Sized) or len(items) > MANY_LAYERS
-    wanted = progress if progress is not None else many and sys.stderr.isatty()
-    if not wanted:
+    required = progress if progress is not None else many and sys.stderr.isatty()
+    if not required:
         yield from items
         return
     from rich.console import Console

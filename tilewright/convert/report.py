@@ -19,8 +19,8 @@ from tilewright.convert.calibrate import rows as calibrate
 from tilewright.convert.converter import tensor_bytes
 from tilewright.convert.plan import layers_of
 from tilewright.convert.record import Record, original_of, record_of
-from tilewright.convert.text import listed, shown_name, size
-from tilewright.kernels.dispatch.router import Decision, in_words, route
+from tilewright.convert.text import display_name, listed, size
+from tilewright.kernels.dispatch.router import Decision, describe, route
 from tilewright.nn import ConvLayer, QuantizedLinear
 
 #: Batch sizes (rows of activations) that the report asks the router about.
@@ -136,7 +136,7 @@ class Report:
         for layer in self.converted:
             name = layer.scheme.partition(":")[0]
             scheme = name if names[name] == 1 else layer.scheme
-            row = [shown_name(layer.name), scheme, *(layer.implementations[m] for m in BATCHES)]
+            row = [display_name(layer.name), scheme, *(layer.implementations[m] for m in BATCHES)]
             row += [size(layer.bytes_before), size(layer.bytes_after), _percent(layer.weight_error)]
             row += [_percent(layer.output_error)] if has_output else []
             times = (layer.microseconds_before, layer.microseconds_after)
@@ -155,8 +155,8 @@ class Report:
                     if not reason.endswith(f"not on {layer.device}"):
                         batches, names = found.setdefault(reason, (set(), []))
                         batches.add(m)
-                        if shown_name(layer.name) not in names:
-                            names.append(shown_name(layer.name))
+                        if display_name(layer.name) not in names:
+                            names.append(display_name(layer.name))
         notes = [
             f"M={', '.join(map(str, sorted(batches)))}: not by {reason} ({listed(names, 2)})"
             for reason, (batches, names) in found.items()
@@ -164,9 +164,9 @@ class Report:
         said: dict[str, list[str]] = {}
         for layer in self.converted:
             if layer.reason:
-                said.setdefault(layer.reason, []).append(shown_name(layer.name))
+                said.setdefault(layer.reason, []).append(display_name(layer.name))
         notes += [f"{reason} ({listed(names, 2)})" for reason, names in said.items()]
-        notes += [f"{shown_name(name)} does not trace: {reason}" for name, reason in self.untraced.items()]
+        notes += [f"{display_name(name)} does not trace: {reason}" for name, reason in self.untraced.items()]
         return notes
 
     def to_markdown(self) -> str:
@@ -177,7 +177,7 @@ class Report:
         if notes := self._notes():
             parts.append("\n".join(f"- {note}" for note in notes))
         if self.skipped:
-            rows = [[shown_name(layer.name), layer.kind, layer.reason] for layer in self.skipped]
+            rows = [[display_name(layer.name), layer.kind, layer.reason] for layer in self.skipped]
             parts.append(_markdown(["left alone", "type", "reason"], rows))
         return "\n\n".join(parts) + "\n"
 
@@ -212,7 +212,7 @@ class Report:
             console.print(note, style="dim")
         if self.skipped:
             console.print()
-            rows = [[shown_name(layer.name), layer.kind, layer.reason] for layer in self.skipped]
+            rows = [[display_name(layer.name), layer.kind, layer.reason] for layer in self.skipped]
             console.print(table(["left alone", "type", "reason"], rows))
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
@@ -268,7 +268,7 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
         reason = record.skipped.get(name) or ("not converted" if record.layers else "the model was not converted")
         return ReportedLayer(name, kind, device, "", {}, {}, held, held, reason=reason)
     decisions = {m: _decision(module, m) for m in BATCHES}
-    implementations = {m: d if isinstance(d, str) else in_words(module.problem(m=m)) for m, d in decisions.items()}
+    implementations = {m: d if isinstance(d, str) else describe(module.problem(m=m)) for m, d in decisions.items()}
     declined = {
         m: [] if isinstance(d, str) else [f"{other}: {reason}" for other, reason in d.declined]
         for m, d in decisions.items()
@@ -312,7 +312,7 @@ def _output_errors(model: nn.Module, original: nn.Module, example_inputs: Any) -
         example_inputs = [example_inputs]  # a single one
     converted = {names[0]: module for module, names in layers_of(model).items() if isinstance(module, QuantizedLinear)}
     modules = dict(original.named_modules(remove_duplicate=False))
-    if missing := [shown_name(name) for name in converted if name not in modules]:
+    if missing := [display_name(name) for name in converted if name not in modules]:
         raise ValueError(f"original ({type(original).__name__}) has no layer called {listed(missing)}")
     plain = {name: modules[name] for name in converted}
     samples = calibrate.observe(original, plain, example_inputs)

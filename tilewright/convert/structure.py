@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert.text import shown_name
+from tilewright.convert.text import display_name
 
 #: Direct children of the root with one of these names count as output heads.
 HEAD_NAMES = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "output_projection")
@@ -124,7 +124,7 @@ def output_heads(model: nn.Module) -> dict[nn.Module, str]:
         except (AttributeError, NotImplementedError, TypeError):
             continue
         if isinstance(head, nn.Module):
-            heads.setdefault(head, f"get_output_embeddings() of {shown_name(name)} returns it")
+            heads.setdefault(head, f"get_output_embeddings() of {display_name(name)} returns it")
     for name in HEAD_NAMES:
         child = model._modules.get(name)
         if child is not None:

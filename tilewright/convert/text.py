@@ -19,11 +19,11 @@ def nearest(name: str, known: Sequence[str], count: int = 3) -> list[str]:
 
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """``'a', 'b' and 7 more``."""
-    shown = ", ".join(repr(name) for name in names[:limit])
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+    displayed = ", ".join(repr(name) for name in names[:limit])
+    return f"{displayed} and {len(names) - limit} more" if len(names) > limit else displayed
 
 
-def shown_name(name: str) -> str:
+def display_name(name: str) -> str:
     """A module's dotted name as a reader sees it; the root module has an empty one."""
     return name or "(root)"
 

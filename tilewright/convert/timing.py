@@ -37,11 +37,11 @@ class Times:
     rows: int
 
     @property
-    def lost(self) -> bool:
+    def slower(self) -> bool:
         """Whether the conversion does not pay."""
         return self.after >= self.before
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """Both times."""
         what = f"with {self.rows} rows" if self.rows else "on the example inputs"
         return f"{1e6 * self.before:.4g} us as it was, {1e6 * self.after:.4g} us converted, {what}"

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from tilewright.kernels.dispatch.layers import profiled, unwatched
+from tilewright.kernels.dispatch.layers import can_bypass_dispatcher, profiler_enabled
 from tilewright.kernels.dispatch.operator import Arguments, Operator, define
-from tilewright.kernels.dispatch.router import serve
+from tilewright.kernels.dispatch.router import resolve
 from tilewright.kernels.registry import register_attention
 
 
@@ -46,7 +46,7 @@ def _why_not_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 def _serve(query: torch.Tensor, key: torch.Tensor) -> Callable[..., torch.Tensor]:
     batch, heads, queries, width = query.shape
-    return serve("attention", batch * heads * queries, key.shape[2], width, query.dtype, query.device)
+    return resolve("attention", batch * heads * queries, key.shape[2], width, query.dtype, query.device)
 
 
 def _implementation(op: str, arguments: Arguments) -> Callable[..., torch.Tensor]:
@@ -70,7 +70,9 @@ ATTENTION = Operator(
 )
 
 
-def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> bool:
+def supports(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> bool:
     """Whether ``attention`` may stand in for ``scaled_dot_product_attention``: float32 inference on a CPU that nobody
     differentiates, exports, casts or batches, of arguments that both take.
     """
@@ -86,11 +88,11 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: tor
         full = (*query.shape[:3], key.shape[2])
         if causal or mask.dim() > 4 or mask.dtype not in (torch.bool, torch.float32):
             return False
-        if any(size not in (1, wanted) for size, wanted in zip(mask.shape[::-1], full[::-1], strict=False)):
+        if any(size not in (1, required) for size, required in zip(mask.shape[::-1], full[::-1], strict=False)):
             return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return unwatched(query, profiler=True)
+    return can_bypass_dispatcher(query, profiler=True)
 
 
 def attention(
@@ -101,8 +103,8 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """See ``attention.reference``; for arguments that ``takes`` has accepted."""
-    if torch.compiler.is_compiling() or profiled():
+    """See ``attention.reference``; for arguments that ``supports`` has accepted."""
+    if torch.compiler.is_compiling() or profiler_enabled():
         return torch.ops.tilewright.attention(query, key, value, mask, causal, scale)
     return _serve(query, key)(query, key, value, mask, causal, scale)
 

@@ -111,9 +111,9 @@ def check_sizes(
         ("groups", (groups,), 1, 1),
     ):
         if len(values) != length or any(value < least for value in values):
-            wanted = "an integer" if length == 1 else f"{length} integers"
-            shown = list(values) if length > 1 else values[0]
-            raise ValueError(f"{op}: {name} must be {wanted} of at least {least}, not {shown}")
+            required = "an integer" if length == 1 else f"{length} integers"
+            displayed = list(values) if length > 1 else values[0]
+            raise ValueError(f"{op}: {name} must be {required} of at least {least}, not {displayed}")
     n, channels, height, width = x_shape
     out_channels, *kernel, group_channels = weight_shape
     if channels != group_channels * groups:

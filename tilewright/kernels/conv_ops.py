@@ -23,7 +23,7 @@ from tilewright.kernels.conv2d.gradients import conv_gradients
 from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry, empty_channels_last
 from tilewright.kernels.dispatch.operator import Arguments, Operator, define
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.dispatch.router import route_call, when_forgotten
+from tilewright.kernels.dispatch.router import on_invalidate, route_call
 from tilewright.kernels.formats import sparse24
 from tilewright.kernels.sparse24_conv2d.reference import unpack_weight
 from tilewright.kernels.tuning import implementation_of
@@ -89,11 +89,11 @@ def _with_dense_shape(op: str, arguments: Arguments) -> dict[str, Any]:
     if meta.dtype != torch.uint8:
         raise TypeError(f"{op}: weight_meta must be uint8, not {meta.dtype}")
     channels, window = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
-    rows, wanted = values.shape[0], (sparse24.kept_count(channels), sparse24.meta_count(channels))
-    if rows % window or meta.shape[0] != rows or (values.shape[1], meta.shape[1]) != wanted:
+    rows, required = values.shape[0], (sparse24.kept_count(channels), sparse24.meta_count(channels))
+    if rows % window or meta.shape[0] != rows or (values.shape[1], meta.shape[1]) != required:
         raise ValueError(
             f"{op}: for {channels} channels and a window of {kernel_size}, weight_values and weight_meta must have "
-            f"{wanted[0]} and {wanted[1]} columns and a multiple of {window} rows, "
+            f"{required[0]} and {required[1]} columns and a multiple of {window} rows, "
             f"not shapes {list(values.shape)} and {list(meta.shape)}"
         )
     return {**arguments, "weight": x.new_empty(()).expand(rows // window, *kernel_size, channels)}
@@ -174,10 +174,10 @@ def _sparse24_problem(op: str, arguments: Arguments) -> Problem:
 
 
 def _sparse24_gradients(
-    grad: torch.Tensor, arguments: Arguments, wanted: frozenset[str]
+    grad: torch.Tensor, arguments: Arguments, required: frozenset[str]
 ) -> Mapping[str, torch.Tensor | None]:
     names = ("x", "weight_values", "weight_meta", "kernel_size", "groups")
-    return conv_gradients(grad, {**arguments, "weight": unpack_weight(*(arguments[name] for name in names))}, wanted)
+    return conv_gradients(grad, {**arguments, "weight": unpack_weight(*(arguments[name] for name in names))}, required)
 
 
 # ---- fake results
@@ -198,27 +198,27 @@ def _fake_quantize(arguments: Arguments, dtype: torch.dtype) -> torch.Tensor:
 
 
 # ---- who serves a call
-_served: dict[tuple[Any, ...], Callable[..., Any]] = {}
-when_forgotten(_served.clear)
+_dispatched: dict[tuple[Any, ...], Callable[..., Any]] = {}
+on_invalidate(_dispatched.clear)
 
 
 def _remembering(problem: Callable[[str, Arguments], Problem]) -> Callable[[str, Arguments], Callable[..., Any]]:
     """``Operator.implementation`` by ``problem``, which checks the arguments: once for all calls that look alike."""
 
     def implementation(op: str, arguments: Arguments) -> Callable[..., Any]:
-        key = (op, *[_looks(arguments[name]) for name in sorted(arguments)])
-        function = _served.get(key)
+        key = (op, *[_signature(arguments[name]) for name in sorted(arguments)])
+        function = _dispatched.get(key)
         if function is None:
             function = route_call(problem(op, arguments)).implementation.function
-            if len(_served) >= _REMEMBERED:
-                _served.clear()
-            _served[key] = function
+            if len(_dispatched) >= _REMEMBERED:
+                _dispatched.clear()
+            _dispatched[key] = function
         return function
 
     return implementation
 
 
-def _looks(value: Any) -> Any:
+def _signature(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype, value.device
     return tuple(value) if isinstance(value, list) else value

@@ -52,13 +52,13 @@ def _unpacked_weight(arguments: Mapping[str, Any], dtype: torch.dtype) -> torch.
 
 
 def linear_gradients(
-    grad: torch.Tensor, arguments: Mapping[str, Any], wanted: frozenset[str]
+    grad: torch.Tensor, arguments: Mapping[str, Any], required: frozenset[str]
 ) -> dict[str, torch.Tensor | None]:
     """Gradients by argument name. grad: of the output. wanted: those of "x", "bias" and "residual" that are needed."""
     gradients: dict[str, torch.Tensor | None] = {}
-    if "residual" in wanted:
+    if "residual" in required:
         gradients["residual"] = grad.to(arguments["residual"].dtype)
-    if not wanted & {"x", "bias"}:
+    if not required & {"x", "bias"}:
         return gradients
     x, bias, activation = arguments["x"], arguments["bias"], arguments["activation"]
     weight = dequantized_weight(arguments).to(grad.dtype)
@@ -67,9 +67,9 @@ def linear_gradients(
             x = x.to(grad.dtype) * arguments["x_scale"].unsqueeze(-1).to(grad.dtype)
         z = F.linear(x.to(grad.dtype), weight, None if bias is None else bias.to(grad.dtype))
         grad = activation_gradient(z, grad, activation)
-    if "x" in wanted:
+    if "x" in required:
         gradients["x"] = (grad @ weight).to(x.dtype)
-    if "bias" in wanted:
+    if "bias" in required:
         rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
         gradients["bias"] = rows.sum(0, dtype=torch.float32).to(bias.dtype)
     return gradients

@@ -25,7 +25,7 @@ from tilewright.kernels.checks import (
 )
 from tilewright.kernels.dispatch.operator import Arguments, Operator, define
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.dispatch.router import forget, measure_with, route, serve
+from tilewright.kernels.dispatch.router import invalidate, resolve, route, set_tuned_choices
 
 Facts = Callable[[Arguments], dict[str, Any]]
 
@@ -35,7 +35,7 @@ def _serve(check: Callable[[str, Arguments], int], facts: Facts, op: str, argume
     n = check(op, arguments)
     x = arguments["x"]
     shape = x.shape
-    return serve(op, math.prod(shape[:-1]), n, shape[-1], x.dtype, x.device, **facts(arguments))
+    return resolve(op, math.prod(shape[:-1]), n, shape[-1], x.dtype, x.device, **facts(arguments))
 
 
 def _prepare(
@@ -262,8 +262,8 @@ OPERATORS = {
 
 
 registry.register_all()
-measure_with(tuning.preferred, tuning.tune_on_first_use)
-when_changed(forget)
+set_tuned_choices(tuning.preferred, tuning.tune_on_first_use)
+when_changed(invalidate)
 for _each in OPERATORS.values():
     define(_each)
     tuning.implementation_of(_each.name)

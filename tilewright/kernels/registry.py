@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tilewright.kernels.cpu import choices
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.router import Implementation, prefer_by, register
+from tilewright.kernels.dispatch.router import Implementation, register, set_preference
 
 _PACKAGE = "tilewright.kernels."
 _FOLDERS = {
@@ -135,7 +135,7 @@ def register_all() -> None:
             "dequantise and multiply", "int4_linear", _always, f"{_PACKAGE}int4_linear.dequantize:int4_linear"
         )
     )
-    prefer_by(choices.faster)
+    set_preference(choices.faster)
     for op in ("sparse24_linear", "sparse24_int8_linear", "sparse24_int4_linear"):
         if op != "sparse24_int4_linear":
             _gpu(op, "Triton, mma.sp", "triton_fragments")

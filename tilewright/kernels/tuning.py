@@ -29,7 +29,7 @@ from tilewright.autotune.clock import clock_for
 from tilewright.autotune.device import DeviceKind, cpu_kind, driver_version
 from tilewright.autotune.space import Choice, Hooks, Trials, Tunable, accept
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.router import Implementation, implementations, usual
+from tilewright.kernels.dispatch.router import Implementation, default_decision, implementations
 from tilewright.kernels.samples import CONVOLUTIONS, make_arguments
 
 #: What one after another is timed on a CPU should exceed its last cache; copies of the operands make up for the rest.
@@ -313,7 +313,7 @@ def implementation_of(op: str) -> Tunable:
     hooks = Hooks(facts_of, representative, device_kind, _implementation_trials)
     return Tunable(
         f"{op}.implementation",
-        heuristic=lambda problem: usual(problem).name,
+        heuristic=lambda problem: default_decision(problem).name,
         candidates=lambda problem: [one.name for one in implementations(problem.op) if one.name != REFERENCE],
         hooks=hooks,
         modules=modules,

@@ -38,7 +38,7 @@ class Int8ConvBnAct2d(ConvLayer):
     scheme_name = "int8-static"
     op_name = "int8_conv2d_fused"
     _integer_buffers = ("weight",)
-    _takes_int8 = True
+    _accepts_int8 = True
     _scale_buffers = ("weight_scale", "input_scale", "residual_scale", "output_scale")
     _kept_in_dtype = ("bias", *_scale_buffers)
 
@@ -67,8 +67,8 @@ class Int8ConvBnAct2d(ConvLayer):
         shape = (out_channels, *self._window, in_channels // groups)
         self.register_buffer("weight", torch.empty(shape, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.empty(out_channels, dtype=torch.float32, device=device))
-        for name, wanted in (("input", True), ("residual", residual_scale), ("output", output_scale)):
-            scale = torch.ones((), dtype=torch.float32, device=device) if wanted else None
+        for name, required in (("input", True), ("residual", residual_scale), ("output", output_scale)):
+            scale = torch.ones((), dtype=torch.float32, device=device) if required else None
             self.register_buffer(f"{name}_scale", scale)
         #: The scales as numbers; 1.0 for those that are not there.
         self.x_scale = self.r_scale = self.y_scale = 1.0
@@ -159,28 +159,28 @@ class Int8ConvBnAct2d(ConvLayer):
             dtype = self.dtype
         r_scale = self.r_scale if residual is not None and residual.dtype == torch.int8 else 1.0
         pads = padding or self._padding or self.same_padding_for(x.shape[2], x.shape[3])
-        apart = residual is not None and not self._residual_fits(x, residual, pads)
-        quantized = out_scale is not None and not apart
-        out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) and not apart else torch.float32
+        split_registers = residual is not None and not self._residual_fits(x, residual, pads)
+        quantized = out_scale is not None and not split_registers
+        out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) and not split_registers else torch.float32
         y = torch.ops.tilewright.int8_conv2d_fused(
             x,
             self.x_scale,
             self.weight,
             self.weight_scale,
             self.bias,
-            None if apart else residual,
+            None if split_registers else residual,
             r_scale,
             self._stride,
             pads,
             self._dilation,
             self.groups,
-            "none" if apart else activation,
+            "none" if split_registers else activation,
             negative_slope,
             out_scale if quantized else None,
             None if quantized else out_dtype,
             x_nonnegative,
         )
-        if residual is None or not apart:
+        if residual is None or not split_registers:
             return y if quantized or y.dtype == dtype else y.to(dtype)
         y = apply_activation(y + residual.to(y.dtype) * r_scale, activation, negative_slope=negative_slope)
         return y.to(dtype) if out_scale is None else torch.ops.tilewright.quantize_per_tensor(y, out_scale)
@@ -191,7 +191,7 @@ class Int8ConvBnAct2d(ConvLayer):
 
     def extra_repr(self) -> str:
         """As of ``ConvLayer``, then the scales."""
-        shown = f"{super().extra_repr()}, input_scale={self.x_scale:.4g}"
+        displayed = f"{super().extra_repr()}, input_scale={self.x_scale:.4g}"
         if self.residual_scale is not None:
-            shown += f", residual_scale={self.r_scale:.4g}"
-        return shown if self.output_scale is None else f"{shown}, output_scale={self.y_scale:.4g}"
+            displayed += f", residual_scale={self.r_scale:.4g}"
+        return displayed if self.output_scale is None else f"{displayed}, output_scale={self.y_scale:.4g}"

@@ -11,7 +11,7 @@ from torch import nn
 from tilewright.kernels import conv_ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
-from tilewright.kernels.dispatch.packed import forget
+from tilewright.kernels.dispatch.packed import invalidate
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
 
@@ -52,7 +52,7 @@ class ConvLayer(nn.Module):
     #: Parameters and buffers that keep their dtype under ``.to(dtype)``.
     _kept_in_dtype: ClassVar[tuple[str, ...]] = ("bias",)
 
-    _takes_int8: ClassVar[bool] = False
+    _accepts_int8: ClassVar[bool] = False
 
     weight: torch.Tensor
     bias: nn.Parameter | None
@@ -281,16 +281,16 @@ class ConvLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """As ``nn.Conv2d`` prints itself, then what is special."""
-        shown = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        displayed = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         if self.padding not in ("valid", (0,) * self._dims):
-            shown += f", padding={self.padding}"
+            displayed += f", padding={self.padding}"
         if any(each != 1 for each in self.dilation):
-            shown += f", dilation={self.dilation}"
+            displayed += f", dilation={self.dilation}"
         if self.groups != 1:
-            shown += f", groups={self.groups}"
+            displayed += f", groups={self.groups}"
         if self.bias is None:
-            shown += ", bias=False"
-        return shown if self.activation == "none" else f"{shown}, activation={self.activation}"
+            displayed += ", bias=False"
+        return displayed if self.activation == "none" else f"{displayed}, activation={self.activation}"
 
     # ---- internal
     @property
@@ -306,12 +306,12 @@ class ConvLayer(nn.Module):
         return x if self._dims == 2 else x.unsqueeze(2)
 
     def _check_input(self, x: torch.Tensor) -> None:
-        if not x.is_floating_point() and not (x.dtype == torch.int8 and self._takes_int8):
+        if not x.is_floating_point() and not (x.dtype == torch.int8 and self._accepts_int8):
             raise TypeError(f"{self._label()} takes float input, not {x.dtype}")
         if x.dim() not in (self._dims + 1, self._dims + 2) or x.shape[-self._dims - 1] != self.in_channels:
-            wanted = "[N, C, L]" if self._dims == 1 else "[N, C, H, W]"
+            required = "[N, C, L]" if self._dims == 1 else "[N, C, H, W]"
             raise ValueError(
-                f"{self._label()} takes input {wanted} with {self.in_channels} channels, "
+                f"{self._label()} takes input {required} with {self.in_channels} channels, "
                 f"not input of shape {list(x.shape)}"
             )
 
@@ -361,7 +361,7 @@ class ConvLayer(nn.Module):
         )
         for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
             if tensor.is_inference():
-                forget(tensor)
+                invalidate(tensor)
 
 
 def check_conv(conv: nn.Module) -> None:

@@ -153,7 +153,7 @@ class Int4Linear(_Int4Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        call = None if residual is not None else self._short_cut(x)
+        call = None if residual is not None else self._prepared_call(x)
         if call is not None:
             return call(x)
         return torch.ops.tilewright.int4_linear(
@@ -230,7 +230,7 @@ class Int8ActInt4WeightLinear(_Int4Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        call = None if residual is not None else self._short_cut(x)
+        call = None if residual is not None else self._prepared_call(x)
         if call is not None:
             return call(x)
         return torch.ops.tilewright.int4_int8_linear(

@@ -86,7 +86,7 @@ class Int8Linear(_Int8Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        call = None if residual is not None else self._short_cut(x)
+        call = None if residual is not None else self._prepared_call(x)
         if call is not None:
             return call(x)
         return torch.ops.tilewright.int8_linear(
@@ -151,7 +151,7 @@ class Int8WeightOnlyLinear(_Int8Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        call = None if residual is not None else self._short_cut(x)
+        call = None if residual is not None else self._prepared_call(x)
         if call is not None:
             return call(x)
         return torch.ops.tilewright.int8_weight_only_linear(

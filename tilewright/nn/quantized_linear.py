@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tilewright.kernels.activation import check_activation
-from tilewright.kernels.dispatch.layers import forget as forget_calls
-from tilewright.kernels.dispatch.layers import short_cut
-from tilewright.kernels.dispatch.packed import forget
+from tilewright.kernels.dispatch.layers import invalidate as invalidate_calls
+from tilewright.kernels.dispatch.layers import prepared_call
+from tilewright.kernels.dispatch.packed import invalidate
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 
 
@@ -138,8 +138,8 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes first, as ``nn.Linear`` prints them, then what is special."""
-        shown = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return shown if self.activation == "none" else f"{shown}, activation={self.activation}"
+        displayed = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return displayed if self.activation == "none" else f"{displayed}, activation={self.activation}"
 
     # ---- internal
     def _label(self) -> str:
@@ -154,13 +154,13 @@ class QuantizedLinear(nn.Module):
                 f"not input of shape {list(x.shape)}"
             )
 
-    def _short_cut(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _prepared_call(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What serves a call on ``x`` without a residual, or None: then the operator is to be called."""
         if torch.compiler.is_compiling():  # asked here, so that nothing of what follows is compiled
             return None
         tensors = [self._buffers.get(name) for name in self._operands]
         tensors.append(self._parameters["bias"])
-        return short_cut(self, x, tensors, self.activation, self.problem, self._arguments)
+        return prepared_call(self, x, tensors, self.activation, self.problem, self._arguments)
 
     def _arguments(self) -> dict[str, Any]:
         """Of the operator, without x and the residual."""
@@ -175,7 +175,7 @@ class QuantizedLinear(nn.Module):
                 after = self.get_buffer(name)
                 if after.dtype != scale.dtype:
                     self._buffers[name] = scale.to(after.device)
-        forget_calls(self)
+        invalidate_calls(self)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return self
 
@@ -203,7 +203,7 @@ class QuantizedLinear(nn.Module):
         )
         for buffer in self.buffers(recurse=False):
             if buffer.is_inference():
-                forget(buffer)
+                invalidate(buffer)
 
 
 def check_linear(linear: nn.Module) -> None:

@@ -137,7 +137,7 @@ class Sparse24Linear(_Sparse24Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        call = None if residual is not None else self._short_cut(x)
+        call = None if residual is not None else self._prepared_call(x)
         if call is not None:
             return call(x)
         return torch.ops.tilewright.sparse24_linear(
@@ -208,7 +208,7 @@ class Sparse24Int8Linear(_Sparse24Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        call = None if residual is not None else self._short_cut(x)
+        call = None if residual is not None else self._prepared_call(x)
         if call is not None:
             return call(x)
         return torch.ops.tilewright.sparse24_int8_linear(
@@ -339,7 +339,7 @@ class Sparse24Int4Linear(_Sparse24Weight):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
         self._check_input(x)
-        call = None if residual is not None else self._short_cut(x)
+        call = None if residual is not None else self._prepared_call(x)
         if call is not None:
             return call(x)
         return torch.ops.tilewright.sparse24_int4_linear(

@@ -115,8 +115,8 @@ def build_async_copy(instruction: Instruction, machine: Machine) -> Run:
     def run(mask: Mask) -> None:
         machine.effective = mask
         to, source = active(target(), mask), active(origin(), mask)
-        wanted = amounts(machine.lanes)
-        taken = None if wanted is None else active(wanted, mask)
+        required = amounts(machine.lanes)
+        taken = None if required is None else active(required, mask)
         if taken is None or (taken == size).all():
             data = machine.memory.load(source, size, machine.cta_numbers(mask))
             reads.count_global(machine, source, size, mask)

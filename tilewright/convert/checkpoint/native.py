@@ -37,7 +37,7 @@ from tilewright.convert.checkpoint.slots import Slot, hidden_meta_tensors, slots
 from tilewright.convert.graph import attention
 from tilewright.convert.graph.activations import fuse_named, fused_activations
 from tilewright.convert.record import record_of
-from tilewright.convert.text import listed, shown_name
+from tilewright.convert.text import display_name, listed
 from tilewright.nn import ConvLayer, QuantizedLinear
 
 #: Classes that a manifest may name.
@@ -119,10 +119,10 @@ def _check_storable(model: nn.Module, places: dict[str, Slot]) -> dict[str, str]
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(
-                f"{shown_name(name)!r} ({type(module).__name__}) has extra state, which may not be a tensor"
+                f"{display_name(name)!r} ({type(module).__name__}) has extra state, which may not be a tensor"
             )
         if isinstance(module, layers.CONVERTED) and type(module).__name__ not in MODULES:
-            raise ValueError(f"{shown_name(name)!r} is a {type(module).__name__}, which load_model does not know")
+            raise ValueError(f"{display_name(name)!r} is a {type(module).__name__}, which load_model does not know")
     tied: dict[str, str] = {}
     first: dict[object, str] = {}
     extents = []
@@ -270,10 +270,10 @@ def _swap_in(model: nn.Module, manifest: Manifest, path: Path) -> nn.Module:
         if not layers.is_linear(old) or layers.is_conv1d(old) != (new.origin == "Conv1D"):
             raise CheckpointError(f"{where}: was a {new.origin}, but the factory's is a {type(old).__name__}")
         linear = layers.as_linear(old)
-        wanted, there = (linear.in_features, linear.out_features), (new.in_features, new.out_features)
-        if wanted != there:
+        required, there = (linear.in_features, linear.out_features), (new.in_features, new.out_features)
+        if required != there:
             raise CheckpointError(
-                f"{where}: maps {there[0]} features to {there[1]}, the factory's {wanted[0]} to {wanted[1]}"
+                f"{where}: maps {there[0]} features to {there[1]}, the factory's {required[0]} to {required[1]}"
             )
         layers.carry_over(old, new)
         new.layer_name = name

@@ -26,9 +26,9 @@ def why_not_in_place_of(old: nn.Module, new: ConvLayer) -> str | None:
         return f"was a {new.origin}, but the factory's is a {type(old).__name__}"
     if reason := why_not_convolution(old):
         return reason
-    wanted = common_options(old, True)  # type: ignore[arg-type]
+    required = common_options(old, True)  # type: ignore[arg-type]
     for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "origin"):
-        there, expected = getattr(new, name), wanted[name]
+        there, expected = getattr(new, name), required[name]
         if there != expected:
             return f"has {name}={there}, the factory's {expected}"
     return None

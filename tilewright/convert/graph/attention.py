@@ -84,10 +84,10 @@ def attention_forward(
     causal = bool(causal) and attention_mask is None and length > 1
     special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
     if special or dropout or kwargs.get("output_attentions") or (causal and key.shape[2] != length):
-        takes = False
+        supports = False
     else:
-        takes = attention_ops.takes(query, key, value, attention_mask, causal)
-    if takes:
+        supports = attention_ops.supports(query, key, value, attention_mask, causal)
+    if supports:
         y = attention_ops.attention(query, key, value, attention_mask, causal, scaling)
         return y.transpose(1, 2).contiguous(), None
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}

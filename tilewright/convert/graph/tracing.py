@@ -52,9 +52,9 @@ class NotAsExpected(Exception):
     """A shape is not what the graph was made for."""
 
 
-def expect(value: Any, wanted: bool) -> None:
-    """What the graph was made for: raise ``NotAsExpected`` unless the truth of ``value`` is ``wanted``."""
-    if bool(value) is not wanted:
+def expect(value: Any, required: bool) -> None:
+    """What the graph was made for: raise ``NotAsExpected`` unless the truth of ``value`` is ``required``."""
+    if bool(value) is not required:
         raise NotAsExpected
 
 
@@ -142,7 +142,7 @@ class _Tracer(fx.Tracer):
         except Untraceable:
             raise
         except Exception as error:  # whatever the user's forward raises on a symbolic input
-            raise Untraceable(self.path_of_module(m), _words(error)) from error
+            raise Untraceable(self.path_of_module(m), _describe(error)) from error
 
     def create_arg(self, a: Any) -> Any:
         kind: Any = type(a)
@@ -163,13 +163,13 @@ class _Tracer(fx.Tracer):
         if node.op == "call_function" and node.target in _COMPARISONS:
             sides = [arg for arg in node.args if not isinstance(arg, int)]
             if sides and all(isinstance(side, fx.Node) and _is_shape(side) for side in sides):
-                wanted = _COMPARISONS[node.target]
-                self.create_node("call_function", expect, (node, wanted), {})
-                return wanted
+                required = _COMPARISONS[node.target]
+                self.create_node("call_function", expect, (node, required), {})
+                return required
         return super().to_bool(obj)
 
 
-def _words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     first = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first[0][:160]}" if first else type(error).__name__
 
@@ -226,9 +226,9 @@ def bind_call(
     for name, value in values.items():
         if name not in defaults:
             return name
-        wanted = defaults[name]
-        plain = isinstance(value, (bool, int, float, str)) and type(value) is type(wanted)
-        if value is not wanted and not (plain and value == wanted):
+        required = defaults[name]
+        plain = isinstance(value, (bool, int, float, str)) and type(value) is type(required)
+        if value is not required and not (plain and value == required):
             return name
     return tuple(found)
 
@@ -269,7 +269,7 @@ def trace(name: str, module: nn.Module, opaque: frozenset[str] = frozenset()) ->
     except Untraceable:
         raise
     except Exception as error:
-        raise Untraceable("", _words(error)) from error
+        raise Untraceable("", _describe(error)) from error
     for node in graph.nodes:
         if node.op == "get_attr" and not _has(module, str(node.target)):
             raise Untraceable("", f"it makes tensors of its own ({node.target})")

@@ -20,7 +20,7 @@ from tilewright.convert.network.int8_flow import Flow, Scale
 from tilewright.convert.network.match import Site
 from tilewright.convert.network.program import Program
 from tilewright.convert.record import join
-from tilewright.convert.text import shown_name
+from tilewright.convert.text import display_name
 from tilewright.nn import ConvLayer
 
 #: Sample inputs on which the error of each layer is measured after the scales are known.
@@ -49,16 +49,16 @@ class Calibration:
     in the model.
     """
 
-    def __init__(self, model: nn.Module, regions: list[tuple[Region, list[Site]]], wanted: set[str]):
+    def __init__(self, model: nn.Module, regions: list[tuple[Region, list[Site]]], required: set[str]):
         self.model = model
         self.regions = regions
-        self.wanted = wanted
+        self.required = required
         self.observers: dict[Scale, Observer] = {}
         self._by_node: dict[fx.Node, list[tuple[Observer, str]]] = {}
         inside: set[str] = set()
         for region, sites in regions:
             modules = region.modules()
-            names = {site.name for site in sites if join(region.name, site.name) in wanted}
+            names = {site.name for site in sites if join(region.name, site.name) in required}
             inside |= {join(region.name, name) for name in names}
             flow = Flow(region.graph, modules, sites, names)
             shared: dict[fx.Node, Observer] = {}
@@ -69,7 +69,7 @@ class Calibration:
                 watched = self._by_node.setdefault(node, [])
                 if not any(known is observer for known, _ in watched):
                     watched.append((observer, layer))
-        self.outside = sorted(wanted - inside)
+        self.outside = sorted(required - inside)
         for layer in self.outside:
             self.observers[Scale(layer, "x")] = Observer()
 
@@ -219,4 +219,4 @@ def _add(observer: Observer, value: Any, layer: str) -> None:
     try:
         observer.add(value)
     except ValueError as error:
-        raise ValueError(f"calibration data brings {error} into the layer {shown_name(layer)!r}") from None
+        raise ValueError(f"calibration data brings {error} into the layer {display_name(layer)!r}") from None

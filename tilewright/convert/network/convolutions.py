@@ -25,7 +25,7 @@ from tilewright.convert.plan import Plan, Planned
 from tilewright.convert.progress import track
 from tilewright.convert.record import LayerRecord, Record, join
 from tilewright.convert.schemes.convolution import ConvScheme, Fuse, Int8Static
-from tilewright.convert.text import listed, shown_name
+from tilewright.convert.text import display_name, listed
 from tilewright.nn import ConvLayer, FoldedBatchNorm
 
 logger = logging.getLogger("tilewright")
@@ -40,7 +40,7 @@ def check_mode(model: nn.Module, planned: Mapping[str, Planned]) -> None:
     names = [name for name, module in model.named_modules() if is_norm(module) and _trains(module)]
     if names:
         raise ValueError(
-            f"batch-norm is in training mode ({listed([shown_name(name) for name in names], 3)}): "
+            f"batch-norm is in training mode ({listed([display_name(name) for name in names], 3)}): "
             "call model.eval() before converting, as its statistics become part of the convolutions"
         )
 
@@ -85,16 +85,16 @@ class Convolutions:
         for name in track(self.planned, "Fusing", progress):
             self._fuse_layer(name, folds, reasons, with_data)
         self._write_regions()
-        wanted = {name for name, planned in self.planned.items() if isinstance(planned.scheme, Int8Static)}
-        for name in self._on_vectors(wanted):
-            wanted.discard(name)
+        required = {name for name, planned in self.planned.items() if isinstance(planned.scheme, Int8Static)}
+        for name in self._on_vectors(required):
+            required.discard(name)
             self.records[
                 name
             ].note = "it works on a pooled image of one pixel, where int8 gains nothing: fused in float"
-        if wanted and with_data:
-            self.calibration = Calibration(self.model, self.regions, wanted)
-        elif wanted:
-            logger.warning("%d convolutions are fused in float: static int8 needs calibration_data", len(wanted))
+        if required and with_data:
+            self.calibration = Calibration(self.model, self.regions, required)
+        elif required:
+            logger.warning("%d convolutions are fused in float: static int8 needs calibration_data", len(required))
         return self.model
 
     def _folds(self, regions: list[Region]) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, str]]:
@@ -147,10 +147,10 @@ class Convolutions:
             if sites:
                 vars(region.module)["forward"] = Program(region.module, region.graph, region.inputs, region.defaults)
 
-    def _on_vectors(self, wanted: set[str]) -> list[str]:
+    def _on_vectors(self, required: set[str]) -> list[str]:
         found = []
         for region, sites in self.regions:
-            names = {site.name for site in sites if join(region.name, site.name) in wanted}
+            names = {site.name for site in sites if join(region.name, site.name) in required}
             flow = Flow(region.graph, region.modules(), sites, names)
             found += [join(region.name, name) for name in flow.on_vectors()]
         return found
@@ -169,7 +169,7 @@ class Convolutions:
         made: dict[str, ConvLayer] = {}
         for name in track(self.planned, "Quantising", progress):
             scheme = self.planned[name].scheme
-            if name not in self.calibration.wanted or not isinstance(scheme, Int8Static):
+            if name not in self.calibration.required or not isinstance(scheme, Int8Static):
                 continue
             if not self.calibration.reached(name):
                 self.records[name].note = "the calibration data did not reach it: fused in float"

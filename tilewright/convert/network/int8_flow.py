@@ -202,16 +202,18 @@ class Flow:
     # ---- storage
     def stored(self, scales: dict[fx.Node, Scale]) -> set[fx.Node]:
         """The nodes whose tensors are int8. scales: of those that have one, by leader."""
-        wanted: set[fx.Node] = set()
+        required: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
             if self.leader(node) not in scales or self.asks_size(node):
                 continue
-            verdicts = [self._reads_int8(user, node, wanted, scales) for user in node.users if not self.asks_size(user)]
+            verdicts = [
+                self._reads_int8(user, node, required, scales) for user in node.users if not self.asks_size(user)
+            ]
             if verdicts and None not in verdicts and any(verdicts):
-                wanted.add(node)
+                required.add(node)
         stored = self.stored_nodes
         for node in self.graph.nodes:
-            if node not in wanted:
+            if node not in required:
                 continue
             if node in self.sites or (
                 (self.passes(node) and node.args[0] in stored)
@@ -222,16 +224,16 @@ class Flow:
         return stored
 
     def _reads_int8(
-        self, user: fx.Node, node: fx.Node, wanted: set[fx.Node], scales: dict[fx.Node, Scale]
+        self, user: fx.Node, node: fx.Node, required: set[fx.Node], scales: dict[fx.Node, Scale]
     ) -> bool | None:
         """Whether ``user`` gains by ``node`` being int8; None if it cannot take it."""
         if (site := self.sites.get(user)) is not None:
-            takes = site.residual is not node or getattr(site.layer, "residual_scale", None) is not None
-            return True if takes else None
+            supports = site.residual is not node or getattr(site.layer, "residual_scale", None) is not None
+            return True if supports else None
         if self.averages(user) is not None:
-            return user in wanted
+            return user in required
         if self.passes(user) or self.joins(user) or addends(user) is not None:
-            return True if user in wanted else None
+            return True if user in required else None
         return None
 
 

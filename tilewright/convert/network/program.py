@@ -56,7 +56,7 @@ class Program(ReplacedForward):
         self._flat = _compiled(self.flat_source, self.names)
         self._bound: Namespace | None = None
         self._replays: Replays | None = None
-        self._region = regions.Region(weakref.WeakMethod(self._eager), weakref.WeakMethod(self._traced))
+        self._region = regions.OpaqueRegion(weakref.WeakMethod(self._eager), weakref.WeakMethod(self._traced))
         self._region_name = regions.add(self._region)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Program(ReplacedForward):
         if given is None or owner.training:
             return type(owner).forward(owner, *args, **kwargs)
         if torch.compiler.is_compiling():
-            if self.whole and whole.takes(given):
+            if self.whole and whole.supports(given):
                 return torch.ops.tilewright.region(list(given), self._region_name)
             return self._function(owner, *given)
         try:
@@ -134,8 +134,8 @@ class Program(ReplacedForward):
         for leaf, path in self.leaves.items():
             setattr(bound, leaf, owner.get_submodule(path))
         called = {getattr(bound, leaf) for leaf in self.called}
-        apart = {part for module in called for part in module.modules()}
-        inlined = [module for module in owner.modules() if module not in apart]
+        split_registers = {part for module in called for part in module.modules()}
+        inlined = [module for module in owner.modules() if module not in split_registers]
         places = [(module._modules, name) for module in inlined for name in module._modules]
         self._tables, self._keys = [table for table, _ in places], [name for _, name in places]
         self._expected = [table[name] for table, name in places]

@@ -74,7 +74,7 @@ def runs_whole(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
     return True
 
 
-def takes(inputs: Sequence[Any]) -> bool:
+def supports(inputs: Sequence[Any]) -> bool:
     """Whether this call, which is being compiled, may be one operator: nothing is exported, differentiated or cast."""
     return (
         not torch.compiler.is_exporting()

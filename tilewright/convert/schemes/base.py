@@ -1,6 +1,6 @@
 """Schemes: what happens to one layer. Frozen dataclasses of options, with a JSON form that carries a version.
 
-A scheme says which modules it is about (``takes``), why it must leave one alone (``why_not``) and makes the replacement
+A scheme says which modules it is about (``supports``), why it must leave one alone (``why_not``) and builds
 (``build``). A new scheme is one class under ``@register_scheme``; recipes, report and checkpoints then know it by name.
 """
 
@@ -61,7 +61,7 @@ class Scheme(ABC):
 
     @classmethod
     @abstractmethod
-    def takes(cls, module: nn.Module) -> bool:
+    def supports(cls, module: nn.Module) -> bool:
         """Whether ``module`` is of a type that this scheme is about, convertible or not."""
 
     @abstractmethod
@@ -144,7 +144,7 @@ class _LinearScheme(Scheme):
         check_range_search(self.range_search)
 
     @classmethod
-    def takes(cls, module: nn.Module) -> bool:
+    def supports(cls, module: nn.Module) -> bool:
         """Linear layers of any kind."""
         return layers.is_linear(module)
 

@@ -25,7 +25,7 @@ class ConvScheme(Scheme):
     about = "convolutions (nn.Conv1d, nn.Conv2d)"
 
     @classmethod
-    def takes(cls, module: nn.Module) -> bool:
+    def supports(cls, module: nn.Module) -> bool:
         """Convolutions of any kind."""
         return isinstance(module, nn.modules.conv._ConvNd)
 

@@ -23,7 +23,7 @@ from tilewright.convert.plan import make_plan
 from tilewright.convert.recipes import Pattern, Recipe, Rule, patterns_of
 from tilewright.convert.schemes.convolution import Fuse
 from tilewright.convert.schemes.sparse24 import Sparse24
-from tilewright.convert.text import listed, shown_name
+from tilewright.convert.text import display_name, listed
 from tilewright.kernels.formats import sparse24
 
 logger = logging.getLogger("tilewright")
@@ -71,11 +71,11 @@ def prune_model(
     check_pruning(pruning)
     if pruning in CALIBRATED and calibration_data is None:
         raise ValueError(f"pruning {pruning!r} needs calibration_data")
-    wanted = patterns_of(patterns) if masks is None else tuple(masks)
-    if not wanted:
+    required = patterns_of(patterns) if masks is None else tuple(masks)
+    if not required:
         raise ValueError("masks names no layer")
     # The schemes say which layers there are, and why one must be left alone.
-    rules = [Rule(pattern, scheme) for pattern in wanted for scheme in (Sparse24(), Fuse())]
+    rules = [Rule(pattern, scheme) for pattern in required for scheme in (Sparse24(), Fuse())]
     plan = make_plan(model, Recipe(rules, exclude), heads=heads or masks is not None)
     if masks is not None and (missing := [name for name in masks if name not in plan.convert]):
         reason = plan.skipped.get(missing[0], "there is no such layer")
@@ -91,13 +91,13 @@ def prune_model(
         sample = samples.get(name)
         rows = None if sample is None else sample.rows
         if sample is not None and rows is None:
-            logger.warning("calibration_data did not reach %s: pruned by magnitude", shown_name(name))
+            logger.warning("calibration_data did not reach %s: pruned by magnitude", display_name(name))
         given = None if masks is None else masks[name]
         with torch.no_grad():
             try:
                 _prune_layer(layer, pruning if rows is not None else "magnitude", rows, given)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"layer {shown_name(name)!r}: {error}") from error
+                raise type(error)(f"layer {display_name(name)!r}: {error}") from error
     return model
 
 

@@ -22,7 +22,7 @@ from tilewright.convert.recipes import Pattern, Recipe, Rule
 from tilewright.convert.record import record_of
 from tilewright.convert.schemes.base import Scheme
 from tilewright.convert.schemes.sparse24 import Sparse24
-from tilewright.convert.text import shown_name
+from tilewright.convert.text import display_name
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PruneSearch:
         ]
         for layer in self.layers:
             what = "pruned" if layer.pruned else "kept dense"
-            lines.append(f"{layer.error:8.4f}  {what:10}  {shown_name(layer.name)}")
+            lines.append(f"{layer.error:8.4f}  {what:10}  {display_name(layer.name)}")
         return "\n".join(lines)
 
 
@@ -137,8 +137,8 @@ def _relative_to(model: nn.Module, data: list[Any]) -> Callable[[nn.Module], flo
     def error(other: nn.Module) -> float:
         difference = norm = 0.0
         with calibrate.evaluation(other):
-            for item, wanted in zip(data, expected, strict=True):
-                for ours, theirs in zip(_floats(calibrate.call(other, item)), wanted, strict=True):
+            for item, required in zip(data, expected, strict=True):
+                for ours, theirs in zip(_floats(calibrate.call(other, item)), required, strict=True):
                     difference += float((ours.double() - theirs.double()).square().sum())
                     norm += float(theirs.double().square().sum())
         return (difference / norm) ** 0.5 if norm else float(difference > 0)

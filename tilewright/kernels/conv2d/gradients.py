@@ -21,7 +21,7 @@ from tilewright.kernels.conv_geometry import oihw, pad_image
 
 
 def conv_gradients(
-    grad: torch.Tensor, arguments: Mapping[str, Any], wanted: frozenset[str]
+    grad: torch.Tensor, arguments: Mapping[str, Any], required: frozenset[str]
 ) -> dict[str, torch.Tensor | None]:
     """Gradients by argument name, in the dtype of the argument. grad: of the output. wanted: those that are needed."""
     x, weight = arguments["x"].to(grad.dtype), arguments["weight"].to(grad.dtype)
@@ -35,13 +35,13 @@ def conv_gradients(
             z = z + residual.to(z.dtype)
         grad = activation_gradient(z, grad, arguments["activation"], arguments["negative_slope"])
     gradients: dict[str, torch.Tensor | None] = {}
-    if "residual" in wanted:
+    if "residual" in required:
         gradients["residual"] = grad.to(residual.dtype)
-    if "bias" in wanted:
+    if "bias" in required:
         gradients["bias"] = grad.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
-    if wanted & {"x", "weight"}:
-        found = _through_window(grad, x, weight, *window, wanted)
-        gradients |= {name: value.to(arguments[name].dtype) for name, value in found.items() if name in wanted}
+    if required & {"x", "weight"}:
+        found = _through_window(grad, x, weight, *window, required)
+        gradients |= {name: value.to(arguments[name].dtype) for name, value in found.items() if name in required}
     return gradients
 
 
@@ -53,12 +53,12 @@ def _through_window(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    wanted: frozenset[str],
+    required: frozenset[str],
 ) -> dict[str, torch.Tensor]:
     if 0 in (grad.shape[1], x.shape[1]):
         return {"x": torch.zeros_like(x), "weight": torch.zeros_like(weight)}
     image, symmetric = pad_image(x, padding)
-    mask = ["x" in wanted, "weight" in wanted, False]
+    mask = ["x" in required, "weight" in required, False]
     dx, dw, _ = torch.ops.aten.convolution_backward(
         grad, image, oihw(weight), None, stride, list(symmetric), dilation, False, [0, 0], groups, mask
     )

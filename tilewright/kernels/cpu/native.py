@@ -99,11 +99,11 @@ _COUNTS = (
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and the instruction set, or None and the reason."""
-    wanted = os.environ.get("TILEWRIGHT_CPU_ISA", "").lower()
-    if wanted == "off":
+    required = os.environ.get("TILEWRIGHT_CPU_ISA", "").lower()
+    if required == "off":
         return None, "the C kernels are turned off by TILEWRIGHT_CPU_ISA"
-    if wanted and wanted not in build.ISAS:
-        raise ValueError(f"TILEWRIGHT_CPU_ISA={wanted} is unknown; the known ones are {', '.join(build.ISAS)}, off")
+    if required and required not in build.ISAS:
+        raise ValueError(f"TILEWRIGHT_CPU_ISA={required} is unknown; the known ones are {', '.join(build.ISAS)}, off")
     if not build.LIBRARY.is_file():
         return None, "the C kernels were not compiled when the package was installed (no C compiler, or not on Linux)"
     try:
@@ -114,13 +114,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         _share_threads(library)
     except (OSError, AttributeError) as error:
         return None, f"the C kernels cannot be loaded: {error}"
-    for isa in [wanted] if wanted else build.isas():
-        if (wanted or isa != "portable") and library.tw_supports(isa.encode()):
+    for isa in [required] if required else build.isas():
+        if (required or isa != "portable") and library.tw_supports(isa.encode()):
             return library, isa
-    if wanted and not library.tw_has(wanted.encode()):
-        raise ValueError(f"TILEWRIGHT_CPU_ISA={wanted}: the compiler that built the C kernels did not know it")
-    if wanted:
-        raise ValueError(f"TILEWRIGHT_CPU_ISA={wanted}: this processor cannot execute it")
+    if required and not library.tw_has(required.encode()):
+        raise ValueError(f"TILEWRIGHT_CPU_ISA={required}: the compiler that built the C kernels did not know it")
+    if required:
+        raise ValueError(f"TILEWRIGHT_CPU_ISA={required}: this processor cannot execute it")
     return None, "this processor has none of the instruction sets that the C kernels are built for"
 
 
@@ -175,7 +175,7 @@ def function(name: str) -> Callable[..., int] | None:
 _function = function
 
 
-def forget() -> None:
+def reload() -> None:
     """Choose the library and the instruction set anew, after TILEWRIGHT_CPU_ISA has changed."""
     for cached in (_load, layout, function):
         cached.cache_clear()

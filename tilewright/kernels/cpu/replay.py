@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu import steps as conv_steps
-from tilewright.kernels.cpu.replay_steps import NATIVE, NotNative, Plan
+from tilewright.kernels.cpu.replay_steps import NATIVE, Lowering, NotNative
 from tilewright.kernels.cpu.steps import Description
 
 _local = threading.local()
@@ -196,7 +196,7 @@ class Replay:
 
     # ---- steps
     def _lower(self, calls: list[Call]) -> None:
-        plan = Plan(self._live)
+        plan = Lowering(self._live)
         parts: list[list[Description] | Callable[[], None]] = []
         self.native_steps = 0
         self.python_steps: list[str] = []
@@ -207,7 +207,7 @@ class Replay:
                     raise NotNative(call.name)
                 made = lower(plan, *call.args, result=call.result, **call.kwargs)
             except NotNative:
-                plan.forget_signs(_tensors(call.result))
+                plan.clear_signs(_tensors(call.result))
                 parts.append(self._python_step(call))
                 self.python_steps.append(call.name)
                 continue

@@ -16,7 +16,7 @@ class NotNative(Exception):
     """The C kernels do not take this call."""
 
 
-class Plan:
+class Lowering:
     """What the functions of ``NATIVE`` share: where recorded tensors are found, what must stay alive, what is known."""
 
     def __init__(self, live: Callable[[torch.Tensor], torch.Tensor]):
@@ -53,7 +53,7 @@ class Plan:
         """Say so."""
         self._nonnegative.add(recorded.untyped_storage().data_ptr())
 
-    def forget_signs(self, results: list[torch.Tensor]) -> None:
+    def clear_signs(self, results: list[torch.Tensor]) -> None:
         """Another operator wrote these."""
         self._nonnegative -= {tensor.untyped_storage().data_ptr() for tensor in results}
 
@@ -64,7 +64,7 @@ def _geometry(x: torch.Tensor, weight: torch.Tensor, window: tuple[Any, ...]) ->
 
 
 def _conv(
-    plan: Plan,
+    plan: Lowering,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -98,7 +98,7 @@ def _conv(
 
 
 def _int8_conv(
-    plan: Plan,
+    plan: Lowering,
     x: torch.Tensor,
     x_scale: float,
     weight: torch.Tensor,
@@ -135,7 +135,7 @@ def _int8_conv(
 
 
 def _quantize(
-    plan: Plan, x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None, *, result: torch.Tensor
+    plan: Lowering, x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None, *, result: torch.Tensor
 ) -> list[Description]:
     source, target = plan.live(x), plan.image(result)
     if source.dim() == 2:
@@ -151,7 +151,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _max_pool(
-    plan: Plan,
+    plan: Lowering,
     x: torch.Tensor,
     kernel_size: Any,
     stride: Any = None,
@@ -170,7 +170,7 @@ def _max_pool(
     return [d]
 
 
-def _mean_of_images(plan: Plan, x: torch.Tensor, scale: float, result: torch.Tensor) -> list[Description]:
+def _mean_of_images(plan: Lowering, x: torch.Tensor, scale: float, result: torch.Tensor) -> list[Description]:
     source, target = plan.image(x), plan.live(result)
     if target.dtype != torch.float32 or not target.is_contiguous() or target.numel() != x.shape[0] * x.shape[1]:
         raise NotNative
@@ -180,14 +180,16 @@ def _mean_of_images(plan: Plan, x: torch.Tensor, scale: float, result: torch.Ten
 
 
 def _mean(
-    plan: Plan, x: torch.Tensor, dim: Any, keepdim: bool = False, dtype: Any = None, *, result: torch.Tensor
+    plan: Lowering, x: torch.Tensor, dim: Any, keepdim: bool = False, dtype: Any = None, *, result: torch.Tensor
 ) -> list[Description]:
     if x.dim() != 4 or x.dtype != torch.float32 or sorted(each % 4 for each in dim) != [2, 3]:
         raise NotNative
     return _mean_of_images(plan, x, 1.0, result)
 
 
-def _pool_to_one(plan: Plan, x: torch.Tensor, *rest: Any, result: torch.Tensor, **options: Any) -> list[Description]:
+def _pool_to_one(
+    plan: Lowering, x: torch.Tensor, *rest: Any, result: torch.Tensor, **options: Any
+) -> list[Description]:
     """Average pooling with one result for an image. That it is the mean of all pixels, the first replay shows."""
     if x.dim() != 4 or result.shape[2:] != (1, 1):
         raise NotNative
@@ -195,7 +197,7 @@ def _pool_to_one(plan: Plan, x: torch.Tensor, *rest: Any, result: torch.Tensor, 
 
 
 def _quantized_mean(
-    plan: Plan, q: torch.Tensor, scale: float, dtype: torch.dtype, dim: Any, keepdim: bool = False, *, result: Any
+    plan: Lowering, q: torch.Tensor, scale: float, dtype: torch.dtype, dim: Any, keepdim: bool = False, *, result: Any
 ) -> list[Description]:
     dims = (dim,) if isinstance(dim, int) else dim
     if q.dim() != 4 or sorted(each % 4 for each in dims) != [2, 3] or dtype != torch.float32:
@@ -203,14 +205,14 @@ def _quantized_mean(
     return _mean_of_images(plan, q, scale, result)
 
 
-def _add(plan: Plan, a: Any, b: Any, alpha: float = 1, *, result: torch.Tensor) -> list[Description]:
+def _add(plan: Lowering, a: Any, b: Any, alpha: float = 1, *, result: torch.Tensor) -> list[Description]:
     if not isinstance(b, torch.Tensor) or a.shape != b.shape or alpha != 1 or a.dtype != b.dtype:
         raise NotNative
     return _combine(plan, conv_steps.ADD, a, 1.0, b, 1.0, result, 1.0)
 
 
 def _combine(
-    plan: Plan,
+    plan: Lowering,
     kind: int,
     a: torch.Tensor,
     a_scale: float,
@@ -222,12 +224,12 @@ def _combine(
     d = describe(kind, plan.image(a), plan.image(result))
     set_residual(d, plan.image(b), b_scale)
     d.x_scale, d.y_scale = a_scale, out_scale
-    plan.forget_signs([result])
+    plan.clear_signs([result])
     return [d]
 
 
 def _quantized_add(
-    plan: Plan,
+    plan: Lowering,
     a: torch.Tensor,
     a_scale: float,
     b: torch.Tensor,
@@ -241,7 +243,7 @@ def _quantized_add(
     return _combine(plan, conv_steps.ADD, a, a_scale, b, b_scale, result, out_scale)
 
 
-def _multiply(plan: Plan, a: Any, b: Any, *, result: torch.Tensor) -> list[Description]:
+def _multiply(plan: Lowering, a: Any, b: Any, *, result: torch.Tensor) -> list[Description]:
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dtype != torch.float32:
         raise NotNative
     if a.dim() == 4 and b.dim() == 4 and a.shape[2:] == (1, 1) != b.shape[2:]:
@@ -252,7 +254,7 @@ def _multiply(plan: Plan, a: Any, b: Any, *, result: torch.Tensor) -> list[Descr
 
 
 def _quantized_multiply(
-    plan: Plan,
+    plan: Lowering,
     a: torch.Tensor,
     a_scale: float,
     b: torch.Tensor,
@@ -269,7 +271,7 @@ def _quantized_multiply(
 
 
 def _dequantize(
-    plan: Plan, q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32, *, result: torch.Tensor
+    plan: Lowering, q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32, *, result: torch.Tensor
 ) -> list[Description]:
     d = describe(conv_steps.ACTIVATE, plan.image(q), plan.image(result))
     d.x_scale = scale
@@ -277,7 +279,7 @@ def _dequantize(
 
 
 def _activate(name: str) -> Callable[..., list[Description]]:
-    def lower(plan: Plan, x: torch.Tensor, *rest: Any, result: torch.Tensor) -> list[Description]:
+    def lower(plan: Lowering, x: torch.Tensor, *rest: Any, result: torch.Tensor) -> list[Description]:
         if x.dtype != torch.float32 or (name == "relu6" and tuple(rest) != (0.0, 6.0)):
             raise NotNative
         d = describe(conv_steps.ACTIVATE, plan.image(x), plan.image(result))
@@ -288,13 +290,13 @@ def _activate(name: str) -> Callable[..., list[Description]]:
 
 
 def _addmm(
-    plan: Plan, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, result: torch.Tensor
+    plan: Lowering, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, result: torch.Tensor
 ) -> list[Description]:
     return _linear(plan, x, weight.t(), bias, result=result)
 
 
 def _linear(
-    plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, result: torch.Tensor
+    plan: Lowering, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, result: torch.Tensor
 ) -> list[Description]:
     """A linear layer is a convolution of images of one pixel."""
     source, target = plan.image(x), plan.image(result)

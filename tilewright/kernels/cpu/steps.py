@@ -212,8 +212,8 @@ def is_channels_last(x: torch.Tensor) -> bool:
     """Whether the C kernels can read ``x`` [N, C, H, W] where it is."""
     n, c, h, w = x.shape
     step = pixel_stride(x)
-    wanted = ((n, h * w * step), (c, 1), (h, w * step), (w, step))
-    return step >= c and all(size == 1 or s == want for s, (size, want) in zip(x.stride(), wanted, strict=True))
+    required = ((n, h * w * step), (c, 1), (h, w * step), (w, step))
+    return step >= c and all(size == 1 or s == want for s, (size, want) in zip(x.stride(), required, strict=True))
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ def _probe() -> tuple[Callable[[], Any], ...]:
         torch._C._functorch.peek_interpreter_stack,
         torch._C._get_tracing_state,
         lambda: forward_ad._current_level >= 0,
-        torch._C._autograd._profiler_enabled,  # the last one: see ``unwatched``
+        torch._C._autograd._profiler_enabled,  # the last one: see ``can_bypass_dispatcher``
     )
 
 
@@ -47,12 +47,12 @@ except AttributeError:  # another version of PyTorch: always through the dispatc
     _watchers = None
 
 
-def profiled() -> bool:
+def profiler_enabled() -> bool:
     """Whether PyTorch's profiler is on."""
     return bool(torch._C._autograd._profiler_enabled())
 
 
-def unwatched(x: torch.Tensor, *, profiler: bool = False) -> bool:
+def can_bypass_dispatcher(x: torch.Tensor, *, profiler: bool = False) -> bool:
     """Whether a call on ``x`` may leave the dispatcher out. profiler: the caller asks himself whether it is on."""
     if type(x) is not torch.Tensor or _watchers is None or x.device != _CPU or torch.is_autocast_enabled("cpu"):
         return False
@@ -66,12 +66,12 @@ class _Known:
     """What is known of one layer's calls, for as long as its tensors are these and unwritten."""
 
     def __init__(self, tensors: Sequence[torch.Tensor | None]):
-        self.age = router.age()
+        self.generation = router.generation()
         self.tensors = [(None, 0) if t is None else (weakref.ref(t), t._version) for t in tensors]
         self.calls: dict[Any, Call | None] = {}
 
     def holds(self, tensors: Sequence[torch.Tensor | None]) -> bool:
-        if self.age != router.age():
+        if self.generation != router.generation():
             return False
         for tensor, (ref, version) in zip(tensors, self.tensors, strict=True):
             if ref is None or tensor is None:
@@ -85,12 +85,12 @@ class _Known:
 _layers: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 
-def forget(layer: Any) -> None:
+def invalidate(layer: Any) -> None:
     """Drop what is known of ``layer``."""
     _layers.pop(layer, None)
 
 
-def short_cut(
+def prepared_call(
     layer: Any,
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor | None],
@@ -104,7 +104,7 @@ def short_cut(
     arguments: of the operator, without x. The first call with an input of some shape always goes to the operator, which
     checks everything.
     """
-    if not unwatched(x):
+    if not can_bypass_dispatcher(x):
         return None
     known, key = _layers.get(layer), (x.shape, x.dtype, activation)
     if known is None or not known.holds(tensors):

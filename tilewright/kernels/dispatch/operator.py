@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.dispatch.layers import unwatched
+from tilewright.kernels.dispatch.layers import can_bypass_dispatcher
 from tilewright.kernels.dispatch.repeats import Repeats
-from tilewright.kernels.dispatch.router import when_forgotten
+from tilewright.kernels.dispatch.router import on_invalidate
 
 NAMESPACE = "tilewright"
 #: Calls of one operator, by shapes and dtypes, whose implementation is remembered.
@@ -58,26 +58,26 @@ def define(operator: Operator) -> None:
     def bind(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {**defaults, **dict(zip(positional, args, strict=False)), **kwargs}
 
-    served: dict[tuple[Any, ...], Callable[..., Any]] = {}
-    when_forgotten(served.clear)
+    dispatched: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    on_invalidate(dispatched.clear)
     residual = positional.index("residual") if "residual" in positional else len(positional)
     repeats = None if operator.prepare is None else Repeats(residual, operator.prepare, bind)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if repeats is not None and args[0].is_cpu and (call := repeats.find(args, kwargs)) is not None:
             return call(args[0], args[residual] if len(args) > residual else None)
-        return serve(args, kwargs)
+        return resolve(args, kwargs)
 
-    def serve(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def resolve(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         arguments = bind(args, kwargs)
         # Checking and routing look at nothing but what is in the key: they cost more than a small product.
-        key = (*map(_looks, args), *[(name, _looks(value)) for name, value in kwargs.items()])
-        function = served.get(key)
+        key = (*map(_signature, args), *[(name, _signature(value)) for name, value in kwargs.items()])
+        function = dispatched.get(key)
         if function is None:
             function = operator.implementation(name, arguments)
-            if len(served) >= _REMEMBERED:
-                served.clear()
-            served[key] = function
+            if len(dispatched) >= _REMEMBERED:
+                dispatched.clear()
+            dispatched[key] = function
         return function(**arguments)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
@@ -98,7 +98,7 @@ def define(operator: Operator) -> None:
     def before_autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         # In compiled graphs the way through autograd costs as much as a small product. Modes and subclasses want to see
         # the operator, though, and everything below this kernel.
-        if unwatched(args[0]):
+        if can_bypass_dispatcher(args[0]):
             given = args[residual] if len(args) > residual else None
             if given is None or type(given) is torch.Tensor:
                 call = repeats.find(args, kwargs)
@@ -120,7 +120,7 @@ def _autograd_kernel(
     return make_autograd_impl(overload, Info(backward, setup_context))
 
 
-def _looks(value: Any) -> Any:
+def _signature(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype, value.device
     return tuple(value) if isinstance(value, list) else value
@@ -161,12 +161,12 @@ def _register_autograd(
         if operator.gradients is None or not operator.differentiable:
             raise RuntimeError(f"{NAMESPACE}::{operator.name} is for inference: it has no gradient")
         arguments = {**ctx.others, **dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True))}
-        wanted = frozenset(
+        required = frozenset(
             name
             for name, needed in zip(positional, ctx.needs_input_grad, strict=False)
             if needed and name in operator.differentiable
         )
-        found = operator.gradients(grads[0], arguments, wanted)
+        found = operator.gradients(grads[0], arguments, required)
         return tuple(found.get(name) for name in positional)
 
     torch.library.register_autograd(overload, backward, setup_context=setup_context, lib=_library)

@@ -50,7 +50,7 @@ def packed(weight: torch.Tensor, layout: str, make: Callable[[], T], *others: to
     return value
 
 
-def forget(weight: torch.Tensor) -> None:
+def invalidate(weight: torch.Tensor) -> None:
     """Drop what was made from ``weight``, after a write that no version counter saw (inference tensors have none)."""
     for key in [key for key in list(_entries) if key[0] == weight.data_ptr()]:
         _entries.pop(key, None)

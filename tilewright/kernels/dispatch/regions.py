@@ -22,7 +22,7 @@ from tilewright.kernels.dispatch.operator import NAMESPACE
 
 
 @dataclass(frozen=True)
-class Region:
+class OpaqueRegion:
     """run: from the inputs to the one tensor that results. fake: the same for fake tensors, operator by operator. Both
     are methods of the owner.
     """
@@ -31,10 +31,10 @@ class Region:
     fake: weakref.WeakMethod[Callable[..., torch.Tensor]]
 
 
-_regions: weakref.WeakValueDictionary[str, Region] = weakref.WeakValueDictionary()
+_regions: weakref.WeakValueDictionary[str, OpaqueRegion] = weakref.WeakValueDictionary()
 
 
-def add(region: Region) -> str:
+def add(region: OpaqueRegion) -> str:
     """The name under which ``torch.ops.tilewright.region`` finds ``region``, which the caller keeps alive."""
     name = uuid.uuid4().hex
     _regions[name] = region

@@ -26,7 +26,7 @@ class _Known:
     """What is known of the calls with one weight. others: the arguments but x and the residual."""
 
     def __init__(self, others: Sequence[Any], named: Mapping[str, Any]):
-        self.age = router.age()
+        self.generation = router.generation()
         self.tensors = [
             (i, weakref.ref(each), each._version, each.data_ptr())
             for i, each in enumerate(others)
@@ -39,7 +39,11 @@ class _Known:
 
     def holds(self, others: Sequence[Any], named: Mapping[str, Any]) -> bool:
         """Whether ``others`` and ``named`` are the arguments this is known of, and unwritten."""
-        if self.age != router.age() or len(others) != len(self.tensors) + len(self.values) or self.named != named:
+        if (
+            self.generation != router.generation()
+            or len(others) != len(self.tensors) + len(self.values)
+            or self.named != named
+        ):
             return False
         for i, ref, version, address in self.tensors:
             tensor, known = others[i], ref()

@@ -93,7 +93,7 @@ def register(implementation: Implementation, before: str | None = None) -> None:
             f"operator {implementation.op!r} has no implementation called {before!r}, only {', '.join(names)}"
         )
     known.insert(len(known) if before is None else names.index(before), implementation)
-    forget()
+    invalidate()
 
 
 def unregister(op: str, name: str) -> None:
@@ -102,7 +102,7 @@ def unregister(op: str, name: str) -> None:
     if len(kept) == len(_registered.get(op, [])):
         raise ValueError(f"operator {op!r} has no implementation called {name!r}")
     _registered[op] = kept
-    forget()
+    invalidate()
 
 
 def implementations(op: str) -> tuple[Implementation, ...]:
@@ -116,14 +116,14 @@ def route(problem: Problem) -> Decision:
     return _decide(problem, None if _measured is None else _measured(problem))
 
 
-def in_words(problem: Problem) -> str:
+def describe(problem: Problem) -> str:
     """The name of what serves ``problem``, and of what that hands it on to. Raises as ``route``."""
     implementation = route(problem).implementation
     inner = None if implementation.handed_on is None else implementation.handed_on(problem)
-    return implementation.name if inner is None else f"{implementation.name}: {in_words(inner)}"
+    return implementation.name if inner is None else f"{implementation.name}: {describe(inner)}"
 
 
-def usual(problem: Problem) -> Decision:
+def default_decision(problem: Problem) -> Decision:
     """What ``route`` says where nothing was timed and the user fixed nothing: the choice to beat."""
     return _decide(problem, None)
 
@@ -134,7 +134,7 @@ def _decide(problem: Problem, measured: str | None) -> Decision:
         faster: tuple[str, str] | None = (measured, f"{measured} was chosen, by timing it here or by the user")
     else:
         faster = None if _faster is None else _faster(problem)
-    if faster is not None and not _takes(faster[0], problem):
+    if faster is not None and not _supports(faster[0], problem):
         faster = None
     for implementation in _registered.get(problem.op, ()):
         reason = implementation.why_not(problem)
@@ -147,24 +147,24 @@ def _decide(problem: Problem, measured: str | None) -> Decision:
     raise NotImplementedError(f"no implementation of {problem.op} takes {problem}: {reasons}")
 
 
-def _takes(name: str, problem: Problem) -> bool:
+def _supports(name: str, problem: Problem) -> bool:
     return any(other.name == name and other.why_not(problem) is None for other in implementations(problem.op))
 
 
 _faster: Callable[[Problem], tuple[str, str] | None] | None = None
 
 
-def prefer_by(faster: Callable[[Problem], tuple[str, str] | None]) -> None:
+def set_preference(faster: Callable[[Problem], tuple[str, str] | None]) -> None:
     """Have ``route`` pass over all others for the implementation that ``faster`` names, with the words that it gives
     for it, where that takes the problem; it returns None where the order of registration stands.
     """
     global _faster
     _faster = faster
-    forget()
+    invalidate()
 
 
 @functools.lru_cache(maxsize=8192)
-def serve(
+def resolve(
     op: str, m: int, n: int, k: int, x_dtype: torch.dtype, device: torch.device, **facts: Any
 ) -> Callable[..., Any]:
     """The function that serves a call on ``device``; ``facts`` are further fields of ``Problem``. Remembered, for
@@ -177,11 +177,11 @@ _notes: list[Problem] | None = None
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[list[Problem]]:
+def record_problems() -> Iterator[list[Problem]]:
     """Inside, in every thread, each problem that a call poses is added to the list: once, and before it is served."""
     global _notes
     before, _notes = _notes, []
-    forget()
+    invalidate()
     try:
         yield _notes
     finally:
@@ -201,38 +201,38 @@ _measured: Callable[[Problem], str | None] | None = None
 _before_call: Callable[[Problem], None] | None = None
 
 
-def measure_with(measured: Callable[[Problem], str | None], before_call: Callable[[Problem], None]) -> None:
+def set_tuned_choices(measured: Callable[[Problem], str | None], before_call: Callable[[Problem], None]) -> None:
     """Have ``route`` prefer the implementation that ``measured`` names for a problem, if it takes it; ``before_call``
     is run for each problem that is served for the first time.
     """
     global _measured, _before_call
     _measured, _before_call = measured, before_call
-    forget()
+    invalidate()
 
 
-_age = 0
+_generation = 0
 
 
-def age() -> int:
-    """How often ``forget`` was called: a decision that was remembered at another age may be another now."""
-    return _age
+def generation() -> int:
+    """How often ``invalidate`` was called: a decision that was remembered at another age may be another now."""
+    return _generation
 
 
-_when_forgotten: list[Callable[[], None]] = []
+_on_invalidate: list[Callable[[], None]] = []
 
 
-def when_forgotten(clear: Callable[[], None]) -> None:
+def on_invalidate(clear: Callable[[], None]) -> None:
     """Have ``clear`` called whenever what is registered changes: for those who remember what ``route`` said."""
-    _when_forgotten.append(clear)
+    _on_invalidate.append(clear)
 
 
-def forget() -> None:
+def invalidate() -> None:
     """Ask every implementation anew: what can be used, or in which order, has changed."""
-    global _age
-    _age += 1
+    global _generation
+    _generation += 1
     route.cache_clear()
-    serve.cache_clear()
-    for clear in _when_forgotten:
+    resolve.cache_clear()
+    for clear in _on_invalidate:
         clear()
 
 

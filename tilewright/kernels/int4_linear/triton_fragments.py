@@ -51,7 +51,7 @@ from tilewright.kernels.int4_linear.triton_mma import (
     offset_pair,
     scale_of,
 )
-from tilewright.kernels.sparse24_linear.triton_mma_sp import apart
+from tilewright.kernels.sparse24_linear.triton_mma_sp import split_registers
 from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton.split_k import choose_split
 from tilewright.kernels.triton.tiles import TRITON_DTYPES, finish_arguments, plan_sum_parts, rows_of
@@ -103,9 +103,9 @@ class FragmentConfig:
         """
         multiprocessors, tiles = problem.multiprocessors or 132, triton.cdiv(problem.n, TILE_N)
         steps = step_count(problem.k, problem.group_size or problem.k)
-        wanted = min(WARPS * multiprocessors // max(tiles, 1), steps // FEWEST_STEPS, MOST_WARPS_PER_TILE)
+        required = min(WARPS * multiprocessors // max(tiles, 1), steps // FEWEST_STEPS, MOST_WARPS_PER_TILE)
         warps_per_tile = 1
-        while warps_per_tile * 2 <= wanted:
+        while warps_per_tile * 2 <= required:
             warps_per_tile *= 2
         config = cls(max(warps_per_tile, 2), warps_per_tile)
         programs = triton.cdiv(problem.n, config.block_n)
@@ -235,7 +235,7 @@ def int4_fragment_kernel(
         p0, p1, p2, p3 = none, none, none, none
         for i in tl.static_range(UNITS):
             unit = tl.minimum(step, last - 1) * UNITS + i
-            r0, r1, r2, r3 = apart(w0 if i == 0 else w1)
+            r0, r1, r2, r3 = split_registers(w0 if i == 0 else w1)
             b0, b1, b2, b3, b4, b5, b6, b7 = load_x(x_row, unit)
             for j in tl.static_range(4):
                 r = r0 if j == 0 else (r1 if j == 1 else (r2 if j == 2 else r3))

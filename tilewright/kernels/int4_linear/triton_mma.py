@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tilewright.kernels.int4_linear.fragments import TILE_N, UNIT
-from tilewright.kernels.sparse24_linear.triton_mma_sp import apart
+from tilewright.kernels.sparse24_linear.triton_mma_sp import split_registers
 
 WHOLE_ROW = tl.constexpr(0)  # value of STEPS_PER_GROUP when one group is the whole row
 _TILE_N = tl.constexpr(TILE_N)
@@ -98,6 +98,6 @@ def load_step(words, groups, step, UNITS: tl.constexpr, STEPS_PER_GROUP: tl.cons
 def load_x(x_row, unit):
     """A thread's 16 columns of a unit, from the row that it points to: eight registers of operand B."""
     place = x_row[:, None] + (unit * (_UNIT // 2))[:, None] + tl.arange(0, 4)[None, :]
-    b0, b1, b2, b3 = apart(tl.load(place))
-    b4, b5, b6, b7 = apart(tl.load(place + 4))
+    b0, b1, b2, b3 = split_registers(tl.load(place))
+    b4, b5, b6, b7 = split_registers(tl.load(place + 4))
     return b0, b1, b2, b3, b4, b5, b6, b7

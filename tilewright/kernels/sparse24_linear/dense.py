@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.dispatch.router import route_call, serve
+from tilewright.kernels.dispatch.router import resolve, route_call
 from tilewright.kernels.epilogue import finish, finish_rows
 from tilewright.kernels.formats import sparse24
 from tilewright.kernels.int4_linear.dequantize import wide_product
@@ -244,4 +244,4 @@ def sparse24_int4_linear(
 
 
 def _server(op: str, x: torch.Tensor, n: int, **facts: Any) -> Callable[..., torch.Tensor]:
-    return serve(op, math.prod(x.shape[:-1]), n, x.shape[-1], x.dtype, x.device, **facts)
+    return resolve(op, math.prod(x.shape[:-1]), n, x.shape[-1], x.dtype, x.device, **facts)

@@ -42,10 +42,10 @@ from tilewright.kernels.sparse24_linear.fragments import (
     unit_count,
 )
 from tilewright.kernels.sparse24_linear.triton_mma_sp import (
-    apart,
     load_unit,
     multiply_step,
     poison,
+    split_registers,
     watch,
     x_registers,
 )
@@ -220,7 +220,7 @@ def sparse24_fragment_kernel(
         for step in tl.static_range(STEPS):
             registers = r0 if step == 0 else (r1 if step == 1 else (r2 if step == 2 else r3))
             places = m0 if step * 2 < STEPS else m1
-            a0, a1, a2, a3 = apart(registers)
+            a0, a1, a2, a3 = split_registers(registers)
             b0, b1, b2, b3 = x_registers(x_row, unit, lane4, step, IS_INT8)
             s0, s1, s2, s3 = multiply_step(a0, a1, a2, a3, b0, b1, b2, b3, places, s0, s1, s2, s3, step, DTYPE)
             if not IS_INT8:

@@ -36,7 +36,7 @@ _BF16_TIMES_0 = tl.constexpr("{ .reg .b32 none; mov.b32 none, 0; fma.rn.bf16x2 $
 
 
 @triton.jit
-def apart(registers):
+def split_registers(registers):
     """[threads, 4] as four vectors [threads]; thread i keeps element i of each."""
     even, odd = tl.split(tl.reshape(registers, (registers.shape[0], 2, 2)))
     r0, r2 = tl.split(even)
@@ -106,7 +106,7 @@ def x_registers(x_row, unit, lane4, STEP: tl.constexpr, IS_INT8: tl.constexpr):
     """Operand B of one step: four words of the row that each thread points to."""
     if IS_INT8:
         words = x_row[:, None] + unit * (_UNIT // 4) + STEP * 16 + lane4[:, None] * 4 + tl.arange(0, 4)[None, :]
-        return apart(tl.load(words))
+        return split_registers(tl.load(words))
     else:
         words = x_row + unit * (_UNIT // 2) + STEP * 16 + lane4
         return tl.load(words), tl.load(words + 4), tl.load(words + 8), tl.load(words + 12)
