@@ -192,7 +192,7 @@ def test_the_problem_is_the_one_that_forward_poses(layer: Layer, monkeypatch: py
     from tilewright.kernels.dispatch import router
 
     real = ops.resolve
-    monkeypatch.setattr(ops, "serve", spy)
+    monkeypatch.setattr(ops, "resolve", spy)
     router.invalidate()  # what was asked before is remembered
     module(torch.randn(7, K))
     ((op, m, n, k, x_dtype, facts),) = asked

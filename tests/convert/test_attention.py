@@ -93,7 +93,7 @@ def test_a_model_that_asks_for_the_name_is_left_alone():
 
 
 def test_nothing_converted_leaves_it_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(timing.Times, "lost", True)
+    monkeypatch.setattr(timing.Times, "slower", True)
     model = convert_model(bert(), "int8", example_inputs=[INPUTS], keep_if_faster=True)
     assert not report(model).converted
     assert named(model) == "sdpa"

@@ -326,7 +326,7 @@ def test_logging_not_printing(caplog: pytest.LogCaptureFixture, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("progress, shown", [(None, False), (False, False), (True, True)])
+@pytest.mark.parametrize("progress, displayed", [(None, False), (False, False), (True, True)])
 def test_progress(progress: bool | None, displayed: bool, capfd: pytest.CaptureFixture[str]) -> None:
     convert_model(nn.Sequential(*(nn.Linear(32, 32) for _ in range(30))), "int8", progress=progress)
     written = capfd.readouterr()

@@ -153,7 +153,7 @@ def test_gradients_are_those_of_pytorch(activation: str) -> None:
         torch.testing.assert_close(ours[name].grad.double(), theirs[name].grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
+@pytest.mark.parametrize("required", ["x", "weight", "bias", "residual"])
 @pytest.mark.parametrize("changes", [{}, {"batch": 0}, {"dtype": torch.bfloat16}], ids=["plain", "empty", "bfloat16"])
 def test_only_the_gradient_asked_for(required: str, changes: dict[str, Any]) -> None:
     arguments = arguments_of("conv2d_fused", activation="relu6", **changes)

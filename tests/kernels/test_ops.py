@@ -178,7 +178,7 @@ def test_gradients_have_the_dtype_of_their_inputs(op: str, dtype: torch.dtype) -
         assert torch.isfinite(arguments[name].grad).all()
 
 
-@pytest.mark.parametrize("wanted", ["x", "bias", "residual"])
+@pytest.mark.parametrize("required", ["x", "bias", "residual"])
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_only_the_gradient_asked_for(op: str, required: str) -> None:
     arguments = arguments_of(op, residual=True, activation="relu")

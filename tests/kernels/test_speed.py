@@ -84,7 +84,7 @@ def test_int8_is_faster_than_float32(linear: nn.Linear, int8: QuantizedLinear, m
 
 
 @pytest.mark.skipif(why_no_int4pack() is not None, reason=f"no fast int4 path here: {why_no_int4pack()}")
-@pytest.mark.parametrize("m, wanted", [(1, 8.0), (16, 1.5), (128, 1.5), (512, 1.5)])
+@pytest.mark.parametrize("m, required", [(1, 8.0), (16, 1.5), (128, 1.5), (512, 1.5)])
 def test_int4_is_faster_than_float32(linear: nn.Linear, int4: QuantizedLinear, m: int, required: float) -> None:
     if native.isa() == "avx2":
         required = INT4_WITH_AVX2[m]
