@@ -298,3 +298,16 @@ def test_importance_that_makes_no_sense(importance: torch.Tensor, words: str) ->
     for quantize in (int8.quantize, int4.quantize):
         with pytest.raises(ValueError, match=words):
             quantize(torch.ones(4, 2), range_search="mse", importance=importance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", [0, 37, 1000])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, value: float, at: int) -> None:
+    values = torch.randn(7, 143).to(dtype)
+    assert ranges.all_finite(values)
+    assert ranges.all_finite(torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype))
+    assert ranges.all_finite(values[:0])
+    values.view(-1)[at] = value
+    assert not ranges.all_finite(values)
+    assert not ranges.all_finite(values.t())

@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import nn
 
+from tilewright.kernels.formats.ranges import all_finite
 from tilewright.nn import ConvLayer, QuantizedLinear
 
 #: Base classes of what a conversion puts in place of a layer.
@@ -132,7 +133,7 @@ def why_not_weight(weight: torch.Tensor) -> str | None:
         return "its weight is on the meta device and has no values"
     if not weight.numel():
         return "its weight is empty"
-    if not torch.isfinite(weight.detach()).all():
+    if not all_finite(weight.detach()):
         return "its weight holds NaN or Inf"
     return None
 

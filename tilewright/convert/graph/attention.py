@@ -9,9 +9,10 @@ model whose code asks whether the name is "sdpa", a GPU, training.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,12 +99,16 @@ def use(model: nn.Module) -> list[str]:
     """Have the attention of ``model`` computed by ours where it may be; returns the names of its attention modules."""
     if not _register():
         return []
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        owners.setdefault(id(vars(module).get("config")), []).append(module)
+    asks = functools.cache(_asks_for_the_name)
     names = []
     for name, module in model.named_modules():
         config = vars(module).get("config")
         if "Attention" not in type(module).__name__ or getattr(config, _FIELD, None) not in (REPLACED, NAME):
             continue
-        if not any(map(_asks_for_the_name, _owners(model, config))):
+        if not any(asks(type(owner).__module__) for owner in owners[id(config)]):
             setattr(config, _FIELD, _Name(NAME))
             names.append(name)
     return names
@@ -117,14 +122,10 @@ def restore(model: nn.Module) -> None:
             setattr(config, _FIELD, REPLACED)
 
 
-def _owners(model: nn.Module, config: object) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if vars(module).get("config") is config)
-
-
-def _asks_for_the_name(module: nn.Module) -> bool:
-    """Whether the source of the module's class has the name in it: then the code may do something else for others."""
+def _asks_for_the_name(module: str) -> bool:
+    """Whether the source of the Python module has the name in it: then the code may do something else for others."""
     try:
-        source = inspect.getsource(sys.modules[type(module).__module__])
+        source = inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
         return True
     return f'"{REPLACED}"' in source or f"'{REPLACED}'" in source

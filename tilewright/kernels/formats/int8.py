@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tilewright.kernels.formats.ranges import row_blocks, search_shrinkage
+from tilewright.kernels.formats.ranges import all_finite, row_blocks, search_shrinkage
 
 
 def _round(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -44,6 +44,8 @@ def quantize(
     check_weight(weight)
     importance = check_importance(importance, weight)
     blocks = [_quantize_rows(block, range_search, importance) for block in row_blocks(weight.detach())]
+    if len(blocks) == 1:
+        return blocks[0]
     q, scale = zip(*blocks, strict=True)
     return torch.cat(q), torch.cat(scale)
 
@@ -62,7 +64,7 @@ def check_weight(weight: torch.Tensor) -> None:
         raise ValueError(f"a weight to quantise must be a matrix [N, K], not of shape {tuple(weight.shape)}")
     if weight.is_meta:
         raise ValueError("a weight to quantise must hold data, but is on the meta device")
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ValueError("a weight to quantise must be finite, but holds NaN or Inf")
 
 

