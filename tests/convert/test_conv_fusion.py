@@ -101,7 +101,7 @@ def test_module_forms(activation: nn.Module, name: str) -> None:
     fused = tw.convert_model(model, "fuse")
     agree(model, fused, image())
     assert [f"'{name}'" in given for given in runs(fused)] == [True, False]
-    assert tw.report(fused).layers[0].scheme == f"Fuse + batch-norm + {name}"
+    assert tw.report(fused).layers[0].scheme == f"fuse + batch-norm + {name}"
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_model_is_read_as_the_calibration_data_calls_it(tmp_path: Path) -> Non
     assert isinstance(vars(converted.encoder)["forward"], Program)
     assert list(tw.report(converted).untraced) == [""] and "called with another y" in str(tw.report(converted))
     schemes = {layer.name: layer.scheme for layer in tw.report(converted).converted}
-    assert schemes == {"encoder.0.0": "Int8Static + batch-norm + relu", "encoder.2.0": "Int8Static + batch-norm"}
+    assert schemes == {"encoder.0.0": "w8a8-static + batch-norm + relu", "encoder.2.0": "w8a8-static + batch-norm"}
     for arguments in (given, given[:1]):
         expected = model(*arguments)
         assert (converted(*arguments) - expected).norm() < 0.05 * expected.norm()

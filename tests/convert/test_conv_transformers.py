@@ -108,7 +108,7 @@ def test_int8_is_close(model: nn.Module) -> None:
     assert sqnr(converted(given).logits, model(given).logits) > 20
     for layer in tw.report(converted).layers:
         assert layer.scheme or "head" in layer.reason, layer.name
-        if layer.scheme.startswith("Fuse"):
+        if layer.scheme.startswith("fuse"):
             assert "pooled image of one pixel" in layer.reason
 
 

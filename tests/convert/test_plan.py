@@ -209,11 +209,7 @@ def test_converted_layers_are_not_converted_again() -> None:
         convert_model(convert_model(once, "int8"), "int4-g32")
     twice = convert_model(once, "int4-g32")
     assert [type(module).__name__ for module in twice.children()] == ["Int8Linear", "Int4Linear", "Int4Linear"]
-    assert [layer.scheme.split(":")[0] for layer in report(twice).layers] == [
-        "Int8Dynamic",
-        "Int4WeightOnly",
-        "Int4WeightOnly",
-    ]
+    assert [layer.scheme.split(":")[0] for layer in report(twice).layers] == ["w8a8", "w4a16", "w4a16"]
     assert all(layer.weight_error is not None for layer in report(twice).layers)
 
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import torch
 from torch import nn
 
-from tilewright.convert.recipes import PRESETS, Recipe, Rule, matches, names_explicitly
-from tilewright.convert.schemes.base import Int4WeightOnly, Int8Dynamic
+from tilewright.convert import convert_model, report
+from tilewright.convert.checkpoint.native import MODULES
+from tilewright.convert.recipes import ALIASES, PRESETS, Recipe, Rule, matches, names_explicitly
+from tilewright.convert.schemes.base import Int4WeightOnly, Int8Dynamic, registered_schemes
 from tilewright.convert.schemes.convolution import Int8Static
 
 
@@ -73,10 +77,35 @@ def test_every_preset_is_a_recipe(name: str) -> None:
     assert Recipe.from_json(Recipe.of(name).to_json()) == Recipe.of(name)
 
 
+def test_every_format_has_one_stem() -> None:
+    for kind in registered_schemes().values():
+        assert kind.stem() in PRESETS or not kind.__module__.startswith("tilewright."), kind
+    for kind in MODULES.values():
+        assert kind.scheme_name in PRESETS, kind
+    for name, scheme in PRESETS.items():
+        assert ALIASES.get(name, name).startswith(scheme.stem()) and scheme.stem() in PRESETS
+    assert not set(ALIASES) & set(ALIASES.values())
+
+
+@pytest.mark.parametrize("alias, name", ALIASES.items())
+def test_an_alias_is_the_same_recipe(alias: str, name: str) -> None:
+    assert Recipe.of(alias) == Recipe.of(name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_report_of_a_conversion_says_the_stem(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64))
+    data = [torch.randn(2, 16, 4, 4) for _ in range(2)]
+    stems = {rule.scheme.stem() for rule in Recipe.of(name).rules if rule.scheme}
+    reported = report(convert_model(model, name, calibration_data=data, heads=True)).converted
+    assert {re.split("[: ]", layer.scheme)[0] for layer in reported} & stems
+    assert {re.split("[: ]", layer.scheme)[0] for layer in reported} <= stems | {"fuse"}
+
+
 @pytest.mark.parametrize(
     "recipe, error, message",
     [
-        ("in8", ValueError, "preset 'in8' is unknown, did you mean 'int8'.*known: int8, int8-weight-only"),
+        ("in8", ValueError, "preset 'in8' is unknown, did you mean 'int8'.*known: w8a8, w8a8-static"),
         ({"*": "int5"}, ValueError, "preset 'int5' is unknown"),
         ({}, ValueError, "at least one rule"),
         ({"re:(": "int8"}, ValueError, "'re:\\(' is no regular expression"),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tilewright.convert import convert_model, report, revert_model
+from tilewright.convert.record import ATTRIBUTE
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.router import Implementation
 
@@ -45,7 +46,7 @@ def test_totals_and_layers() -> None:
         "model_ratio": (after + rest) / (before + rest),
     }
     layer, head = made.layers
-    assert (layer.name, layer.kind, layer.scheme) == (NAME, "Int8Linear", "Int8Dynamic")
+    assert (layer.name, layer.kind, layer.scheme) == (NAME, "Int8Linear", "w8a8")
     assert 0 < layer.weight_error < 0.01 and layer.output_error is None
     assert (head.name, head.kind, head.scheme) == ("head", "Linear", "")
     assert "output head" in head.reason
@@ -77,7 +78,7 @@ def test_markdown() -> None:
     text = report(convert_model(model(), "int8"), torch.randn(4, 64), model()).to_markdown()
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == "| layer | scheme | M=1 | M=256 | before | after | weight err. | output err. |"
-    assert rows[2].startswith(f"| {NAME} | Int8Dynamic | ")
+    assert rows[2].startswith(f"| {NAME} | w8a8 | ")
     assert all(row.count("|") == 9 for row in rows[:3]) and all(row.count("|") == 4 for row in rows[3:])
 
 
@@ -135,9 +136,16 @@ def test_models_that_were_not_converted() -> None:
 def test_a_part_of_a_model_and_a_model_made_of_parts() -> None:
     converted = convert_model(model(), "int8")
     part = report(converted.a_block_with_quite_a_long_name)
-    assert [(layer.name, layer.scheme) for layer in part.converted] == [("0.projection", "int8")]
+    assert [(layer.name, layer.scheme) for layer in part.converted] == [("0.projection", "w8a8")]
     assert part.converted[0].bytes_before == 4 * (64 * 64 + 64)
     whole = report(nn.ModuleDict({"left": converted, "right": convert_model(model(), "int4-g32")}))
     assert [layer.name for layer in whole.converted] == [f"left.{NAME}", f"right.{NAME}"]
     assert all(layer.weight_error for layer in whole.converted)
     assert "output head" in whole.skipped[0].reason
+
+
+def test_a_record_of_before_says_the_stem_too() -> None:
+    converted = convert_model(model(), "int4-g32")
+    (made,) = vars(converted)[ATTRIBUTE].layers.values()
+    made.label = "Int4WeightOnly: group_size=32 + relu"  # as checkpoints had it
+    assert report(converted).converted[0].scheme == "w4a16: group_size=32 + relu"

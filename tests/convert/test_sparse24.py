@@ -113,7 +113,7 @@ def test_prunings_stand_in_the_order_of_what_they_know() -> None:
 
 
 def test_a_pruning_that_reads_inputs_needs_them() -> None:
-    with pytest.raises(ValueError, match="Sparse24: pruning=wanda, the scheme of '0', needs calibration_data"):
+    with pytest.raises(ValueError, match="sparse24-w16a16: pruning=wanda, the scheme of '0', needs calibration_data"):
         tw.convert_model(network(), tw.Sparse24(pruning="wanda"))
 
 

@@ -114,7 +114,7 @@ def _rule_for(module: nn.Module, names: list[str], recipe: Recipe) -> Rule | str
         if any(matches(rule.pattern, name, module) for name in names):
             if rule.scheme is None or rule.scheme.supports(module):
                 return rule
-            passed_over = f"{type(rule.scheme).__name__} takes {rule.scheme.about}, not {type(module).__name__}"
+            passed_over = f"{rule.scheme.stem()} takes {rule.scheme.about}, not {type(module).__name__}"
     return passed_over or "no rule of the recipe matches it"
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from tilewright.convert.calibrate import rows as calibrate
 from tilewright.convert.converter import tensor_bytes
 from tilewright.convert.plan import layers_of
-from tilewright.convert.record import Record, original_of, record_of
+from tilewright.convert.record import LayerRecord, Record, original_of, record_of
+from tilewright.convert.schemes.base import registered_schemes
 from tilewright.convert.text import display_name, listed, size
 from tilewright.kernels.dispatch.router import Decision, describe, route
 from tilewright.nn import ConvLayer, QuantizedLinear
@@ -285,7 +286,7 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
         name,
         kind,
         device,
-        made.label,
+        _label(made),
         implementations,
         declined,
         made.bytes_before,
@@ -297,6 +298,12 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
         made.microseconds_before,
         made.microseconds_after,
     )
+
+
+def _label(made: LayerRecord) -> str:
+    """What was done. Older checkpoints say the class of the scheme in place of the stem of its format."""
+    kind = registered_schemes().get(str(made.scheme.get("scheme")))
+    return made.label.replace(kind.__name__, kind.stem(), 1) if kind else made.label
 
 
 def _decision(module: QuantizedLinear | ConvLayer, m: int) -> Decision | str:

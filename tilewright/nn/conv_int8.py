@@ -35,7 +35,7 @@ class Int8ConvBnAct2d(ConvLayer):
     int8: see ``quantize_per_tensor``.
     """
 
-    scheme_name = "int8-static"
+    scheme_name = "w8a8-static"
     op_name = "int8_conv2d_fused"
     _integer_buffers = ("weight",)
     _accepts_int8 = True

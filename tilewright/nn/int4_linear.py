@@ -92,7 +92,7 @@ class Int4Linear(_Int4Weight):
     """
 
     _operands = ("weight_packed", "weight_scale", "weight_zero")
-    scheme_name = "int4"
+    scheme_name = "w4a16"
     op_name = "int4_linear"
 
     def __init__(
@@ -177,7 +177,7 @@ class Int8ActInt4WeightLinear(_Int4Weight):
 
     channel_scale: torch.Tensor | None
     _operands = ("weight_packed", "weight_scale", "weight_zero", "channel_scale")
-    scheme_name = "int8-activation-int4-weight"
+    scheme_name = "w4a8"
     op_name = "int4_int8_linear"
 
     def __init__(

@@ -43,7 +43,7 @@ class Int8Linear(_Int8Weight):
 
     channel_scale: torch.Tensor | None
     _operands = ("weight", "weight_scale", "channel_scale")
-    scheme_name = "int8"
+    scheme_name = "w8a8"
     op_name = "int8_linear"
 
     def __init__(
@@ -101,7 +101,7 @@ class Int8WeightOnlyLinear(_Int8Weight):
     """
 
     _operands = ("weight", "weight_scale")
-    scheme_name = "int8-weight-only"
+    scheme_name = "w8a16"
     op_name = "int8_weight_only_linear"
 
     def __init__(

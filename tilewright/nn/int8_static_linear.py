@@ -28,7 +28,7 @@ class Int8StaticLinear(_Int8Weight):
     passes the rounding as if that were not there.
     """
 
-    scheme_name = "int8-static-linear"
+    scheme_name = "w8a8-static"
     op_name = "int8_linear_quantized"
     _scale_buffers = ("weight_scale", "input_scale")
     input_scale: torch.Tensor

@@ -59,7 +59,7 @@ class Sparse24Linear(_Sparse24Weight):
     _integer_buffers = ("weight_meta",)
     _scale_buffers = ("weight_values",)
     _operands = ("weight_values", "weight_meta")
-    scheme_name = "sparse24"
+    scheme_name = "sparse24-w16a16"
     op_name = "sparse24_linear"
 
     def __init__(
@@ -153,7 +153,7 @@ class Sparse24Int8Linear(_Sparse24Weight):
 
     channel_scale: torch.Tensor | None
     _operands = ("weight_values", "weight_meta", "weight_scale", "channel_scale")
-    scheme_name = "sparse24-int8"
+    scheme_name = "sparse24-w8a8"
     op_name = "sparse24_int8_linear"
 
     def __init__(
@@ -232,7 +232,7 @@ class Sparse24Int4Linear(_Sparse24Weight):
     _integer_buffers = ("weight_values", "weight_meta", "weight_zero")
     weight_zero: torch.Tensor | None
     _operands = ("weight_values", "weight_meta", "weight_scale", "weight_zero")
-    scheme_name = "sparse24-int4"
+    scheme_name = "sparse24-w4a16"
     op_name = "sparse24_int4_linear"
 
     def __init__(

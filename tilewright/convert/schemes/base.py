@@ -38,10 +38,12 @@ class Scheme(ABC):
 
     version: of the JSON form; it grows when a field changes its meaning. about: the layers it takes, in words.
     lossless: a converted layer computes the same but for rounding in float, so heads and adapters are converted too.
+    module: the class that it makes, if there is just one.
     """
 
     version: ClassVar[int] = 1
     about: ClassVar[str]
+    module: ClassVar[Any] = None
     lossless: ClassVar[bool] = False
 
     @property
@@ -80,6 +82,11 @@ class Scheme(ABC):
         """||W' - W|| / ||W|| of the dequantised weight W', where that makes sense."""
         return None
 
+    @classmethod
+    def stem(cls) -> str:
+        """What tables and presets call the format: ``scheme_name`` of the module that it makes."""
+        return getattr(cls.module, "scheme_name", cls.__name__)
+
     def to_json(self) -> dict[str, Any]:
         """The scheme as JSON-able dict: its name, version and options."""
         return {"scheme": type(self).__name__, "version": self.version, **dataclasses.asdict(self)}
@@ -88,7 +95,7 @@ class Scheme(ABC):
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         changed = {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
         options = ", ".join(f"{name}={value}" for name, value in changed.items())
-        return f"{type(self).__name__}: {options}" if options else type(self).__name__
+        return f"{self.stem()}: {options}" if options else self.stem()
 
 
 SchemeClass = TypeVar("SchemeClass", bound=type[Scheme])
@@ -138,7 +145,6 @@ class _LinearScheme(Scheme):
     range_search: str = "minmax"
 
     about: ClassVar[str] = "linear layers (nn.Linear, transformers' Conv1D)"
-    module: ClassVar[Any]  # a subclass of QuantizedLinear
 
     def __post_init__(self) -> None:
         check_range_search(self.range_search)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -57,6 +57,7 @@ class Fuse(ConvScheme):
 
     allow_tf32: bool = False
 
+    module: ClassVar[Any] = ConvBnAct2d
     lossless = True
 
     def build(self, module: nn.Module, **calibration: Any) -> nn.Module:
@@ -75,6 +76,8 @@ class Sparse24Conv(ConvScheme):
 
     pruning: str = "given"
     allow_tf32: bool = False
+
+    module: ClassVar[Any] = Sparse24ConvBnAct2d
 
     def __post_init__(self) -> None:
         if self.pruning not in ("given", "magnitude"):
@@ -112,6 +115,8 @@ class Int8Static(ConvScheme):
     percentile: float = 99.99
     range_search: str = "minmax"
     max_error: float | None = None
+
+    module: ClassVar[Any] = Int8ConvBnAct2d
 
     def __post_init__(self) -> None:
         check_observer(self.observer, self.percentile)
