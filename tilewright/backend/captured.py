@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from tilewright.backend.record import GraphReport
-from tilewright.convert.graph.patterns import addends
+from tilewright.convert.graph.chain import added_to
 from tilewright.kernels.dispatch.packed import version_of
 
 Make = Callable[..., Sequence[torch.Tensor]]
@@ -175,6 +175,13 @@ class Captured:
             return float(value)
         return None
 
+    def added(self, user: fx.Node, end: fx.Node) -> fx.Node | None:
+        """What ``user`` adds to ``end`` element by element, unless it writes the sum over something else."""
+        other = added_to(user, end)
+        if mutates(user) and user.args[0] is not end:
+            return None
+        return other if same_size(self.value(other), self.value(end)) else None
+
     # ---- changing it
     def prepare(
         self, name: str, sources: Sequence[fx.Node], make: Make, made: Sequence[torch.Tensor] | None = None
@@ -243,25 +250,16 @@ def mutates(node: fx.Node) -> bool:
     )
 
 
-def only_reader(node: fx.Node) -> fx.Node | None:
-    """The one node that reads ``node``, if it is one."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def residual_of(user: fx.Node, end: fx.Node) -> fx.Node | None:
-    """What ``user`` adds to ``end``; None if it adds nothing, ``end`` itself, or writes the sum over something else."""
-    pair = addends(user)
-    if pair is None or pair[0] is pair[1] or (mutates(user) and user.args[0] is not end):
-        return None
-    return pair[1] if pair[0] is end else pair[0]
-
-
 class Order:
     """Where nodes stand, and whether something is overwritten on the way from one to another."""
 
     def __init__(self, graph: fx.Graph):
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._writers = [(i, node) for node, i in self._position.items() if mutates(node)]
+
+    def may_move_to(self, start: fx.Node) -> Callable[[fx.Node, Sequence[fx.Node]], bool]:
+        """For ``chain.follow``: whether a node that ends a chain from ``start`` may be computed there."""
+        return lambda user, nodes: self.undisturbed(start, user, [*nodes, user])
 
     def undisturbed(self, start: fx.Node, end: fx.Node, chain: Sequence[fx.Node]) -> bool:
         """Whether no node but those of ``chain`` writes in place between ``start`` and ``end``."""

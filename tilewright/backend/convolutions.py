@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tilewright.backend.captured import Captured, Order, call_operator, only_reader, residual_of, same_size
-from tilewright.convert.graph.patterns import activation_of, argument, functionalize, is_identity
+from tilewright.backend.captured import Captured, Order, call_operator
+from tilewright.convert.graph.chain import Match, Part, activates, follow
+from tilewright.convert.graph.patterns import argument, functionalize
 from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
 from tilewright.convert.schemes.convolution import Fuse
@@ -138,57 +139,29 @@ class _Convolution:
     def fuse(self, name: str, order: Order) -> None:
         """Replace it and what follows it."""
         captured, graph = self.captured, self.captured.graph
-        chain, end, words = [self.node], self.node, ["conv"]
-        norm: fx.Node | None = None
-        residual: fx.Node | None = None
-        activation = ("none", 0.01)
-
-        def take(user: fx.Node, word: str) -> bool:
-            if not order.undisturbed(self.node, user, [*chain, user]):
-                return False
-            chain.append(user)
-            if word:
-                words.append(word)
-            return True
-
-        while activation[0] == "none" and (user := only_reader(end)) is not None:
-            other = residual_of(user, end)
-            if is_identity(user, {}) and user.args[0] is end:
-                taken = take(user, "")
-            elif norm is None and residual is None and self._is_norm(user, end):
-                taken = take(user, "batch-norm")
-                norm = user if taken else None
-            elif residual is None and other is not None:
-                taken = same_size(captured.value(other), captured.value(end)) and take(user, "add")
-                residual = other if taken else None
-            elif (found := activation_of(user, {})) is not None and user.args[0] is end:
-                taken = take(user, found[0])
-                activation = found if taken else activation
-            else:
-                break
-            if not taken:
-                break
-            end = user
-        weight, bias = self._prepared(name, norm)
+        parts: dict[Part, Match] = {
+            "norm": lambda user, end: user if self._is_norm(user, end) else None,
+            "residual": captured.added,
+            "activation": activates({}),
+        }
+        chain = follow(self.node, parts, {}, order.may_move_to(self.node))
+        weight, bias = self._prepared(name, chain.norm)
         stride, pads, dilation, groups = self._window(captured.weight(self.weight))  # type: ignore[arg-type]
         arguments = {
             "x": self.x,
             "weight": weight,
             "bias": bias,
-            "residual": residual,
+            "residual": chain.residual,
             "stride": stride,
             "padding": pads,
             "dilation": dilation,
             "groups": groups,
-            "activation": activation[0],
-            "negative_slope": activation[1],
+            "activation": chain.activation[0],
+            "negative_slope": chain.activation[1],
         }
-        with graph.inserting_before(end):
-            new = call_operator(graph, "conv2d_fused", arguments, like=end)
-        end.replace_all_uses_with(new)
-        for old in reversed(chain):
-            graph.erase_node(old)
-        captured.report.add("convolution", name, " + ".join(words))
+        with graph.inserting_before(chain.end):
+            chain.replace(call_operator(graph, "conv2d_fused", arguments, like=chain.end))
+        captured.report.add("convolution", name, " + ".join(("conv", *chain.words)))
 
     def _window(self, weight: torch.Tensor) -> tuple[Any, Any, Any, int]:
         """Stride, padding, dilation and groups."""

@@ -5,17 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tilewright.backend.captured import (
-    Captured,
-    Order,
-    bound,
-    call_operator,
-    only_reader,
-    operator_of,
-    residual_of,
-    same_size,
-)
-from tilewright.convert.graph.patterns import activation_of, is_identity
+from tilewright.backend.captured import Captured, Order, bound, call_operator, operator_of
+from tilewright.convert.graph.chain import Match, Part, activates, follow
 from tilewright.kernels.activation import ACTIVATIONS
 
 
@@ -40,42 +31,22 @@ def has_epilogue(node: fx.Node) -> bool:
 
 def _absorb(captured: Captured, node: fx.Node, order: Order) -> bool:
     arguments = bound(node)
-    end, chain, words = node, [node], []
-    while (user := only_reader(end)) is not None:
-        other = residual_of(user, end)
-        if is_identity(user, {}) and user.args[0] is end:
-            word = ""
-        elif arguments["activation"] == "none" and arguments["residual"] is None and _activation(user, end):
-            word = _activation(user, end) or ""
-        elif arguments["residual"] is None and other is not None:
-            if not same_size(captured.value(other), captured.value(end)):
-                break
-            word = "residual"
-        else:
-            break
-        if not order.undisturbed(node, user, [*chain, user]):
-            break
-        if word == "residual":
-            arguments["residual"] = other
-        elif word:
-            arguments["activation"] = word
-        words += [word] if word else []
-        chain.append(user)
-        end = user
-    if not words:
+    parts: dict[Part, Match] = {}
+    if arguments["residual"] is None:
+        if arguments["activation"] == "none":
+            parts["activation"] = activates({}, ACTIVATIONS)
+        parts["residual"] = captured.added
+    chain = follow(node, parts, {}, order.may_move_to(node))
+    if not chain.words:
         return False
-    with captured.graph.inserting_before(end):
-        new = call_operator(captured.graph, str(operator_of(node)), arguments, like=end)
+    if chain.activation[0] != "none":
+        arguments["activation"] = chain.activation[0]
+    if chain.residual is not None:
+        arguments["residual"] = chain.residual
     weight = arguments.get("weight", arguments.get("weight_packed"))
     name = captured.layer_of(weight) if isinstance(weight, fx.Node) else node.name
-    end.replace_all_uses_with(new)
-    for old in reversed(chain):
-        captured.graph.erase_node(old)
+    with captured.graph.inserting_before(chain.end):
+        chain.replace(call_operator(captured.graph, str(operator_of(node)), arguments, like=chain.end))
+    words = ("residual" if word == "add" else word for word in chain.words)
     captured.report.add("epilogue", name, " + ".join(words))
     return True
-
-
-def _activation(user: fx.Node, source: fx.Node) -> str | None:
-    """What ``user`` applies to ``source``, if linear operators can."""
-    found = activation_of(user, {})
-    return found[0] if found is not None and found[0] in ACTIVATIONS and user.args[0] is source else None

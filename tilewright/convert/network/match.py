@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from tilewright.convert.graph.chain import activates, added_to, follow
 from tilewright.convert.graph.patterns import (
     Modules,
-    activation_of,
-    addends,
     functionalize,
     globally_pooled,
-    is_identity,
     module_of,
     pads_by_input_size,
     zero_padding,
 )
 from tilewright.convert.graph.tracing import Region, calls, is_known, is_norm
-from tilewright.nn import ConvLayer, FoldedBatchNorm
+from tilewright.nn import ConvLayer
 from tilewright.nn.conv_layer import pads_by_size
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -74,17 +72,12 @@ def find_folds(region: Region, counts: Counter[int], outside: set[int]) -> dict[
 
 def _norm_after(node: fx.Node, modules: Modules) -> fx.Node | None:
     """The call of a batch-norm that is all that reads the result of ``node``."""
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if len(user.args) != 1 or user.kwargs:
-            return None
-        module = module_of(user, modules)
-        if module is not None and is_norm(module):
-            return user
-        if not is_identity(user, modules):
-            return None
-        node = user
-    return None
+
+    def norm(user: fx.Node, end: fx.Node) -> fx.Node | None:
+        module = module_of(user, modules) if len(user.args) == 1 and not user.kwargs else None
+        return user if module is not None and is_norm(module) else None
+
+    return follow(node, {"norm": norm}, modules).norm
 
 
 @dataclass
@@ -159,39 +152,16 @@ def rewrite(region: Region) -> list[Site]:
 def _rewrite_chain(graph: fx.Graph, node: fx.Node, layer: ConvLayer, modules: Modules) -> Site:
     before, padding = _with_padding_before(node, layer, modules)
     x: fx.Node = node.args[0] if before is None else before.args[0]  # type: ignore[assignment]
-    end, residual, activation = node, None, ("none", 0.01)
-    epilogue: list[str] = []
-    chain = [node]
-    while len(end.users) == 1:
-        user = next(iter(end.users))
-        pair = addends(user)
-        if is_identity(user, modules) and user.args[0] is end:
-            if isinstance(modules.get(str(user.target)), FoldedBatchNorm):
-                epilogue.append("batch-norm")
-        elif activation[0] != "none":
-            break
-        elif pair is not None and residual is None:
-            residual = pair[1] if pair[0] is end else pair[0]
-            if residual is end:
-                residual = None
-                break
-            epilogue.append("add")
-        elif (found := activation_of(user, modules)) is not None and user.args[0] is end:
-            activation = found
-            epilogue.append(found[0])
-        else:
-            break
-        end = user
-        chain.append(end)
-    with graph.inserting_before(end):
+    chain = follow(node, {"residual": added_to, "activation": activates(modules)}, modules)
+    with graph.inserting_before(chain.end):
         self_node = graph.get_attr(str(node.target))
         if padding == "dynamic":
             padding = graph.call_function(dynamic_padding, (self_node, x))
-        run = graph.call_method("run", (self_node, x, residual, *activation, padding))
-    end.replace_all_uses_with(run)
-    for old in [*reversed(chain), *([] if before is None else [before])]:
-        graph.erase_node(old)
-    return Site(str(node.target), layer, run, tuple(epilogue))
+        run = graph.call_method("run", (self_node, x, chain.residual, *chain.activation, padding))
+    chain.replace(run)
+    if before is not None:
+        graph.erase_node(before)
+    return Site(str(node.target), layer, run, chain.words)
 
 
 def dynamic_padding(layer: ConvLayer, x: torch.Tensor) -> tuple[int, int, int, int]:
