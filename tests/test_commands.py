@@ -89,7 +89,7 @@ def test_a_bad_table_is_shown_as_such(folder: Path, capsys):
 )
 def test_what_the_user_got_wrong_is_said_in_words(arguments: list[str], words: str, capsys):
     if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+        pytest.skip("needs a machine without a GPU")
     status, _, err = run(capsys, *arguments)
     assert status == 2 and words in err
 
@@ -108,7 +108,7 @@ def test_time_that_is_over_is_said_and_is_no_success(saved: Path, capsys):
 
 @pytest.mark.aot
 def test_offline_then_from_the_short_list(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
     short = tmp_path / "short.json"
     arguments = ["tune", "--op", "int4_int8_linear", "--shape", "256x512", "--m", "1", "--offline"]
     few = autotune.Tunable.split_candidates
@@ -179,7 +179,7 @@ def test_without_a_run_convolutions_are_left_out_in_words(saved_network: Path, c
 
 @pytest.mark.aot
 def test_convolutions_offline(saved_network: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
     few = autotune.Tunable.split_candidates
     monkeypatch.setattr(autotune.Tunable, "split_candidates", lambda self, problem: (few(self, problem)[0][:1], {}))
     model = ["--model", f"{__name__}:small_network", "--image", "3,32,32", "--dtype", "bf16", "--m", "4"]

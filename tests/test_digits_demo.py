@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-pytest.importorskip("sklearn", reason="scikit-learn, whose digits the demo trains on, is missing")
+pytest.importorskip("sklearn", reason="the extra `hf` is not installed")
 demo = pytest.importorskip("examples.digits_demo", reason="the demo needs tilewright and its dependencies")
 
 
@@ -53,6 +53,17 @@ def test_warm_up_runs_are_not_counted() -> None:
     assert all(latency > 0 for latency in demo.time_variants(variants, torch.ones(1)).values())
     block = demo.WARM_UP_RUNS + demo.RUNS_IN_A_ROW
     assert calls == (["a"] * block + ["b"] * block) * demo.ROUNDS, "they take turns"
+
+
+@pytest.mark.parametrize("arguments, status", [([], 0), (["--check"], 1)], ids=["figures alone", "check"])
+def test_goals_are_shown_and_decide_only_where_they_are_asked_for(
+    arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "NETWORKS", {"net": nn.Identity})
+    monkeypatch.setattr(demo, "measure", lambda name, build: (figures(), demo.goals(figures(model_bytes=900), True)))
+    assert demo.main(arguments) == status
+    shown = capsys.readouterr().out
+    assert "Digits" in shown and ("MISSED" in shown) == ("met:" in shown) == bool(status)
 
 
 @pytest.mark.slow

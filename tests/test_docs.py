@@ -17,10 +17,12 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler, and there is none"
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_the_snippets_about_compiling_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
     if "tilewright" not in torch._dynamo.list_backends():  # not installed anew since it has an entry point
         torch._dynamo.register_backend(compiler_fn=tilewright, name="tilewright")
     monkeypatch.chdir(tmp_path)

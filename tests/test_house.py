@@ -152,3 +152,26 @@ def test_machine_paths_are_recognised() -> None:
         "/home/ana",
         "/tmp/cache",
     ]
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name_of)
+def test_no_test_decides_by_time(path: Path) -> None:
+    """Machines are slow, busy, or of another make: what times lies in bench, and asserts nothing here."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
+            assert node.attr == "sleep", f"{name_of(path)}:{node.lineno}: time.{node.attr}"
+        assert not (isinstance(node, ast.ImportFrom) and node.module == "time")
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name_of)
+def test_every_skip_has_a_reason(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            named = {keyword.arg: keyword.value for keyword in node.keywords}
+            reason = named.get("reason", node.args[0] if node.func.attr == "skip" and node.args else None)
+            if node.func.attr in ("skip", "skipif", "importorskip", "xfail"):
+                said = ast.unparse(reason) if reason is not None else ""
+                assert len(said) > 5, f"{name_of(path)}:{node.lineno}: {node.func.attr} without a reason"

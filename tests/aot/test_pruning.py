@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton publishes wheels for Linux alone")
+pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
 
 from tilewright import autotune
 from tilewright.aot.targets import find_target

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton publishes wheels for Linux alone")
+pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
 
 from tilewright.autotune.shortlist import shipped
 from tilewright.kernels import tuning

@@ -22,7 +22,7 @@ from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import sparse24
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
 _DENSE = "unpacked once, then dense"
 #: Who is to be seen at work, by capability, of operators that several kernels of ours serve.
 SERVED = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
 if not torch.__version__.startswith("2.13"):
     pytest.skip("Inductor's insides, which are looked at here, are those of PyTorch 2.13", allow_module_level=True)
 

@@ -18,7 +18,7 @@ from tests.backend.test_options import needs_entry_point
 from tilewright.backend import tilewright
 
 needs_compiler = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler"
+    not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler, and there is none"
 )
 CELLS = [
     pytest.param(name, mode, marks=needs_entry_point if "tilewright" in mode else ())
@@ -31,7 +31,7 @@ CELLS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name, mode", CELLS)
 def test_the_table_in_the_docs_says_what_happens(name: str, mode: str) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="the extra `hf` is not installed")
     result = compile_modes.cell(name, mode)
     lines = compile_modes.PAGE.read_text(encoding="utf-8").splitlines()
     header = next(line for line in lines if line.startswith("| model | `default`"))

@@ -17,7 +17,7 @@ from tilewright.convert.graph import attention
 from tilewright.kernels.cpu import native
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
-pytestmark = pytest.mark.skipif(native.why_no_native() is not None, reason="there are no C kernels")
+pytestmark = pytest.mark.skipif(native.why_no_native() is not None, reason=str(native.why_no_native()))
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 TEXT = {"vocab_size": 96, "max_position_embeddings": 32, "pad_token_id": 0}

@@ -156,7 +156,7 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_the_files_open_elsewhere(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     model, folder = saved(tmp_path)
     (file,) = folder.glob("*.safetensors")
     tensors = safetensors.load_file(file)

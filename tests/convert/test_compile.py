@@ -10,7 +10,7 @@ import torch
 
 import tilewright as tw
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,9 @@ def test_full_graph_and_changing_batches(llama: Any, recipe: str) -> None:
     assert graphs <= 2
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler, and there is none"
+)
 def test_inductor_gives_the_same_output(llama: Any) -> None:
     torch._dynamo.reset()
     model = tw.convert_model(llama, "int8")

@@ -366,7 +366,7 @@ def _without_norm() -> nn.Module:
 # ---- accuracy on real data
 def digits() -> Iterator[torch.Tensor]:
     """Training images and labels, test images and labels: 8 x 8 pixels, from scikit-learn's bundled scans."""
-    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn, whose digits this trains on, is missing")
+    datasets = pytest.importorskip("sklearn.datasets", reason="the extra `hf` is not installed")
     data = datasets.load_digits()
     x, y = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

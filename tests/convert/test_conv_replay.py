@@ -17,7 +17,7 @@ from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.replay import Replay
 
 reason = conv_steps.why_no_kernels()
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
 @pytest.fixture(params=["fuse", "int8"])

@@ -17,7 +17,7 @@ import tilewright as tw
 from tests.convert.networks import source_of
 from tests.convert.test_conv_int8 import sqnr
 
-tf = pytest.importorskip("transformers")
+tf = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 
 def variance_preserving(model: nn.Module) -> nn.Module:
@@ -145,7 +145,9 @@ def test_saved_and_loaded(model: nn.Module, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler, and there is none"
+)
 @pytest.mark.parametrize("recipe", ["fuse", "int8"])
 @torch.no_grad()
 def test_a_whole_resnet50_compiles_to_one_graph(recipe: str) -> None:

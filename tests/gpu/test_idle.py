@@ -4,48 +4,45 @@ from __future__ import annotations
 
 import os
 import threading
-import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
+from bench import idle
 from bench.idle import split_registers, until_idle
 
 
-def test_it_waits_for_a_thread_that_spins():
-    end = time.perf_counter() + 0.1
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[float]]:
+    """Gives, for a pool that spins during so many looks, the seconds of each look that ``until_idle`` then takes."""
 
-    def spin() -> None:
-        while time.perf_counter() < end:
-            pass
+    def spin_during(count: int) -> list[float]:
+        slept: list[float] = []
+        monkeypatch.setattr(idle, "time", SimpleNamespace(process_time=lambda: sum(slept[:count]), sleep=slept.append))
+        return slept
 
-    thread = threading.Thread(target=spin)
-    thread.start()
+    return spin_during
+
+
+@pytest.mark.parametrize("spinning", [0, 1, 12])
+def test_it_waits_for_a_thread_that_spins(looks: Callable[[int], list[float]], spinning: int):
+    slept = looks(spinning)
     until_idle()
-    assert time.perf_counter() >= end
-    thread.join()
+    assert len(slept) == spinning + 1  # the last look saw nothing
 
 
-def test_it_does_not_wait_for_ever():
-    stop = threading.Event()
-
-    def spin() -> None:
-        while not stop.is_set():
-            pass
-
-    thread = threading.Thread(target=spin)
-    thread.start()
-    begin = time.perf_counter()
+def test_it_does_not_wait_for_ever(looks: Callable[[int], list[float]]):
+    slept = looks(1_000_000)
     until_idle(patience=0.1)
-    assert 0.1 <= time.perf_counter() - begin < 1
-    stop.set()
-    thread.join()
+    assert 0.1 <= sum(slept) < 0.11
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no threads to cores")
 def test_threads_are_kept_apart_and_let_go():
     cores = os.sched_getaffinity(0)
     if len(cores) < 2:
-        pytest.skip("one core")
+        pytest.skip("needs two cores")
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()

@@ -24,7 +24,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     try:
         reason = native.why_no_native()
     except ValueError as error:
-        reason = str(error)
+        reason = f"needs {request.param}:{str(error).partition(':')[2]}"
     if reason is not None:
         forget_choice()
         pytest.skip(reason)

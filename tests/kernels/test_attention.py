@@ -29,7 +29,7 @@ MASKS = ("none", "bool", "padding", "float", "one key", "2-d")
 @pytest.fixture
 def vector_isa(isa: str) -> str:
     if not native.function("conv_lanes")():
-        pytest.skip(f"{isa} has no vectors: the kernel is not built for it")
+        pytest.skip(f"needs vectors, which {isa} has not")
     return isa
 
 

@@ -21,7 +21,7 @@ SMALL = Problem("int8_linear", 16, 1024, 1024, torch.float32, device="cpu")
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A table in which oneDNN is twice as fast at 16 rows, and the C kernel at 128."""
     if native.why_no_native():
-        pytest.skip(native.why_no_native())
+        pytest.skip(str(native.why_no_native()))
     path = tmp_path / "choices.csv"
     rows = [
         ("int8_linear", native.isa(), "int8", m, 1024, 1024, 2, "oneDNN", other) for m, other in ((16, 1), (128, 4))

@@ -24,6 +24,7 @@ from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int4_linear import cpu as int4_cpu
 from tilewright.kernels.quantize import reference as quantize_reference
 from tilewright.kernels.quantize.cpu import quantize_per_row
+from tilewright.nn import Int4Linear, Int8Linear, QuantizedLinear
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROWS = (1, 3, 17, 40, 41, 70, 300)
@@ -352,6 +353,15 @@ def test_int8_sums_are_exact_at_the_extremes(name: str, k: int) -> None:
     exact = q.long() @ weight.long().t()
     # The one rounding is that of an integer to float32.
     assert torch.equal(y, exact.float())
+
+
+@pytest.mark.parametrize("m", [1, 16, 128, 512])
+@pytest.mark.parametrize("layer, error", [(Int8Linear, 0.02), (Int4Linear, 0.15)], ids=["int8", "int4"])
+def test_large_layers_are_right(layer: type[QuantizedLinear], error: float, m: int) -> None:
+    linear, x = torch.nn.Linear(4096, 4096), torch.randn(m, 4096)
+    with torch.inference_mode():
+        expected = linear(x)
+        assert (layer.from_float(linear)(x) - expected).norm() < error * expected.norm()
 
 
 # ---- threads and modes

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton cannot be imported here")
+pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
 
 from bench.catalogue import FAMILIES, Family, describe
 from bench.problems import QUANTIZERS, Shape, make_arguments

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton cannot be imported here")
+pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
 
 from bench.catalogue import describe
 from bench.conv_catalogue import CONV_FAMILIES, make_call, poisoned_call, problem_on

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton cannot be imported here")
+pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
 
 from bench.conv_problems import ConvShape, exact_before_rounding, make_conv_arguments
 from bench.conv_problems import plain_result as plain_conv

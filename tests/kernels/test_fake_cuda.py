@@ -77,7 +77,9 @@ def test_modules_on_cuda_export_with_any_batch(cls: type[nn.Module]) -> None:
     assert not isinstance(value.shape[0], int), "the batch has become a constant"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: it publishes wheels for Linux alone"
+)
 @pytest.mark.parametrize("op", FOLDERS)
 @pytest.mark.parametrize("m", [1, 64, 4096])
 def test_on_a_gpu_the_router_chooses_more_than_the_definition(op: str, m: int) -> None:

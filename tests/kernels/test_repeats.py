@@ -15,7 +15,7 @@ from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.repeats import Repeats
 
-pytestmark = pytest.mark.skipif(bool(native.why_no_native()), reason="there are no C kernels")
+pytestmark = pytest.mark.skipif(native.why_no_native() is not None, reason=str(native.why_no_native()))
 KINDS = {
     "int8": lambda linear: tnn.Int8Linear.from_float(linear, channel_scale=torch.rand(32) + 0.5),
     "int8-int4": lambda linear: tnn.Int8ActInt4WeightLinear.from_float(linear, group_size=16),

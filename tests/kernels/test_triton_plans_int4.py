@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton publishes wheels for Linux alone")
+pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
 
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.dispatch.problem import Problem

@@ -1,0 +1,143 @@
+"""The timer of every table on a CPU: calls take turns in one process, and their medians and quartiles are compared.
+
+A machine that slows down slows all of them. What is called must have been found right before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.idle import split_registers, until_idle
+
+Call = Callable[[], Any]
+#: Written before each round where weights are to come from memory: more than a last-level cache holds.
+EVICTED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of single calls."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Half of the calls took no longer."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """A quarter of the calls took no longer than the first, a quarter no less than the second."""
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def spread(self) -> float:
+        """The distance of the quartiles as a share of the median."""
+        low, high = self.quartiles
+        return (high - low) / self.median
+
+
+@dataclass(frozen=True)
+class Timings:
+    """times: by the name of the call. busy: the share of the cores that other processes had meanwhile, if known."""
+
+    times: dict[str, Timing]
+    busy: float | None = None
+
+    def medians(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {name: timing.median for name, timing in self.times.items()}
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    *,
+    seconds: float = 0.0,
+    rounds: int = 7,
+    turn: float = 0.0,
+    waking: int = 1,
+    wake: Mapping[str, Call] | None = None,
+    evict: bool = False,
+    rest: bool = False,
+    shuffle: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
+    """Time ``calls`` in turns for ``seconds`` and at least ``rounds`` rounds, after one round that does not count.
+
+    turn: seconds that a turn lasts at least, where single calls are short. waking: calls at the beginning of a turn
+    that do not count: they wake the threads and fetch the operands. wake: called for these instead of the call itself,
+    as a copy with operands of its own, so that those of the timed call come from memory. evict: write more than the
+    cache holds before each round. rest: begin a turn when the threads of the one before are at rest, and keep pools of
+    threads apart (``bench.idle``), as needed where calls run on several pools. shuffle: draw the order anew each round.
+    """
+    evicted = torch.empty(EVICTED_BYTES if evict else 0, dtype=torch.uint8)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+
+    def one_turn(name: str) -> list[float]:
+        if rest:
+            until_idle()
+        call, taken = calls[name], []
+        for _ in range(waking):
+            (wake or calls)[name]()
+        until = clock() + turn
+        while True:
+            begin = clock()
+            call()
+            end = clock()
+            taken.append(end - begin)
+            if end >= until:
+                return taken
+
+    for name in names:
+        one_turn(name)
+    begun, busy = clock(), Busy()
+    with split_registers() if rest else contextlib.nullcontext(lambda: None) as bind:
+        while len(times[names[0]]) < rounds or clock() - begun < seconds:
+            evicted.add_(1)
+            bind()
+            if shuffle:
+                random.shuffle(names)
+            for name in names:
+                times[name] += one_turn(name)
+    return Timings({name: Timing(tuple(taken)) for name, taken in times.items()}, busy.share())
+
+
+class Busy:
+    """What other processes did since this was made: figures of a busy machine are worth less."""
+
+    def __init__(self) -> None:
+        self.begun = self._read()
+
+    def share(self) -> float | None:
+        """Of all cores, 0 to 1; None where the system does not say, or no time has passed."""
+        now = self._read()
+        if self.begun is None or now is None or now[1] <= self.begun[1]:
+            return None
+        used, passed = (after - before for after, before in zip(now, self.begun, strict=True))
+        return min(max(used / passed, 0.0), 1.0)
+
+    @staticmethod
+    def _read() -> tuple[float, float] | None:
+        """Seconds of all cores together: those that others used, and those that have passed."""
+        try:
+            words = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, idle, waiting, *interrupts = (int(word) / os.sysconf("SC_CLK_TCK") for word in words)
+        used = user + nice + system + sum(interrupts)
+        own = os.times()
+        return used - sum(own[:4]), used + idle + waiting
