@@ -9,9 +9,8 @@ import torch
 
 from tilewright.kernels.activation import check_activation
 from tilewright.kernels.formats import int4, sparse24
-
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-INPUT_DTYPES = (*SCALE_DTYPES, torch.float64)
+from tilewright.kernels.formats.weight import INPUT_DTYPES as INPUT_DTYPES
+from tilewright.kernels.formats.weight import SCALE_DTYPES as SCALE_DTYPES
 
 
 def check_input(op: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> None:

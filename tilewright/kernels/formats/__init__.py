@@ -1,1 +1,3 @@
-"""How quantised weights are stored: pure functions on tensors, no device code."""
+"""How quantised weights are stored: a file for each format, pure functions on tensors and a ``WeightFormat``; no device
+code.
+"""

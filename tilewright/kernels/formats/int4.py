@@ -13,11 +13,25 @@ transposed, and, read as bytes, ``B`` of ONNX Runtime's ``MatMulNBits``. A last 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.formats.int8 import check_importance, check_weight
 from tilewright.kernels.formats.ranges import row_blocks, search_shrinkage
+from tilewright.kernels.formats.weight import (
+    SCALE_DTYPES,
+    Draw,
+    Operands,
+    Spec,
+    WeightFormat,
+    check_operand,
+    default_spread,
+    present,
+)
 
 MIDDLE = 8  # the zero point of a symmetric weight
 
@@ -151,3 +165,97 @@ def quantize(
     if not torch.isfinite(scale).all():
         raise ValueError(f"scales of this weight overflow {scale_dtype}")
     return pack(u), scale, None if symmetric else pack_zero(zero)
+
+
+@dataclass(frozen=True)
+class Int4(WeightFormat):
+    """The format of this file, for operators and modules. group_size: as ``resolve_group_size`` takes it."""
+
+    group_size: int | None = 128
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.float32
+
+    name = "int4"
+    NAMES = ("weight_packed", "weight_scale", "weight_zero")
+    values_dtype = torch.int32
+
+    @classmethod
+    def of_arguments(cls, arguments: Mapping[str, Any], k: int) -> Int4:
+        """The format of the weight among an operator's arguments."""
+        group_size = resolve_group_size(k, arguments["group_size"])
+        return cls(group_size, arguments["weight_zero"] is None, arguments["weight_scale"].dtype)
+
+    @classmethod
+    def check(cls, op: str, arguments: Mapping[str, Any], k: int) -> int:
+        """N, if the weight fits activations of ``k`` columns."""
+        packed, group_size = arguments["weight_packed"], arguments["group_size"]
+        if group_size <= 0:
+            raise ValueError(f"{op}: group_size must be positive, not {group_size}")
+        cls.check_values_dtype(op, "weight_packed", packed)
+        if packed.dim() != 2:
+            raise ValueError(
+                f"{op}: weight_packed must be a matrix [N, ceil(K / 8)], not of shape {list(packed.shape)}"
+            )
+        n, words = packed.shape
+        if words != group_count(k, 8):
+            raise ValueError(
+                f"{op}: the last dimension of x is {k}, which needs {group_count(k, 8)} words a row, "
+                f"but weight_packed has {words}"
+            )
+        cls.check_scales(op, arguments, n, k)
+        return int(n)
+
+    @classmethod
+    def check_scales(cls, op: str, arguments: Mapping[str, Any], n: int, k: int) -> None:
+        """A scale, and perhaps a zero point, for each group of ``n`` rows of ``k`` columns."""
+        scale, zero, group_size = arguments["weight_scale"], arguments["weight_zero"], arguments["group_size"]
+        groups = group_count(k, group_size)
+        if scale.dtype not in SCALE_DTYPES:
+            raise TypeError(f"{op}: weight_scale must be float16, bfloat16 or float32, not {scale.dtype}")
+        if scale.shape != (n, groups):
+            raise ValueError(
+                f"{op}: weight_scale must have shape {[n, groups]} for group_size {group_size}, not {list(scale.shape)}"
+            )
+        if zero is not None:
+            check_operand(op, "weight_zero", zero, Spec((group_count(n, 8), groups), torch.int32))
+
+    def options(self, k: int) -> dict[str, Any]:
+        """The group size, of which the number of groups says only so much."""
+        return {"group_size": resolve_group_size(k, self.group_size)}
+
+    def facts(self, k: int) -> dict[str, Any]:
+        """All of the options."""
+        return {**self.options(k), "symmetric": self.symmetric, "scale_dtype": self.scale_dtype}
+
+    def operands(self, n: int, k: int) -> dict[str, Spec]:
+        """``weight_packed``, ``weight_scale`` and, if asymmetric, ``weight_zero``."""
+        groups = group_count(k, resolve_group_size(k, self.group_size))
+        specs = {
+            "weight_packed": Spec((n, group_count(k, 8)), torch.int32),
+            "weight_scale": Spec((n, groups), self.scale_dtype),
+        }
+        return specs if self.symmetric else {**specs, "weight_zero": Spec((group_count(n, 8), groups), torch.int32)}
+
+    def quantize(
+        self, weight: torch.Tensor, range_search: str = "minmax", importance: torch.Tensor | None = None
+    ) -> Operands:
+        """As ``quantize`` of this file."""
+        made = quantize(weight, self.group_size, self.symmetric, range_search, self.scale_dtype, importance)
+        return dict(zip(self.NAMES, made, strict=True))
+
+    def dequantize(
+        self, operands: Mapping[str, torch.Tensor | None], k: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """As ``dequantize`` of this file."""
+        packed, scale = present("weight_packed", operands), present("weight_scale", operands)
+        return dequantize(packed, scale, operands["weight_zero"], resolve_group_size(k, self.group_size), k, dtype)
+
+    def sample(self, draw: Draw, n: int, k: int, spread: float | None = None) -> Operands:
+        """Integers, all equally likely: their standard deviation is about 5, around random zero points 6.5."""
+        spread = default_spread(k) if spread is None else spread
+        groups = group_count(k, resolve_group_size(k, self.group_size))
+        return {
+            "weight_packed": draw.words(n, group_count(k, 8)),
+            "weight_scale": (draw.positive(n, groups) * (spread / 5)).to(self.scale_dtype),
+            "weight_zero": None if self.symmetric else draw.words(group_count(n, 8), groups),
+        }

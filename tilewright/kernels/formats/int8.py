@@ -5,9 +5,14 @@ w = q * s,   q in -127..127
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from tilewright.kernels.formats.ranges import all_finite, row_blocks, search_shrinkage
+from tilewright.kernels.formats.weight import Draw, Operands, Spec, WeightFormat, default_spread, present
 
 
 def _round(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -79,3 +84,52 @@ def check_importance(importance: torch.Tensor | None, weight: torch.Tensor) -> t
     if not (torch.isfinite(importance) & (importance >= 0)).all():
         raise ValueError("importance must be finite and non-negative")
     return importance.to(weight.device, torch.float32)
+
+
+@dataclass(frozen=True)
+class Int8(WeightFormat):
+    """The format of this file, for operators and modules."""
+
+    name = "int8"
+    NAMES = ("weight", "weight_scale")
+    values_dtype = torch.int8
+
+    @classmethod
+    def of_arguments(cls, arguments: Mapping[str, Any], k: int) -> Int8:
+        """There is only one."""
+        return cls()
+
+    @classmethod
+    def check(cls, op: str, arguments: Mapping[str, Any], k: int) -> int:
+        """N, if the weight fits activations of ``k`` columns."""
+        weight = arguments["weight"]
+        cls.check_values_dtype(op, "weight", weight)
+        if weight.dim() != 2:
+            raise ValueError(f"{op}: weight must be a matrix [N, K], not of shape {list(weight.shape)}")
+        n, columns = weight.shape
+        if k != columns:
+            raise ValueError(f"{op}: the last dimension of x is {k}, but the weight takes {columns}")
+        cls.check_scales(op, arguments, n, k)
+        return int(n)
+
+    def operands(self, n: int, k: int) -> dict[str, Spec]:
+        """``weight`` and ``weight_scale``."""
+        return {"weight": Spec((n, k), torch.int8), "weight_scale": Spec((n,), torch.float32)}
+
+    def quantize(
+        self, weight: torch.Tensor, range_search: str = "minmax", importance: torch.Tensor | None = None
+    ) -> Operands:
+        """As ``quantize`` of this file."""
+        return dict(zip(self.NAMES, quantize(weight, range_search, importance), strict=True))
+
+    def dequantize(
+        self, operands: Mapping[str, torch.Tensor | None], k: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """As ``dequantize`` of this file."""
+        return dequantize(present("weight", operands), present("weight_scale", operands), dtype)
+
+    def sample(self, draw: Draw, n: int, k: int, spread: float | None = None) -> Operands:
+        """Integers, all equally likely: their standard deviation is 73."""
+        spread = default_spread(k) if spread is None else spread
+        values = draw.integers(-127, 128, n, k, dtype=torch.int8)
+        return {"weight": values, "weight_scale": draw.positive(n) * (spread / 73)}

@@ -13,10 +13,17 @@ the end hold 0. The nibble of a group that does not exist is 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.formats import int4
+from tilewright.kernels.formats.int4 import Int4
+from tilewright.kernels.formats.int8 import Int8, check_weight
+from tilewright.kernels.formats.weight import Draw, Float, Operands, Spec, WeightFormat, check_dtype, present
 
 GROUP = 4
 KEPT = 2
@@ -169,3 +176,124 @@ def unpack_int4(
     else:
         zero = int4.unpack_zero(weight_zero, len(values)).repeat_interleave(group_size, dim=1)[:, :k]
     return int4.pack(unpack(values, meta, k, background=zero))
+
+
+@dataclass(frozen=True)
+class Sparse24(WeightFormat):
+    """The format of this file, for operators and modules.
+
+    values: the format of the matrix of kept values, ``Float``, ``Int8`` or ``Int4``; its groups are of kept values, see
+    ``kept_group_size``. Its first operand is called ``weight_values`` here.
+    """
+
+    values: WeightFormat = field(default_factory=Float)
+
+    name = "sparse24"
+    NAMES = ("weight_values", "weight_meta", "weight_scale", "weight_zero")
+
+    @staticmethod
+    def kind_of(arguments: Mapping[str, Any]) -> type[WeightFormat]:
+        """The class of the values' format, which tells by the arguments that an operator has."""
+        if "group_size" in arguments:
+            return Int4
+        return Int8 if "weight_scale" in arguments else Float
+
+    @classmethod
+    def of_arguments(cls, arguments: Mapping[str, Any], k: int) -> Sparse24:
+        """The format of the weight among an operator's arguments."""
+        kind = cls.kind_of(arguments)
+        given = {**arguments, kind.NAMES[0]: arguments["weight_values"]}
+        if kind is Int4:
+            given["group_size"] = kept_group_size(k, arguments["group_size"])
+        return cls(kind.of_arguments(given, kept_count(k)))
+
+    @classmethod
+    def check(cls, op: str, arguments: Mapping[str, Any], k: int) -> int:
+        """N, if the weight fits activations of ``k`` columns. The places in ``weight_meta`` are not looked at."""
+        values, meta, kind = arguments["weight_values"], arguments["weight_meta"], cls.kind_of(arguments)
+        for name, value in (("weight_values", values), ("weight_meta", meta)):
+            if value.dim() != 2:
+                raise ValueError(f"{op}: {name} must be a matrix, not of shape {list(value.shape)}")
+        check_dtype(op, "weight_meta", meta, torch.uint8)
+        n = values.shape[0]
+        cls._check_shape(op, "weight_meta", meta, k, (n, meta_count(k)))
+        if kind is Int4:
+            group_size = arguments["group_size"]
+            if group_size <= 0 or (group_size < k and group_size % GROUP):
+                raise ValueError(f"{op}: group_size must be a multiple of {GROUP} or the whole row, not {group_size}")
+        kind.check_values_dtype(op, "weight_values", values)
+        kind.check_scales(op, arguments, n, k)
+        specs = cls.of_arguments(arguments, k).operands(n, k)
+        cls._check_shape(op, "weight_values", values, k, specs["weight_values"].shape)
+        return int(n)
+
+    @staticmethod
+    def _check_shape(op: str, name: str, value: torch.Tensor, k: int, shape: tuple[int, ...]) -> None:
+        if value.shape != shape:
+            raise ValueError(
+                f"{op}: the last dimension of x is {k}, so {name} must have shape {list(shape)}, "
+                f"not {list(value.shape)}"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Values, places, then what the values' format has beside them."""
+        return (*self.NAMES[:2], *self.values.names[1:])
+
+    def options(self, k: int) -> dict[str, Any]:
+        """Those of the values, counted in columns."""
+        return self._in_columns(self.values.options(kept_count(k)), k)
+
+    def facts(self, k: int) -> dict[str, Any]:
+        """Those of the values, counted in columns."""
+        return self._in_columns(self.values.facts(kept_count(k)), k)
+
+    @staticmethod
+    def _in_columns(options: dict[str, Any], k: int) -> dict[str, Any]:
+        kept = options.get("group_size")
+        if kept is None:
+            return options
+        return {**options, "group_size": max(k, 1) if kept >= kept_count(k) else kept * GROUP // KEPT}
+
+    def operands(self, n: int, k: int) -> dict[str, Spec]:
+        """``weight_values``, ``weight_meta``, then scales of the values."""
+        kept, *scales = self.values.operands(n, kept_count(k)).items()
+        meta = Spec((n, meta_count(k)), torch.uint8)
+        return {"weight_values": kept[1], "weight_meta": meta, **dict(scales)}
+
+    def quantize(
+        self,
+        weight: torch.Tensor,
+        range_search: str = "minmax",
+        importance: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> Operands:
+        """mask: bool [N, K], what is kept. Without one a weight that is 2:4 stays as it is, and of any other the larger
+        two of every four are kept. There is no importance: in each row other columns are kept.
+        """
+        if importance is not None:
+            raise ValueError("importance of columns says nothing of kept values: in each row they are of other columns")
+        check_weight(weight)
+        if mask is None and why_not_24(weight):
+            mask = best_mask(weight.abs())
+        kept, meta = pack(weight, mask)
+        made = self.values.quantize(kept, range_search)
+        values = made.pop(self.values.NAMES[0])
+        return {"weight_values": values, "weight_meta": meta, **made}
+
+    def dequantize(
+        self, operands: Mapping[str, torch.Tensor | None], k: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """The dense weight, 0 at the places that are not kept."""
+        inner = {**operands, self.values.NAMES[0]: operands["weight_values"]}
+        return unpack(self.values.dequantize(inner, kept_count(k), dtype), present("weight_meta", operands), k)
+
+    def sample(self, draw: Draw, n: int, k: int, spread: float | None = None) -> Operands:
+        """Random values at random places."""
+        made = self.values.sample(draw, n, kept_count(k), spread)
+        values = made.pop(self.values.NAMES[0])
+        # The six pairs of places in ascending order, as ``VALID`` lists them.
+        pair = draw.integers(0, len(VALID), n, group_count(k), dtype=torch.int64)
+        nibbles = torch.tensor(VALID, device=pair.device)[pair]
+        places = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
+        return {"weight_values": values, "weight_meta": pack_places(places), **made}
