@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.convert import convert_model, report
-from tilewright.convert.calibrate import rows as calibrate
-from tilewright.convert.calibrate.rows import RowSample, relative_error, search_smoothing, smoothing_scale
-from tilewright.convert.schemes.base import Int8Dynamic
+from tilewright.convert import calibrate, convert_model, report
+from tilewright.convert.calibrate import RowSample, relative_error, search_smoothing, smoothing_scale
+from tilewright.convert.schemes import Int8Dynamic
 from tilewright.nn import Int8Linear
 
 

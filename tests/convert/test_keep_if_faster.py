@@ -129,5 +129,5 @@ def test_real_times_of_a_layer_that_loses_and_one_that_wins():
     slow.register_forward_hook(lambda *_: [torch.randn(300, 300) @ torch.randn(300, 300) for _ in range(4)] and None)
     reached = [timing.Reached(torch.randn(3, 64), 2)]
     assert timing.compare(slow, fast, reached).before > timing.compare(slow, fast, reached).after
-    assert timing.compare(fast, slow, reached).lost
+    assert timing.compare(fast, slow, reached).slower
     assert timing.compare(fast, slow, []) is None

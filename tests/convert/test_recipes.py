@@ -10,8 +10,7 @@ from torch import nn
 from tilewright.convert import convert_model, report
 from tilewright.convert.checkpoint.native import MODULES
 from tilewright.convert.recipes import ALIASES, PRESETS, Recipe, Rule, matches, names_explicitly
-from tilewright.convert.schemes.base import Int4WeightOnly, Int8Dynamic, registered_schemes
-from tilewright.convert.schemes.convolution import Int8Static
+from tilewright.convert.schemes import Int4WeightOnly, Int8Dynamic, Int8Static, registered_schemes
 
 
 @pytest.mark.parametrize(

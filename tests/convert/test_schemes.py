@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.convert.schemes.base import (
+from tilewright.convert.schemes import (
     Int4WeightOnly,
     Int8ActInt4Weight,
     Int8Dynamic,

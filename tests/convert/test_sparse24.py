@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from tilewright.convert.schemes.base import scheme_from_json
+from tilewright.convert.schemes import scheme_from_json
 from tilewright.kernels.formats import sparse24
 from tilewright.nn import QuantizedLinear, Sparse24Int4Linear, Sparse24Int8Linear, Sparse24Linear
 

@@ -10,11 +10,11 @@ from torch import fx, nn
 
 from tilewright.backend.captured import Captured, call_operator, plain_arithmetic
 from tilewright.convert import structure
-from tilewright.convert.converter import tensor_bytes
 from tilewright.convert.graph.patterns import argument
 from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
 from tilewright.convert.schemes.convolution import ConvScheme
+from tilewright.convert.structure import tensor_bytes
 from tilewright.nn import QuantizedLinear
 
 NO_RECIPE = "no recipe was given: float linear layers are Inductor's"

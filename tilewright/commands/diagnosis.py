@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert import calibrate
 from tilewright.convert.layers import as_linear, is_converted, is_linear
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.dispatch.problem import Problem
@@ -161,20 +161,13 @@ def _is_layer(module: nn.Module) -> bool:
 def _shapes(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any) -> dict[str, torch.Size]:
     """The shape of what reaches each layer."""
     seen: dict[str, torch.Size] = {}
-    handles = []
-    try:
-        for name, module in layers.items():
 
-            def hook(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                if args and isinstance(args[0], torch.Tensor):
-                    seen[name] = args[0].shape
+    def hear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args and isinstance(args[0], torch.Tensor):
+            seen[name] = args[0].shape
 
-            handles.append(module.register_forward_pre_hook(hook))
-        with calibrate.evaluation(model), torch.no_grad():
-            calibrate.call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with calibrate.listening(layers, hear):
+        calibrate.run(model, [inputs])
     return seen
 
 

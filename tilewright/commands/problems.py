@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tilewright.commands.model_files import example_input
-from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert import calibrate
 from tilewright.convert.checkpoint.manifest import read_manifest
 from tilewright.convert.checkpoint.native import MODULES, load_model
 from tilewright.kernels.dispatch.problem import Problem

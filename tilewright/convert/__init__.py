@@ -6,17 +6,21 @@ from tilewright.convert.compress.pruning import Pruned, prune_magnitude, prune_s
 from tilewright.convert.converter import convert_model, revert_model
 from tilewright.convert.recipes import PRESETS, Recipe, Rule
 from tilewright.convert.report import Report, report
-from tilewright.convert.schemes.base import (
+from tilewright.convert.schemes import (
+    Fuse,
     Int4WeightOnly,
     Int8ActInt4Weight,
     Int8Dynamic,
+    Int8Static,
+    Int8StaticInputs,
     Int8WeightOnly,
     Scheme,
+    Sparse24,
+    Sparse24Conv,
+    Sparse24Int4,
+    Sparse24Int8,
     register_scheme,
 )
-from tilewright.convert.schemes.convolution import Fuse, Int8Static, Sparse24Conv
-from tilewright.convert.schemes.sparse24 import Sparse24, Sparse24Int4, Sparse24Int8
-from tilewright.convert.schemes.static import Int8StaticInputs
 from tilewright.convert.search.prune_model import HeldMasks, hold_masks, prune_model
 from tilewright.convert.search.prune_search import PruneSearch, search_pruning
 

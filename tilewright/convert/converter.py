@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import layers, structure, timing
-from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert import calibrate, layers, structure, timing
 from tilewright.convert.graph import attention
 from tilewright.convert.graph.activations import fuse_activations, unfuse_activations
 from tilewright.convert.network.calibration import ERROR_SAMPLES
@@ -54,8 +53,8 @@ def convert_model(
         head, score, classifier, ... A rule that spells out its name converts it too.
     calibration_data: an iterable of sample inputs, each a mapping (keyword arguments), a tuple or list (positional) or
         one tensor; a mapping by itself is one sample. For schemes that quantise activations: they then search a scale
-        for each input channel, which lowers the error (``convert.calibrate.rows``), or fix one for the whole tensor, as
-        convolutions do. It also gives the report an output error for every layer.
+        for each input channel, which lowers the error (``convert.calibrate.smoothing``), or fix one for the whole
+        tensor, as convolutions do. It also gives the report an output error for every layer.
     example_inputs: inputs as the model will see them, one (a mapping or a tensor) or an iterable of them. Each linear
         layer is then timed before and after, side by side on what reaches it, on the device where it is; ``report``
         shows both times.
@@ -242,8 +241,8 @@ def _convert_layer(
     made = LayerRecord(
         scheme=scheme.to_json(),
         label=str(scheme),
-        bytes_before=tensor_bytes(old),
-        bytes_after=tensor_bytes(new),
+        bytes_before=structure.tensor_bytes(old),
+        bytes_after=structure.tensor_bytes(new),
         weight_error=scheme.weight_error(old, new),
         output_error=calibrate.output_error(old, new, sample),
         smoothing=found.exponent,
@@ -252,12 +251,6 @@ def _convert_layer(
     if sample is not None and sample.rows is None and not made.note:
         made.note = "the calibration data did not reach it"
     return new, made
-
-
-def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a module, shared ones once."""
-    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:

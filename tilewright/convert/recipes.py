@@ -17,17 +17,21 @@ from typing import Any, Union
 
 from torch import nn
 
-from tilewright.convert.schemes.base import (
+from tilewright.convert.schemes import (
+    Fuse,
     Int4WeightOnly,
     Int8ActInt4Weight,
     Int8Dynamic,
+    Int8Static,
+    Int8StaticInputs,
     Int8WeightOnly,
     Scheme,
+    Sparse24,
+    Sparse24Conv,
+    Sparse24Int4,
+    Sparse24Int8,
     scheme_from_json,
 )
-from tilewright.convert.schemes.convolution import Fuse, Int8Static, Sparse24Conv
-from tilewright.convert.schemes.sparse24 import Sparse24, Sparse24Int4, Sparse24Int8
-from tilewright.convert.schemes.static import Int8StaticInputs
 from tilewright.convert.text import closest
 
 Pattern = str | type[nn.Module]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert.calibrate import rows as calibrate
-from tilewright.convert.converter import tensor_bytes
+from tilewright.convert import calibrate
 from tilewright.convert.plan import layers_of
 from tilewright.convert.record import LayerRecord, Record, original_of, record_of
-from tilewright.convert.schemes.base import registered_schemes
+from tilewright.convert.schemes import registered_schemes
+from tilewright.convert.structure import tensor_bytes
 from tilewright.convert.text import display_name, listed, size
 from tilewright.kernels.dispatch.router import Decision, describe, route
 from tilewright.nn import ConvLayer, QuantizedLinear

@@ -41,6 +41,12 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 stack.extend(value)
 
 
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a module, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module with all names it goes by; a shared module has more than one."""
     names: dict[nn.Module, list[str]] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tilewright.autotune.clock import Clock, clock_for
-from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert import calibrate
 
 #: Shapes of input that are kept for one layer.
 MOST_SHAPES = 8
@@ -55,30 +55,19 @@ def single_or_many(inputs: Any) -> list[Any]:
 def inputs_of(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Iterable[Any]) -> dict[str, list[Reached]]:
     """Run ``inputs`` through ``model`` in eval mode and keep one input of each shape that reaches a layer."""
     found: dict[str, dict[tuple[Any, ...], Reached]] = {name: {} for name in layers}
-    handles = []
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(x, torch.Tensor) or not x.numel():
-                return
-            key, known = (x.shape, x.dtype, x.device), found[name]
-            if key in known:
-                known[key] = Reached(known[key].x, known[key].calls + 1)
-            elif len(known) < MOST_SHAPES:
-                known[key] = Reached(x.detach().clone(), 1)
+    def hear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = calibrate.first_input(args, kwargs)
+        if not isinstance(x, torch.Tensor) or not x.numel():
+            return
+        key, known = (x.shape, x.dtype, x.device), found[name]
+        if key in known:
+            known[key] = Reached(known[key].x, known[key].calls + 1)
+        elif len(known) < MOST_SHAPES:
+            known[key] = Reached(x.detach().clone(), 1)
 
-        return hook
-
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(hook_for(name), with_kwargs=True))
-        with calibrate.evaluation(model), torch.no_grad():
-            for item in inputs:
-                calibrate.call(model, item)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with calibrate.listening(layers, hear):
+        calibrate.run(model, inputs)
     return {name: list(kept.values()) for name, kept in found.items()}
 
 

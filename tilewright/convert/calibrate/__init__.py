@@ -1,1 +1,36 @@
-"""What sample inputs tell: rows that reach a layer, scales of tensors, scales of input channels."""
+"""What sample inputs tell about a layer before it is replaced."""
+
+from tilewright.convert.calibrate.importance import search_importance
+from tilewright.convert.calibrate.observers import Observer, check_observer
+from tilewright.convert.calibrate.rows import (
+    MAX_ROWS,
+    Found,
+    RowSample,
+    observe,
+    output_error,
+    relative_error,
+    sampling,
+)
+from tilewright.convert.calibrate.running import call, evaluation, first_input, first_of, listening, run
+from tilewright.convert.calibrate.smoothing import search_smoothing, smoothing_scale
+
+__all__ = [
+    "MAX_ROWS",
+    "Found",
+    "Observer",
+    "RowSample",
+    "call",
+    "check_observer",
+    "evaluation",
+    "first_input",
+    "first_of",
+    "listening",
+    "observe",
+    "output_error",
+    "relative_error",
+    "run",
+    "sampling",
+    "search_importance",
+    "search_smoothing",
+    "smoothing_scale",
+]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from tilewright.convert.calibrate import relative_error
 from tilewright.convert.calibrate.observers import Observer
-from tilewright.convert.calibrate.rows import relative_error
 from tilewright.convert.graph.tracing import Region
 from tilewright.convert.network.int8_flow import Flow, Scale
 from tilewright.convert.network.match import Site

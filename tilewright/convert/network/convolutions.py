@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import layers, structure
-from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert import calibrate, layers, structure
 from tilewright.convert.graph.tracing import Region, find_regions, has_hooks, is_norm
 from tilewright.convert.network.calibration import Calibration
 from tilewright.convert.network.int8_flow import Flow, write_int8
@@ -126,7 +125,7 @@ class Convolutions:
             except ValueError as error:
                 note, norm = f"batch-norm left apart: {error}", None
                 new = float_scheme.build(old)
-        before = _bytes(old) + (_bytes(norm) if norm is not None else 0)
+        before = structure.tensor_bytes(old) + (structure.tensor_bytes(norm) if norm is not None else 0)
         layers.carry_over(old, new, bias=False)
         new.layer_name = name  # type: ignore[assignment]
         self._replace(old, new)
@@ -137,7 +136,9 @@ class Convolutions:
             self._replace(norm, folded.train(norm.training))
         if static and not with_data:
             note = f"{NEEDS_DATA}; {note}" if note else NEEDS_DATA
-        self.records[name] = LayerRecord(float_scheme.to_json(), str(float_scheme), before, _bytes(new), note=note)
+        self.records[name] = LayerRecord(
+            float_scheme.to_json(), str(float_scheme), before, structure.tensor_bytes(new), note=note
+        )
 
     def _write_regions(self) -> None:
         # Traced once more: what stands in place of a batch-norm may call an activation that was part of it.
@@ -190,7 +191,7 @@ class Convolutions:
             return
         record.scheme, record.label = scheme.to_json(), str(scheme)
         record.weight_error, record.output_error = scheme.weight_error(old, new), error
-        record.bytes_after = _bytes(new)
+        record.bytes_after = structure.tensor_bytes(new)
         layers.carry_over(old, new, bias=False)
         new.layer_name = name
         self._replace(old, new)
@@ -260,8 +261,3 @@ def install_programs(model: nn.Module, untraced: dict[str, str]) -> dict[str, tu
         for site in sites:
             epilogues[join(region.name, site.name)] = site.epilogue
     return epilogues
-
-
-def _bytes(module: nn.Module) -> int:
-    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

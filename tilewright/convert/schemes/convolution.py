@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from tilewright.convert import layers
-from tilewright.convert.calibrate.observers import check_observer
-from tilewright.convert.calibrate.rows import relative_error
+from tilewright.convert.calibrate import check_observer, relative_error
 from tilewright.convert.network.match import why_not_convolution
 from tilewright.convert.schemes.base import Scheme, register_scheme
 from tilewright.kernels.formats.ranges import check_range_search

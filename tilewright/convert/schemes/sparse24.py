@@ -10,21 +10,16 @@ import torch
 from torch import nn
 
 from tilewright.convert import layers
-from tilewright.convert.calibrate.rows import Found, RowSample, search_smoothing
+from tilewright.convert.calibrate import Found, RowSample, search_smoothing
 from tilewright.convert.compress.pruning import CALIBRATED, PRUNINGS, check_pruning, prune
-from tilewright.convert.schemes.base import (
-    _check_compute_dtype,
-    _compute_dtype,
-    _Int4Scheme,
-    _LinearScheme,
-    register_scheme,
-)
+from tilewright.convert.schemes.base import register_scheme
+from tilewright.convert.schemes.linear import Int4Scheme, LinearScheme, check_compute_dtype
 from tilewright.kernels.formats.sparse24 import why_not_24
 from tilewright.nn import Sparse24Int4Linear, Sparse24Int8Linear, Sparse24Linear
 
 
 @dataclass(frozen=True)
-class _Sparse24Scheme(_LinearScheme):
+class _Sparse24Scheme(LinearScheme):
     """What the 2:4 schemes have in common.
 
     pruning: "magnitude", "wanda" or "sparsegpt" (see ``convert.compress.pruning``), or "auto": SparseGPT where
@@ -32,8 +27,6 @@ class _Sparse24Scheme(_LinearScheme):
     """
 
     pruning: str = "auto"
-
-    about: ClassVar[str] = "linear layers (nn.Linear, transformers' Conv1D)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,14 +74,13 @@ class Sparse24(_Sparse24Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_compute_dtype(self.compute_dtype)
+        check_compute_dtype(self.compute_dtype)
         if self.range_search != "minmax":
             raise ValueError(f"Sparse24 quantises nothing: range_search must be 'minmax', not {self.range_search!r}")
 
     def options(self, weight: torch.Tensor) -> dict[str, Any]:
         """Keyword arguments of ``from_float``."""
-        dtype = _compute_dtype(self.compute_dtype, weight)
-        return {"values_dtype": dtype, "compute_dtype": dtype}
+        return {"values_dtype": self.compute_dtype, "compute_dtype": self.compute_dtype}
 
 
 @register_scheme
@@ -117,7 +109,7 @@ class Sparse24Int8(_Sparse24Scheme):
 
 @register_scheme
 @dataclass(frozen=True)
-class Sparse24Int4(_Int4Scheme, _Sparse24Scheme):
+class Sparse24Int4(Int4Scheme, _Sparse24Scheme):
     """2:4 weights with int4 values and a scale for each group of columns, multiplied in a 16-bit float type.
 
     group_size: columns, of which half are kept; a multiple of four. compute_dtype: as of ``Int8WeightOnly``.
@@ -130,10 +122,10 @@ class Sparse24Int4(_Int4Scheme, _Sparse24Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_compute_dtype(self.compute_dtype)
+        check_compute_dtype(self.compute_dtype)
         if self.group_size is not None and self.group_size > 0 and self.group_size % 4:
             raise ValueError(f"groups of columns are made of groups of four: group_size must not be {self.group_size}")
 
     def options(self, weight: torch.Tensor) -> dict[str, Any]:
         """Keyword arguments of ``from_float``."""
-        return {**super().options(weight), "compute_dtype": _compute_dtype(self.compute_dtype, weight)}
+        return {**super().options(weight), "compute_dtype": self.compute_dtype}

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import layers
-from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert import calibrate, layers
 from tilewright.convert.compress.pruning import CALIBRATED, check_pruning, prune
 from tilewright.convert.plan import make_plan
 from tilewright.convert.recipes import Pattern, Recipe, Rule, patterns_of

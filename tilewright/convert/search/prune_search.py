@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import layers, structure
-from tilewright.convert.calibrate import rows as calibrate
+from tilewright.convert import calibrate, layers, structure
 from tilewright.convert.converter import convert_model
 from tilewright.convert.recipes import Pattern, Recipe, Rule
 from tilewright.convert.record import record_of

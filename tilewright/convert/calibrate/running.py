@@ -1,0 +1,83 @@
+"""Running a model on sample inputs, and hearing what reaches its layers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Is told of every call of a layer: its name, what it is called with by position, and by keyword.
+Listener = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
+
+
+@contextlib.contextmanager
+def listening(layers: Mapping[str, nn.Module], listener: Listener) -> Iterator[None]:
+    """While this is open, ``listener`` hears of every call of ``layers``, before it is made."""
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, kwargs: listener(name, args, kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook_for(name), with_kwargs=True).remove)
+        yield
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, or None."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def run(model: nn.Module, data: Iterable[Any]) -> int:
+    """Run ``model`` on every item of ``data``, in eval mode without gradients; modes are put back.
+
+    An item is a mapping (keyword arguments), a tuple or list (positional arguments) or a single argument. Returns how
+    many there were.
+    """
+    count = 0
+    with evaluation(model):
+        for item in data:
+            call(model, item)
+            count += 1
+    return count
+
+
+def call(model: nn.Module, item: Any) -> Any:
+    """``model`` on one sample input, in one of the forms that ``run`` describes."""
+    if isinstance(item, Mapping):
+        return model(**item)
+    if isinstance(item, (tuple, list)):
+        return model(*item)
+    return model(item)
+
+
+def first_of(data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+    """The first item of ``data``, or None, and all of it, that item included. A mapping is one item."""
+    if data is None:
+        return None, None
+    if isinstance(data, Mapping):
+        data = [data]
+    items = iter(data)
+    first = next(items, None)
+    # What can be gone through once only has lost its first item.
+    return first, itertools.chain([] if first is None else [first], items) if items is data else data
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and every layer really called (PyTorch's native encoder path reads weights instead)."""
+    training = {module for module in model.modules() if module.training}
+    native = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(native)
+        for module in training:
+            module.training = True
