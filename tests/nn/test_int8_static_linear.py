@@ -46,7 +46,7 @@ def test_scales_come_from_calibration_data_and_survive_a_file(data: list[torch.T
         assert again[0].x_scale == converted[0].x_scale
         reverted = tw.revert_model(converted)
         assert all(type(layer) is nn.Linear for layer in list(reverted)[::2])
-    assert "Int8StaticInputs" in str(tw.report(again))
+    assert "w8a8-static" in str(tw.report(again))
 
 
 def test_without_data_there_is_no_scale() -> None:

@@ -9,7 +9,7 @@ import logging
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from tilewright.convert.text import display_name, listed
+from tilewright.convert.text import by_reason, display_name, listed
 
 logger = logging.getLogger("tilewright.backend")
 
@@ -48,10 +48,7 @@ class GraphReport:
         summary = ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "nothing rewritten"
         lines = [f"graph: {summary}; {len(self.left)} layers left alone"]
         lines += [f"  {rewrite.kind:<12} {display_name(rewrite.layer)}: {rewrite.what}" for rewrite in self.rewrites]
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.left.items():
-            by_reason.setdefault(reason, []).append(display_name(name))
-        lines += [f"  left alone   {listed(names, 3)}: {reason}" for reason, names in by_reason.items()]
+        lines += [f"  left alone   {listed(names, 3)}: {reason}" for reason, names in by_reason(self.left).items()]
         return "\n".join([*lines, *(f"  note         {note}" for note in self.notes)])
 
 

@@ -11,7 +11,7 @@ from tilewright.convert import structure
 from tilewright.convert.layers import is_converted
 from tilewright.convert.recipes import Recipe, Rule, matches, names_explicitly
 from tilewright.convert.schemes.base import Scheme, registered_schemes
-from tilewright.convert.text import display_name, listed, nearest
+from tilewright.convert.text import by_reason, display_name, listed, nearest
 
 FilterFunction = Callable[[nn.Module, str], bool]
 
@@ -141,8 +141,5 @@ def nothing_to_convert(model: nn.Module, skipped: dict[str, str]) -> str:
     if not skipped:
         about = "; ".join(sorted({kind.about for kind in registered_schemes().values()}))
         return f"nothing to convert in {type(model).__name__}: it has no layer that a scheme takes ({about})"
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        by_reason.setdefault(reason, []).append(display_name(name))
-    reasons = "\n".join(f"  {reason}: {listed(names, 3)}" for reason, names in by_reason.items())
+    reasons = "\n".join(f"  {reason}: {listed(names, 3)}" for reason, names in by_reason(skipped).items())
     return f"nothing to convert in {type(model).__name__}; every layer is left alone:\n{reasons}"

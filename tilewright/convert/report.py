@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import shutil
 import sys
@@ -20,7 +19,8 @@ from tilewright.convert.plan import layers_of
 from tilewright.convert.record import LayerRecord, Record, original_of, record_of
 from tilewright.convert.schemes import registered_schemes
 from tilewright.convert.structure import tensor_bytes
-from tilewright.convert.text import display_name, listed, size
+from tilewright.convert.table import Column, fit, wrapped
+from tilewright.convert.text import by_reason, display_name, listed, name_patterns, size
 from tilewright.kernels.dispatch.router import Decision, describe, route
 from tilewright.nn import ConvLayer, QuantizedLinear
 
@@ -56,8 +56,30 @@ class ReportedLayer:
 
 
 @dataclass(frozen=True)
+class ReportedGroup:
+    """Layers of one class, scheme and implementation whose names differ in numbers alone: ``layer.*.query``."""
+
+    pattern: str
+    layers: tuple[ReportedLayer, ...]
+
+    def errors(self, which: str) -> str:
+        """``0.39-0.52 %``: from the least to the largest that is known of ``weight_error`` or ``output_error``."""
+        known = [error for layer in self.layers if (error := _known(getattr(layer, which))) is not None]
+        if not known:
+            return "-"
+        least, most = f"{100 * min(known):.2f}", f"{100 * max(known):.2f}"
+        return f"{most} %" if least == most else f"{least}-{most} %"
+
+    def total(self, which: str) -> float | None:
+        """The sum of a number of each layer, None if it is not known of all."""
+        values = [getattr(layer, which) for layer in self.layers]
+        return None if None in values else sum(values)
+
+
+@dataclass(frozen=True)
 class Report:
-    """What ``report`` found. ``str()`` gives a table. model_bytes: of all parameters and buffers, before and after.
+    """What ``report`` found. ``str()`` is what one sees at a glance: totals, like layers in one row, what was left
+    alone; ``details()`` has every layer. model_bytes: of all parameters and buffers, before and after.
 
     untraced: modules whose code could not be read as a graph, so that convolutions were not fused across it, with the
     reason. attention: modules whose attention is computed by a kernel of ours where it takes the call.
@@ -106,6 +128,20 @@ class Report:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
         }
 
+    def groups(self) -> list[ReportedGroup]:
+        """The converted layers, those that share all but numbers in their names as one. In the model's order."""
+        alike: dict[Any, dict[str, ReportedLayer]] = {}
+        for layer in self.converted:
+            key = (layer.kind, layer.device, layer.scheme, *layer.implementations.values())
+            alike.setdefault(key, {})[layer.name] = layer
+        everything = [layer.name for layer in self.layers]
+        found = [
+            ReportedGroup(display_name(pattern), tuple(layers[name] for name in names))
+            for layers in alike.values()
+            for pattern, names in name_patterns(layers, everything).items()
+        ]
+        return sorted(found, key=lambda group: self.layers.index(group.layers[0]))
+
     def headlines(self) -> list[str]:
         """The totals in words, one fact a line."""
         totals = self.totals
@@ -119,30 +155,58 @@ class Report:
                 before, after, ratio = (totals[f"{part}_{key}"] for key in ("bytes_before", "bytes_after", "ratio"))
                 lines.append(f"{label}: {size(before)} -> {size(after)} ({ratio:.3f}x)")
             counts = Counter(layer.scheme for layer in self.converted)
-            lines += [f"{scheme} ({count} layers)" for scheme, count in counts.items()]
+            lines += [f"{scheme} ({_layers(count)})" for scheme, count in counts.items()]
+            for which in ("output_error", "weight_error"):
+                errors = {layer.name: _known(getattr(layer, which)) or 0.0 for layer in self.converted}
+                worst = max(errors, key=lambda name: errors[name])
+                if errors[worst]:
+                    lines.append(
+                        f"largest {which.replace('_', ' ')}: {100 * errors[worst]:.2f} %, {display_name(worst)}"
+                    )
+                    break
         if self.attention:
             lines.append(f"attention of {len(self.attention)} modules by tilewright::attention in inference on a CPU")
         return lines
 
-    def _rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table of converted layers."""
-        has_output = any(layer.output_error is not None for layer in self.converted)
-        header = ["layer", "scheme", *(f"M={m}" for m in BATCHES), "before", "after", "weight err."]
-        header += ["output err."] if has_output else []
-        timed = any(layer.microseconds_after is not None for layer in self.converted)
-        header += ["us before", "us after"] if timed else []
+    def _columns(self, groups: list[ReportedGroup]) -> list[Column]:
+        """The table of converted layers. What the headlines or another column say as well is left out first."""
+
+        def known(which: str) -> bool:
+            return any(getattr(layer, which) is not None for layer in self.converted)
+
+        def times(which: str) -> list[str]:
+            return ["-" if time is None else f"{time:.4g}" for time in (group.total(which) for group in groups)]
+
         # The headlines spell the options out. In the table they would only take room, unless two layers differ in them.
         names = Counter(scheme.partition(":")[0] for scheme in {layer.scheme for layer in self.converted})
-        rows = []
-        for layer in self.converted:
-            name = layer.scheme.partition(":")[0]
-            scheme = name if names[name] == 1 else layer.scheme
-            row = [display_name(layer.name), scheme, *(layer.implementations[m] for m in BATCHES)]
-            row += [size(layer.bytes_before), size(layer.bytes_after), _percent(layer.weight_error)]
-            row += [_percent(layer.output_error)] if has_output else []
-            times = (layer.microseconds_before, layer.microseconds_after)
-            rows.append(row + (["-" if time is None else f"{time:.4g}" for time in times] if timed else []))
-        return header, rows
+        labels = [group.layers[0].scheme for group in groups]
+        schemes = [name if names[name := label.partition(":")[0]] == 1 else label for label in labels]
+        columns = [
+            Column("layer", [group.pattern for group in groups], "name"),
+            Column("", [f"x{len(group.layers)}" for group in groups], rank=1),
+            Column("scheme", schemes, "words", rank=1 if len(set(schemes)) > 1 else 9),
+        ]
+        if all(len(group.layers) == 1 for group in groups):
+            del columns[1]
+        kernels: dict[tuple[str, ...], list[int]] = {}
+        for m in BATCHES:
+            kernels.setdefault(tuple(group.layers[0].implementations[m] for group in groups), []).append(m)
+        for number, (cells, batches) in enumerate(kernels.items()):
+            columns.append(Column(f"M={', '.join(map(str, batches))}", list(cells), "words", rank=2 + 3 * number))
+        for state, rank in (("before", 6), ("after", 1)):
+            columns.append(Column(state, [size(group.total(f"bytes_{state}") or 0) for group in groups], rank=rank))
+        has_output = known("output_error")
+        columns.append(
+            Column("weight err.", [group.errors("weight_error") for group in groups], rank=4 if has_output else 1)
+        )
+        if has_output:
+            columns.append(Column("output err.", [group.errors("output_error") for group in groups], rank=1))
+        if known("microseconds_after"):
+            columns += [
+                Column(f"us {state}", times(f"microseconds_{state}"), rank=rank)
+                for state, rank in (("before", 5), ("after", 3))
+            ]
+        return columns
 
     def _notes(self) -> list[str]:
         """Why the router passed over implementations that are preferred to the chosen one, each reason once; then what
@@ -162,69 +226,78 @@ class Report:
             f"M={', '.join(map(str, sorted(batches)))}: not by {reason} ({listed(names, 2)})"
             for reason, (batches, names) in found.items()
         ]
-        said: dict[str, list[str]] = {}
-        for layer in self.converted:
-            if layer.reason:
-                said.setdefault(layer.reason, []).append(display_name(layer.name))
+        said = by_reason({layer.name: layer.reason for layer in self.converted if layer.reason})
         notes += [f"{reason} ({listed(names, 2)})" for reason, names in said.items()]
         notes += [f"{display_name(name)} does not trace: {reason}" for name, reason in self.untraced.items()]
         return notes
 
-    def to_markdown(self) -> str:
+    def _left_alone(self, grouped: bool) -> list[tuple[str, str, list[str]]]:
+        """(how many layers of how many bytes, the reason, their names or patterns of them)."""
+        held = {display_name(layer.name): layer.bytes_after for layer in self.skipped}
+        everything = [display_name(layer.name) for layer in self.layers]
+        found = []
+        for reason, names in by_reason({layer.name: layer.reason for layer in self.skipped}).items():
+            patterns = name_patterns(names, everything) if grouped else {name: [name] for name in names}
+            shown = [
+                pattern + (f"\N{NO-BREAK SPACE}x{len(each)}" if len(each) > 1 else "")
+                for pattern, each in patterns.items()
+            ]
+            found.append((f"{_layers(len(names))}, {size(sum(held[name] for name in names))}", reason, shown))
+        return found
+
+    def to_markdown(self, every_layer: bool = False) -> str:
         """The totals, a table of the converted layers and a table of those left alone, with reasons."""
         parts = ["\n".join(f"- {line}" for line in self.headlines())]
         if self.converted:
-            parts.append(_markdown(*self._rows()))
+            columns = self._columns(self._each() if every_layer else self.groups())
+            rows = [list(row) for row in zip(*(column.cells for column in columns), strict=True)]
+            parts.append(_markdown([column.title or "layers" for column in columns], rows))
         if notes := self._notes():
             parts.append("\n".join(f"- {note}" for note in notes))
         if self.skipped:
-            rows = [[display_name(layer.name), layer.kind, layer.reason] for layer in self.skipped]
-            parts.append(_markdown(["left alone", "type", "reason"], rows))
+            rows = [[count, reason, ", ".join(names)] for count, reason, names in self._left_alone(not every_layer)]
+            parts.append(_markdown(["left alone", "reason", "layers"], rows))
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
-        """The same as a text table; coloured and as wide as the terminal if stdout is one."""
-        from rich.console import Console, RenderableType
-        from rich.table import Table
+        """Text as wide as the terminal; in bold and dim if stdout is one."""
+        return self._text(self.groups(), grouped=True)
 
-        terminal = sys.stdout.isatty()
+    def details(self) -> str:
+        """The same with every layer in a row of its own."""
+        return self._text(self._each(), grouped=False)
+
+    def _each(self) -> list[ReportedGroup]:
+        return [ReportedGroup(display_name(layer.name), (layer,)) for layer in self.converted]
+
+    def _text(self, groups: list[ReportedGroup], grouped: bool) -> str:
         width = shutil.get_terminal_size((100, 24)).columns
-
-        def table(header: list[str], rows: list[list[str]]) -> RenderableType:
-            made = Table(box=None, pad_edge=False, header_style="bold")
-            for title in header:
-                # A cut name or reason helps nobody: cells fold instead. Numbers stay whole.
-                numeric = title.endswith(("before", "after", "err."))
-                whole = numeric or (title == "scheme" and width >= 80 and all(_fits(row[1]) for row in rows))
-                made.add_column(title, overflow="fold", no_wrap=whole, justify="right" if numeric else "left")
-            for row in rows:
-                made.add_row(*row)
-            return made
-
-        console = Console(
-            file=io.StringIO(), force_terminal=terminal, width=width, highlight=False, markup=False, emoji=False
-        )
-        for line in self.headlines():
-            console.print(line, style="bold", soft_wrap=True)
+        bold, dim = ("\x1b[1m{}\x1b[0m", "\x1b[2m{}\x1b[0m") if sys.stdout.isatty() else ("{}", "{}")
+        lines = [bold.format(part) for line in self.headlines() for part in wrapped(line, width, "  ")]
         if self.converted:
-            console.print()
-            console.print(table(*self._rows()))
-        for note in self._notes():
-            console.print(note, style="dim")
+            table, dropped = fit(self._columns(groups), width)
+            lines += ["", bold.format(table[0]), *table[1:]]
+            if dropped:
+                note = f"no room for {', '.join(filter(None, dropped))} in {width} columns"
+                lines += [dim.format(part) for part in wrapped(note, width, "  ")]
         if self.skipped:
-            console.print()
-            rows = [[display_name(layer.name), layer.kind, layer.reason] for layer in self.skipped]
-            console.print(table(["left alone", "type", "reason"], rows))
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+            total = sum(layer.bytes_after for layer in self.skipped)
+            lines += ["", bold.format(f"left alone: {_layers(len(self.skipped))}, {size(total)}")]
+            for count, reason, names in self._left_alone(grouped):
+                named = names if not grouped or len(names) < 6 else [*names[:5], f"{len(names) - 5} more"]
+                lines += wrapped(f"{count}: {reason}", width, "  ")
+                lines += [f"    {part}" for part in wrapped(", ".join(named), width - 4)]
+        if notes := self._notes():
+            lines += ["", *(dim.format(part) for note in notes for part in wrapped(note, width, "  "))]
+        return "\n".join(lines)
 
 
-def _fits(scheme: str) -> bool:
-    return ":" not in scheme and len(scheme) <= 24
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
-def _percent(error: float | None) -> str:
-    return "-" if error is None else f"{100 * error:.2f} %"
+def _known(error: float | None) -> float | None:
+    return None if error is None or math.isnan(error) else error
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
