@@ -12,7 +12,7 @@ from torch import nn
 import tilewright as tw
 from tests.backend.networks import Block, Feed, compiled, last, settled
 from tilewright.backend import compile_report, tilewright
-from tilewright.kernels.dispatch.packed import version_of
+from tilewright.kernels.dispatch.same import version_of
 
 
 # ---- linear layers

@@ -207,7 +207,7 @@ def test_the_problem_is_the_one_that_forward_poses(layer: Layer, monkeypatch: py
 @each_layer
 def test_packed_once_renewed_on_load_and_freed_with_the_module(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
-    entries = dict(cache._entries)
+    entries = dict(cache._entries.items())
     module, x = layer.make(k=96), torch.randn(4, 96)
 
     def own() -> list[Any]:

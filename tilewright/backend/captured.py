@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from tilewright.backend.record import GraphReport
 from tilewright.convert.graph.chain import added_to
-from tilewright.kernels.dispatch.packed import version_of
+from tilewright.kernels.dispatch.same import version_of
 
 Make = Callable[..., Sequence[torch.Tensor]]
 _ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")

@@ -1,43 +1,46 @@
-"""Short cuts for calls that a layer repeats: straight to a C kernel whose other arguments were prepared before.
+"""Calls that come again with the same weights: straight to a C kernel whose other arguments were prepared before.
 
 The dispatcher, the checks, the router and the look-up of packed weights take 9 us a call, as long as the product of a
 small layer. In eager inference on CPU tensors none of it decides anything that the last call with an input of this
-shape did not. A short cut is taken where nobody looks at the operator (to differentiate it, cast its arguments, trace,
-export, compile, batch or profile it), no tensor of the layer was replaced or written, and the router has not changed
-its mind.
+shape did not. A prepared call is taken where nobody looks at the operator (to differentiate it, cast its arguments,
+trace, export, compile, batch or profile it), no tensor of the layer was replaced or written, and the router has not
+changed its mind. Layers remember their own (``prepared_call``); for an operator that a compiled graph calls, where
+there is no layer but the same tensors come each time, ``Repeats`` does.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.same import SameTensors, TensorCache
 
-Call = Callable[[torch.Tensor], torch.Tensor]
-_CPU = torch.device("cpu")
-#: Shapes of inputs that are remembered for each layer.
-_REMEMBERED = 64
+Call = Callable[..., torch.Tensor]
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+#: Shapes of inputs that are remembered for each layer or weight, and weights of each operator.
+_MOST_SHAPES = 64
+_MOST_WEIGHTS = 4096
+#: The attribute of a layer that holds what is known of its calls.
+_SLOT = "_known_calls"
+_forward_ad = torch.autograd.forward_ad
 
 
 def _probe() -> tuple[Callable[[], Any], ...]:
     """What tells whether somebody looks: functions that return something false where nobody does. Raises AttributeError
     where this version of PyTorch lacks one.
     """
-    forward_ad = torch.autograd.forward_ad
-    forward_ad._current_level  # noqa: B018
+    _forward_ad._current_level  # noqa: B018
     return (
         torch.is_grad_enabled,
         torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack,
         torch._C._functorch.peek_interpreter_stack,
         torch._C._get_tracing_state,
-        lambda: forward_ad._current_level >= 0,
-        torch._C._autograd._profiler_enabled,  # the last one: see ``can_bypass_dispatcher``
+        torch._C._autograd._profiler_enabled,
     )
 
 
@@ -54,44 +57,59 @@ def profiler_enabled() -> bool:
 
 def can_bypass_dispatcher(x: torch.Tensor, *, profiler: bool = False) -> bool:
     """Whether a call on ``x`` may leave the dispatcher out. profiler: the caller asks himself whether it is on."""
-    if type(x) is not torch.Tensor or _watchers is None or x.device != _CPU or torch.is_autocast_enabled("cpu"):
+    if type(x) is not torch.Tensor or _watchers is None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
-    for watcher in _watchers[:-1] if profiler else _watchers:  # noqa: SIM110  (a generator takes twice as long)
-        if watcher():
-            return False
-    return True
+    grad, dispatch, function, transform, tracing, profiling = _watchers  # a loop takes twice as long
+    return not (
+        grad()
+        or dispatch()
+        or function()
+        or transform()
+        or tracing()
+        or _forward_ad._current_level >= 0
+        or (not profiler and profiling())
+    )
+
+
+def _leave_traces(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a change of ``tensors`` can be seen: writes into inference tensors cannot, and subclasses dispatch for
+    themselves.
+    """
+    return all(t is None or (type(t) in _PLAIN and t.is_cpu and not t.is_inference()) for t in tensors)
+
+
+def _find(calls: dict[Any, Call | None], key: Any, prepare: Callable[[], Call | None]) -> Call | None:
+    """The call of ``key``, prepared when it comes the second time: the first goes to the operator, which checks all."""
+    if key not in calls:
+        if len(calls) >= _MOST_SHAPES:
+            calls.clear()
+        calls[key] = None
+        return None
+    calls[key] = call = prepare()
+    return call
 
 
 class _Known:
-    """What is known of one layer's calls, for as long as its tensors are these and unwritten."""
+    """What is known of one layer's calls, for as long as its tensors are the same and the router decides as it did."""
+
+    __slots__ = ("calls", "generation", "same")
 
     def __init__(self, tensors: Sequence[torch.Tensor | None]):
         self.generation = router.generation()
-        self.tensors = [(None, 0) if t is None else (weakref.ref(t), t._version) for t in tensors]
         self.calls: dict[Any, Call | None] = {}
+        self.same = SameTensors(tensors, self.calls.clear)
 
-    def holds(self, tensors: Sequence[torch.Tensor | None]) -> bool:
-        if self.generation != router.generation():
-            return False
-        for tensor, (ref, version) in zip(tensors, self.tensors, strict=True):
-            if ref is None or tensor is None:
-                if (ref is None) != (tensor is None):
-                    return False
-            elif ref() is not tensor or tensor._version != version:
-                return False
-        return True
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy of the layer knows nothing, and a file holds nothing of this
 
 
-_layers: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
-
-
-def invalidate(layer: Any) -> None:
+def invalidate(layer: torch.nn.Module) -> None:
     """Drop what is known of ``layer``."""
-    _layers.pop(layer, None)
+    vars(layer).pop(_SLOT, None)
 
 
 def prepared_call(
-    layer: Any,
+    layer: torch.nn.Module,
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor | None],
     activation: str,
@@ -106,25 +124,65 @@ def prepared_call(
     """
     if not can_bypass_dispatcher(x):
         return None
-    known, key = _layers.get(layer), (x.shape, x.dtype, activation)
-    if known is None or not known.holds(tensors):
-        # Writes into inference tensors leave no trace, and subclasses dispatch for themselves.
-        if any(t is not None and (type(t) not in _PLAIN or t.is_inference() or t.device != _CPU) for t in tensors):
+    slots = layer.__dict__
+    known = slots.get(_SLOT)
+    if known is None or known.generation != router.generation() or not known.same.match(tensors):
+        if not _leave_traces(tensors):
             return None
-        known = _layers[layer] = _Known(tensors)
-    if key in known.calls:
-        call = known.calls[key]
+        known = slots[_SLOT] = _Known(tensors)
+    key = (x.shape, x.dtype, activation)
+    call: Call | None = known.calls.get(key)
+    if call is not None:
+        return call
+
+    def prepare() -> Call | None:
+        decision = router.route(problem(x.numel() // x.shape[-1], x.dtype)) if x.numel() else None
+        make = None if decision is None else decision.implementation.prepared
+        return None if make is None else make(**arguments())
+
+    return _find(known.calls, key, prepare)
+
+
+class Repeats:
+    """Remembers the calls of one operator, whose first argument is x and whose second is the weight.
+
+    residual: the position of that argument. prepare: from the arguments by name to the function of x and the residual
+    that serves calls of that shape, or None. bind: from what the dispatcher gives to all arguments by name.
+    """
+
+    def __init__(
+        self,
+        residual: int,
+        prepare: Callable[[Mapping[str, Any]], Call | None],
+        bind: Callable[[tuple[Any, ...], Mapping[str, Any]], Mapping[str, Any]],
+    ):
+        self.residual, self.prepare, self.bind = residual, prepare, bind
+        self._known: TensorCache[dict[Any, Call | None]] = TensorCache(_MOST_WEIGHTS)
+        router.on_invalidate(self._known.clear)
+
+    def find(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Call | None:
+        """The function of x and the residual that serves the call, or None: then the operator is to be called.
+
+        The first call with an x of some shape always goes to the operator, which checks everything.
+        """
+        x, weight = args[0], args[1]
+        others = (*args[1 : self.residual], *args[self.residual + 1 :])
+        residual = args[self.residual] if len(args) > self.residual else None
+        tensors = [each if isinstance(each, torch.Tensor) else None for each in others]
+        key = (
+            x.shape,
+            x.dtype,
+            None if residual is None else (residual.shape, residual.dtype),
+            *[each for each in others if not isinstance(each, torch.Tensor)],
+            *named.items(),
+        )
+        calls = self._known.get(id(weight), tensors)
+        if calls is None:
+            if not _leave_traces(tensors):
+                return None
+            calls = {}
+            self._known.put(id(weight), tensors, calls)
+        call = calls.get(key)
         if call is not None:
             return call
-        decision = router.route(problem(x.numel() // x.shape[-1], x.dtype)) if x.numel() else None
-        prepare = None if decision is None else decision.implementation.prepared
-        if prepare is not None:
-            known.calls[key] = prepare(**arguments())
-        return known.calls[key]
-    if len(known.calls) >= _REMEMBERED:
-        known.calls.clear()
-    known.calls[key] = None
-    return None
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+        return _find(calls, key, lambda: self.prepare(self.bind(args, named)) if x.numel() else None)

@@ -2,7 +2,7 @@
 
 Each operator has one kernel for every device, which checks its arguments and asks the router who serves the call; a
 fake kernel; an autograd formula; and, where it has one, an autocast rule. Calls that repeat on a CPU take a short cut,
-before anything of autograd where no gradient is asked for (``repeats``).
+before anything of autograd where no gradient is asked for (``Repeats``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.dispatch.layers import can_bypass_dispatcher
-from tilewright.kernels.dispatch.repeats import Repeats
+from tilewright.kernels.dispatch.layers import Repeats, can_bypass_dispatcher
 from tilewright.kernels.dispatch.router import on_invalidate
 
 NAMESPACE = "tilewright"

@@ -8,21 +8,16 @@ next call repack.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
+from tilewright.kernels.dispatch.same import TensorCache, storage_of
+
 T = TypeVar("T")
-_entries: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
+_entries: TensorCache[Any] = TensorCache(objects=False)
 _lock = threading.Lock()
-
-
-def version_of(weight: torch.Tensor) -> int:
-    """How often ``weight`` was written to in place."""
-    # Tensors created in inference mode have no version counter.
-    return -1 if weight.is_inference() else weight._version
 
 
 def packed(weight: torch.Tensor, layout: str, make: Callable[[], T], *others: torch.Tensor | None) -> T:
@@ -31,34 +26,37 @@ def packed(weight: torch.Tensor, layout: str, make: Callable[[], T], *others: to
     others: further tensors that ``make`` reads, such as scales; replacing or writing into one also makes it run again.
     ``make`` must not keep a reference to memory of any of them, which would then never be freed.
     """
+    tensors = (weight, *others)
     # A square matrix and its transpose differ in nothing but strides.
-    key = (weight.data_ptr(), layout, weight.device, weight.shape, weight.stride())
-    state = (version_of(weight), *(None if t is None else (t.data_ptr(), version_of(t)) for t in others))
-    entry = _entries.get(key)
-    if entry is not None and entry[0] == state:
-        return entry[1]
-    with _lock:
-        entry = _entries.get(key)
-        if entry is not None and entry[0] == state:
-            return entry[1]
-        value = make()
-        _entries[key] = (state, value)
-        for tensor in (weight, *others):
-            if tensor is not None and tensor.numel():
-                # Memory that is freed may be handed out again: the entry must be gone before it is.
-                weakref.finalize(tensor.untyped_storage(), _entries.pop, key, None).atexit = False
-    return value
+    key = (
+        tuple(None if t is None else storage_of(t) for t in tensors),
+        layout,
+        weight.storage_offset(),
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+    )
+    found: T | None = _entries.get(key, tensors)
+    if found is None:
+        with _lock:
+            found = _entries.get(key, tensors)
+            if found is None:
+                found = make()
+                _entries.put(key, tensors, found)
+    return found
 
 
 def invalidate(weight: torch.Tensor) -> None:
     """Drop what was made from ``weight``, after a write that no version counter saw (inference tensors have none)."""
-    for key in [key for key in list(_entries) if key[0] == weight.data_ptr()]:
-        _entries.pop(key, None)
+    memory = storage_of(weight)
+    for key, _ in _entries.items():
+        if memory in key[0]:
+            _entries.drop(key)
 
 
 def packed_bytes() -> int:
     """Bytes held by repacked weights at this moment."""
-    return sum(_nbytes(value) for _, value in list(_entries.values()))
+    return sum(_nbytes(value) for _, value in _entries.items())
 
 
 def _nbytes(value: Any) -> int:

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewright.nn as tnn
 from tilewright.kernels.cpu import native
-from tilewright.kernels.dispatch import layers as eager
-from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch import layers, router
 
 LAYERS = {
     "int8": lambda linear: tnn.Int8Linear.from_float(linear),
@@ -40,14 +39,14 @@ def layer() -> tnn.Int8Linear:
 @pytest.fixture
 def dispatched() -> Callable[[Callable[[], Any]], bool]:
     """Whether the third of three calls goes through the dispatcher."""
-    if eager._watchers is None:
+    if layers._watchers is None:
         pytest.skip("needs a PyTorch whose dispatcher can be asked who watches it")
     if native.why_no_native():
         pytest.skip(str(native.why_no_native()))
 
     def ask(call: Callable[[], Any]) -> bool:
         found: list[Any] = []
-        prepared_call = eager.prepared_call
+        prepared_call = layers.prepared_call
 
         def noted(*args: Any) -> Any:
             found.append(prepared_call(*args))
@@ -227,3 +226,20 @@ def test_arguments_are_checked_on_the_short_way(layer: Any):
             layer(torch.ones(3, 32, dtype=torch.int32))
         with pytest.raises((ValueError, TypeError, NotImplementedError), match="complex|float"):
             layer(torch.ones(3, 32, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_call_reads_no_memory_that_is_freed(kind: str):
+    """``.data`` changes a tensor's memory without counting as a write; see contracts/test_replaced_storage.py."""
+    torch.manual_seed(0)
+    layer, x = LAYERS[kind](nn.Linear(32, 16)), torch.randn(5, 32)
+    for name in [*dict(layer.named_parameters()), *dict(layer.named_buffers())]:
+        with torch.no_grad():
+            for _ in range(3):
+                layer(x)
+            tensor = getattr(layer, name)
+            tensor.data = (tensor.data * 0.5).to(tensor.dtype)
+            garbage = [torch.full((tensor.untyped_storage().nbytes() // 4,), torch.nan) for _ in range(20)]
+            y = layer(x)
+        del garbage
+        assert torch.equal(y, operator_of(layer, x)), name

@@ -86,19 +86,19 @@ def test_a_copy_has_its_own_entry() -> None:
 
 def test_the_entry_goes_with_the_weight() -> None:
     gc.collect()
-    entries, size = len(cache._entries), packed_bytes()
+    entries, size = len(cache._entries.items()), packed_bytes()
     weight, scale = torch.zeros(4, 4), torch.ones(4)
     packed(weight, "a", Counter(), scale)
     weight.add_(1)
     packed(weight, "a", Counter(), scale)
-    assert (len(cache._entries), packed_bytes()) == (entries + 1, size + 40)
+    assert (len(cache._entries.items()), packed_bytes()) == (entries + 1, size + 40)
     view = weight[0]
     del weight
     gc.collect()
-    assert len(cache._entries) == entries + 1, "the memory lives on in a view"
+    assert len(cache._entries.items()) == entries + 1, "the memory lives on in a view"
     del view, scale
     gc.collect()
-    assert (len(cache._entries), packed_bytes()) == (entries, size)
+    assert (len(cache._entries.items()), packed_bytes()) == (entries, size)
 
 
 def test_memory_that_is_handed_out_again_is_not_taken_for_the_old_weight() -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tilewright.nn as tnn
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch import router
-from tilewright.kernels.dispatch.repeats import Repeats
+from tilewright.kernels.dispatch.layers import Repeats
 
 pytestmark = pytest.mark.skipif(native.why_no_native() is not None, reason=str(native.why_no_native()))
 KINDS = {
@@ -142,7 +142,7 @@ def test_what_is_remembered_goes_with_the_weight() -> None:
     weight, x = torch.randn(4, 4), torch.randn(2, 4)
     for _ in range(3):
         found = repeats.find((x, weight), {})
-    assert found is not None and repeats._known
+    assert found is not None and repeats._known.items()
     del weight
     gc.collect()
-    assert not repeats._known
+    assert not repeats._known.items()

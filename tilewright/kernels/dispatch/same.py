@@ -1,0 +1,118 @@
+"""Whether tensors are what they were when something was made of them: a repacked weight, a prepared call, a recording.
+
+PyTorch counts writes in ``_version``. It does not count ``p.data = other``, ``p.data.resize_``, ``share_memory_`` and
+``swap_tensors``, which are seen in the address or the layout; and memory that was freed is handed out again under its
+old address, so storages are watched with weak references. (Tensors are not: ``swap_tensors`` refuses those that are.)
+What leaves no trace is a write into memory that stays, through ``p.data`` or NumPy.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often ``tensor`` was written to in place; -1 for tensors made in inference mode, which do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number for the memory of ``tensor`` and its views that no other memory has as long as this one lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class SameTensors:
+    """Remembers tensors (or None) as they are now, and keeps none of them alive.
+
+    expired: called when the first of their storages is freed. objects: False where another tensor in the same memory,
+    such as ``detach`` returns, is as good.
+    """
+
+    __slots__ = ("_expired", "_seen", "_watched")
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor | None],
+        expired: Callable[[], object] | None = None,
+        *,
+        objects: bool = True,
+    ):
+        self._seen = tuple(
+            None
+            if t is None
+            else (id(t) if objects else None, t.data_ptr(), version_of(t), t.shape, t.stride(), t.dtype)
+            for t in tensors
+        )
+        self._expired: list[Any] = []
+        gone = self._expired
+
+        def expire(storage: Any) -> None:
+            gone.append(storage)
+            if expired is not None:
+                expired()
+
+        self._watched = [weakref.ref(t.untyped_storage(), expire) for t in tensors if t is not None]
+
+    def match(self, tensors: Sequence[torch.Tensor | None]) -> bool:
+        """Whether these are the tensors remembered, unwritten, in the same memory and of the same layout."""
+        if self._expired or len(tensors) != len(self._seen):
+            return False
+        for tensor, seen in zip(tensors, self._seen):  # noqa: B905  (counted above: strict takes longer)
+            if tensor is None or seen is None:
+                if tensor is not None or seen is not None:
+                    return False
+                continue
+            number, address, version, shape, stride, dtype = seen
+            # What costs most comes last; the device is in the address.
+            if (
+                (number is not None and id(tensor) != number)
+                or tensor.data_ptr() != address
+                or (tensor._version if version >= 0 else version_of(tensor)) != version
+                or tensor.dtype is not dtype
+                or tensor.shape != shape
+                or tensor.stride() != stride
+            ):
+                return False
+        return True
+
+
+class TensorCache(Generic[T]):
+    """Values made from tensors, by key, each for as long as its tensors are the same.
+
+    most: entries kept. objects: as of ``SameTensors``. A value must not keep memory of its tensors alive.
+    """
+
+    def __init__(self, most: int | None = None, *, objects: bool = True):
+        self._most, self._objects = most, objects
+        self._entries: dict[Any, tuple[SameTensors, T]] = {}
+
+    def get(self, key: Any, tensors: Sequence[torch.Tensor | None]) -> T | None:
+        """What was put there for ``tensors``; None if they have changed since, or nothing was."""
+        entry = self._entries.get(key)
+        return entry[1] if entry is not None and entry[0].match(tensors) else None
+
+    def put(self, key: Any, tensors: Sequence[torch.Tensor | None], value: T) -> None:
+        """Keep ``value`` until one of ``tensors`` is freed."""
+        if self._most is not None and len(self._entries) >= self._most:
+            self._entries.clear()
+        same = SameTensors(tensors, functools.partial(self._entries.pop, key, None), objects=self._objects)
+        self._entries[key] = same, value
+
+    def drop(self, key: Any) -> None:
+        """Keep nothing under ``key``."""
+        self._entries.pop(key, None)
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._entries.clear()
+
+    def items(self) -> list[tuple[Any, T]]:
+        """What is kept, by key."""
+        return [(key, value) for key, (_, value) in list(self._entries.items())]
