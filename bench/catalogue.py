@@ -28,7 +28,6 @@ from tilewright.kernels.int4_linear import fragments as int4_fragment_order
 from tilewright.kernels.int4_linear import triton_dequantize
 from tilewright.kernels.int4_linear import triton_fragments as int4_fragments
 from tilewright.kernels.int4_linear import triton_fused as int4_fused
-from tilewright.kernels.int4_linear.layout import kernel_order
 from tilewright.kernels.int8_linear import triton_swapped as int8_swapped
 from tilewright.kernels.int8_linear import triton_tile as int8_tile
 from tilewright.kernels.int8_weight_only_linear import triton_dequantize as int8_dequantize
@@ -36,11 +35,13 @@ from tilewright.kernels.int8_weight_only_linear import triton_swapped as int8_we
 from tilewright.kernels.norm_quantize import triton_norm_quantize
 from tilewright.kernels.quantize import triton_quantize
 from tilewright.kernels.quantize.reference import quantize_per_row
-from tilewright.kernels.quantize.triton_quantize import QuantizeConfig
 from tilewright.kernels.sparse24_linear import layout as sparse24_layout
 from tilewright.kernels.sparse24_linear import triton_fragments as sparse24_fragments
 from tilewright.kernels.sparse24_linear import triton_unpack as sparse24_unpack
 from tilewright.kernels.sparse24_linear.fragments import fragment_order
+from tilewright.kernels.triton import int4_dequantize
+from tilewright.kernels.triton.row_quantize import QuantizeConfig
+from tilewright.kernels.triton.spans import kernel_order
 
 Arguments = dict[str, Any]
 Outputs = tuple[torch.Tensor, ...]
@@ -153,7 +154,7 @@ def _plan_widen(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> li
 
 def _plan_dequantize(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
     weight = (a[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
-    return triton_dequantize.plan_dequantize(*weight, *out, first_row=0, group_size=a["group_size"], config=config)
+    return int4_dequantize.plan_dequantize(*weight, *out, first_row=0, group_size=a["group_size"], config=config)
 
 
 def _span_weight(a: Arguments) -> Any:
@@ -238,7 +239,7 @@ _NORM = (triton_norm_quantize, QuantizeConfig, _plan_norm, _rows_and_scales)
 _INT8_SWAPPED = (int8_swapped, int8_swapped.SwappedConfig, _plan_int8(int8_swapped.plan_swapped))
 _INT8_TILE = (int8_tile, int8_tile.TileConfig, _plan_int8(int8_tile.plan_tile))
 _INT8_WEIGHT_ONLY = (int8_weight_only_swapped, int8_weight_only_swapped.SwappedConfig, _plan_int8_weight_only)
-_DEQUANTIZE = (triton_dequantize, triton_dequantize.DequantizeConfig, _plan_dequantize, _dense_weight)
+_DEQUANTIZE = (triton_dequantize, int4_dequantize.DequantizeConfig, _plan_dequantize, _dense_weight)
 _INT4_FRAGMENTS = (int4_fragments, int4_fragments.FragmentConfig, _plan_int4_fragments)
 _SPARSE24_UNPACK = (sparse24_unpack, sparse24_unpack.UnpackConfig, sparse24_unpack.plan_unpack, _step_weight)
 _SPARSE24_FRAGMENTS = (

@@ -111,6 +111,48 @@ def test_an_import_along_the_direction_is_allowed(source: str, module: str) -> N
     assert forbidden_imports(source, module) == []
 
 
+# ---- kernels: what one operator's folder takes from another's
+KERNELS = PACKAGE / "kernels"
+OPERATOR_FOLDERS = sorted(path.parent.name for path in KERNELS.glob("*/reference.py"))
+
+
+def functions_of(path: Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
+
+
+def private_imports(source: str, module: str) -> list[str]:
+    """What ``module`` takes from the folder of another operator, but for its reference, its CPU side and functions
+    that the reference has too: those are implementations of the operator.
+    """
+    room = module.split(".")[2]
+    found = []
+    for name in imported_modules(source, module):
+        parts = name.split(".")
+        if parts[:2] != ["tilewright", "kernels"] or len(parts) < 4 or parts[2] not in OPERATOR_FOLDERS:
+            continue
+        public = parts[3] in ("reference", "cpu") or parts[-1] in functions_of(KERNELS / parts[2] / "reference.py")
+        if parts[2] != room and not public:
+            found.append(name)
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for room in (*OPERATOR_FOLDERS, "triton") for path in sorted((KERNELS / room).glob("*.py"))],
+    ids=name_of,
+)
+def test_what_several_operators_share_lies_in_no_operators_folder(path: Path) -> None:
+    assert private_imports(path.read_text(encoding="utf-8"), module_name(path)) == []
+
+
+def test_a_private_part_of_another_operator_is_found() -> None:
+    source = "from tilewright.kernels.int8_linear.triton_tile import slice_of, int8_linear"
+    assert private_imports(source, "tilewright.kernels.conv2d.triton_implicit") == [
+        "tilewright.kernels.int8_linear.triton_tile.slice_of"
+    ]
+    assert private_imports(source, "tilewright.kernels.int8_linear.triton_swapped") == []
+
+
 def modules_after(statements: str) -> set[str]:
     """Names in ``sys.modules`` of a fresh interpreter after ``statements``, with ``cuda`` if CUDA was initialised."""
     code = f"import sys\n{statements}\nimport torch\nprint(*sys.modules, *['cuda'] * torch.cuda.is_initialized())"

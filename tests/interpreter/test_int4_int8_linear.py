@@ -15,8 +15,8 @@ from tilewright.kernels.formats import int4
 from tilewright.kernels.int4_int8_linear import reference as definition
 from tilewright.kernels.int4_int8_linear import triton_dequantize, triton_fused
 from tilewright.kernels.int4_int8_linear.triton_fused import int4_int8_linear
-from tilewright.kernels.int4_linear.layout import kernel_order
 from tilewright.kernels.quantize.reference import quantize_per_row
+from tilewright.kernels.triton.spans import kernel_order
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,14 @@ import torch
 
 from tests.interpreter.guard_page import guarded, survives
 from tests.tolerance import assert_close_as_plain
+from tilewright.kernels import matrices
 from tilewright.kernels.activation import ACTIVATIONS
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import int4
-from tilewright.kernels.int4_linear import dequantize, triton_dequantize, triton_fused
 from tilewright.kernels.int4_linear import reference as definition
-from tilewright.kernels.int4_linear.layout import kernel_order
+from tilewright.kernels.int4_linear import triton_dequantize, triton_fused
+from tilewright.kernels.triton import int4_dequantize
+from tilewright.kernels.triton.spans import kernel_order
 
 FUSED, DEQUANTIZED = triton_fused.int4_linear, triton_dequantize.int4_linear
 both_ways = pytest.mark.parametrize("int4_linear", [FUSED, DEQUANTIZED], ids=["fused", "dequantized"])
@@ -174,7 +176,7 @@ def test_dequantized_weights_agree_to_the_bit(dtype, group_size):
     for first, last in [(0, 8), (8, 30)]:
         out = torch.full((last - first, 120), torch.nan, dtype=dtype)
         (config,) = triton_dequantize.CONFIGS
-        (launch,) = triton_dequantize.plan_dequantize(
+        (launch,) = int4_dequantize.plan_dequantize(
             *tensors, out, first_row=first, group_size=weight["group_size"], config=config
         )
         launch.run()
@@ -183,10 +185,10 @@ def test_dequantized_weights_agree_to_the_bit(dtype, group_size):
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_dequantized_in_several_blocks_of_rows(monkeypatch, activation):
-    monkeypatch.setattr(dequantize, "SCRATCH_BYTES", 1)
-    n = dequantize.ROWS + 9
+    monkeypatch.setattr(matrices, "SCRATCH_BYTES", 1)
+    n = matrices.ROWS + 9
     x, weight, bias = torch.randn(2, 40).half(), make_weight(n, 40, 8, symmetric=False), torch.randn(n).half()
-    assert len(list(dequantize.row_blocks(n, 40, torch.float16))) == 2
+    assert len(list(matrices.row_blocks(n, 40, torch.float16))) == 2
     check(DEQUANTIZED(x, **weight, bias=bias, activation=activation), x, weight, bias, activation=activation)
 
 
@@ -226,7 +228,7 @@ def test_dequantising_reads_nothing_past_its_tensors(group_size):
     weight = make_weight(19, 117, group_size, symmetric=False)
     tensors = [guarded(weight[name]) for name in ("weight_packed", "weight_scale", "weight_zero")]
     out = guarded(torch.empty(11, 120, dtype=torch.float16))
-    (launch,) = triton_dequantize.plan_dequantize(
+    (launch,) = int4_dequantize.plan_dequantize(
         *tensors, out, first_row=8, group_size=group_size, config=triton_dequantize.CONFIGS[0]
     )
     assert survives(launch.run)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tilewright.kernels.formats import int4
-from tilewright.kernels.int4_linear import layout
+from tilewright.kernels.triton import spans as layout
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,13 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: it publishes wheels for Linux alone")
 
 from tests.tolerance import assert_close_as_plain
+from tilewright.kernels import matrices
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int4_int8_linear import triton_fused as w4a8
 from tilewright.kernels.int4_linear import dequantize, reference, triton_dequantize
 from tilewright.kernels.int4_linear import triton_fused as w4a16
-from tilewright.kernels.int4_linear.layout import SpanWeight, quarters_per_group, span_count
+from tilewright.kernels.triton.spans import SpanWeight, quarters_per_group, span_count
 
 H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132}
 B200 = {"device": "cuda", "capability": (10, 0), "multiprocessors": 148}
@@ -172,13 +173,13 @@ def test_dequantising_takes_every_group_and_batch(group_size):
 
 @pytest.mark.parametrize("n, k", [(0, 8), (1, 1), (512, 0), (100_000, 4096), (10, 2**27)])
 def test_scratch_is_bounded_and_blocks_of_rows_are_whole(n, k):
-    blocks = list(dequantize.row_blocks(n, k, torch.bfloat16))
+    blocks = list(matrices.row_blocks(n, k, torch.bfloat16))
     assert [row for first, last in blocks for row in (first, last)][:1] == ([0] if n else [])
     assert all(before[1] == after[0] for before, after in itertools.pairwise(blocks))
     assert not n or blocks[-1][1] == n
     for first, last in blocks:
-        assert first % dequantize.ROWS == 0
-        assert (last - first) * k * 2 <= dequantize.SCRATCH_BYTES or last - first <= dequantize.ROWS
+        assert first % matrices.ROWS == 0
+        assert (last - first) * k * 2 <= matrices.SCRATCH_BYTES or last - first <= matrices.ROWS
 
 
 @pytest.mark.parametrize("activation", ["none", "silu"])
@@ -186,8 +187,8 @@ def test_scratch_is_bounded_and_blocks_of_rows_are_whole(n, k):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dequantise_and_multiply_equals_the_reference_on_any_device(monkeypatch, dtype, group_size, activation):
     torch.manual_seed(0)
-    monkeypatch.setattr(dequantize, "SCRATCH_BYTES", 1)
-    n, k = dequantize.ROWS + 20, 100
+    monkeypatch.setattr(matrices, "SCRATCH_BYTES", 1)
+    n, k = matrices.ROWS + 20, 100
     weight = int4.quantize(torch.randn(n, k), group_size, symmetric=False)
     x, bias, residual = torch.randn(2, 3, k).to(dtype), torch.randn(n), torch.randn(n)
     options = {"group_size": group_size, "activation": activation}

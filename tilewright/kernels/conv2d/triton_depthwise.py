@@ -21,7 +21,6 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_signed, pixel
-from tilewright.kernels.conv2d.triton_implicit import window_args, window_constants
 from tilewright.kernels.conv2d.triton_launch import (
     SHARED_SOURCES,
     ConvCall,
@@ -30,6 +29,8 @@ from tilewright.kernels.conv2d.triton_launch import (
     operator,
     unit,
     why_not_any_kernel,
+    window_args,
+    window_constants,
 )
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilewright.kernels.triton.common import activate, nearest_byte, quotient
+from tilewright.kernels.triton.common import activate
+from tilewright.kernels.triton.rounding import requantize, store_quantized
 
 
 @triton.jit
@@ -36,22 +37,6 @@ def multiply(x, w, acc, INTEGER: tl.constexpr, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
     return acc
-
-
-@triton.jit
-def requantize(y, scale):
-    """clamp(round_half_even(y / scale), -127, 127) of float32 ``y`` in the lowest byte of int32; NaN becomes 0."""
-    limit = tl.minimum(127.0 * scale, 3.0e38)  # infinite y have a quotient, too
-    steps = nearest_byte(quotient(tl.minimum(tl.maximum(y, -limit), limit), scale))
-    return tl.where(y == y, steps, 0)
-
-
-@triton.jit
-def store_quantized(pointers, steps, mask):
-    """Write the lowest bytes of int32 to int8, or to uint8 as value + 128."""
-    if pointers.dtype.element_ty == tl.uint8:
-        steps += 128
-    tl.store(pointers, steps.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit

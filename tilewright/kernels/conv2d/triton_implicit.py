@@ -34,10 +34,11 @@ from tilewright.kernels.conv2d.triton_launch import (
     unit,
     why_not_any_kernel,
     why_not_tile,
+    window_args,
+    window_constants,
 )
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.int8_linear.triton_tile import slice_of
-from tilewright.kernels.triton.common import grouped_tile
+from tilewright.kernels.triton.common import grouped_tile, slice_of
 from tilewright.kernels.tuning import tunable
 
 GROUP_M = 8
@@ -212,31 +213,6 @@ def implicit_kernel(
             ACTIVATION,
             QUANTIZE,
         )
-
-
-def window_args(call: ConvCall, unit_c: int) -> dict[str, int]:
-    """Run-time arguments by which a kernel finds the windows of its pixels."""
-    geometry = call.geometry
-    image, row, pixel_stride, _ = call.x.stride()
-    return {
-        "M": call.rows,
-        "H": geometry.height,
-        "W": geometry.width,
-        "P": geometry.out_height,
-        "Q": geometry.out_width,
-        "pad_top": geometry.padding[0],
-        "pad_left": geometry.padding[2],
-        "x_image_units": image // unit_c,
-        "x_row_units": row // unit_c,
-        "x_pixel_units": pixel_stride // unit_c,
-    }
-
-
-def window_constants(call: ConvCall) -> dict[str, int]:
-    """Compile-time arguments: the shape of the window."""
-    geometry = call.geometry
-    names = ("R", "S", "STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W")
-    return dict(zip(names, (*geometry.kernel, *geometry.stride, *geometry.dilation), strict=True))
 
 
 def plan_implicit(call: ConvCall, config: ImplicitConfig | None = None) -> list[Launch]:

@@ -19,7 +19,8 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry, check_sizes, empty_channels_last, to_channels_last
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.triton.common import FLOAT_DTYPES, why_not_on_gpu
+from tilewright.kernels.matrices import FLOAT_DTYPES
+from tilewright.kernels.triton.common import why_not_on_gpu
 from tilewright.kernels.triton.int8_product import MAX_K
 from tilewright.kernels.tuning import why_too_large
 
@@ -223,7 +224,9 @@ def why_not_tile(tile: ConvTile, problem: Problem) -> str | None:
 
 
 #: Modules that the speed of every convolution depends on.
-SHARED_SOURCES = tuple(f"tilewright.kernels.conv2d.{name}" for name in ("triton_epilogue", "triton_launch"))
+SHARED_SOURCES = tuple(
+    f"tilewright.kernels.{name}" for name in ("conv2d.triton_epilogue", "conv2d.triton_launch", "triton.rounding")
+)
 
 
 def nhwc(x: torch.Tensor) -> torch.Tensor:
@@ -305,6 +308,31 @@ def int8_call(
         residual_scale,
         out_scale,
     )
+
+
+def window_args(call: ConvCall, unit_c: int) -> dict[str, int]:
+    """Run-time arguments by which a kernel finds the windows of its pixels."""
+    geometry = call.geometry
+    image, row, pixel_stride, _ = call.x.stride()
+    return {
+        "M": call.rows,
+        "H": geometry.height,
+        "W": geometry.width,
+        "P": geometry.out_height,
+        "Q": geometry.out_width,
+        "pad_top": geometry.padding[0],
+        "pad_left": geometry.padding[2],
+        "x_image_units": image // unit_c,
+        "x_row_units": row // unit_c,
+        "x_pixel_units": pixel_stride // unit_c,
+    }
+
+
+def window_constants(call: ConvCall) -> dict[str, int]:
+    """Compile-time arguments: the shape of the window."""
+    geometry = call.geometry
+    names = ("R", "S", "STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W")
+    return dict(zip(names, (*geometry.kernel, *geometry.stride, *geometry.dilation), strict=True))
 
 
 def operator(

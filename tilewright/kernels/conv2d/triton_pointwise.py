@@ -30,8 +30,7 @@ from tilewright.kernels.conv2d.triton_launch import (
     why_not_tile,
 )
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.int8_linear.triton_tile import slice_of
-from tilewright.kernels.triton.common import grouped_tile
+from tilewright.kernels.triton.common import grouped_tile, slice_of
 from tilewright.kernels.tuning import tunable
 
 GROUP_M = 8

@@ -21,7 +21,6 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_signed, multiply, pixel
-from tilewright.kernels.conv2d.triton_implicit import window_args, window_constants
 from tilewright.kernels.conv2d.triton_launch import (
     SHARED_SOURCES,
     ConvCall,
@@ -33,6 +32,8 @@ from tilewright.kernels.conv2d.triton_launch import (
     unit,
     why_not_any_kernel,
     why_not_tile,
+    window_args,
+    window_constants,
 )
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem

@@ -11,15 +11,18 @@ rounding of w is that of the same layer in plain PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from tilewright.kernels.activation import check_activation
+from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.int4_linear.dequantize import row_blocks, wide_product
-from tilewright.kernels.int4_linear.triton_dequantize import DequantizeConfig, plan_dequantize
+from tilewright.kernels.matrices import as_matrix, wide_product
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
-from tilewright.kernels.triton.common import as_matrix, why_not_on_gpu
-from tilewright.kernels.triton.tiles import plan_sum_parts
+from tilewright.kernels.triton.common import why_not_on_gpu
+from tilewright.kernels.triton.int4_dequantize import DequantizeConfig, dequantized_blocks
+from tilewright.kernels.triton.linear import run_linear
+from tilewright.kernels.triton.split_k import plan_sum_parts
 
 #: On an H200 integers are as fast at 512 rows (8192 x 8192), and 1.7 times as slow at 2048.
 SMALLEST_M = 513
@@ -47,26 +50,15 @@ def int4_int8_linear(
     channel_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the reference."""
-    check_activation(activation)
     n, k = len(weight_packed), x.shape[-1]
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    x_q, x_scale = quantize_per_row(x, channel_scale)
-    rows, out_rows = as_matrix(x_q).to(x.dtype), as_matrix(out)
-    packed, scale = weight_packed.contiguous(), weight_scale.contiguous()
-    zero = None if weight_zero is None else weight_zero.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else as_matrix(residual.expand(out.shape))
-    config = DequantizeConfig.for_problem(
-        Problem("int4_linear", len(rows), n, k, x.dtype, group_size=group_size, **device_facts(x.device))
-    )
-    for first, last in row_blocks(n, k, x.dtype):
-        scratch = torch.empty(last - first, 8 * packed.shape[1], dtype=x.dtype, device=x.device)
-        for launch in plan_dequantize(
-            packed, scale, zero, scratch, first_row=first, group_size=group_size, config=config
-        ):
-            launch.run()
-        sums = wide_product(rows, scratch[:, :k]).unsqueeze(0)
-        plan_sum_parts(sums, x_scale.reshape(-1), bias, residual, out_rows, activation, first_column=first).run()
-    return out
+
+    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> Iterator[Launch]:
+        x_q, x_scale = quantize_per_row(x, channel_scale)
+        rows = as_matrix(x_q).to(x.dtype)
+        problem = Problem("int4_linear", len(rows), n, k, x.dtype, group_size=group_size, **device_facts(x.device))
+        weight = (weight_packed, weight_scale, weight_zero, k, x.dtype, group_size)
+        for first, block in dequantized_blocks(*weight, DequantizeConfig.for_problem(problem)):
+            sums = wide_product(rows, block).unsqueeze(0)
+            yield plan_sum_parts(sums, x_scale.reshape(-1), bias, residual, out, activation, first_column=first)
+
+    return run_linear(x, n, x.dtype, bias, residual, activation, launches)

@@ -3,7 +3,7 @@
     y[m, n] = activation(s_x[m] * sum_g s[n, g] * P_g[n, m] + b[n]) + r[m, n]
     P_g[n, m] = sum over the columns k of group g of (u[n, k] - z[n, g]) * q[m, k]
 
-q int8 [M, K] and s_x float32 [M] from ``quantize_per_row``; weight, scale and zero in the order of ``layout.py``; b
+q int8 [M, K] and s_x float32 [M] from ``quantize_per_row``; weight, scale and zero in the order of ``triton.spans``; b
 [N]; r [M, N] of any strides; y [M, N] fp16, bf16 or fp32. u - z is widened to int8 in registers and every P is an
 exact int32: 128 columns add up to at most 243,840, and a whole row, which is one P, may have a million columns.
 
@@ -18,29 +18,25 @@ How K is cut depends on N, K and the GPU, never on M, so within a family a row's
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.activation import check_activation
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.int4_linear.layout import SPAN, SpanWeight, kernel_order, span_count, why_no_spans
+from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.common import inline_ptx_by_default, why_not_on_gpu
+from tilewright.kernels.triton.linear import run_linear
+from tilewright.kernels.triton.spans import SPAN, SpanWeight, kernel_order, span_count, why_no_spans
 from tilewright.kernels.triton.split_k import choose_split
 from tilewright.kernels.triton.tiles import (
     SHARED_SOURCES,
     TileConfig,
-    Tiling,
-    finish_arguments,
-    inline_ptx_by_default,
-    multiply_spans,
-    plan_sum_parts,
+    plan_span_product,
     programs_for,
-    span_arguments,
-    store_part,
+    span_kernel,
     tile_candidates,
     why_not_tile,
 )
@@ -110,81 +106,7 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-@triton.jit(do_not_specialize=["M"])
-def int4_int8_linear_kernel(
-    x_ptr,
-    x_scale_ptr,
-    weight_ptr,
-    scale_ptr,
-    zero_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    workspace_ptr,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_weight,
-    stride_residual_m,
-    stride_residual_n,
-    spans,
-    spans_per_part,
-    tiles_m,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    QUARTERS_PER_GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    SCALE: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    INLINE_PTX: tl.constexpr,
-):
-    """One tile of out, or with a workspace one part of its sum before s_x."""
-    part = tl.program_id(1)
-    row = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = part * spans_per_part
-    total = multiply_spans(
-        x_ptr,
-        weight_ptr,
-        scale_ptr,
-        zero_ptr,
-        row,
-        column,
-        first,
-        tl.minimum(first + spans_per_part, spans),
-        M,
-        N,
-        K,
-        stride_xm,
-        stride_weight,
-        QUARTERS_PER_GROUP,
-        SYMMETRIC,
-        SCALE,
-        tl.int8,
-        EVEN_K,
-        NUM_STAGES,
-        INLINE_PTX,
-    )
-    if workspace_ptr is not None:
-        store_part(total, workspace_ptr, part, row, column, M, N)
-    else:
-        x_scale = tl.load(x_scale_ptr + row, mask=row < M, other=0.0)
-        finish_tile(
-            total * x_scale[None, :],
-            out_ptr,
-            bias_ptr,
-            residual_ptr,
-            row[None, :],
-            column[:, None],
-            M,
-            N,
-            stride_residual_m,
-            stride_residual_n,
-            ACTIVATION,
-        )
+int4_int8_linear_kernel = span_kernel("int4_int8_linear_kernel")
 
 
 def plan_int4_int8_linear(
@@ -199,38 +121,9 @@ def plan_int4_int8_linear(
     config: Int4Int8Config,
     inline_ptx: bool,
 ) -> list[Launch]:
-    """The launches that fill ``out`` [M, N]: the product, and the sum over parts where K is cut.
-
-    x_q int8 [M, K] with unit stride along K, x_scale float32 [M] and bias [N] contiguous, residual [M, N].
-    """
-    tiling = Tiling.of(len(x_q), weight, config)
-    workspace = None
-    if tiling.parts > 1:
-        workspace = torch.empty((tiling.parts, *out.shape), dtype=torch.float32, device=out.device)
-    weight_args, weight_constants = span_arguments(weight)
-    args = {
-        "x_ptr": x_q,
-        "x_scale_ptr": x_scale,
-        "workspace_ptr": workspace,
-        "M": len(x_q),
-        "stride_xm": x_q.stride(0),
-        "spans_per_part": tiling.spans_per_part,
-        "tiles_m": tiling.tiles_m,
-        **weight_args,
-        **finish_arguments(bias, residual, out),
-    }
-    constants = {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "NUM_STAGES": config.num_stages,
-        "ACTIVATION": activation,
-        "INLINE_PTX": inline_ptx,
-        **weight_constants,
-    }
-    product = Launch(int4_int8_linear_kernel, tiling.grid, args, constants, config.num_warps, config.num_stages)
-    if workspace is None:
-        return [product]
-    return [product, plan_sum_parts(workspace, x_scale, bias, residual, out, activation)]
+    """See ``plan_span_product``. x_q int8 [M, K] with unit stride along K, x_scale float32 [M]."""
+    operands = (x_q, x_scale, weight, bias, residual, out)
+    return plan_span_product(int4_int8_linear_kernel, *operands, activation, torch.int8, config, inline_ptx)
 
 
 def int4_int8_linear(
@@ -246,33 +139,21 @@ def int4_int8_linear(
     channel_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the reference. Raises ValueError for groups that are neither a multiple of 32 nor the whole row."""
-    check_activation(activation)
     n, k = len(weight_packed), x.shape[-1]
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    x_q, x_scale = quantize_per_row(x, channel_scale)
-    problem = Problem(
-        "int4_int8_linear",
-        m=out.numel() // n,
-        n=n,
-        k=k,
-        x_dtype=x.dtype,
-        group_size=group_size,
-        symmetric=weight_zero is None,
-        **device_facts(x.device),
-    )
-    launches = plan_int4_int8_linear(
-        as_matrix(x_q),
-        x_scale.reshape(-1),
-        kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else as_matrix(residual.expand(out.shape)),
-        as_matrix(out),
-        activation=activation,
-        config=TUNED.choose(problem),
-        inline_ptx=inline_ptx_by_default(x.device),
-    )
-    for launch in launches:
-        launch.run()
-    return out
+
+    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+        x_q, x_scale = quantize_per_row(x, channel_scale)
+        facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None, **device_facts(x.device)}
+        return plan_int4_int8_linear(
+            as_matrix(x_q),
+            x_scale.reshape(-1),
+            kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
+            bias,
+            residual,
+            out,
+            activation=activation,
+            config=TUNED.choose(Problem("int4_int8_linear", len(out), n, k, x.dtype, **facts)),
+            inline_ptx=inline_ptx_by_default(x.device),
+        )
+
+    return run_linear(x, n, x.dtype, bias, residual, activation, launches)

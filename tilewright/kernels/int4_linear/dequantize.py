@@ -7,35 +7,11 @@ of the batch, and the product runs at the library's speed. There a kernel feeds 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-
 import torch
 
 from tilewright.kernels.epilogue import finish
 from tilewright.kernels.formats import int4
-
-SCRATCH_BYTES = 128 * 2**20
-#: Rows come in multiples of this many: eight share a word of zero points, and a kernel that finishes a block of
-#: columns must not reach into the next one.
-ROWS = 512
-
-
-def row_blocks(n: int, k: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """(first, past the last) row of each block of a weight [n, k] in ``dtype``."""
-    fitting = SCRATCH_BYTES // (max(k, 1) * dtype.itemsize)
-    step = max(ROWS, fitting // ROWS * ROWS)
-    for first in range(0, n, step):
-        yield first, min(first + step, n)
-
-
-def wide_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [M, K] times the transpose of ``weight`` [N, K] of the same dtype, as float32 sums (float64 for float64)."""
-    if x.dtype in (torch.float32, torch.float64):
-        return x @ weight.t()
-    if x.device.type == "cuda":
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return x.float() @ weight.float().t()
+from tilewright.kernels.matrices import as_matrix, row_blocks, wide_product
 
 
 def int4_linear(
@@ -54,7 +30,7 @@ def int4_linear(
     n, k = len(weight_packed), x.shape[-1]
     narrow = compute_dtype or x.dtype
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    rows = x.reshape(math.prod(x.shape[:-1]), k).to(narrow)
+    rows = as_matrix(x).to(narrow)
     residual = None if residual is None else residual.expand(out.shape)
     for first, last in row_blocks(n, k, narrow):
         weight = int4.dequantize(

@@ -12,7 +12,7 @@ consecutive bytes: the order of columns is free as long as both operands have th
 values of row g + 8 (i % 2), columns 2 (i // 2) and 2 (i // 2) + 1 of the lane's four: they are nibbles i and i + 4 of
 the word, which a shift by 4 i and one mask leave in the low mantissa bits of two 16-bit floats.
 
--(2^p + z) is what turns such a float, 2^p + u, into u - z (``triton_nibbles``), in the dtype that is multiplied in.
+-(2^p + z) is what turns such a float, 2^p + u, into u - z (``triton.nibbles``), in the dtype that is multiplied in.
 """
 
 from __future__ import annotations

@@ -1,54 +1,35 @@
 """Linear layer on int4 weights (W4A16) for large batches on a GPU: a kernel dequantises, the library multiplies.
 
-    w[n, k] = dtype((u[n, k] - z[n, g]) * s[n, g]),    g = k // group_size
-
-read from the canonical weight of ``formats.int4``, so any group size will do: weight_packed int32 [N, ceil(K / 8)],
-weight_scale [N, G], weight_zero int32 [ceil(N / 8), G] or None; w [rows, 8 * ceil(K / 8)] fp16, bf16 or fp32, whose
-padding is left out of the product. A thread turns a word into eight neighbouring weights, 16 bytes of fp16. The
-product (u - z) * s is float32 and rounded once, so w equals the reference's to the bit.
+``triton.int4_dequantize`` makes w [N, K] in the compute dtype, some rows at a time, from the canonical weight of
+``formats.int4``, so any group size will do.
 
 Without activation and residual the library's product adds the bias itself and rounds once, and nothing follows.
-Otherwise it leaves float32 sums, and the kernel that adds the parts of a cut K (``triton_tiles.py``) finishes them in
+Otherwise it leaves float32 sums, and the kernel that adds the parts of a cut K (``triton.split_k``) finishes them in
 one pass over the output.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.activation import check_activation
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.int4_linear.dequantize import row_blocks, wide_product
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
-from tilewright.kernels.triton.tiles import plan_sum_parts
+from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix, wide_product
+from tilewright.kernels.triton.common import why_not_on_gpu
+from tilewright.kernels.triton.int4_dequantize import DequantizeConfig, dequantized_blocks
+from tilewright.kernels.triton.linear import run_linear
+from tilewright.kernels.triton.split_k import plan_sum_parts
 from tilewright.kernels.tuning import tunable
 
-
-@dataclass(frozen=True)
-class DequantizeConfig:
-    """rows and words of a program's block of the weight."""
-
-    rows: int
-    words: int
-    num_warps: int
-
-    @classmethod
-    def for_problem(cls, problem: Problem) -> DequantizeConfig:
-        """One size: the kernel is bound by the bytes it writes, in long pieces of few rows."""
-        return CONFIGS[0]
-
-
-#: On an H200 13 % faster than blocks of 8 x 64 words.
 CONFIGS = [DequantizeConfig(rows=4, words=128, num_warps=2)]
 TUNED = tunable(
     __name__,
     DequantizeConfig.for_problem,
     lambda problem: (DequantizeConfig(rows, 512 // rows, warps) for rows in (2, 4, 8, 16) for warps in (2, 4, 8)),
+    shares=("tilewright.kernels.triton.int4_dequantize",),
 )
 
 
@@ -57,88 +38,6 @@ def why_not(problem: Problem) -> str | None:
     if problem.x_dtype not in FLOAT_DTYPES or problem.multiply_dtype not in FLOAT_DTYPES:
         return f"takes float16, bfloat16 and float32, not {problem.x_dtype} multiplied in {problem.multiply_dtype}"
     return why_not_on_gpu(problem)
-
-
-@triton.jit
-def _scale_and_zero(scale_ptr, zero_ptr, row, group, groups, mask):
-    """float32 (s, 2^23 + z) for canonical row and group indices that broadcast against each other."""
-    wide_row = row.to(tl.int64)
-    scale = tl.load(scale_ptr + wide_row * groups + group, mask=mask, other=0.0).to(tl.float32)
-    zero = tl.full(scale.shape, 8, tl.int32)
-    if zero_ptr is not None:
-        words = tl.load(zero_ptr + wide_row // 8 * groups + group, mask=mask, other=0)
-        zero = (words >> (row % 8 * 4)) & 15
-    return scale, 8388608.0 + zero.to(tl.float32)
-
-
-@triton.jit
-def dequantize_kernel(
-    packed_ptr,
-    scale_ptr,
-    zero_ptr,
-    out_ptr,
-    first_row,
-    rows,
-    words,
-    groups,
-    group_size,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    WORD_IN_GROUP: tl.constexpr,
-):
-    """WORD_IN_GROUP: the eight columns of a word share a group."""
-    local = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    row = first_row + local
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[None, :]
-    mask = (local < rows) & (word < words)
-    packed = tl.load(packed_ptr + row.to(tl.int64) * words + word, mask=mask, other=0)
-    nibble = tl.arange(0, 8)[None, None, :]
-    # 2^23 + u, whose last place is one: a subtraction turns it into u - z without a conversion.
-    shifted = (((packed[:, :, None] >> (nibble * 4)) & 15) | 0x4B000000).to(tl.float32, bitcast=True)
-    if WORD_IN_GROUP:
-        scale, zero = _scale_and_zero(scale_ptr, zero_ptr, row, word * 8 // group_size, groups, mask)
-        value = (shifted - zero[:, :, None]) * scale[:, :, None]
-    else:
-        group = (word[:, :, None] * 8 + nibble) // group_size
-        # Columns that pad the last word may lie past the last group.
-        inside = mask[:, :, None] & (group < groups)
-        scale, zero = _scale_and_zero(scale_ptr, zero_ptr, row[:, :, None], group, groups, inside)
-        value = (shifted - zero) * scale
-    column = word[:, :, None] * 8 + nibble
-    target = out_ptr + local[:, :, None].to(tl.int64) * words * 8 + column
-    tl.store(target, value.to(out_ptr.dtype.element_ty), mask=mask[:, :, None])
-
-
-def plan_dequantize(
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    first_row: int,
-    group_size: int,
-    config: DequantizeConfig,
-) -> list[Launch]:
-    """The launch that fills ``out`` [rows, 8 * ceil(K / 8)] with the rows from ``first_row`` on.
-
-    All tensors are contiguous.
-    """
-    rows, words = len(out), weight_packed.shape[1]
-    groups = weight_scale.shape[1]
-    args = {
-        "packed_ptr": weight_packed,
-        "scale_ptr": weight_scale,
-        "zero_ptr": weight_zero,
-        "out_ptr": out,
-        "first_row": first_row,
-        "rows": rows,
-        "words": words,
-        "groups": groups,
-        "group_size": group_size,
-    }
-    constants = {"ROWS": config.rows, "WORDS": config.words, "WORD_IN_GROUP": groups == 1 or group_size % 8 == 0}
-    grid = (triton.cdiv(words, config.words), triton.cdiv(rows, config.rows))
-    return [Launch(dequantize_kernel, grid, args, constants, num_warps=config.num_warps)]
 
 
 def int4_linear(
@@ -154,51 +53,27 @@ def int4_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See the reference."""
-    check_activation(activation)
     n, k = len(weight_packed), x.shape[-1]
     narrow = compute_dtype or x.dtype
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    rows, out_rows = as_matrix(x).to(narrow), as_matrix(out)
-    weight_packed, weight_scale = weight_packed.contiguous(), weight_scale.contiguous()
-    weight_zero = None if weight_zero is None else weight_zero.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else as_matrix(residual.expand(out.shape))
     rounds_once = (
         activation == "none" and residual is None and narrow == x.dtype and (bias is None or bias.dtype == narrow)
     )
-    config = TUNED.choose(
-        Problem(
-            "int4_linear",
-            len(rows),
-            n,
-            k,
-            x.dtype,
-            group_size=group_size,
-            symmetric=weight_zero is None,
-            compute_dtype=compute_dtype,
-            **device_facts(x.device),
-        )
-    )
-    for first, last in row_blocks(n, k, narrow):
-        scratch = torch.empty(last - first, 8 * weight_packed.shape[1], dtype=narrow, device=x.device)
-        for launch in plan_dequantize(
-            weight_packed,
-            weight_scale,
-            weight_zero,
-            scratch,
-            first_row=first,
-            group_size=group_size,
-            config=config,
-        ):
-            launch.run()
-        weight = scratch[:, :k]
-        if not rounds_once:
-            sums = wide_product(rows, weight).unsqueeze(0)
-            plan_sum_parts(sums, None, bias, residual, out_rows, activation, first_column=first).run()
-        elif bias is None:
-            torch.mm(rows, weight.t(), out=out_rows[:, first:last])
-        else:
-            torch.addmm(bias[first:last], rows, weight.t(), out=out_rows[:, first:last])
-    return out
+
+    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> Iterator[Launch]:
+        rows = as_matrix(x).to(narrow)
+        facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None}
+        facts |= {"compute_dtype": compute_dtype, **device_facts(x.device)}
+        config = TUNED.choose(Problem("int4_linear", len(rows), n, k, x.dtype, **facts))
+        weight = (weight_packed, weight_scale, weight_zero, k, narrow, group_size, config)
+        for first, block in dequantized_blocks(*weight):
+            if not rounds_once:
+                sums = wide_product(rows, block).unsqueeze(0)
+                yield plan_sum_parts(sums, None, bias, residual, out, activation, first_column=first)
+                continue
+            columns = slice(first, first + len(block))
+            if bias is None:
+                torch.mm(rows, block.t(), out=out[:, columns])
+            else:
+                torch.addmm(bias[columns], rows, block.t(), out=out[:, columns])
+
+    return run_linear(x, n, x.dtype, bias, residual, activation, launches)

@@ -33,7 +33,6 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.activation import check_activation
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.int4_linear.fragments import (
     TILE_M,
@@ -51,16 +50,15 @@ from tilewright.kernels.int4_linear.triton_mma import (
     offset_pair,
     scale_of,
 )
-from tilewright.kernels.sparse24_linear.triton_mma_sp import split_registers
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton.split_k import choose_split
-from tilewright.kernels.triton.tiles import TRITON_DTYPES, finish_arguments, plan_sum_parts, rows_of
+from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.linear import run_linear
+from tilewright.kernels.triton.registers import check_registers, split_registers, words_of
+from tilewright.kernels.triton.split_k import choose_split, with_parts
 from tilewright.kernels.tuning import tunable
 
 _TILE_N = tl.constexpr(TILE_N)
 _TILE_M = tl.constexpr(TILE_M)
-#: Bytes that the addresses of the weight and of rows of x must be a multiple of.
-ALIGNMENT = 16
 LARGEST_M = TILE_M
 #: Warps that a multiprocessor should have, eight for each of its schedulers.
 WARPS = 32
@@ -154,7 +152,11 @@ TUNED = tunable(
     FragmentConfig.for_problem,
     _candidates,
     why_not_config,
-    shares=tuple(f"tilewright.kernels.int4_linear.{name}" for name in ("fragments", "triton_mma", "triton_tiles")),
+    shares=(
+        "tilewright.kernels.int4_linear.fragments",
+        "tilewright.kernels.int4_linear.triton_mma",
+        "tilewright.kernels.triton.registers",
+    ),
 )
 
 
@@ -275,14 +277,6 @@ def int4_fragment_kernel(
         )
 
 
-def _words(x: torch.Tensor) -> torch.Tensor:
-    """x [M, K] of 16-bit numbers, K a multiple of 64, as int32 words [M, K / 2]: a view where the compiler will know
-    that its rows are aligned, which takes strides of a multiple of 16 words, else of a copy.
-    """
-    aligned = x.stride(1) == 1 and x.stride(0) % 32 == 0 and (x.is_meta or x.data_ptr() % ALIGNMENT == 0)
-    return (x if aligned else x.clone(memory_format=torch.contiguous_format)).view(torch.int32)
-
-
 def plan_fragments(
     x: torch.Tensor,
     weight: FragmentWeight,
@@ -299,12 +293,8 @@ def plan_fragments(
     x [M, K], rounded to the weight's dtype; bias [N] contiguous; residual [M, N]. Raises ValueError for a weight that
     is not 16-byte aligned, and where there is no inline PTX: there is no other way to issue the instruction.
     """
-    if not inline_ptx:
-        raise ValueError("mma.sync is issued through inline PTX, which this target does not take")
-    for name, tensor in (("words", weight.words), ("groups", weight.groups)):
-        if not tensor.is_meta and tensor.data_ptr() % ALIGNMENT:
-            raise ValueError(f"the {name} of a weight in fragment order must be aligned to {ALIGNMENT} bytes")
-    x = _words(x.to(weight.dtype))
+    check_registers("mma.sync", inline_ptx, words=weight.words, groups=weight.groups)
+    x = words_of(x.to(weight.dtype))
     m, n = len(x), weight.n
     units = step_units(weight.k, weight.group_size or weight.k)
     steps = weight.units // units
@@ -339,9 +329,7 @@ def plan_fragments(
     }
     grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
     product = Launch(int4_fragment_kernel, grid, args, constants, config.num_warps, config.num_stages)
-    if workspace is None:
-        return [product]
-    return [product, plan_sum_parts(workspace, None, bias, residual, out, activation)]
+    return with_parts(product, workspace, bias, residual, out, activation)
 
 
 def int4_linear(
@@ -357,34 +345,15 @@ def int4_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See the reference. Raises ValueError for a weight that has no fragment order, see ``fragments``."""
-    check_activation(activation)
     n, k = len(weight_packed), x.shape[-1]
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    rows = rows_of(x)
-    problem = Problem(
-        "int4_linear",
-        m=out.numel() // n,
-        n=n,
-        k=k,
-        x_dtype=x.dtype,
-        group_size=group_size,
-        symmetric=weight_zero is None,
-        scale_dtype=weight_scale.dtype,
-        compute_dtype=compute_dtype,
-        aligned=rows_aligned(rows),
-        **device_facts(x.device),
-    )
-    launches = plan_fragments(
-        rows,
-        fragment_order(weight_packed, weight_scale, weight_zero, group_size, k, problem.multiply_dtype),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else as_matrix(residual.expand(out.shape)),
-        as_matrix(out),
-        activation=activation,
-        config=TUNED.choose(problem),
-    )
-    for launch in launches:
-        launch.run()
-    return out
+
+    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+        rows = rows_of(x)
+        facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None}
+        facts |= {"compute_dtype": compute_dtype, "scale_dtype": weight_scale.dtype, "aligned": rows_aligned(rows)}
+        problem = Problem("int4_linear", len(rows), n, k, x.dtype, **facts, **device_facts(x.device))
+        order = fragment_order(weight_packed, weight_scale, weight_zero, group_size, k, problem.multiply_dtype)
+        config = TUNED.choose(problem)
+        return plan_fragments(rows, order, bias, residual, out, activation=activation, config=config)
+
+    return run_linear(x, n, x.dtype, bias, residual, activation, launches)

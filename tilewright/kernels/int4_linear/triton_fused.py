@@ -3,7 +3,7 @@
     y[m, n] = activation(sum_g s[n, g] * sum_{k in g} x[m, k] * (u[n, k] - z[n, g]) + b[n]) + r[m, n]
 
 x [M, K] fp16, bf16 or fp32 with unit stride along K, rounded on load to ``compute_dtype``; weight, scale and zero in
-the order of ``layout.py``; b [N]; r [M, N] of any strides; y [M, N] in the dtype of x. u - z is exact in every
+the order of ``triton.spans``; b [N]; r [M, N] of any strides; y [M, N] in the dtype of x. u - z is exact in every
 compute_dtype and sums are float32, so the one rounding before the final cast is that of x. A compute_dtype of fp32
 multiplies in IEEE fp32.
 
@@ -18,30 +18,24 @@ How K is cut depends on N, K and the GPU, never on M, so within a family a row's
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.activation import check_activation
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
-from tilewright.kernels.int4_linear.layout import SpanWeight, kernel_order, span_count, why_no_spans
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
+from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
+from tilewright.kernels.triton.common import inline_ptx_by_default, why_not_on_gpu
+from tilewright.kernels.triton.linear import run_linear
+from tilewright.kernels.triton.spans import SpanWeight, kernel_order, span_count, why_no_spans
 from tilewright.kernels.triton.split_k import choose_split
 from tilewright.kernels.triton.tiles import (
     SHARED_SOURCES,
-    TRITON_DTYPES,
     TileConfig,
-    Tiling,
-    finish_arguments,
-    inline_ptx_by_default,
-    multiply_spans,
-    plan_sum_parts,
+    plan_span_product,
     programs_for,
-    rows_of,
-    span_arguments,
-    store_part,
+    span_kernel,
     tile_candidates,
     why_not_tile,
 )
@@ -117,80 +111,7 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-@triton.jit(do_not_specialize=["M"])
-def int4_linear_kernel(
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    zero_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    workspace_ptr,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_weight,
-    stride_residual_m,
-    stride_residual_n,
-    spans,
-    spans_per_part,
-    tiles_m,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    QUARTERS_PER_GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    SCALE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    INLINE_PTX: tl.constexpr,
-):
-    """One tile of out, or with a workspace one part of its sum."""
-    part = tl.program_id(1)
-    row = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = part * spans_per_part
-    total = multiply_spans(
-        x_ptr,
-        weight_ptr,
-        scale_ptr,
-        zero_ptr,
-        row,
-        column,
-        first,
-        tl.minimum(first + spans_per_part, spans),
-        M,
-        N,
-        K,
-        stride_xm,
-        stride_weight,
-        QUARTERS_PER_GROUP,
-        SYMMETRIC,
-        SCALE,
-        DTYPE,
-        EVEN_K,
-        NUM_STAGES,
-        INLINE_PTX,
-    )
-    if workspace_ptr is not None:
-        store_part(total, workspace_ptr, part, row, column, M, N)
-    else:
-        finish_tile(
-            total,
-            out_ptr,
-            bias_ptr,
-            residual_ptr,
-            row[None, :],
-            column[:, None],
-            M,
-            N,
-            stride_residual_m,
-            stride_residual_n,
-            ACTIVATION,
-        )
+int4_linear_kernel = span_kernel("int4_linear_kernel")
 
 
 def plan_int4_linear(
@@ -205,38 +126,9 @@ def plan_int4_linear(
     config: FusedConfig,
     inline_ptx: bool,
 ) -> list[Launch]:
-    """The launches that fill ``out`` [M, N]: the product, and the sum over parts where K is cut.
-
-    x [M, K] with unit stride along K, bias [N] contiguous, residual [M, N].
-    """
-    tiling = Tiling.of(len(x), weight, config)
-    workspace = None
-    if tiling.parts > 1:
-        workspace = torch.empty((tiling.parts, *out.shape), dtype=torch.float32, device=out.device)
-    weight_args, weight_constants = span_arguments(weight)
-    args = {
-        "x_ptr": x,
-        "workspace_ptr": workspace,
-        "M": len(x),
-        "stride_xm": x.stride(0),
-        "spans_per_part": tiling.spans_per_part,
-        "tiles_m": tiling.tiles_m,
-        **weight_args,
-        **finish_arguments(bias, residual, out),
-    }
-    constants = {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "NUM_STAGES": config.num_stages,
-        "DTYPE": TRITON_DTYPES[compute_dtype],
-        "ACTIVATION": activation,
-        "INLINE_PTX": inline_ptx,
-        **weight_constants,
-    }
-    product = Launch(int4_linear_kernel, tiling.grid, args, constants, config.num_warps, config.num_stages)
-    if workspace is None:
-        return [product]
-    return [product, plan_sum_parts(workspace, None, bias, residual, out, activation)]
+    """See ``plan_span_product``. x [M, K] with unit stride along K."""
+    operands = (x, None, weight, bias, residual, out)
+    return plan_span_product(int4_linear_kernel, *operands, activation, compute_dtype, config, inline_ptx)
 
 
 def int4_linear(
@@ -252,35 +144,23 @@ def int4_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See the reference. Raises ValueError for groups that are neither a multiple of 32 nor the whole row."""
-    check_activation(activation)
     n, k = len(weight_packed), x.shape[-1]
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    rows = rows_of(x)
-    problem = Problem(
-        "int4_linear",
-        m=out.numel() // n,
-        n=n,
-        k=k,
-        x_dtype=x.dtype,
-        group_size=group_size,
-        symmetric=weight_zero is None,
-        compute_dtype=compute_dtype,
-        aligned=rows_aligned(rows),
-        **device_facts(x.device),
-    )
-    launches = plan_int4_linear(
-        rows,
-        kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else as_matrix(residual.expand(out.shape)),
-        as_matrix(out),
-        activation=activation,
-        compute_dtype=problem.multiply_dtype,
-        config=TUNED.choose(problem),
-        inline_ptx=inline_ptx_by_default(x.device),
-    )
-    for launch in launches:
-        launch.run()
-    return out
+
+    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+        rows = rows_of(x)
+        facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None}
+        facts |= {"compute_dtype": compute_dtype, "aligned": rows_aligned(rows), **device_facts(x.device)}
+        problem = Problem("int4_linear", len(rows), n, k, x.dtype, **facts)
+        return plan_int4_linear(
+            rows,
+            kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
+            bias,
+            residual,
+            out,
+            activation=activation,
+            compute_dtype=problem.multiply_dtype,
+            config=TUNED.choose(problem),
+            inline_ptx=inline_ptx_by_default(x.device),
+        )
+
+    return run_linear(x, n, x.dtype, bias, residual, activation, launches)

@@ -1,7 +1,7 @@
 """The matrix instruction ``mma.sync`` on int4 words, issued by every warp from vectors with an element for each thread.
 
 Elements must lie as threads do, element i in thread i: see ``triton_fragments``. One block of assembly turns a thread's
-word into its four registers of operand A, as ``triton_nibbles`` describes, and multiplies: they never leave the block.
+word into its four registers of operand A, as ``triton.nibbles`` describes, and multiplies: they never leave the block.
 Operands are loaded likewise, from a weight in the order of ``fragments`` and from rows of x.
 """
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tilewright.kernels.int4_linear.fragments import TILE_N, UNIT
-from tilewright.kernels.sparse24_linear.triton_mma_sp import split_registers
+from tilewright.kernels.triton.registers import split_registers
 
 WHOLE_ROW = tl.constexpr(0)  # value of STEPS_PER_GROUP when one group is the whole row
 _TILE_N = tl.constexpr(TILE_N)

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.conv2d.triton_epilogue import requantize, store_quantized
 from tilewright.kernels.conv_geometry import empty_channels_last
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.triton.common import FLOAT_DTYPES, why_not_on_gpu
+from tilewright.kernels.matrices import FLOAT_DTYPES
+from tilewright.kernels.triton.common import why_not_on_gpu
+from tilewright.kernels.triton.rounding import requantize, store_quantized
 
 
 @dataclass(frozen=True)

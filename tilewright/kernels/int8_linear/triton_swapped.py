@@ -26,7 +26,8 @@ from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_alig
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.triton.common import finish_tile
 from tilewright.kernels.triton.int8_product import run_quantized, why_not_int8_product
-from tilewright.kernels.triton.split_k import choose_split, plan_reduce_parts
+from tilewright.kernels.triton.split_k import choose_split
+from tilewright.kernels.triton.swapped import plan_swapped_product
 from tilewright.kernels.tuning import tunable, why_too_large
 
 MAX_M = 128
@@ -114,7 +115,9 @@ def why_not_config(config: SwappedConfig, problem: Problem) -> str | None:
     return why_too_large(problem, (config.block_m + config.block_n) * BLOCK_K, config.num_stages)
 
 
-TUNED = tunable(__name__, SwappedConfig.for_problem, candidates, why_not_config)
+TUNED = tunable(
+    __name__, SwappedConfig.for_problem, candidates, why_not_config, shares=("tilewright.kernels.triton.swapped",)
+)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -200,42 +203,10 @@ def plan_swapped(
     if config is None:
         facts = {"aligned": rows_aligned(x), **device_facts(x.device)}
         config = TUNED.choose(Problem("int8_linear_quantized", m=m, n=n, k=k, x_dtype=x.dtype, **facts))
-    split_k = config.split_k
-    sums = None if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.int32, device=x.device)
-    epilogue = {
-        "x_scale_ptr": x_scale,
-        "w_scale_ptr": weight_scale,
-        "bias_ptr": bias,
-        "residual_ptr": residual,
-        "out_ptr": out,
-        "M": m,
-        "N": n,
-        "stride_residual_m": 0 if residual is None else residual.stride(0),
-        "stride_residual_n": 0 if residual is None else residual.stride(1),
-    }
-    product = {
-        **epilogue,
-        "x_ptr": x,
-        "w_ptr": weight,
-        "out_ptr": out if sums is None else sums,
-        "K": k,
-        "part_k": triton.cdiv(k, split_k * BLOCK_K) * BLOCK_K,
-        "stride_xm": x.stride(0),
-        "stride_wn": weight.stride(0),
-    }
-    tile = {
-        "ACTIVATION": activation,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": BLOCK_K,
-        "SPLIT_K": split_k,
-        "EVEN_K": k % BLOCK_K == 0,
-    }
-    tiles = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), split_k)
-    launches = [Launch(swapped_kernel, tiles, product, tile, config.num_warps, config.num_stages)]
-    if sums is not None:
-        launches.append(plan_reduce_parts(sums, epilogue, activation))
-    return launches
+    scales = {"x_scale_ptr": x_scale, "w_scale_ptr": weight_scale}
+    return plan_swapped_product(
+        swapped_kernel, x, weight, scales, bias, residual, activation, out, config, BLOCK_K, torch.int32
+    )
 
 
 def int8_linear_quantized(

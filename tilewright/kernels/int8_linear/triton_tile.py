@@ -22,7 +22,7 @@ import triton.language as tl
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
-from tilewright.kernels.triton.common import finish_tile, grouped_tile
+from tilewright.kernels.triton.common import finish_arguments, finish_tile, grouped_tile, slice_of
 from tilewright.kernels.triton.int8_product import run_quantized, why_not_int8_product
 from tilewright.kernels.tuning import tunable, why_too_large
 
@@ -98,25 +98,6 @@ TUNED = tunable(__name__, TileConfig.for_problem, candidates, why_not_config)
 def why_not(problem: Problem) -> str | None:
     """The reason why this implementation does not take ``problem``, or None."""
     return why_not_int8_product(problem)
-
-
-@triton.jit
-def halves(acc):
-    """The left and the right half of the columns of ``acc`` [BM, BN]."""
-    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def slice_of(acc, INDEX: tl.constexpr, PARTS: tl.constexpr):
-    """Slice ``INDEX`` of ``PARTS`` equal slices of the columns. Unrolled by hand: Triton 3.4 takes no recursion."""
-    tl.static_assert(PARTS <= 4, "the epilogue takes 1, 2 or 4 parts")
-    if PARTS > 1:
-        left, right = halves(acc)
-        acc = left if INDEX < PARTS // 2 else right
-    if PARTS > 2:
-        left, right = halves(acc)
-        acc = left if INDEX % 2 == 0 else right
-    return acc
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -198,16 +179,12 @@ def plan_tile(
         "x_scale_ptr": x_scale,
         "w_ptr": weight,
         "w_scale_ptr": weight_scale,
-        "bias_ptr": bias,
-        "residual_ptr": residual,
-        "out_ptr": out,
+        **finish_arguments(bias, residual, out),
         "M": m,
         "N": n,
         "K": k,
         "stride_xm": x.stride(0),
         "stride_wn": weight.stride(0),
-        "stride_residual_m": 0 if residual is None else residual.stride(0),
-        "stride_residual_n": 0 if residual is None else residual.stride(1),
     }
     constants = {
         "ACTIVATION": activation,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import finish
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix
+from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
 
 
 def why_not(problem: Problem) -> str | None:

@@ -3,22 +3,24 @@
     y[m, n] = activation(s_w[n] * sum_k x[m, k] * w[n, k] + b[n]) + r[m, n]
 
 int8 is exact in every compute dtype, so nothing is rounded but x; the library's sums are float32 [M, N], and one pass
-over them scales, adds, and rounds once to the dtype of x (``triton_split_k``). Costs a temporary weight of N x K in the
+over them scales, adds, and rounds once to the dtype of x (``triton.split_k``). Costs a temporary weight of N x K in the
 compute dtype, written and read once: little beside the product from some hundred rows on. PyTorch's own conversion of a
 weight of 8192 x 8192 took most of 150 us on an H200, three times what its bytes take: hence a kernel for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.activation import check_activation
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.int4_linear.dequantize import wide_product
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix, wide_product
+from tilewright.kernels.triton.common import finish_arguments, why_not_on_gpu
+from tilewright.kernels.triton.linear import run_linear
 from tilewright.kernels.triton.split_k import plan_reduce_parts
 
 #: Weights of a program: four times 16 bytes for each of its threads.
@@ -58,26 +60,15 @@ def int8_weight_only_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x float [..., K], weight int8 [N, K], weight_scale [N], bias [N], residual [..., N] -> x.dtype [..., N]."""
-    check_activation(activation)
-    narrow, n = compute_dtype or x.dtype, weight.shape[0]
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    wide = torch.empty(weight.shape, dtype=narrow, device=weight.device)
-    if wide.numel():
-        plan_widen(weight.contiguous(), wide).run()
-    sums = wide_product(as_matrix(x).to(narrow), wide)
-    residual = None if residual is None else as_matrix(residual.expand(out.shape))
-    epilogue = {
-        "x_scale_ptr": None,
-        "w_scale_ptr": weight_scale.contiguous(),
-        "bias_ptr": None if bias is None else bias.contiguous(),
-        "residual_ptr": residual,
-        "out_ptr": as_matrix(out),
-        "M": len(sums),
-        "N": n,
-        "stride_residual_m": 0 if residual is None else residual.stride(0),
-        "stride_residual_n": 0 if residual is None else residual.stride(1),
-    }
-    plan_reduce_parts(sums.unsqueeze(0), epilogue, activation).run()
-    return out
+    narrow, n = compute_dtype or x.dtype, len(weight)
+
+    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> Iterator[Launch]:
+        wide = torch.empty(weight.shape, dtype=narrow, device=weight.device)
+        if wide.numel():
+            yield plan_widen(weight.contiguous(), wide)
+        sums = wide_product(as_matrix(x).to(narrow), wide).unsqueeze(0)
+        scales = {"x_scale_ptr": None, "w_scale_ptr": weight_scale.contiguous()}
+        sizes = {"M": len(out), "N": n}
+        yield plan_reduce_parts(sums, {**finish_arguments(bias, residual, out), **scales, **sizes}, activation)
+
+    return run_linear(x, n, x.dtype, bias, residual, activation, launches)

@@ -8,7 +8,7 @@ b [N]; r [M, N] of any strides; y [M, N]. Sums are float32.
 A program computes a tile of y transposed, w_tile @ x_tile^T, with the weight as the left operand: there the tensor
 cores of 9.x take it from registers, where int8 becomes the compute dtype (exactly: 127 has seven bits), and it never
 returns to shared memory. Its scale multiplies the sums. Where N alone gives too few programs, K is split
-(``triton_split_k``). Within a family (M <= 16, M <= 128, or more) K is cut alike for every batch: no row depends on the
+(``triton.split_k``). Within a family (M <= 16, M <= 128, or more) K is cut alike for every batch: no row depends on the
 others.
 """
 
@@ -23,11 +23,12 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.activation import check_activation
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton.int8_product import inner_contiguous
-from tilewright.kernels.triton.split_k import choose_split, plan_reduce_parts
+from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.linear import run_linear
+from tilewright.kernels.triton.split_k import choose_split
+from tilewright.kernels.triton.swapped import plan_swapped_product
 from tilewright.kernels.tuning import tunable, why_too_large
 
 SMALL_M, MIDDLE_M, MAX_M = 16, 128, 256
@@ -35,7 +36,6 @@ SMALL_M, MIDDLE_M, MAX_M = 16, 128, 256
 # A float32 tile of 128 rows would also not fit into the registers of 8.x.
 CAST_ON_LOAD_M = 64
 AMD_STAGES = 2  # 64 KB of shared memory
-COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ def why_not_config(config: SwappedConfig, problem: Problem) -> str | None:
     return why_too_large(problem, tile, config.num_stages)
 
 
-TUNED = tunable(__name__, SwappedConfig.for_problem, candidates, why_not_config)
+TUNED = tunable(
+    __name__, SwappedConfig.for_problem, candidates, why_not_config, shares=("tilewright.kernels.triton.swapped",)
+)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -239,43 +241,9 @@ def plan_swapped(
     if config is None:
         problem = Problem("int8_weight_only_linear", m=m, n=n, k=k, x_dtype=x.dtype, compute_dtype=compute_dtype)
         config = TUNED.choose(replace(problem, aligned=rows_aligned(x), **device_facts(x.device)))
-    split_k = config.split_k
-    sums = None if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
-    epilogue = {
-        "w_scale_ptr": weight_scale,
-        "bias_ptr": bias,
-        "residual_ptr": residual,
-        "out_ptr": out,
-        "M": m,
-        "N": n,
-        "stride_residual_m": 0 if residual is None else residual.stride(0),
-        "stride_residual_n": 0 if residual is None else residual.stride(1),
-    }
-    product = {
-        **epilogue,
-        "x_ptr": x,
-        "w_ptr": weight,
-        "out_ptr": out if sums is None else sums,
-        "K": k,
-        "part_k": triton.cdiv(k, split_k * config.block_k) * config.block_k,
-        "stride_xm": x.stride(0),
-        "stride_wn": weight.stride(0),
-    }
-    tile = {
-        "ACTIVATION": activation,
-        "COMPUTE": COMPUTE[compute_dtype],
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "SPLIT_K": split_k,
-        "EVEN_K": k % config.block_k == 0,
-        "BLOCK_SUMS": config.block_sums,
-    }
-    tiles = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), split_k)
-    launches = [Launch(weight_only_kernel, tiles, product, tile, config.num_warps, config.num_stages)]
-    if sums is not None:
-        launches.append(plan_reduce_parts(sums, {**epilogue, "x_scale_ptr": None}, activation))
-    return launches
+    end = (bias, residual, activation, out, config, config.block_k, torch.float32)
+    constants = {"COMPUTE": TRITON_DTYPES[compute_dtype], "BLOCK_SUMS": config.block_sums}
+    return plan_swapped_product(weight_only_kernel, x, weight, {"w_scale_ptr": weight_scale}, *end, **constants)
 
 
 def int8_weight_only_linear(
@@ -288,24 +256,11 @@ def int8_weight_only_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x float [..., K], weight int8 [N, K], weight_scale [N], bias [N], residual [..., N] -> x.dtype [..., N]."""
-    check_activation(activation)
-    n = weight.shape[0]
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    rows, compute = as_matrix(x), compute_dtype or x.dtype
-    if rows.shape[0] > CAST_ON_LOAD_M:
-        rows = rows.to(compute)
-    launches = plan_swapped(
-        inner_contiguous(rows),
-        inner_contiguous(weight),
-        weight_scale.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else as_matrix(residual.expand(out.shape)),
-        activation,
-        compute,
-        out.view(-1, n),
-    )
-    for launch in launches:
-        launch.run()
-    return out
+    compute = compute_dtype or x.dtype
+
+    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+        rows = rows_of(x.to(compute) if len(out) > CAST_ON_LOAD_M else x)
+        scale = weight_scale.contiguous()
+        return plan_swapped(rows, rows_of(weight), scale, bias, residual, activation, compute, out)
+
+    return run_linear(x, len(weight), x.dtype, bias, residual, activation, launches)

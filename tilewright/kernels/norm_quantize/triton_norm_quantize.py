@@ -3,7 +3,7 @@
     layer norm: n = (x - mean(x)) / sqrt(var(x) + eps) * w + b        RMS norm: n = x / sqrt(mean(x^2) + eps) * w
 
 x [M, K] fp16, bf16 or fp32 of any strides; w and b optional [K]; q int8 [M, K] contiguous; s float32 [M]. All in
-float32, and n is quantised as ``quantize.triton_quantize`` does, without ever being written.
+float32, and n is quantised as ``triton.row_quantize`` says, without ever being written.
 
 A program takes whole rows. Up to 16,384 columns stay in registers and x is read once; longer rows are read once for
 each statistic, once for the largest value and once to quantise (from the cache, where they fit). The variance is that
@@ -18,22 +18,22 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.quantize.triton_quantize import CONFIGS as QUANTIZE_CONFIGS
-from tilewright.kernels.quantize.triton_quantize import (
+from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
+from tilewright.kernels.triton.common import why_not_on_gpu
+from tilewright.kernels.triton.row_quantize import (
+    ROW_CONFIGS,
+    SHARED_SOURCES,
     QuantizeConfig,
     candidates,
     magnitude_bits,
     quantize_values,
     scale_of,
 )
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
 from tilewright.kernels.tuning import tunable
 
 #: Rows are cut up as for quantisation alone: the statistics need no more registers than the values.
-CONFIGS = QUANTIZE_CONFIGS
-TUNED = tunable(
-    __name__, QuantizeConfig.for_problem, candidates, shares=("tilewright.kernels.quantize.triton_quantize",)
-)
+CONFIGS = ROW_CONFIGS
+TUNED = tunable(__name__, QuantizeConfig.for_problem, candidates, shares=SHARED_SOURCES)
 
 
 def why_not(problem: Problem) -> str | None:

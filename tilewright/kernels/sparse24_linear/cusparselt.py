@@ -18,9 +18,9 @@ from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import finish
 from tilewright.kernels.formats import sparse24
+from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix
 from tilewright.kernels.triton.int8_product import MAX_K
 
 #: Multiples that the library wants of N and K, and of M.

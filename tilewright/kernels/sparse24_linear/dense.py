@@ -20,7 +20,7 @@ from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.dispatch.router import resolve, route_call
 from tilewright.kernels.epilogue import finish, finish_rows
 from tilewright.kernels.formats import sparse24
-from tilewright.kernels.int4_linear.dequantize import wide_product
+from tilewright.kernels.matrices import as_matrix, wide_product
 
 #: The dense operator that each is handed on to.
 _DENSE = {"sparse24_int8_linear": "int8_linear", "sparse24_int4_linear": "int4_linear"}
@@ -198,8 +198,7 @@ def sparse24_linear(
     plain = activation == "none" and residual is None and narrow == x.dtype
     if plain and (bias is None or bias.dtype == narrow):
         return F.linear(x, weight, bias)  # the library adds the bias and rounds once
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = wide_product(rows.to(narrow), weight).view(*x.shape[:-1], len(weight))
+    y = wide_product(as_matrix(x).to(narrow), weight).view(*x.shape[:-1], len(weight))
     return finish(y, bias, residual, activation, x.dtype)
 
 

@@ -31,6 +31,7 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.matrices import FLOAT_DTYPES
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate
 from tilewright.kernels.sparse24_linear.fragments import (
@@ -41,24 +42,15 @@ from tilewright.kernels.sparse24_linear.fragments import (
     fragment_order,
     unit_count,
 )
-from tilewright.kernels.sparse24_linear.triton_mma_sp import (
-    load_unit,
-    multiply_step,
-    poison,
-    split_registers,
-    watch,
-    x_registers,
-)
-from tilewright.kernels.sparse24_linear.triton_run import run, with_parts
-from tilewright.kernels.triton.common import FLOAT_DTYPES, finish_tile, why_not_on_gpu
+from tilewright.kernels.sparse24_linear.triton_mma_sp import load_unit, multiply_step, poison, watch, x_registers
+from tilewright.kernels.sparse24_linear.triton_run import run
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton.int8_product import MAX_K
-from tilewright.kernels.triton.split_k import choose_split
-from tilewright.kernels.triton.tiles import finish_arguments
+from tilewright.kernels.triton.registers import check_registers, split_registers, words_of
+from tilewright.kernels.triton.split_k import choose_split, with_parts
 
 _TILE_N = tl.constexpr(TILE_N)
 _TILE_M = tl.constexpr(TILE_M)
-#: Bytes that the weight's address must be a multiple of.
-ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -285,15 +277,6 @@ def sparse24_fragment_kernel(
         )
 
 
-def _words(x: torch.Tensor) -> torch.Tensor:
-    """x [M, K], K a multiple of 128, as int32 words [M, ...]: a view where the compiler will know that its rows are
-    aligned, which takes strides of a multiple of 16 words, else of a copy.
-    """
-    words = 16 * 4 // x.element_size()
-    aligned = x.stride(1) == 1 and x.stride(0) % words == 0 and x.data_ptr() % ALIGNMENT == 0
-    return (x if aligned else x.clone(memory_format=torch.contiguous_format)).view(torch.int32)
-
-
 def plan_fragments(
     x: torch.Tensor,
     weight: FragmentWeight,
@@ -313,12 +296,8 @@ def plan_fragments(
     x [M, K] in compute_dtype, or int8 with x_scale [M] and w_scale [N]; bias [N] contiguous. Raises ValueError for a
     weight that is not 16-byte aligned, and where there is no inline PTX: there is no other way to issue ``mma.sp``.
     """
-    if not inline_ptx:
-        raise ValueError("mma.sp is issued through inline PTX, which this target does not take")
-    for name, tensor in (("values", weight.values), ("meta", weight.meta)):
-        if not tensor.is_meta and tensor.data_ptr() % ALIGNMENT:
-            raise ValueError(f"the {name} of a weight in fragment order must be aligned to {ALIGNMENT} bytes")
-    x = _words(x.to(compute_dtype)) if not x.is_meta else x.to(compute_dtype).view(torch.int32)
+    check_registers("mma.sp", inline_ptx, values=weight.values, meta=weight.meta)
+    x = words_of(x.to(compute_dtype))
     m, n = len(x), weight.n
     units_per_part = triton.cdiv(weight.units, config.splits)
     parts = triton.cdiv(weight.units, units_per_part)
@@ -342,7 +321,7 @@ def plan_fragments(
         **finish_arguments(bias, residual, out),
     }
     constants = {
-        "DTYPE": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}[compute_dtype],
+        "DTYPE": TRITON_DTYPES[compute_dtype],
         "THREADS": 32 * config.num_warps,
         "TWO": config.block_m == 2 * TILE_M,
         "ACTIVATION": activation,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from tilewright.kernels.sparse24_linear.fragments import UNIT
+from tilewright.kernels.triton.registers import split_registers
 
 _UNIT = tl.constexpr(UNIT)
 
@@ -33,15 +34,6 @@ _INT_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r")
 # $0: 0 so far, in both halves, $1: two numbers, $2: the same as $0 before.
 _FP16_TIMES_0 = tl.constexpr("{ .reg .b32 none; mov.b32 none, 0; fma.rn.f16x2 $0, $1, none, $2; }")
 _BF16_TIMES_0 = tl.constexpr("{ .reg .b32 none; mov.b32 none, 0; fma.rn.bf16x2 $0, $1, none, $2; }")
-
-
-@triton.jit
-def split_registers(registers):
-    """[threads, 4] as four vectors [threads]; thread i keeps element i of each."""
-    even, odd = tl.split(tl.reshape(registers, (registers.shape[0], 2, 2)))
-    r0, r2 = tl.split(even)
-    r1, r3 = tl.split(odd)
-    return r0, r1, r2, r3
 
 
 @triton.jit

@@ -26,23 +26,24 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.matrices import FLOAT_DTYPES
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate, layout
 from tilewright.kernels.sparse24_linear.layout import BLOCK, GROUPS, INT8, StepWeight
-from tilewright.kernels.sparse24_linear.triton_run import run, with_parts
+from tilewright.kernels.sparse24_linear.triton_run import run
 from tilewright.kernels.sparse24_linear.triton_select import select_columns
-from tilewright.kernels.triton.common import FLOAT_DTYPES, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.common import (
+    TRITON_DTYPES,
+    finish_arguments,
+    finish_tile,
+    inline_ptx_by_default,
+    why_not_on_gpu,
+)
 from tilewright.kernels.triton.int8_product import MAX_K
 from tilewright.kernels.triton.nibbles import nibble_number, offset_of
-from tilewright.kernels.triton.split_k import choose_split
-from tilewright.kernels.triton.tiles import (
-    finish_arguments,
-    inline_ptx_by_default,
-    store_part,
-)
+from tilewright.kernels.triton.split_k import choose_split, store_part, with_parts
 
 KINDS = {"sparse24_linear": layout.FLOAT, "sparse24_int8_linear": layout.INT8, "sparse24_int4_linear": layout.INT4}
-TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
 _BLOCK = tl.constexpr(BLOCK)
 _GROUPS = tl.constexpr(GROUPS)
 _INT8 = tl.constexpr(INT8)
@@ -109,7 +110,7 @@ def why_cannot(problem: Problem) -> str | None:
     if problem.op == "sparse24_int8_linear":
         if problem.k > MAX_K:
             return f"sums of {problem.k} products may leave int32, which holds {MAX_K}"
-    elif problem.multiply_dtype not in TRITON_DTYPES:
+    elif problem.multiply_dtype not in (torch.float16, torch.bfloat16):
         return f"multiplies in float16 and bfloat16, not in {problem.multiply_dtype}"
     if problem.op == "sparse24_int4_linear":
         return layout.why_no_blocks(problem.k, problem.group_size or problem.k)

@@ -7,7 +7,7 @@ becomes NaN under gelu and silu, as it does in PyTorch. ``activate`` is the devi
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 import triton
@@ -15,29 +15,31 @@ import triton.language as tl
 
 from tilewright.kernels.dispatch.problem import Problem
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-#: Whether a multiply-add is rounded once: in Triton's interpreter it is rounded twice.
-_FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
+#: Those that ``activate`` has; a plugin may add others to the operators.
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish", "leaky_relu")
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.int8: tl.int8,
+}
 
 
 def why_not_on_gpu(problem: Problem) -> str | None:
     """Why no Triton kernel of ours runs on the problem's device, or None."""
     if problem.device != "cuda":
         return f"runs on a GPU, the tensors are on {problem.device!r}"
+    if problem.activation not in ACTIVATIONS:
+        return f"does not have the activation {problem.activation}"
     if problem.capability is not None and problem.capability < (8, 0):
         major, minor = problem.capability
         return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
     return None
 
 
-def as_matrix(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [..., K] as [M, K], also where M or K is 0; a view wherever strides allow one."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, negative_slope=0.01):
-    """``x`` float32 of any shape through the activation named ``ACTIVATION`` (of ``activation.CONV_ACTIVATIONS``)."""
+    """``x`` float32 of any shape through the activation named ``ACTIVATION`` (of ``ACTIVATIONS``)."""
     if ACTIVATION == "relu":
         # Not tl.maximum, which takes the number and drops the NaN.
         x = tl.where(x < 0, 0.0, x)
@@ -105,30 +107,35 @@ def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def quotient(y, divisor):
-    """float32 y / divisor, rounded once, for divisors in (0, 2^121) that serve many y: without a division for each.
-
-    The reciprocal of the divisor gives a first quotient, and the exact remainder of each improves it, twice (Markstein,
-    "Computation of elementary functions on the IBM RISC System/6000 processor", 1990). NaN where y or divisor is not
-    finite.
-    """
-    if _FUSED:
-        # Powers of two change no digit, and keep the reciprocal of a tiny divisor finite.
-        up = tl.where(divisor < 2.0**-100, 2.0**100, 1.0)
-        y, divisor = y * up, divisor * up
-        inverse = tl.math.div_rn(1.0, divisor)
-        q = y * inverse
-        q = tl.fma(tl.fma(-q, divisor, y), inverse, q)
-        return tl.fma(tl.fma(-q, divisor, y), inverse, q)
-    else:
-        return tl.math.div_rn(y, divisor + tl.zeros_like(y))
+def halves(acc):
+    """The left and the right half of the columns of ``acc`` [BM, BN]."""
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def nearest_byte(y):
-    """int32 whose lowest byte is float32 ``y`` rounded to the nearest integer, half to even, for |y| < 2^21.
+def slice_of(acc, INDEX: tl.constexpr, PARTS: tl.constexpr):
+    """Slice ``INDEX`` of ``PARTS`` equal slices of the columns. Unrolled by hand: Triton 3.4 takes no recursion."""
+    tl.static_assert(PARTS <= 4, "the epilogue takes 1, 2 or 4 parts")
+    if PARTS > 1:
+        left, right = halves(acc)
+        acc = left if INDEX < PARTS // 2 else right
+    if PARTS > 2:
+        left, right = halves(acc)
+        acc = left if INDEX % 2 == 0 else right
+    return acc
 
-    Adding 1.5 * 2^23 leaves no bits for a fraction: the addition itself rounds, and the integer is what its last bits
-    hold.
-    """
-    return (y + 12582912.0).to(tl.int32, bitcast=True)
+
+def finish_arguments(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> dict[str, Any]:
+    """Arguments that every kernel hands on to ``finish_tile``."""
+    return {
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "out_ptr": out,
+        "stride_residual_m": 0 if residual is None else residual.stride(0),
+        "stride_residual_n": 0 if residual is None else residual.stride(1),
+    }
+
+
+def inline_ptx_by_default(device: torch.device) -> bool:
+    """Inline PTX on NVIDIA; elsewhere, and in the interpreter, the same arithmetic in plain Triton."""
+    return device.type == "cuda" and torch.version.hip is None

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.activation import check_activation
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.triton.common import FLOAT_DTYPES, as_matrix, why_not_on_gpu
+from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
+from tilewright.kernels.triton.common import why_not_on_gpu
+from tilewright.kernels.triton.linear import run_linear
 
 #: Longest sum of products of int8 in [-127, 127] that cannot leave int32.
 MAX_K = (2**31 - 1) // 127**2
@@ -24,11 +25,6 @@ def why_not_int8_product(problem: Problem) -> str | None:
     return why_not_on_gpu(problem)
 
 
-def inner_contiguous(matrix: torch.Tensor) -> torch.Tensor:
-    """``matrix`` itself if its rows are contiguous, else a copy: tensor cores want both operands contiguous along K."""
-    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
-
-
 def run_quantized(
     plan: Callable[..., list[Launch]],
     x: torch.Tensor,
@@ -41,21 +37,9 @@ def run_quantized(
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """Allocate the result of ``int8_linear_quantized`` [..., N] and run the launches that ``plan`` makes for it."""
-    check_activation(activation)
-    n = weight.shape[0]
-    out = torch.empty((*x.shape[:-1], n), dtype=out_dtype or torch.float32, device=x.device)
-    if not out.numel():
-        return out
-    launches = plan(
-        inner_contiguous(as_matrix(x)),
-        x_scale.reshape(-1),
-        inner_contiguous(weight),
-        weight_scale.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else as_matrix(residual.expand(out.shape)),
-        activation,
-        out.view(-1, n),
-    )
-    for launch in launches:
-        launch.run()
-    return out
+
+    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+        scales = (x_scale.reshape(-1), weight_scale.contiguous())
+        return plan(rows_of(x), scales[0], rows_of(weight), scales[1], bias, residual, activation, out)
+
+    return run_linear(x, len(weight), out_dtype or torch.float32, bias, residual, activation, launches)

@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.triton.common import finish_tile
+from tilewright.kernels.triton.common import finish_arguments, finish_tile
 
 MAX_SPLIT = 8
+#: Columns of a program of ``sum_parts_kernel``.
+REDUCE_BLOCK = 512
 #: Columns of a program that adds parts: of few rows, and of so many that there are programs enough.
 BLOCK_N, WIDE_BLOCK_N = 256, 1024
 MANY_ROWS = 256
@@ -73,3 +75,110 @@ def plan_reduce_parts(sums: torch.Tensor, epilogue: Mapping[str, Any], activatio
     block_n = WIDE_BLOCK_N if m > MANY_ROWS else BLOCK_N
     constants = {"ACTIVATION": activation, "SPLIT_K": split_k, "BLOCK_N": block_n}
     return Launch(reduce_parts_kernel, (triton.cdiv(n, block_n), m), {**epilogue, "sums_ptr": sums}, constants)
+
+
+@triton.jit
+def store_part(total, workspace_ptr, part, row, column, M, N):
+    """T of one part of K into ``workspace`` float32 [parts, M, N]."""
+    offset = (part.to(tl.int64) * M + row[None, :]) * N + column[:, None]
+    tl.store(workspace_ptr + offset, total, mask=(row[None, :] < M) & (column[:, None] < N))
+
+
+@triton.jit(do_not_specialize=["M"])
+def sum_parts_kernel(
+    workspace_ptr,
+    x_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    width,
+    first_column,
+    parts,
+    stride_residual_m,
+    stride_residual_n,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[m, n] = activation(s_x[m] * sum_p workspace[p, m, n] + b[n]) + r[m, n], p in ascending order, s_x optional.
+
+    workspace: float32 [parts, M, width], the columns from ``first_column`` on; width is N - first_column or a multiple
+    of BLOCK.
+    """
+    row = tl.program_id(0)
+    local = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = workspace_ptr + row.to(tl.int64) * width + local
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(parts):
+        total += tl.load(source, mask=local < width, other=0.0)
+        source += M.to(tl.int64) * width
+    if x_scale_ptr is not None:
+        total *= tl.load(x_scale_ptr + row)
+    finish_tile(
+        total[None, :],
+        out_ptr,
+        bias_ptr,
+        residual_ptr,
+        tl.full((1, 1), 0, tl.int32) + row,
+        (first_column + local)[None, :],
+        M,
+        N,
+        stride_residual_m,
+        stride_residual_n,
+        ACTIVATION,
+    )
+
+
+def plan_sum_parts(
+    workspace: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    first_column: int = 0,
+) -> Launch:
+    """The launch that adds up ``workspace`` float32 [parts, M, width] and finishes as many columns of ``out`` [M, N].
+
+    x_scale: float32 [M] or None. width: up to the last column of ``out``, or a multiple of ``REDUCE_BLOCK``.
+    """
+    parts, m, width = workspace.shape
+    if first_column + width != out.shape[1] and width % REDUCE_BLOCK:
+        raise ValueError(f"{width} columns in the middle of {out.shape[1]} are no multiple of {REDUCE_BLOCK}")
+    args = {
+        "workspace_ptr": workspace,
+        "x_scale_ptr": x_scale,
+        **finish_arguments(bias, residual, out),
+        "M": m,
+        "N": out.shape[1],
+        "width": width,
+        "first_column": first_column,
+        "parts": parts,
+    }
+    grid = (m, triton.cdiv(width, REDUCE_BLOCK))
+    return Launch(sum_parts_kernel, grid, args, {"ACTIVATION": activation, "BLOCK": REDUCE_BLOCK}, num_warps=4)
+
+
+def with_parts(
+    product: Launch,
+    workspace: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
+) -> list[Launch]:
+    """``product``, and after it the sum over the parts that it leaves in ``workspace`` [parts, M, N], if there is one.
+
+    x_scale: [M] or None. w_scale: [N] or None. The parts are float32, or int32 with both scales.
+    """
+    if workspace is None:
+        return [product]
+    if w_scale is None:
+        return [product, plan_sum_parts(workspace, x_scale, bias, residual, out, activation)]
+    sizes = {"M": out.shape[0], "N": out.shape[1]}
+    scales = {"x_scale_ptr": x_scale, "w_scale_ptr": w_scale}
+    epilogue = {**finish_arguments(bias, residual, out), **scales, **sizes}
+    return [product, plan_reduce_parts(workspace, epilogue, activation)]

@@ -1,4 +1,4 @@
-"""What W4A16 and W4A8 share on the device: the product of one tile, and the sum over the parts of a split K.
+"""What W4A16 and W4A8 share: the product of one tile, the kernel around it, and how its launches are planned.
 
 A tile is held transposed, T[n, m] = sum_k w[n, k] * x[m, k]: the weight is the left operand. On sm_90 that is the one
 ``wgmma`` takes from registers, so widened weights never travel through shared memory, and the batch is the operand
@@ -8,11 +8,11 @@ whose tile may be as small as 16.
     X_g[m]    = sum over the columns k of group g of x[m, k]                    float32 or int32
     T[n, m]   = sum_g s[n, g] * (P_g[n, m] + (8 - z[n, g]) * X_g[m])            float32
 
-The weight lies in the order of ``layout.py``; a step of the loop takes a span of 128 columns, so a longer group is a
+The weight lies in the order of ``spans.py``; a step of the loop takes a span of 128 columns, so a longer group is a
 sum of several P. A group's scale multiplies its sum instead of its weights: fewer instructions while the batch tile is
 narrower than half a group, and one rounding less for each weight. So does its zero point, which is left out where every
 one is 8: an operand that is the same function of each word goes from the pipeline's buffer into the registers of the
-matrix instruction, any other through shared memory once more (``triton_nibbles``). Products in float32, which have no
+matrix instruction, any other through shared memory once more (``nibbles``). Products in float32, which have no
 matrix instruction, subtract z from each weight.
 """
 
@@ -29,16 +29,15 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.int4_linear.layout import QUARTER, SPAN, SpanWeight, span_count
-from tilewright.kernels.triton.common import as_matrix, finish_tile
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile
 from tilewright.kernels.triton.nibbles import centred_nibble
+from tilewright.kernels.triton.spans import QUARTER, SPAN, SpanWeight, span_count
+from tilewright.kernels.triton.split_k import store_part, with_parts
 from tilewright.kernels.tuning import why_too_large
 
 WHOLE_ROW = tl.constexpr(0)  # value of QUARTERS_PER_GROUP when one group is the whole row
 _QUARTER = tl.constexpr(QUARTER)
 _SPAN = tl.constexpr(SPAN)
-TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-REDUCE_BLOCK = 512
 MOST_STEPS_APART = 4
 #: The most rows of a batch that K is cut for as if it were one tile.
 MIDDLE_M = 64
@@ -71,9 +70,7 @@ class TileConfig:
 
 
 #: Modules that the speed of both fused kernels depends on.
-SHARED_SOURCES = tuple(
-    f"tilewright.kernels.int4_linear.{name}" for name in ("triton_tiles", "triton_nibbles", "layout")
-)
+SHARED_SOURCES = tuple(f"tilewright.kernels.triton.{name}" for name in ("tiles", "nibbles", "spans"))
 
 
 def programs_for(problem: Problem) -> int:
@@ -119,7 +116,7 @@ def _quarter_of_x(x_rows, start, K, DTYPE: tl.constexpr, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _scale_of(words, SCALE: tl.constexpr):
-    """The float32 scale of each entry of ``layout.py``'s scale."""
+    """The float32 scale of each entry of ``spans.py``'s scale."""
     if tl.float32 == SCALE:
         return words
     else:
@@ -218,98 +215,89 @@ def multiply_spans(
         return total
 
 
-@triton.jit
-def store_part(total, workspace_ptr, part, row, column, M, N):
-    """T of one part of K into ``workspace`` float32 [parts, M, N]."""
-    offset = (part.to(tl.int64) * M + row[None, :]) * N + column[:, None]
-    tl.store(workspace_ptr + offset, total, mask=(row[None, :] < M) & (column[:, None] < N))
-
-
-@triton.jit(do_not_specialize=["M"])
-def sum_parts_kernel(
-    workspace_ptr,
+def _span_product(
+    x_ptr,
     x_scale_ptr,
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
     bias_ptr,
     residual_ptr,
     out_ptr,
+    workspace_ptr,
     M,
     N,
-    width,
-    first_column,
-    parts,
+    K,
+    stride_xm,
+    stride_weight,
     stride_residual_m,
     stride_residual_n,
+    spans,
+    spans_per_part,
+    tiles_m,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    QUARTERS_PER_GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SCALE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    INLINE_PTX: tl.constexpr,
 ):
-    """out[m, n] = activation(s_x[m] * sum_p workspace[p, m, n] + b[n]) + r[m, n], p in ascending order, s_x optional.
-
-    workspace: float32 [parts, M, width], the columns from ``first_column`` on; width is N - first_column or a multiple
-    of BLOCK.
-    """
-    row = tl.program_id(0)
-    local = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    source = workspace_ptr + row.to(tl.int64) * width + local
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(parts):
-        total += tl.load(source, mask=local < width, other=0.0)
-        source += M.to(tl.int64) * width
-    if x_scale_ptr is not None:
-        total *= tl.load(x_scale_ptr + row)
-    finish_tile(
-        total[None, :],
-        out_ptr,
-        bias_ptr,
-        residual_ptr,
-        tl.full((1, 1), 0, tl.int32) + row,
-        (first_column + local)[None, :],
+    """One tile of out, or with a workspace one part of its sum before s_x. x_scale may be None."""
+    part = tl.program_id(1)
+    row = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = part * spans_per_part
+    total = multiply_spans(
+        x_ptr,
+        weight_ptr,
+        scale_ptr,
+        zero_ptr,
+        row,
+        column,
+        first,
+        tl.minimum(first + spans_per_part, spans),
         M,
         N,
-        stride_residual_m,
-        stride_residual_n,
-        ACTIVATION,
+        K,
+        stride_xm,
+        stride_weight,
+        QUARTERS_PER_GROUP,
+        SYMMETRIC,
+        SCALE,
+        DTYPE,
+        EVEN_K,
+        NUM_STAGES,
+        INLINE_PTX,
     )
+    if workspace_ptr is not None:
+        store_part(total, workspace_ptr, part, row, column, M, N)
+    else:
+        if x_scale_ptr is not None:
+            total *= tl.load(x_scale_ptr + row, mask=row < M, other=0.0)[None, :]
+        finish_tile(
+            total,
+            out_ptr,
+            bias_ptr,
+            residual_ptr,
+            row[None, :],
+            column[:, None],
+            M,
+            N,
+            stride_residual_m,
+            stride_residual_n,
+            ACTIVATION,
+        )
 
 
-def plan_sum_parts(
-    workspace: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    activation: str,
-    first_column: int = 0,
-) -> Launch:
-    """The launch that adds up ``workspace`` float32 [parts, M, width] and finishes as many columns of ``out`` [M, N].
-
-    x_scale: float32 [M] or None. width: up to the last column of ``out``, or a multiple of ``REDUCE_BLOCK``.
-    """
-    parts, m, width = workspace.shape
-    if first_column + width != out.shape[1] and width % REDUCE_BLOCK:
-        raise ValueError(f"{width} columns in the middle of {out.shape[1]} are no multiple of {REDUCE_BLOCK}")
-    args = {
-        "workspace_ptr": workspace,
-        "x_scale_ptr": x_scale,
-        **finish_arguments(bias, residual, out),
-        "M": m,
-        "N": out.shape[1],
-        "width": width,
-        "first_column": first_column,
-        "parts": parts,
-    }
-    grid = (m, triton.cdiv(width, REDUCE_BLOCK))
-    return Launch(sum_parts_kernel, grid, args, {"ACTIVATION": activation, "BLOCK": REDUCE_BLOCK}, num_warps=4)
-
-
-def finish_arguments(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> dict[str, Any]:
-    """Arguments that every kernel hands on to ``finish_tile``."""
-    return {
-        "bias_ptr": bias,
-        "residual_ptr": residual,
-        "out_ptr": out,
-        "stride_residual_m": 0 if residual is None else residual.stride(0),
-        "stride_residual_n": 0 if residual is None else residual.stride(1),
-    }
+def span_kernel(name: str) -> Any:
+    """The product of x and a weight in spans as a kernel that profilers and tables know by ``name``."""
+    kernel = triton.jit(_span_product, do_not_specialize=["M"], repr=lambda specialization: name)
+    kernel.__name__ = name
+    return kernel
 
 
 @dataclass(frozen=True)
@@ -359,12 +347,47 @@ def span_arguments(weight: SpanWeight) -> tuple[dict[str, Any], dict[str, Any]]:
     return args, constants
 
 
-def inline_ptx_by_default(device: torch.device) -> bool:
-    """Inline PTX on NVIDIA; elsewhere, and in the interpreter, the same arithmetic in plain Triton."""
-    return device.type == "cuda" and torch.version.hip is None
+def plan_span_product(
+    kernel: Any,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: SpanWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    multiply_dtype: torch.dtype,
+    config: TileConfig,
+    inline_ptx: bool,
+) -> list[Launch]:
+    """The launches that fill ``out`` [M, N]: the product by a ``span_kernel``, and the sum over parts where K is cut.
 
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [..., K] as [M, K] with unit stride along K, copied only if its strides do not allow that."""
-    rows = as_matrix(x)
-    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+    x [M, K] with unit stride along K, x_scale float32 [M] or None, bias [N] contiguous, residual [M, N].
+    """
+    tiling = Tiling.of(len(x), weight, config)
+    workspace = None
+    if tiling.parts > 1:
+        workspace = torch.empty((tiling.parts, *out.shape), dtype=torch.float32, device=out.device)
+    weight_args, weight_constants = span_arguments(weight)
+    args = {
+        "x_ptr": x,
+        "x_scale_ptr": x_scale,
+        "workspace_ptr": workspace,
+        "M": len(x),
+        "stride_xm": x.stride(0),
+        "spans_per_part": tiling.spans_per_part,
+        "tiles_m": tiling.tiles_m,
+        **weight_args,
+        **finish_arguments(bias, residual, out),
+    }
+    constants = {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "NUM_STAGES": config.num_stages,
+        "DTYPE": TRITON_DTYPES[multiply_dtype],
+        "ACTIVATION": activation,
+        "INLINE_PTX": inline_ptx,
+        **weight_constants,
+    }
+    product = Launch(kernel, tiling.grid, args, constants, config.num_warps, config.num_stages)
+    return with_parts(product, workspace, bias, residual, out, activation, x_scale)
