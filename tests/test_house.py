@@ -122,7 +122,7 @@ def functions_of(path: Path) -> set[str]:
 
 def private_imports(source: str, module: str) -> list[str]:
     """What ``module`` takes from the folder of another operator, but for its reference, its CPU side and functions
-    that the reference has too: those are implementations of the operator.
+    that the reference has too: those are implementations of the operator. The room they share takes nothing.
     """
     room = module.split(".")[2]
     found = []
@@ -131,7 +131,7 @@ def private_imports(source: str, module: str) -> list[str]:
         if parts[:2] != ["tilewright", "kernels"] or len(parts) < 4 or parts[2] not in OPERATOR_FOLDERS:
             continue
         public = parts[3] in ("reference", "cpu") or parts[-1] in functions_of(KERNELS / parts[2] / "reference.py")
-        if parts[2] != room and not public:
+        if parts[2] != room and not (public and room in OPERATOR_FOLDERS):
             found.append(name)
     return sorted(found)
 

@@ -20,7 +20,7 @@ from tilewright.kernels.int8_weight_only_linear import dequantize, triton_dequan
 from tilewright.kernels.int8_weight_only_linear import triton_swapped as weight_only
 from tilewright.kernels.norm_quantize import triton_norm_quantize
 from tilewright.kernels.quantize import triton_quantize
-from tilewright.kernels.triton import int8_product as triton_launch
+from tilewright.kernels.triton import common
 from tilewright.kernels.triton.split_k import MAX_SPLIT, choose_split
 
 H200 = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132}
@@ -74,7 +74,7 @@ def test_what_every_kernel_declines(module):
 
 
 def test_sums_that_may_leave_int32_are_declined():
-    longest = triton_launch.MAX_K
+    longest = common.MAX_K
     assert longest * 127**2 < 2**31 <= (longest + 1) * 127**2
     for module in (triton_swapped, triton_tile):
         assert module.why_not(int8_problem(8, 64, longest)) is None

@@ -20,8 +20,7 @@ from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry, check_sizes, empty_channels_last, to_channels_last
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.matrices import FLOAT_DTYPES
-from tilewright.kernels.triton.common import why_not_on_gpu
-from tilewright.kernels.triton.int8_product import MAX_K
+from tilewright.kernels.triton.common import MAX_K, why_not_on_gpu
 from tilewright.kernels.tuning import why_too_large
 
 INTEGERS = (torch.int8, torch.uint8)

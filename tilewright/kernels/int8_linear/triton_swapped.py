@@ -23,9 +23,8 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
-from tilewright.kernels.quantize.triton_quantize import quantize_per_row
+from tilewright.kernels.int8_linear.triton_operators import operators, why_not_int8_product
 from tilewright.kernels.triton.common import finish_tile
-from tilewright.kernels.triton.int8_product import run_quantized, why_not_int8_product
 from tilewright.kernels.triton.split_k import choose_split
 from tilewright.kernels.triton.swapped import plan_swapped_product
 from tilewright.kernels.tuning import tunable, why_too_large
@@ -209,29 +208,4 @@ def plan_swapped(
     )
 
 
-def int8_linear_quantized(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """x int8 [..., K], x_scale float32 [...], weight int8 [N, K], weight_scale [N] -> out_dtype or float32 [..., N]."""
-    return run_quantized(plan_swapped, x, x_scale, weight, weight_scale, bias, residual, activation, out_dtype)
-
-
-def int8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """x float [..., K], weight int8 [N, K], weight_scale [N], bias [N], residual [..., N] -> x.dtype [..., N]."""
-    q, scale = quantize_per_row(x, channel_scale)
-    return int8_linear_quantized(q, scale, weight, weight_scale, bias, residual, activation, x.dtype)
+int8_linear, int8_linear_quantized = operators(plan_swapped)

@@ -21,7 +21,7 @@ from tilewright.kernels.formats import sparse24
 from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate
-from tilewright.kernels.triton.int8_product import MAX_K
+from tilewright.kernels.triton.common import MAX_K
 
 #: Multiples that the library wants of N and K, and of M.
 _WEIGHT_MULTIPLE = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32}

@@ -44,8 +44,7 @@ from tilewright.kernels.sparse24_linear.fragments import (
 )
 from tilewright.kernels.sparse24_linear.triton_mma_sp import load_unit, multiply_step, poison, watch, x_registers
 from tilewright.kernels.sparse24_linear.triton_run import run
-from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile, why_not_on_gpu
-from tilewright.kernels.triton.int8_product import MAX_K
+from tilewright.kernels.triton.common import MAX_K, TRITON_DTYPES, finish_arguments, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton.registers import check_registers, split_registers, words_of
 from tilewright.kernels.triton.split_k import choose_split, with_parts
 
@@ -232,33 +231,12 @@ def sparse24_fragment_kernel(
             t0, t1, t2, t3 = t0 + even, t1 + odd, t2 + even, t3 + odd
     row = first_row + 2 * lane4
     column = tile * _TILE_N + lane // 4
-    _store(
-        s0,
-        s1,
-        s2,
-        s3,
-        x_scale_ptr,
-        w_scale_ptr,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        workspace_ptr,
-        part,
-        row,
-        column,
-        M,
-        N,
-        stride_residual_m,
-        stride_residual_n,
-        IS_INT8,
-        ACTIVATION,
-    )
-    if TWO:
+    for i in tl.static_range(2 if TWO else 1):
         _store(
-            t0,
-            t1,
-            t2,
-            t3,
+            s0 if i == 0 else t0,
+            s1 if i == 0 else t1,
+            s2 if i == 0 else t2,
+            s3 if i == 0 else t3,
             x_scale_ptr,
             w_scale_ptr,
             bias_ptr,
@@ -266,7 +244,7 @@ def sparse24_fragment_kernel(
             out_ptr,
             workspace_ptr,
             part,
-            row + _TILE_M,
+            row + i * _TILE_M,
             column,
             M,
             N,

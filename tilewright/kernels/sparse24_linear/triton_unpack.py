@@ -33,13 +33,13 @@ from tilewright.kernels.sparse24_linear.layout import BLOCK, GROUPS, INT8, StepW
 from tilewright.kernels.sparse24_linear.triton_run import run
 from tilewright.kernels.sparse24_linear.triton_select import select_columns
 from tilewright.kernels.triton.common import (
+    MAX_K,
     TRITON_DTYPES,
     finish_arguments,
     finish_tile,
     inline_ptx_by_default,
     why_not_on_gpu,
 )
-from tilewright.kernels.triton.int8_product import MAX_K
 from tilewright.kernels.triton.nibbles import nibble_number, offset_of
 from tilewright.kernels.triton.split_k import choose_split, store_part, with_parts
 

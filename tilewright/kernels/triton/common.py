@@ -17,6 +17,8 @@ from tilewright.kernels.dispatch.problem import Problem
 
 #: Those that ``activate`` has; a plugin may add others to the operators.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish", "leaky_relu")
+#: Longest sum of products of int8 in [-127, 127] that cannot leave int32.
+MAX_K = (2**31 - 1) // 127**2
 TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,

@@ -296,7 +296,8 @@ def _span_product(
 def span_kernel(name: str) -> Any:
     """The product of x and a weight in spans as a kernel that profilers and tables know by ``name``."""
     kernel = triton.jit(_span_product, do_not_specialize=["M"], repr=lambda specialization: name)
-    kernel.__name__ = name
+    if isinstance(kernel, triton.JITFunction):  # the interpreter's is nameless
+        kernel.__name__ = name
     return kernel
 
 
