@@ -4,8 +4,8 @@
 #   TEST_WORKERS=4          processes of the main test run
 #   PYTEST_ARGS="-k int4"   further arguments for the main test run
 #   DEMO_ARGS=--check       further arguments for the demo
-#   PERF_ARGS=--check        further arguments for `make perf`
-#   BENCH="peers onnx"      the tables that `make bench` makes instead of timing the operators
+#   PERF_ARGS=--check       further arguments for `make perf`
+#   BENCH="linear conv"     the tables that `make bench` makes instead of timing the operators
 #   MINUTES=8               what `make gpu` may take
 
 PYTHON ?= python3
@@ -61,7 +61,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-#: make bench      time every operator on a small problem, on the CPU; BENCH="linear conv peers onnx" for the tables
+#: make bench      time every operator on a small problem, on the CPU; BENCH="linear conv" for tables
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH)
 
@@ -71,7 +71,7 @@ perf: $(STAMP)
 
 #: make compiled   compile every kernel for every target, print what changed and rewrite bench/results/compiled.csv
 compiled: $(STAMP)
-	$(BIN)/python -m bench.compiled
+	$(BIN)/python -m bench.tables.compiled
 
 #: make shortlist  compile every candidate of the tuner for sm_90 and rewrite the list that GPUs then only have to time
 shortlist: $(STAMP)

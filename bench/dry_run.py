@@ -66,7 +66,7 @@ class Case:
     def wrong(self, result: Any) -> str | None:
         """What differs from the definition, in words, or None."""
         from bench.problems import SPARSE
-        from bench.sparse24_gpu import assert_near_definition
+        from bench.tables.sparse24_gpu import assert_near_definition
         from tilewright.kernels import tuning
 
         if self.op not in SPARSE:

@@ -48,7 +48,7 @@ def _table(
 ) -> Step:
     flags = [flag for shape in shapes for flag in ("--shape", shape)]
     output = ("--name", file) if file else ()
-    return Step(name, ("-m", "bench.run", *flags, "--m", *batches, "--variants", *variants, *output), share)
+    return Step(name, ("-m", "bench.tables.peers", *flags, "--m", *batches, "--variants", *variants, *output), share)
 
 
 def _tuning(shapes: Sequence[str], seconds: int) -> Step:
@@ -75,8 +75,8 @@ def steps() -> list[Step]:
         ),
         _table("all formats, middle batches", decisive, MIDDLE, ours, 0.5),
         _table("all formats, large batches", decisive, LARGE, (*ours, "_int_mm"), 0.5),
-        Step("convolutions beside cuDNN", ("-m", "bench.run_conv", "--minutes", "5"), 0.4),
-        Step("2:4", ("-m", "bench.sparse24_gpu"), 0.5),
+        Step("convolutions beside cuDNN", ("-m", "bench.tables.conv_layers", "--minutes", "5"), 0.4),
+        Step("2:4", ("-m", "bench.tables.sparse24_gpu"), 0.5),
         _table("every peer", decisive[:3:2], ("1", "16", "64", "256", "2048"), ("",), 1.0),
     ]
 
@@ -90,11 +90,22 @@ def dry_steps() -> list[Step]:
         Step("kernels in the interpreter", ("-m", "bench.dry_run", "interpret")),
         Step("kernels on the emulated GPU", ("-m", "bench.dry_run", "emulate")),
         Step("the short list", ("-m", "pytest", "tests/aot/test_short_list.py", "-q", "-rs", "-p", "no:xdist")),
-        Step("convolutions on this CPU", ("-m", "bench.run_conv", "--device", "cpu", "--batch", "1")),
-        Step("2:4 on this CPU", ("-m", "bench.sparse24_gpu", "--dry-run")),
+        Step("convolutions on this CPU", ("-m", "bench.tables.conv_layers", "--device", "cpu", "--batch", "1")),
+        Step("2:4 on this CPU", ("-m", "bench.tables.sparse24_gpu", "--dry-run")),
         Step(
             "tables on this CPU",
-            ("-m", "bench.run", "--device", "cpu", "--shape", "256x256", "--m", "1", "--variants", "Tilewright"),
+            (
+                "-m",
+                "bench.tables.peers",
+                "--device",
+                "cpu",
+                "--shape",
+                "256x256",
+                "--m",
+                "1",
+                "--variants",
+                "Tilewright",
+            ),
         ),
     ]
 

@@ -50,6 +50,21 @@ class Row:
     date: str = ""
 
 
+def write_measured(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows of one table on a CPU, each with machine, instruction set, threads, version and date."""
+    where = {
+        "machine": platform.processor() or platform.machine(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *where])
+        writer.writeheader()
+        writer.writerows({**row, **where} for row in rows)
+
+
 def about(device: str) -> dict[str, str]:
     """What stands in every row: device, driver, versions, date."""
     if device == "cuda":
@@ -121,7 +136,7 @@ def markdown(rows: Sequence[Row], title: str) -> str:
         f"# {title}",
         f"{first.device}; driver {first.driver}; {first.versions}; {first.date}.",
         f"Speed-up over {first.variant}, in brackets the share of the roofline that was reached. Medians, operands "
-        "from memory, every result checked before it was timed. Made by `python -m bench.run`.",
+        "from memory, every result checked before it was timed. Made by `python -m bench.tables.peers`.",
     ]
     for n, k in dict.fromkeys((row.n, row.k) for row in rows):
         here = [row for row in rows if (row.n, row.k) == (n, k)]

@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed: it publishes whee
 
 from triton import language as tl
 
-from bench.estimates import OPS, agreement, candidates
 from bench.problems import Shape
+from bench.tables.estimates import OPS, agreement, candidates
 from tests.aot.small_kernels import copy_kernel, product_kernel
 from tilewright import aot
 from tilewright.aot.cost import CHIPS, find_chip

@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed: it publishes whee
 
 from triton import language as tl
 
-from bench.compiled import Row, entries, read_table
 from bench.counts import Counts, Small, count
+from bench.tables.compiled import Row, entries, read_table
 from tests.aot.small_kernels import copy_kernel, product_kernel
 from tilewright.aot.compiler import EMULATED
 from tilewright.aot.launch import Launch

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it publishes whee
 import triton
 
 from bench.catalogue import Entry
-from bench.compiled import (
+from bench.tables.compiled import (
     BUDGETS,
     TABLE,
     WORSE,
@@ -130,7 +130,7 @@ def test_a_sample_is_no_worse_than_the_table_says(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_a_large_sample_is_no_worse_than_the_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fifth of the table; ``python -m bench.compiled --check`` takes all of it."""
+    """A fifth of the table; ``python -m bench.tables.compiled --check`` takes all of it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     check_against_table(sample(entries(), LARGE_SAMPLE))
 

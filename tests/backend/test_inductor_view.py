@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it publishes whee
 if not torch.__version__.startswith("2.13"):
     pytest.skip("Inductor's insides, which are looked at here, are those of PyTorch 2.13", allow_module_level=True)
 
-from bench import inductor_view
+from bench.tables import inductor_view
 
 
 @pytest.mark.parametrize(

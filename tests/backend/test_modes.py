@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
 import tilewright as tw
-from bench import compile_modes
+from bench.tables import compile_modes
 from tests.backend.networks import Feed
 from tests.backend.test_options import needs_entry_point
 from tilewright.backend import tilewright

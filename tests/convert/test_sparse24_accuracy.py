@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import sparse24_accuracy
+from bench.tables import sparse24_accuracy
 
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parents[2] / "docs" / "sparse24.md"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from bench.compile_modes import Residual
+from bench.tables.compile_modes import Residual
 from tilewright.deploy.onnx.lower import nbits_block, nbits_weight
 
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")

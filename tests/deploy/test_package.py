@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from bench.compile_modes import Residual
+from bench.tables.compile_modes import Residual
 from tests.deploy.test_onnx import layers
 from tilewright.deploy.package import plain
 from tilewright.kernels.ops import OPERATORS

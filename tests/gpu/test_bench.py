@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import gpu, result_files, roofline, run, run_conv
-from bench.baselines import CPU, GPU, Missing, Variant
+from bench import gpu, result_files
+from bench.peers import CPU, GPU, Missing, Variant
 from bench.result_files import Row, markdown, merge, read_rows, slug, write_rows
+from bench.tables import conv_layers as run_conv
+from bench.tables import peers as run
+from bench.tables import roofline
 from tilewright.kernels.roofline import Ceilings
 
 ROUND = Ceilings("a device", 1e12, 1e13, 1e14, 2e14, 1e-6, "made up")
@@ -229,8 +232,13 @@ def test_the_order_of_importance():
     names = [step.name for step in gpu.steps()]
     assert names[0] == "correctness" and names[1].startswith("int4") and names[-1] == "every peer"
     for step in gpu.steps()[1:]:
-        assert step.command[1] in ("bench.run", "tilewright", "bench.run_conv", "bench.sparse24_gpu")
-        if step.command[1] == "bench.run":  # its options are ones that the table's command has
+        assert step.command[1] in (
+            "bench.tables.peers",
+            "tilewright",
+            "bench.tables.conv_layers",
+            "bench.tables.sparse24_gpu",
+        )
+        if step.command[1] == "bench.tables.peers":  # its options are ones that the table's command has
             with pytest.raises(SystemExit) as stopped:
                 run.main([*step.command[2:], "--help"])
             assert stopped.value.code == 0

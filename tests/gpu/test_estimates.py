@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("op", ["int8_linear_quantized", "int4_linear"])
 @pytest.mark.parametrize("m", [1, 1024])
 def test_no_launch_is_faster_than_its_estimate(op: str, m: int) -> None:
-    from bench.estimates import CHIPS, aot, candidates, is_here, measured
+    from bench.tables.estimates import CHIPS, aot, candidates, is_here, measured
 
     name = torch.cuda.get_device_name()
     chip = next((chip for chip in CHIPS if chip in name and is_here(chip)), None)

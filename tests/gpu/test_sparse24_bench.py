@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import sparse24_cpu, sparse24_gpu
 from bench.problems import SPARSE, Shape, make_arguments, reference
 from bench.result_files import Row
+from bench.tables import sparse24_cpu, sparse24_gpu
 from tilewright.kernels.dispatch.problem import Problem
 
 

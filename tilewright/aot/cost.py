@@ -13,7 +13,7 @@ few warps or a short pipeline takes longer than it says, and no overlap but the 
 the PTX, of which ``ptxas`` makes fewer or more. What ``wgmma`` reads from shared memory is not among the wavefronts.
 Expect a launch to take between 1 and 3 times the estimate on the same chip, and configurations that differ by less than
 a third to be ranked wrongly at times. These bounds are a judgement: it has not been compared with a GPU yet.
-``python -m bench.estimates`` does so where there is one.
+``python -m bench.tables.estimates`` does so where there is one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where another implementation of a linear layer was measured to be faster than the C kernel, by a table.
 
 ``choices.csv`` holds, for each operator, instruction set, dtype that is multiplied, batch and shape that was timed, the
-milliseconds of the C kernel and of the fastest other implementation; ``python -m bench.cpu_choices`` writes it. A
+milliseconds of the C kernel and of the fastest other implementation; ``python -m bench.tables.choices`` writes it. A
 problem looks at the nearest shape and the nearest batch, in powers of two. Layers with an activation or a residual are
 not judged by it: the C kernels have them in their epilogue, the others take another pass over the result. Nor are other
 instruction sets than those of the table: the C kernel serves them.

@@ -1,7 +1,7 @@
 """The floor of an operator on a named device: what no kernel can go below, in microseconds.
 
-    python -m bench.roofline --op int4_linear --shape 28672x4096 --m 1 16 64 --device H200
-    python -m bench.roofline --shape 4096x4096                     every format, on this machine's CPU
+    python -m bench.tables.roofline --op int4_linear --shape 28672x4096 --m 1 16 64 --device H200
+    python -m bench.tables.roofline --shape 4096x4096                     every format, on this machine's CPU
 
 Devices are those of ``tilewright.kernels.roofline.CEILINGS``, by datasheet, or "cpu", measured here.
 """

@@ -1,10 +1,10 @@
 """2:4 linear layers on a GPU against dense bfloat16, cuSPARSELt and int4: every implementation, whether or not the
 router would choose it, so that the gate (``tilewright.kernels.sparse24_linear.gate``) can be set by what was measured.
 
-    python -m bench.sparse24_gpu            all shapes; writes bench/results/sparse24_<device>.csv and says which goals
+    python -m bench.tables.sparse24_gpu     all shapes; writes bench/results/sparse24_<device>.csv and says which goals
                                             are met
-    python -m bench.sparse24_gpu --quick    M = 1, 16 and 512 of the first shape
-    python -m bench.sparse24_gpu --dry-run  a small shape on the CPU, nothing written: everything but the GPU's kernels
+        --quick     M = 1, 16 and 512 of the first shape
+        --dry-run   a small shape on the CPU, nothing written: everything but the GPU's kernels
 
 Every result is compared with the definition before it is timed, by replays of a CUDA graph that find the caches cold.
 A variant called "routed" is what a user gets.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from bench.problems import SPARSE, Shape, dense_weight, make_arguments, reference
 from bench.result_files import RESULTS, Row, about, slug, write_rows
-from bench.run import ceilings_of_gpu, in_words
+from bench.tables.peers import ceilings_of_gpu, in_words
 from tilewright.autotune.clock import Clock, CpuClock, GpuClock
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.dispatch.router import implementations, route

@@ -1,6 +1,6 @@
 """Converted models under every mode of ``torch.compile``: graphs, compilations as shapes change, agreement with eager.
 
-    python -m bench.compile_modes [--write]
+    python -m bench.tables.compile_modes [--write]
 
 --write puts the table into docs/torch_compile.md. The models are small and their weights random: this is about what is
 captured, not about speed. Every model is compiled with ``fullgraph=True``, where a graph break is an error, and then
@@ -20,7 +20,7 @@ from torch import nn
 
 import tilewright as tw
 
-PAGE = Path(__file__).parents[1] / "docs" / "torch_compile.md"
+PAGE = Path(__file__).parents[2] / "docs" / "torch_compile.md"
 BEGIN, END = "<!-- modes: begin -->", "<!-- modes: end -->"
 
 #: Arguments of ``torch.compile``.

@@ -1,7 +1,7 @@
 """2:4 linear layers on a CPU beside the dense layer of the same dtype: the table of docs/sparse24.md.
 
-    python -m bench.sparse24_cpu                     all shapes, as Markdown; about two minutes
-    python -m bench.sparse24_cpu --shape 384 384     one shape (N K)
+    python -m bench.tables.sparse24_cpu                     all shapes, as Markdown; about two minutes
+    python -m bench.tables.sparse24_cpu --shape 384 384     one shape (N K)
 
 Layers are called in turns, in an order that is drawn anew each round, so that each finds the caches as the others left
 them; medians. Every result is compared with the dense layer of the pruned weight before it is timed.
@@ -10,15 +10,13 @@ them; medians. Every result is compared with the dense layer of the pruned weigh
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
+from bench.timer import interleaved
 from tilewright.kernels.dispatch import router
 from tilewright.nn import Sparse24Int4Linear, Sparse24Int8Linear, Sparse24Linear
 
@@ -28,22 +26,6 @@ BATCHES = (1, 16, 128, 512)
 KINDS = {"2:4": Sparse24Linear, "2:4 int8": Sparse24Int8Linear, "2:4 int4": Sparse24Int4Linear}
 #: Largest relative error against the dense layer of the same weight.
 ERROR = 0.02
-
-
-def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median seconds of each, called in turns for ``seconds`` and at least five times."""
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names, end = list(calls), time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[names[0]]) < 5:
-        random.shuffle(names)
-        for name in names:
-            begin = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def measure(n: int, k: int, dtype: torch.dtype, batches: tuple[int, ...], seconds: float) -> Iterator[list[str]]:
@@ -62,7 +44,7 @@ def measure(n: int, k: int, dtype: torch.dtype, batches: tuple[int, ...], second
                 name: (lambda layer=layer, x=x: layer(x))  # type: ignore[misc]
                 for name, layer in {"dense": linear, **layers}.items()
             }
-            found = medians(calls, seconds)
+            found = interleaved(calls, seconds=seconds, rounds=5, waking=0, shuffle=True).medians()
         dense = found.pop("dense")
         dispatched = router.describe(layers["2:4"].problem(m, dtype))
         cells = [f"{dense / time:.2f}x" for time in found.values()]

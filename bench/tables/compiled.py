@@ -1,9 +1,9 @@
 """The table of compiled kernels: what each becomes on each target, as data that a change to a kernel shows up in.
 
-    python -m bench.compiled              compile all, print what differs from the committed table, write the table
-    python -m bench.compiled --only TEXT  the same for the rows whose name contains TEXT; the others stay as they are
-    python -m bench.compiled --check      only print; exit status 1 if anything differs
-    python -m bench.compiled --sample 40  the same for 40 rows spread over the table
+    python -m bench.tables.compiled    compile all, print what differs from the committed table, write the table
+        --only TEXT    the same for the rows whose name contains TEXT; the others stay as they are
+        --check        only print; exit status 1 if anything differs
+        --sample 40    the same for 40 rows spread over the table
 
 All takes about 9 minutes of CPU time, divided among ``--jobs`` processes. Figures that became worse are marked. Needs
 no GPU. "compiled" says nothing about results or speed: only what the compiler made, and for sm_80 and sm_90 what
@@ -31,7 +31,7 @@ from bench.counts import count
 from tilewright.aot.compiler import Compiled, compile_launch
 from tilewright.aot.targets import TARGETS, Target
 
-TABLE = Path(__file__).parent / "results" / "compiled.csv"
+TABLE = Path(__file__).parents[1] / "results" / "compiled.csv"
 Key = tuple[str, str, str, str, str]
 T = TypeVar("T")
 WORSE = "worse"

@@ -1,6 +1,6 @@
 """Times the C kernels of linear layers against the other implementations of their operators, for the router's table.
 
-    python -m bench.cpu_choices [--shape N K ...] [--batches M ...] [--write]
+    python -m bench.tables.choices [--shape N K ...] [--batches M ...] [--write]
 
 ``--write`` puts what was timed into ``tilewright/kernels/cpu/choices.csv``, in place of the rows of the same operator,
 instruction set, dtype, shape and batch.
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 from torch import nn
 
 import tilewright.nn as tnn
+from bench.timer import interleaved
 from tilewright.kernels.cpu import choices, native
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import implementations
@@ -60,19 +59,6 @@ def arguments_of(layer: Any) -> dict[str, Any]:
     return {**found, "bias": layer.bias}
 
 
-def medians(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each function, all timed in turn."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start = time.perf_counter()
-    while len(next(iter(times.values()))) < 4 or time.perf_counter() - start < seconds:
-        for name, function in functions.items():
-            function()
-            begin = time.perf_counter()
-            function()
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
 def measure(n: int, k: int, batches: list[int], seconds: float) -> Iterator[Row]:
     """A row for each layer and batch that the C kernel and another implementation take."""
     torch.manual_seed(0)
@@ -83,7 +69,8 @@ def measure(n: int, k: int, batches: list[int], seconds: float) -> Iterator[Row]
                 functions = _functions(problem, x, arguments_of(layer))
                 if C_KERNEL not in functions or len(functions) < 2:
                     continue
-                found = medians(functions, seconds)
+                timings = interleaved(functions, seconds=seconds, rounds=4).medians()
+                found = {name: 1e3 * value for name, value in timings.items()}
                 ours = found.pop(C_KERNEL)
                 other = min(found, key=lambda name: found[name])
                 values = (problem.op, native.isa(), choices.multiplied(problem), m, n, k)

@@ -1,10 +1,11 @@
 """Convolution layers of ResNet-50 beside the library's (cuDNN, or oneDNN on a CPU), with bias and ReLU.
 
-    python -m bench.run_conv [--device cpu|cuda] [--batch 1 32] [--minutes 5]
+    python -m bench.tables.conv_layers [--device cpu|cuda] [--batch 1 32] [--minutes 5]
 
 writes bench/results/conv_<device>.csv. bfloat16 on a GPU, float32 on a CPU, and int8 for ours. The library's layer is
 what a user has: channels-last, then bias and ReLU in calls of their own. Each result is checked on the first image
-before it is timed; clocks and roofline as in ``bench.run``. m, n, k: pixels of the result, output channels, window.
+before it is timed; clocks and roofline as in ``bench.tables.peers``. m, n, k: pixels of the result, output channels,
+window.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.result_files import RESULTS, Row, about, merge, read_rows, slug, write_rows
-from bench.run import ROUNDS, ceilings_of_gpu, in_words, interleaved
+from bench.tables.peers import ROUNDS, ceilings_of_gpu, in_words, interleaved
 from tilewright.autotune.clock import GpuClock
 from tilewright.kernels.conv_geometry import ConvGeometry, oihw
 from tilewright.kernels.dispatch.problem import Problem

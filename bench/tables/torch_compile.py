@@ -1,6 +1,6 @@
 """The compiled path on this CPU: a BERT-base and a ResNet-50, converted and compiled, beside what others make of them.
 
-    python -m bench.cpu_compiled [--models bert-base resnet50] [--batches 1 8] [--tokens 32] [--csv FILE]
+    python -m bench.tables.torch_compile [--models bert-base resnet50] [--batches 1 8] [--tokens 32] [--csv FILE]
 
 Random weights; ResNet-50 with 224 x 224 pixels. All variants of a model are timed in turn in one process, and the
 medians compared. torchao is needed for its column only; it is no dependency. What is compiled must agree with the same
@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import datetime
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +19,11 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from bench.cpu_conv import interleaved
-from bench.cpu_conv import model as image_network
+from bench.result_files import RESULTS, write_measured
+from bench.tables.conv import model as image_network
+from bench.timer import interleaved
 from tilewright.backend import tilewright as backend
 
-RESULTS = Path(__file__).parent / "results" / "cpu_compiled.csv"
 THREADS = 2
 #: Largest relative error of a variant against what it was made from: in float, and where int8 steps may round the other
 #: way.
@@ -121,7 +118,7 @@ def measure(name: str, batches: list[int], seconds: float, tokens: int) -> list[
                 if not error <= LARGEST_ERRORS[arithmetic]:
                     raise ValueError(f"{variant} {name} at batch {batch} is off {source} by {error:.2g}")
             calls = {v: (lambda run=run, x=x: run(x)) for v, run in {"eager": eager, **contestants}.items()}
-            medians = interleaved(calls, seconds)
+            medians = interleaved(calls, seconds=seconds, rest=True).medians()
         rows += [
             {
                 "model": name,
@@ -158,7 +155,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--seconds", type=float, default=8.0, help="for each model and batch; default: 8")
     parser.add_argument("--tokens", type=int, default=32, help="in each sequence of text; default: 32")
-    parser.add_argument("--csv", type=Path, help=f"where to write the rows, for example {RESULTS.name}")
+    parser.add_argument("--csv", type=Path, help=f"where to write the rows, for example {RESULTS / 'cpu_compiled.csv'}")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     rows = [row for name in options.models for row in measure(name, options.batches, options.seconds, options.tokens)]
@@ -169,17 +166,7 @@ def main() -> None:
         )
     print(table(rows))
     if options.csv:
-        about = {
-            "machine": platform.processor() or platform.machine(),
-            "isa": torch.backends.cpu.get_cpu_capability(),
-            "threads": THREADS,
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
+        write_measured(options.csv, rows)
 
 
 if __name__ == "__main__":

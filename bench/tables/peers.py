@@ -1,6 +1,6 @@
 """The real tables: linear layers beside every peer that is installed, in one process, each checked before it is timed.
 
-    python -m bench.run [--device cpu|cuda] [--shape 4096x4096 ...] [--m 1 16 128 512] [--variants TEXT ...]
+    python -m bench.tables.peers [--device cpu|cuda] [--shape 4096x4096 ...] [--m 1 16 128 512] [--variants TEXT ...]
                         [--minutes 20] [--output bench/results/NAME]
 
 writes NAME.csv, NAME.md and NAME.png: speed-up over what a float model's owner has, GB/s, TFLOP/s, and the share of the
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.baselines import CPU, GPU, Variant, semi_structured
+from bench.peers import CPU, GPU, Variant, semi_structured
 from bench.result_files import RESULTS, Row, about, markdown, merge, plot, read_rows, slug, write_rows
 from bench.timer import Call, interleaved
 from tilewright.autotune.clock import GpuClock

@@ -108,7 +108,7 @@ def _onnx_session(linear: nn.Linear, quantize: Callable[[Any, str], str]) -> Run
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    from bench.cpu_onnx import session_options
+    from bench.onnx_peers import session_options
 
     options = session_options(torch.get_num_threads())
     n, k = linear.weight.shape

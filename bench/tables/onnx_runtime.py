@@ -1,6 +1,6 @@
 """Linear layers and encoders on this CPU beside ONNX Runtime: the goals, and what was measured.
 
-    python bench/cpu.py [--shape N K ...] [--batches M ...] [--no-models] [--no-linear] [--csv FILE]
+    python -m bench.tables.onnx_runtime [--shape N K ...] [--batches M ...] [--no-models] [--no-linear] [--csv FILE]
 
 Every variant computes from the same integers and scales, or from the same float32 model, and its result is checked
 first. The variants of a row are timed in turn in one process and medians are compared. Threads spin after a run and
@@ -17,24 +17,20 @@ products and weights amount to.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import datetime
 import os
 import platform
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # so that `python bench/cpu.py` finds the packages
 CORES = sorted(os.sched_getaffinity(0))
 
 try:
-    import onnx  # noqa: F401  (cpu_onnx makes models with it)
+    import onnx  # noqa: F401  (onnx_peers makes models with it)
     import onnxruntime
 except ImportError as error:
     sys.exit(f"{error}: this benchmark needs onnx and onnxruntime, and transformers for the encoders")
@@ -44,12 +40,12 @@ from torch import nn
 
 import tilewright as tw
 import tilewright.nn as tnn
-from bench import cpu_onnx, cpu_peak
-from bench.idle import split_registers, until_idle
+from bench import cpu_peak, onnx_peers
+from bench.result_files import RESULTS
+from bench.timer import interleaved
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.router import route
 
-RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 THREADS = 2
 SHAPES = ((768, 3072), (2048, 2048), (4096, 4096), (4096, 14336))
 BATCHES = (1, 4, 16, 64, 128, 512)
@@ -74,26 +70,7 @@ def medians(functions: dict[str, Callable[[], object]], seconds: float, one_pool
     one_pool: all of them run on PyTorch's threads, which then neither rest in between nor are bound: MKL's float32
     products take up to twice as long where they are.
     """
-    repeats = {}
-    for name, function in functions.items():
-        function()
-        start = time.perf_counter()
-        function()
-        repeats[name] = max(1, int(2e-3 / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start = time.perf_counter()
-    with contextlib.nullcontext(lambda: None) if one_pool else split_registers() as bind:
-        while len(next(iter(times.values()))) < 5 or time.perf_counter() - start < seconds:
-            bind()
-            for name, function in functions.items():
-                if not one_pool:
-                    until_idle()
-                function()
-                begin = time.perf_counter()
-                for _ in range(repeats[name]):
-                    function()
-                times[name].append((time.perf_counter() - begin) / repeats[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return interleaved(functions, seconds=seconds, rounds=5, turn=2e-3, rest=not one_pool).medians()
 
 
 def error_of(y: torch.Tensor, expected: torch.Tensor) -> float:
@@ -104,19 +81,19 @@ def error_of(y: torch.Tensor, expected: torch.Tensor) -> float:
     return error
 
 
-def layers(n: int, k: int, folder: Path) -> dict[str, tuple[nn.Module, cpu_onnx.Run, torch.Tensor]]:
+def layers(n: int, k: int, folder: Path) -> dict[str, tuple[nn.Module, onnx_peers.Run, torch.Tensor]]:
     """By variant: our layer, ONNX Runtime's, and the float64 weight that both multiply by."""
     linear = nn.Linear(k, n, bias=False)
-    found: dict[str, tuple[nn.Module, cpu_onnx.Run, torch.Tensor]] = {}
+    found: dict[str, tuple[nn.Module, onnx_peers.Run, torch.Tensor]] = {}
     for variant in GOALS:
         if variant == "int8":
             ours: Any = tnn.Int8Linear.from_float(linear)
-            theirs = cpu_onnx.int8_linear(ours.dequantize_weight(), folder, THREADS)
+            theirs = onnx_peers.int8_linear(ours.dequantize_weight(), folder, THREADS)
         else:
             ours = tnn.Int8ActInt4WeightLinear.from_float(
-                linear, group_size=cpu_onnx.GROUP, symmetric=variant.endswith(" symmetric"), range_search="minmax"
+                linear, group_size=onnx_peers.GROUP, symmetric=variant.endswith(" symmetric"), range_search="minmax"
             )
-            theirs = cpu_onnx.int4_linear(ours.weight_packed, ours.weight_scale, ours.weight_zero, k, THREADS)
+            theirs = onnx_peers.int4_linear(ours.weight_packed, ours.weight_scale, ours.weight_zero, k, THREADS)
         found[variant] = ours, theirs, ours.dequantize_weight().double()
     return found
 
@@ -174,18 +151,18 @@ def measure_encoder(name: str, batches: list[int], seconds: float, peak: cpu_pea
     rows: list[Row] = []
     samples = {batch: torch.randint(0, config.vocab_size, (batch, SEQUENCE)) for batch in batches}
 
-    def timed(runs: dict[str, cpu_onnx.Run], ids: torch.Tensor, one_pool: bool = False) -> dict[str, float]:
+    def timed(runs: dict[str, onnx_peers.Run], ids: torch.Tensor, one_pool: bool = False) -> dict[str, float]:
         inputs = ids, torch.ones_like(ids)
         return medians({v: lambda f=f: f(*inputs) for v, f in runs.items()}, seconds, one_pool)
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        variants: dict[str, cpu_onnx.Run] = {
-            "eager": cpu_onnx.HiddenState(model),
-            "int8": cpu_onnx.HiddenState(tw.convert_model(model, "int8")),
+        variants: dict[str, onnx_peers.Run] = {
+            "eager": onnx_peers.HiddenState(model),
+            "int8": onnx_peers.HiddenState(tw.convert_model(model, "int8")),
         }
         # Before ONNX Runtime has any threads.
         alone = {batch: timed(variants, ids, one_pool=True) for batch, ids in samples.items()}
-        variants |= cpu_onnx.encoders(model, heads, hidden, Path(folder), THREADS)
+        variants |= onnx_peers.encoders(model, heads, hidden, Path(folder), THREADS)
         for batch, ids in samples.items():
             inputs = ids, torch.ones_like(ids)
             expected = variants["eager"](*inputs).double()
@@ -260,7 +237,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(ENCODERS), default=list(ENCODERS))
     parser.add_argument("--no-linear", action="store_true", help="encoders only")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each row of the table; default: 1.5")
-    parser.add_argument("--csv", type=Path, help=f"where to write the rows, for example {RESULTS.name}")
+    parser.add_argument("--csv", type=Path, help=f"where to write the rows, for example {RESULTS / 'cpu.csv'}")
     parser.add_argument("--append", action="store_true", help="keep the rows that FILE has of other layers and models")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)

@@ -1,6 +1,6 @@
 """Convolutional networks on this CPU, side by side: PyTorch, ours in float32 and int8, and ONNX Runtime in both.
 
-    python -m bench.cpu_conv [--models resnet50 ...] [--batches 1 8] [--csv FILE] [--no-onnx]
+    python -m bench.tables.conv [--models resnet50 ...] [--batches 1 8] [--csv FILE] [--no-onnx]
 
 Networks come from Hugging Face configs with random weights, their batch-norms set by one batch of random images, so
 that activations have the size of a trained network's (with the initial ones they vanish, and PyTorch computes with
@@ -13,13 +13,8 @@ needed for ONNX Runtime's columns only.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import math
-import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +23,9 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from bench.idle import split_registers, until_idle
+from bench.result_files import RESULTS, write_measured
+from bench.timer import interleaved
 
-RESULTS = Path(__file__).parent / "results" / "cpu_conv.csv"
 THREADS = 2
 #: Largest relative error of the logits from float32 rounding. On random weights and images int8 has no bound to speak
 #: of, ours or ONNX Runtime's: their errors are printed side by side.
@@ -136,22 +131,6 @@ def onnx_runtime(network: nn.Module, folder: Path) -> dict[str, Run]:
     return {"ONNX Runtime fp32": session(paths[0]), "ONNX Runtime int8": session(paths[2])}
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each function, all timed in turn, each at rest and after a run that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start = time.perf_counter()
-    with split_registers() as bind:
-        while len(next(iter(times.values()))) < 7 or time.perf_counter() - start < seconds:
-            bind()
-            for name, function in functions.items():
-                until_idle()
-                function()
-                begin = time.perf_counter()
-                function()
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def measure(name: str, batches: list[int], onnx: bool, seconds: float) -> list[dict[str, object]]:
     """A row for each batch and variant. Raises ValueError if an output is wrong."""
     eager = model(name)
@@ -171,7 +150,7 @@ def measure(name: str, batches: list[int], onnx: bool, seconds: float) -> list[d
                     if not error <= ERRORS.get(variant, math.inf):
                         raise ValueError(f"{variant} {name} at batch {batch} has a relative error of {error:.2g}")
                 calls = {variant: (lambda run=run, x=x: run(x)) for variant, run in variants.items()}
-                medians = interleaved(calls, seconds)
+                medians = interleaved(calls, seconds=seconds, rest=True).medians()
             rows += [
                 {
                     "model": name,
@@ -204,7 +183,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--seconds", type=float, default=10.0, help="for each network and batch; default: 10")
     parser.add_argument("--no-onnx", action="store_true", help="leave ONNX Runtime out")
-    parser.add_argument("--csv", type=Path, help=f"where to write the rows, for example {RESULTS.name}")
+    parser.add_argument("--csv", type=Path, help=f"where to write the rows, for example {RESULTS / 'cpu_conv.csv'}")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     rows = [
@@ -212,17 +191,7 @@ def main() -> None:
     ]
     print_table(rows)
     if options.csv:
-        about = {
-            "machine": platform.processor() or platform.machine(),
-            "isa": torch.backends.cpu.get_cpu_capability(),
-            "threads": THREADS,
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
+        write_measured(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Linear layers on this CPU, side by side: what a float32 model's owner has, and what each scheme gives.
 
-    python -m bench.cpu_linear [--shape N K ...] [--batches 1 16 128 512] [--csv FILE]
+    python -m bench.tables.linear [--shape N K ...] [--batches 1 16 128 512] [--csv FILE]
 
 Every layer is made from the same float32 layer and fed the same random float32 input; its output is checked first.
 The variants of a row are timed in turn in one process and the medians compared, so that a machine that slows down
@@ -11,11 +11,6 @@ PyTorch uses under ``torch.compile`` with frozen weights only.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import tilewright.nn as tnn
+from bench.result_files import RESULTS, write_measured
+from bench.timer import interleaved
 
-RESULTS = Path(__file__).parent / "results" / "cpu_linear.csv"
 SHAPES = ((4096, 4096), (3072, 768), (768, 3072), (384, 384))
 BATCHES = (1, 16, 128, 512)
 #: Largest relative error of each variant's output that is still its own rounding and no mistake (random normal data).
@@ -50,21 +46,7 @@ def variants(linear: nn.Linear) -> dict[str, Callable[[torch.Tensor], torch.Tens
     }
 
 
-def interleaved_medians(functions: dict[str, Callable[[], object]], seconds: float = 1.5) -> dict[str, float]:
-    """Median seconds of each function, all timed in turn, after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < 7 or time.perf_counter() - start < seconds:
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - begin)
-        rounds += 1
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
-
-
-def measure(n: int, k: int, batches: tuple[int, ...]) -> list[dict[str, object]]:
+def measure(n: int, k: int, batches: tuple[int, ...], seconds: float) -> list[dict[str, object]]:
     """One row for each batch and variant. Raises ValueError if an output is wrong."""
     torch.manual_seed(0)
     linear = nn.Linear(k, n)
@@ -78,7 +60,8 @@ def measure(n: int, k: int, batches: tuple[int, ...]) -> list[dict[str, object]]
                 error = ((layer(x).double() - expected).norm() / expected.norm()).item()
                 if error > ERRORS.get(name, 1e-5):
                     raise ValueError(f"{name} at M={m}, N={n}, K={k} has a relative error of {error:.2g}")
-            medians = interleaved_medians({name: (lambda layer=layer, x=x: layer(x)) for name, layer in layers.items()})
+            calls = {name: (lambda layer=layer, x=x: layer(x)) for name, layer in layers.items()}
+            medians = interleaved(calls, seconds=seconds, waking=0).medians()
             rows += [
                 {
                     "n": n,
@@ -109,24 +92,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs=2, type=int, action="append", metavar=("N", "K"))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument(
-        "--csv", type=Path, help=f"where to write the rows, for example {RESULTS.name}; default: nowhere"
-    )
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each shape and batch; default: 1.5")
+    parser.add_argument("--csv", type=Path, help=f"where to write the rows, for example {RESULTS / 'cpu_linear.csv'}")
     options = parser.parse_args()
-    rows = [row for n, k in options.shape or SHAPES for row in measure(n, k, tuple(options.batches))]
+    rows = [row for n, k in options.shape or SHAPES for row in measure(n, k, tuple(options.batches), options.seconds)]
     print_table(rows)
     if options.csv:
-        about = {
-            "machine": platform.processor() or platform.machine(),
-            "isa": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
+        write_measured(options.csv, rows)
 
 
 if __name__ == "__main__":

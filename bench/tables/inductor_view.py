@@ -1,6 +1,6 @@
 """What Inductor generates around an int8 linear layer on a GPU: seen into, opaque, and opaque with its epilogue.
 
-    python -m bench.inductor_view [--show]
+    python -m bench.tables.inductor_view [--show]
 
 Needs no GPU: the code generator runs on fake tensors of an sm_90, and launches, operators and buffers are counted in
 its text. Where it is to see into the layer, a quantiser and a product in Triton stand in the place of ours.

@@ -1,6 +1,6 @@
 """How the cost estimate ranks the configurations of a linear operator, beside real timings where there is a GPU.
 
-    python -m bench.estimates H200 --op int8_linear_quantized --m 1 64 1024
+    python -m bench.tables.estimates H200 --op int8_linear_quantized --m 1 64 1024
 
 Configurations that the implementation takes on that chip are planned for the real problem; a few programs of each are
 emulated. On a GPU of the chip's architecture each is timed too: the last column is the time taken over the estimate,
