@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from tilewright import autotune
+from tilewright import autotune, commands
 from tilewright.__main__ import main
 from tilewright.autotune import tables
 from tilewright.commands import doctor, tune
+from tilewright.convert.schemes import base
 from tilewright.kernels import tuning
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import record_problems
 from tilewright.kernels.roofline import CEILINGS, ceilings_for, floor, measure_cpu
+from tilewright.nn import Int8ActInt4WeightLinear
 
 
 @pytest.fixture(autouse=True)
@@ -202,15 +205,15 @@ def diagnose(batch: int, **options: Any) -> list[doctor.diagnose.__class__]:
 
 def test_small_batches_are_bound_by_memory_and_gain_most_from_int4():
     first, _, small = diagnose(16)
-    assert first.bound == "memory" and first.best[0] == "int4" and 3.6 < first.best[1] < 3.9
-    assert first.verdict.startswith("int4 up to 3.") and first.helps
+    assert first.bound == "memory" and first.best[0] == "w4a16" and 3.6 < first.best[1] < 3.9
+    assert first.verdict.startswith("w4a16 up to 3.") and first.helps
     assert not small.helps and "could be saved, and a call alone costs about 4 us" in small.verdict
 
 
 def test_large_batches_are_bound_by_arithmetic_and_weights_alone_do_not_help():
     first = diagnose(8192)[0]
-    assert first.bound == "compute" and first.best[0] == "int8" and abs(first.best[1] - 2.0) < 0.01
-    assert abs(first.formats["int4"] - 1.0) < 0.01 and "weight-only formats will not help" in first.verdict
+    assert first.bound == "compute" and first.best[0] == "w8a8" and abs(first.best[1] - 2.0) < 0.01
+    assert abs(first.formats["w4a16"] - 1.0) < 0.01 and "weight-only formats will not help" in first.verdict
 
 
 def test_floors_against_arithmetic_by_hand():
@@ -263,3 +266,34 @@ def test_this_cpu_is_measured():
     found = measure_cpu(256)
     assert found.name == "this CPU" and found.bytes > 1e8 and found.float32 > 1e9 and found.int8 > 1e9
     assert 0 < found.overhead < 1e-2
+
+
+# ---- what appears by itself
+def test_a_command_is_a_module_of_its_room(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "greet.py").write_text(
+        '"""``tilewright greet``: say hello to someone."""\n'
+        "def add_arguments(parser):\n    parser.add_argument('name')\n"
+        "def run(options):\n    print('hello', options.name)\n    return 3\n"
+    )
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "tilewright.commands.greet", raising=False)
+    assert run(capsys, "greet", "you")[:2] == (3, "hello you\n")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    helped = capsys.readouterr().out
+    assert "say hello to someone" in helped and "what has been tuned on this machine" in helped
+    for name in ("problems", "diagnosis", "model_files"):
+        with pytest.raises(SystemExit):
+            main([name])
+
+
+def test_a_new_scheme_is_examined_and_diagnosed_too(monkeypatch: pytest.MonkeyPatch):
+    class Coarse(tw.Int8ActInt4Weight):
+        """A format of its own."""
+
+        module = type("CoarseLinear", (Int8ActInt4WeightLinear,), {"scheme_name": "w4a8-coarse"})
+
+    monkeypatch.setattr(base, "_registered", {**base.registered_schemes(), "Coarse": Coarse})
+    assert "w4a8-coarse on this CPU" in {finding.subject for finding in doctor.examine()}
+    diagnosis = tw.diagnose(nn.Linear(4096, 4096), chip="H200")
+    assert diagnosis.layers[0].formats["w4a8-coarse"] == diagnosis.layers[0].formats["w4a8"]

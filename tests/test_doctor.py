@@ -38,14 +38,14 @@ def test_versions_and_instruction_set(anew: pytest.MonkeyPatch):
     assert found("torch") == torch.__version__
     reason = native.why_no_native()
     assert found("C kernels") == (reason or f"use {native.isa()}")
-    assert found("int4 on this CPU") != "reference"
+    assert found("w4a16 on this CPU") != "reference"
 
 
 def test_kernels_turned_off(anew: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     anew.setenv("TILEWRIGHT_CPU_ISA", "off")
     assert "turned off" in found("C kernels")
     assert found("  what that costs") == doctor.COST
-    assert found("int8-int4 on this CPU") != "C kernel"
+    assert found("w4a8 on this CPU") != "C kernel"
     assert main(["doctor"]) == 1
     assert "turned off" in " ".join(capsys.readouterr().out.split())
 

@@ -16,22 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate
+from tilewright.convert import calibrate, recipes
 from tilewright.convert.layers import as_linear, is_converted, is_linear
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.roofline import Ceilings, ceilings_for, floor, measure_cpu
+from tilewright.nn import ConvLayer, Int4Linear, QuantizedLinear
 
 #: What pays at all: below this, a layer is better left alone.
 WORTHWHILE = 1.1
-#: Schemes as the recipes call them, with the operator that serves them and what it multiplies in.
-LINEAR_FORMATS = {
-    "int8": {"op": "int8_linear"},
-    "int8-weight-only": {"op": "int8_weight_only_linear"},
-    "int4": {"op": "int4_linear", "group_size": 128},
-    "int8-int4": {"op": "int4_int8_linear", "group_size": 128},
-}
-CONV_FORMATS = {"int8": {"op": "int8_conv2d_fused", "x_dtype": torch.int8, "out_dtype": torch.int8}}
 
 
 @dataclass(frozen=True)
@@ -210,13 +203,18 @@ def _judge(name: str, kind: str, problem: Problem, ceilings: Ceilings) -> LayerD
     formats, floors = {}, {}
     # Weight-only formats are multiplied in 16 bits where that is the model's dtype or the faster one.
     half = torch.bfloat16 if ceilings.float16 > ceilings.float32 else None
-    for scheme, changes in (LINEAR_FORMATS if problem.conv is None else CONV_FORMATS).items():
-        converted = replace(problem, **changes, scale_dtype=torch.bfloat16)  # type: ignore[arg-type]
-        if problem.conv is None and problem.x_dtype == torch.float32 and half is not None:
+    for stem, scheme in recipes.formats(QuantizedLinear if problem.conv is None else ConvLayer).items():
+        if scheme.lossless:
+            continue
+        group_size = getattr(scheme, "group_size", None)
+        converted = replace(problem, op=scheme.module.op_name, group_size=group_size, scale_dtype=torch.bfloat16)
+        if problem.conv is not None:
+            converted = replace(converted, x_dtype=torch.int8, out_dtype=torch.int8)
+        elif problem.x_dtype == torch.float32 and half is not None:
             converted = replace(converted, compute_dtype=half)
-        floors[scheme] = floor(converted, ceilings)
-        formats[scheme] = now.seconds / floors[scheme].seconds if floors[scheme].seconds else 1.0
-    best = max(formats, key=lambda scheme: formats[scheme])
+        floors[stem] = floor(converted, ceilings)
+        formats[stem] = now.seconds / floors[stem].seconds if floors[stem].seconds else 1.0
+    best = max(formats, key=lambda stem: formats[stem])
     saved = now.seconds - floors[best].seconds
     if not now.seconds:
         verdict = "this will not help because there is nothing to compute"
@@ -229,7 +227,7 @@ def _judge(name: str, kind: str, problem: Problem, ceilings: Ceilings) -> LayerD
         )
     else:
         verdict = f"{best} up to {formats[best]:.2f}x"
-        weight_only = formats.get("int4", math.inf)
+        weight_only = formats.get(Int4Linear.scheme_name, math.inf)
         if weight_only < WORTHWHILE:
             verdict += "; weight-only formats will not help because the arithmetic takes longer than the weight"
     return LayerDiagnosis(name, kind, problem, now.microseconds, now.bound, formats, verdict)

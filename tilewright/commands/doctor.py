@@ -15,36 +15,31 @@ import argparse
 import importlib.util
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from tilewright.autotune import folders, tables
 from tilewright.autotune.device import cpu_kind
 from tilewright.autotune.shortlist import shipped
 from tilewright.autotune.store import TableError, read_table
 from tilewright.commands.diagnosis import diagnose
+from tilewright.convert.recipes import formats
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.cpu import build, native
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import route
+from tilewright.nn import ConvLayer, QuantizedLinear
 
 #: What missing C kernels cost on a CPU: the operators of PyTorch that serve instead, 4096 x 4096, two threads of an AMD
 #: EPYC (Zen 4), 1 to 512 rows.
 COST = "int4 layers take up to 5 times as long, int8 weight-only layers up to 3 times, int8 layers up to 2 times"
-#: Layers whose implementation is looked up: operator, what one calls it, further fields of the problem.
-_LAYERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("int8_linear", "int8", {}),
-    ("int8_weight_only_linear", "int8-weight-only", {"compute_dtype": torch.bfloat16}),
-    ("int4_linear", "int4", {"compute_dtype": torch.bfloat16, "group_size": 128, "symmetric": False}),
-    ("int4_int8_linear", "int8-int4", {"group_size": 128, "symmetric": False}),
-)
 
 
 @dataclass(frozen=True)
@@ -133,18 +128,18 @@ def _dispatched() -> Iterator[Finding]:
         native.why_no_native()
     except ValueError:  # already said
         return
-    for op, scheme, facts in _LAYERS:
-        chosen = {rows: route(Problem(op, rows, 4096, 4096, torch.float32, **facts)).name for rows in (1, 256)}
+    for stem, scheme in formats(QuantizedLinear).items():
+        problem = replace(scheme.build(nn.Linear(256, 256)).problem(), n=4096, k=4096)  # type: ignore[operator]
+        chosen = {rows: route(problem.with_rows(rows)).name for rows in (1, 256)}
         names = list(dict.fromkeys(chosen.values()))
         found = names[0] if len(names) == 1 else ", ".join(f"{name} at {rows} rows" for rows, name in chosen.items())
-        yield Finding(f"{scheme} on this CPU", found, good=names != ["reference"])
+        yield Finding(f"{stem} on this CPU", found, good=names != ["reference"])
     sizes = ConvGeometry(1, 64, 56, 56, 64, (3, 3), padding=(1, 1, 1, 1))
-    for op, dtype, words in (
-        ("conv2d_fused", torch.float32, "fused convolutions"),
-        ("int8_conv2d_fused", torch.int8, "int8 convolutions"),
-    ):
+    for stem, scheme in formats(ConvLayer).items():
+        dtype = torch.float32 if scheme.lossless else torch.int8
+        op = scheme.module.op_name
         name = route(Problem(op, 3136, 64, 576, dtype, out_dtype=dtype, bias=True, conv=sizes)).name
-        yield Finding(f"{words} on this CPU", name, good=name != "reference")
+        yield Finding(f"{stem} convolutions on this CPU", name, good=name != "reference")
 
 
 def examine() -> list[Finding]:

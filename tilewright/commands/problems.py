@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -64,12 +64,12 @@ def of_run(
 
 
 def of_operators(
-    ops: Sequence[str],
-    shapes: Sequence[tuple[int, int]],
-    batches: Sequence[int],
-    dtype: torch.dtype,
-    group_size: int,
+    group_sizes: Mapping[str, int | None], shapes: Sequence[tuple[int, int]], batches: Sequence[int], dtype: torch.dtype
 ) -> list[Problem]:
-    """Each operator with each shape (n, k) and batch."""
-    groups = {op: group_size if op.startswith("int4") else None for op in ops}
-    return [Problem(op, m, n, k, dtype, group_size=groups[op]) for op in ops for n, k in shapes for m in batches]
+    """Each operator, with the group size of its weights, with each shape (n, k) and batch."""
+    return [
+        Problem(op, m, n, k, dtype, group_size=group_size)
+        for op, group_size in group_sizes.items()
+        for n, k in shapes
+        for m in batches
+    ]

@@ -34,13 +34,16 @@ from tilewright.autotune.device import triton_version
 from tilewright.autotune.shortlist import shipped
 from tilewright.commands import problems
 from tilewright.commands.model_files import skeleton
+from tilewright.convert.recipes import formats
 from tilewright.kernels import tuning
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.samples import make_arguments
+from tilewright.nn import QuantizedLinear
 
 #: Of a chip of each target (A100, L40S, H200, B200, MI300X): the heuristics count them.
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-OPS = ("int8_linear", "int8_weight_only_linear", "int4_linear", "int4_int8_linear")
+#: Operators that can be named, and the group size of their weights, None where there are no groups.
+OPS = {s.module.op_name: getattr(s, "group_size", None) for s in formats(QuantizedLinear).values()}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Asked = tuple[autotune.Tunable, Problem]
 
@@ -134,7 +137,8 @@ def _problems(options: argparse.Namespace, facts: dict[str, Any], console: Conso
             )
     elif options.op is not None:
         shapes = options.shape or [(4096, 4096)]
-        found = problems.of_operators(options.op, shapes, options.m, dtype or torch.bfloat16, options.group_size)
+        groups = {op: options.group_size if OPS[op] else None for op in options.op}
+        found = problems.of_operators(groups, shapes, options.m, dtype or torch.bfloat16)
     else:
         raise ValueError("name a folder that save_model wrote, or operators with --op")
     return list(dict.fromkeys(replace(problem, **facts) for problem in found))

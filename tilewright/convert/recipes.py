@@ -30,6 +30,7 @@ from tilewright.convert.schemes import (
     Sparse24Conv,
     Sparse24Int4,
     Sparse24Int8,
+    registered_schemes,
     scheme_from_json,
 )
 from tilewright.convert.text import closest
@@ -87,6 +88,12 @@ def preset(name: str) -> Scheme:
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown{closest(name, PRESETS)}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def formats(module: type[nn.Module]) -> dict[str, Scheme]:
+    """By stem: the schemes that make layers of this class, but for those that prune or are nothing without data."""
+    made = [kind() for kind in registered_schemes().values() if kind.module and issubclass(kind.module, module)]
+    return {scheme.stem(): scheme for scheme in made if not scheme.needs_data and not hasattr(scheme, "pruning")}
 
 
 @functools.lru_cache(maxsize=1024)
