@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import fx, nn
 
 from tilewright.backend.record import GraphReport
 from tilewright.convert.graph.chain import added_to
-from tilewright.kernels.dispatch.same import version_of
+from tilewright.kernels.dispatch.same import TensorCache
 
 Make = Callable[..., Sequence[torch.Tensor]]
 _ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
@@ -46,28 +45,19 @@ class Prepared:
     def __init__(self, sources: Sequence[int | torch.Tensor], make: Make, first: Sequence[torch.Tensor] | None = None):
         self.sources, self.make = tuple(sources), make
         self.first = None if first is None else tuple(first)
-        self._known: dict[tuple[int, ...], tuple[list[Any], list[Any], tuple[torch.Tensor, ...]]] = {}
+        self._known: TensorCache[tuple[torch.Tensor, ...]] = TensorCache()
 
     def __call__(self, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """What ``make`` gives for the sources among ``inputs``."""
         tensors = [inputs[s] if isinstance(s, int) else s for s in self.sources]
         key = tuple(map(id, tensors))
-        state = [(tensor.data_ptr(), version_of(tensor)) for tensor in tensors]
-        known = self._known.get(key)
-        if known is not None and known[1] == state and all(r() is t for r, t in zip(known[0], tensors, strict=True)):
-            return known[2]
-        made = self.first
+        made = self._known.get(key, tensors)
         if made is None:
-            with plain_arithmetic():
-                made = tuple(self.make(*(tensor.detach() for tensor in tensors)))
-        self.first = None
-
-        # An id may be handed out again when its tensor is gone, so the entry goes with it.
-        def gone(_: Any) -> None:
-            self._known.pop(key, None)
-
-        references = [weakref.ref(tensor, gone) for tensor in tensors]
-        self._known[key] = (references, state, made)
+            made, self.first = self.first, None
+            if made is None:
+                with plain_arithmetic():
+                    made = tuple(self.make(*(tensor.detach() for tensor in tensors)))
+            self._known.put(key, tensors, made)
         return made
 
 
@@ -80,31 +70,17 @@ class AllPrepared:
     def __init__(self, prepared: Sequence[Prepared]):
         self.prepared = tuple(prepared)
         self._sources = [source for each in prepared for source in each.sources]
-        self._last: list[tuple[Any, int, int]] = []
-        self._made: list[torch.Tensor] | None = None
+        self._last: TensorCache[list[torch.Tensor]] = TensorCache()
 
     def __call__(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
         """See ``Prepared``. The caller does not change the list."""
         tensors = [inputs[s] if isinstance(s, int) else s for s in self._sources]
-        made = self._made
-        if made is not None and self._same(tensors):
-            return made
-        made = [tensor for each in self.prepared for tensor in each(inputs)]
-        if any(tensor.is_inference() for tensor in tensors):  # writes into them leave no trace
-            return made
-
-        def gone(_: Any) -> None:
-            self._made = None
-
-        self._last = [(weakref.ref(tensor, gone), tensor._version, tensor.data_ptr()) for tensor in tensors]
-        self._made = made
+        made = self._last.get(None, tensors)
+        if made is None:
+            made = [tensor for each in self.prepared for tensor in each(inputs)]
+            if not any(tensor.is_inference() for tensor in tensors):  # writes into them leave no trace
+                self._last.put(None, tensors, made)
         return made
-
-    def _same(self, tensors: Sequence[torch.Tensor]) -> bool:
-        for tensor, (reference, version, address) in zip(tensors, self._last, strict=True):
-            if reference() is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                return False
-        return True
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

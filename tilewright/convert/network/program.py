@@ -99,7 +99,8 @@ class Program(ReplacedForward):
                 return self.observer(self, given)
             if not self._is_current():
                 return type(owner).forward(owner, *args, **kwargs)
-            if self._replays is not None and not torch.is_grad_enabled() and self._is_unwatched():
+            # A recording misses hooks on what it calls.
+            if self._replays is not None and not torch.is_grad_enabled() and not any(self._watched):
                 return self._replays(*given)
             return self._flat(self._bound, *given)
         except NotAsExpected:
@@ -155,7 +156,7 @@ class Program(ReplacedForward):
         """
         if not all(is_known(module) for module in called):
             return
-        self._replays = Replays(lambda *given: self._flat(self._bound, *given), state=scales_read)
+        self._replays = Replays(lambda *given: self._flat(self._bound, *given), scales_read, self._held_tensors)
         self._watched = [
             table
             for module in called
@@ -164,20 +165,9 @@ class Program(ReplacedForward):
         ]
         held = [(t, n) for m in owner.modules() for t in (m._parameters, m._buffers) for n in t]
         self._tensor_tables, self._tensor_names = [table for table, _ in held], [name for _, name in held]
-        self._tensors = self._held_tensors()
 
-    def _held_tensors(self) -> list[int]:
-        return list(map(id, map(dict.get, self._tensor_tables, self._tensor_names)))  # type: ignore[arg-type]
-
-    def _is_unwatched(self) -> bool:
-        """Whether a recording may run: no hook would miss it, and no tensor was put in the place of another."""
-        if any(self._watched):
-            return False
-        if (held := self._held_tensors()) != self._tensors:
-            self._tensors = held
-            if self._replays is not None:
-                self._replays.clear()
-        return True
+    def _held_tensors(self) -> list[torch.Tensor | None]:
+        return list(map(dict.get, self._tensor_tables, self._tensor_names))  # type: ignore[arg-type]
 
 
 def programs_of(model: nn.Module) -> dict[str, Program]:

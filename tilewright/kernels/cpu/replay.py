@@ -15,7 +15,7 @@ import ctypes
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,13 @@ from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.replay_steps import NATIVE, Lowering, NotNative
 from tilewright.kernels.cpu.steps import Description
+from tilewright.kernels.dispatch.same import SameTensors
 
 _local = threading.local()
 #: Replays kept for one function: one for each combination of input shapes.
 MOST_REPLAYS = 8
+#: Other kinds of tensors need not have memory.
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
 class Call(NamedTuple):
@@ -88,9 +91,18 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 class Replay:
-    """One recording, made ready to run for inputs of the recorded shapes and strides."""
+    """One recording, made ready to run for inputs of the recorded shapes and strides.
 
-    def __init__(self, function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]):
+    watched: tensors that somebody else has an eye on.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        inputs: tuple[torch.Tensor, ...],
+        watched: Sequence[torch.Tensor | None] = (),
+    ):
+        self.watched = {_storage(tensor) for tensor in watched if tensor is not None}
         recorder = _Recorder()
         _local.recorder = recorder
         try:
@@ -159,9 +171,8 @@ class Replay:
             if _storage(tensor) not in born:
                 raise CannotReplay("it returns an input or a constant")
             dies[_storage(tensor)] = len(calls)
-        self.constants = [
-            (weakref.ref(t), t.data_ptr(), t._version) for t in constants.values() if not t.is_inference()
-        ]
+        others = [t for t in constants.values() if not t.is_inference() and _storage(t) not in self.watched]
+        self.constants, self.same = list(map(weakref.ref, others)), SameTensors(others)
         live: list[tuple[int, int, int]] = []  # begin, end, last use
         self.places: dict[int, int] = {}
         total = 0
@@ -255,12 +266,8 @@ class Replay:
 
     # ---- running
     def is_current(self) -> bool:
-        """Whether no weight was replaced or written to since the recording."""
-        for reference, address, version in self.constants:
-            tensor = reference()
-            if tensor is None or tensor._version != version or tensor.data_ptr() != address:
-                return False
-        return True
+        """Whether no constant that nobody else watches was replaced or written to since the recording."""
+        return self.same.match([reference() for reference in self.constants])
 
     def __call__(self, inputs: tuple[torch.Tensor, ...]) -> Any:
         """The result for ``inputs``, in tensors of its own. The caller holds ``lock``."""
@@ -299,22 +306,26 @@ class Replays:
     """``function`` of CPU tensors, replayed wherever that gives the same.
 
     state: called each time; replays are made anew when what it returns changes. Numbers that ``function`` reads from
-    modules are part of a recording, so whoever changes such numbers must change the state.
+    modules are part of a recording, so whoever changes such numbers must change the state. tensors: called each time
+    too; replays are made anew when one of the tensors it returns was replaced or written to. Others are noticed when
+    ``function`` alone held them.
     """
 
-    def __init__(self, function: Callable[..., Any], state: Callable[[], Hashable] = lambda: None):
-        self.function, self.state = function, state
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        state: Callable[[], Hashable] = lambda: None,
+        tensors: Callable[[], Sequence[torch.Tensor | None]] = tuple,
+    ):
+        self.function, self.state, self.tensors = function, state, tensors
         self._replays: dict[Hashable, Replay | int | str] = {}
+        self._same = SameTensors(())
 
     @property
     def why_not(self) -> str | None:
         """Why the shapes met last are not replayed; None if they are or were not met twice yet."""
         reasons = [each for each in self._replays.values() if isinstance(each, str)]
         return reasons[-1] if reasons else None
-
-    def clear(self) -> None:
-        """Forget all recordings."""
-        self._replays.clear()
 
     def __call__(self, *inputs: Any) -> Any:
         """What ``function(*inputs)`` returns."""
@@ -323,6 +334,11 @@ class Replays:
                 return self.function(*inputs)
         if _is_special():
             return self.function(*inputs)
+        if not self._same.match(tensors := self.tensors()):
+            if any(type(tensor) not in _PLAIN for tensor in tensors):
+                return self.function(*inputs)
+            self._replays.clear()
+            self._same = SameTensors(tensors)
         key = (self.state(), *[(x.shape, x.stride(), x.dtype) for x in inputs])
         replay = self._replays.get(key)
         if isinstance(replay, str):
@@ -351,7 +367,7 @@ class Replays:
         try:
             # What is made in inference mode could not be written to outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                replay = Replay(self.function, inputs)
+                replay = Replay(self.function, inputs, self.tensors())
                 result, replay.expected = replay.expected, None
                 with replay.lock:
                     same = _same(replay(inputs), result)
