@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 import tilewright as tw
+from tests.softplus import registered_softplus
 from tilewright.convert.graph.activations import fuse_activations, fused_activations
 from tilewright.nn import FusedActivation
+
+softplus = pytest.fixture(registered_softplus)
 
 
 @pytest.fixture
@@ -85,8 +88,11 @@ class DataDependent(nn.Module):
 
 @pytest.mark.parametrize(
     "activation, name",
-    [(nn.ReLU(), "relu"), (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"), (nn.SiLU(), "silu")],
-    ids=["relu", "gelu", "gelu_tanh", "silu"],
+    [
+        *((nn.ReLU(), "relu"), (nn.GELU(), "gelu"), (nn.GELU("tanh"), "gelu_tanh"), (nn.SiLU(), "silu")),
+        *((nn.ReLU6(), "relu6"), (nn.Hardtanh(0, 6), "relu6"), (nn.Hardswish(), "hardswish")),
+    ],
+    ids=["relu", "gelu", "gelu_tanh", "silu", "relu6", "hardtanh", "hardswish"],
 )
 @pytest.mark.parametrize("recipe", ["int8", "int8-weight-only", "int4-g32", "int8-int4-g32"])
 def test_fused_and_unfused_agree(activation: nn.Module, name: str, recipe: str, x: torch.Tensor) -> None:
@@ -116,6 +122,29 @@ def test_left_alone(kind: type[nn.Module], x: torch.Tensor) -> None:
     assert getattr(converted, "seen", None) is None
     error = (converted(x) - model(x)).norm() / model(x).norm()
     assert error < 0.05
+
+
+def test_an_activation_that_is_registered_is_fused(softplus: str, x: torch.Tensor) -> None:
+    model = mlp(nn.Softplus())
+    fused, apart = tw.convert_model(model, "int8"), tw.convert_model(model, "int8", fuse=False)
+    assert fused_activations(fused) == {"1": "0"} and fused[0].activation == softplus
+    torch.testing.assert_close(fused(x), apart(x), rtol=1e-5, atol=1e-5)
+    assert not fused_activations(tw.convert_model(mlp(nn.Softplus(beta=2)), "int8"))
+    image, network = torch.randn(2, 3, 12, 12), nn.Sequential(nn.Conv2d(3, 16, 3), nn.Softplus()).eval()
+    converted = tw.convert_model(network, "fuse")
+    assert softplus in tw.report(converted).layers[0].scheme
+    torch.testing.assert_close(converted(image), network(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["layer", "activation"])
+@pytest.mark.parametrize(
+    "kind",
+    ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"],
+)
+def test_no_hook_of_any_kind_is_passed_over(kind: str, place: int) -> None:
+    model = mlp(nn.ReLU())
+    getattr(model[place], f"register_{kind}")(lambda *_: None)
+    assert not fused_activations(tw.convert_model(model, "int8"))
 
 
 def test_hooks_keep_what_they_watch_apart(x: torch.Tensor) -> None:

@@ -171,7 +171,7 @@ def test_a_residual_of_another_shape_and_leading_dimensions(built: str):
         ({"m": 4, "n": 4096, "k": 4096, "compute_dtype": torch.bfloat16}, "oneDNN's in bfloat16 is faster"),
         ({"x_dtype": torch.bfloat16}, "takes rows in float32"),
         ({"compute_dtype": torch.float64}, "does not multiply in torch.float64"),
-        ({"activation": "relu6"}, "does not have the activation relu6"),
+        ({"activation": "leaky_relu"}, "does not have the activation leaky_relu"),
     ],
 )
 def test_declines_in_words(isa: str, changes: dict[str, object], words: str):

@@ -11,9 +11,8 @@ pytest.importorskip("triton", reason="Triton publishes wheels for Linux alone")
 from bench.catalogue import FAMILIES, Family
 from bench.problems import Shape
 from tilewright.aot.targets import TARGETS
-from tilewright.kernels.activation import ACTIVATIONS, check_activation
+from tilewright.kernels.activation import ACTIVATIONS, TRITON_ACTIVATIONS, check_activation
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.triton import common
 
 LINEAR = [family for family in FAMILIES if "linear" in family.op]
 
@@ -29,7 +28,7 @@ def test_an_activation_the_kernels_lack_is_declined(family: Family) -> None:
     assert family.why_not(problem_of(family, "cubic")) == "does not have the activation cubic"
 
 
-@pytest.mark.parametrize("activation", [name for name in common.ACTIVATIONS if name in ACTIVATIONS])
+@pytest.mark.parametrize("activation", [name for name in TRITON_ACTIVATIONS if name in ACTIVATIONS])
 @pytest.mark.parametrize("family", LINEAR, ids=lambda family: family.name)
 def test_those_they_have_are_taken(family: Family, activation: str) -> None:
     check_activation(activation)

@@ -1,17 +1,259 @@
-"""Activations that a kernel's epilogue can apply, and their definition in plain PyTorch."""
+"""THE table of activations: what each is, and what it is called wherever something computes or recognises it.
+
+A new activation is one row. ``register_activation`` adds one from outside the package: operators then accept it by
+name, the definition computes it, a converter recognises it, and kernels that do not have it decline.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-#: Those of every operator that has an epilogue.
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish")
-#: Those of the convolutions, which have a slope to give.
-CONV_ACTIVATIONS = (*ACTIVATIONS, "leaky_relu")
+aten = torch.ops.aten
+
+Family = Literal["linear", "convolution"]
+#: Of a module, or of the arguments of a call after the first: the slope (0.0 where there is none) if they ask for this
+#: activation, None if they ask for something else.
+Reader = Callable[..., "float | None"]
 
 
-def check_activation(name: str, known: tuple[str, ...] = ACTIVATIONS) -> None:
+@dataclass(frozen=True)
+class Activation:
+    """A row of the table.
+
+    forward: (x, inplace, slope) -> the activation of ``x``, which is written over where ``inplace`` says so and there
+    is such a form; NaN stays NaN. backward: (grad, z, slope) -> ``grad`` times the derivative at ``z``.
+
+    operators: families that accept it by name; linear layers have no slope to give. forms: what means it in PyTorch
+    and transformers: a class of modules or its dotted name, a function, the name of a method. nonnegative: whether no
+    result is below 0.
+
+    triton: whether ``kernels.triton.common.activate`` has it. native: families of C kernels that have it, as ``number``
+    of c/activation.h. aten: the operator that PyTorch records for it alone, and the further arguments. onednn: name,
+    scalars and algorithm. onnx: (write, y, slope) -> it in ONNX, by calls of ``write(kind, *inputs, **attributes)``.
+    """
+
+    name: str
+    forward: Callable[[torch.Tensor, bool, float], torch.Tensor]
+    backward: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    operators: Sequence[Family] = ("linear", "convolution")
+    forms: Mapping[Any, Reader] = field(default_factory=dict)
+    nonnegative: bool = False
+    triton: bool = False
+    native: Sequence[Family] = ()
+    number: int | None = None
+    aten: tuple[str, tuple[float, ...]] | None = None
+    onednn: tuple[str, tuple[float, ...], str] | None = None
+    onnx: Callable[[Callable[..., Any], Any, float], Any] | None = None
+
+
+# ---- readers
+def _always(*_: Any, **__: Any) -> float:
+    return 0.0
+
+
+def _approximate(kind: str) -> dict[Any, Reader]:
+    def function(approximate: str = "none") -> float | None:
+        return 0.0 if approximate == kind else None
+
+    return {nn.GELU: lambda module: function(module.approximate), F.gelu: function}
+
+
+def _clamping(highest: float) -> dict[Any, Reader]:
+    """Whatever clamps to 0 and ``highest``."""
+
+    def clamp(min: Any = None, max: Any = None) -> float | None:
+        return 0.0 if min == 0 and (math.inf if max is None else max) == highest else None
+
+    def hardtanh(min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False) -> float | None:
+        return clamp(min_val, max_val)
+
+    return {
+        nn.Hardtanh: lambda module: clamp(module.min_val, module.max_val),
+        **dict.fromkeys((F.hardtanh, F.hardtanh_), hardtanh),
+        **dict.fromkeys((torch.clamp, torch.clamp_min, "clamp", "clamp_", "clamp_min"), clamp),
+    }
+
+
+def _leaky(negative_slope: Any = 0.01, inplace: bool = False) -> float | None:
+    return float(negative_slope) if isinstance(negative_slope, (int, float)) else None
+
+
+def _gelu(x: torch.Tensor, inplace: bool, approximate: str) -> torch.Tensor:
+    return aten.gelu_(x, approximate=approximate) if inplace else F.gelu(x, approximate=approximate)
+
+
+# ---- the table
+_ROWS = (
+    Activation(
+        "none",
+        forward=lambda x, inplace, slope: x,
+        backward=lambda grad, z, slope: grad,
+        triton=True,
+        native=("linear", "convolution"),
+        number=0,
+        onednn=("none", (), ""),
+        onnx=lambda write, y, slope: y,
+    ),
+    Activation(
+        "relu",
+        forward=lambda x, inplace, slope: F.relu(x, inplace=inplace),
+        backward=lambda grad, z, slope: aten.threshold_backward(grad, z, 0),
+        forms={
+            **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _always),
+            **_clamping(math.inf),
+        },
+        nonnegative=True,
+        triton=True,
+        native=("linear", "convolution"),
+        number=1,
+        aten=("relu", ()),
+        onednn=("relu", (), ""),
+        onnx=lambda write, y, slope: write("Relu", y),
+    ),
+    Activation(
+        "gelu",
+        forward=lambda x, inplace, slope: _gelu(x, inplace, "none"),
+        backward=lambda grad, z, slope: aten.gelu_backward(grad, z, approximate="none"),
+        forms={
+            **_approximate("none"),
+            "transformers.activations.GELUActivation": lambda module: 0.0 if module.act is F.gelu else None,
+        },
+        triton=True,
+        native=("linear",),
+        number=7,
+        onednn=("gelu", (), "none"),
+        onnx=lambda write, y, slope: write("Gelu", y, approximate="none"),
+    ),
+    Activation(
+        "gelu_tanh",
+        forward=lambda x, inplace, slope: _gelu(x, inplace, "tanh"),
+        backward=lambda grad, z, slope: aten.gelu_backward(grad, z, approximate="tanh"),
+        forms={
+            **_approximate("tanh"),
+            "transformers.activations.NewGELUActivation": _always,
+            "transformers.activations.GELUTanh": _always,
+        },
+        triton=True,
+        native=("linear",),
+        number=8,
+        onednn=("gelu", (), "tanh"),
+        onnx=lambda write, y, slope: write("Gelu", y, approximate="tanh"),
+    ),
+    Activation(
+        "silu",
+        forward=lambda x, inplace, slope: F.silu(x, inplace=inplace),
+        backward=lambda grad, z, slope: aten.silu_backward(grad, z),
+        forms=dict.fromkeys((nn.SiLU, F.silu, "transformers.activations.SiLUActivation"), _always),
+        triton=True,
+        native=("linear", "convolution"),
+        number=4,
+        aten=("silu", ()),
+        onednn=("swish", (), ""),
+        onnx=lambda write, y, slope: write("Mul", y, write("Sigmoid", y)),
+    ),
+    Activation(
+        "relu6",
+        forward=lambda x, inplace, slope: F.hardtanh(x, 0.0, 6.0, inplace=inplace),
+        backward=lambda grad, z, slope: aten.hardtanh_backward(grad, z, 0.0, 6.0),
+        forms={**dict.fromkeys((nn.ReLU6, F.relu6), _always), **_clamping(6.0)},
+        nonnegative=True,
+        triton=True,
+        native=("linear", "convolution"),
+        number=2,
+        aten=("hardtanh", (0.0, 6.0)),
+        onednn=("hardtanh", (0.0, 6.0), ""),
+        onnx=lambda write, y, slope: write("Clip", y, 0.0, 6.0),
+    ),
+    Activation(
+        "hardswish",
+        forward=lambda x, inplace, slope: F.hardswish(x, inplace=inplace),
+        backward=lambda grad, z, slope: aten.hardswish_backward(grad, z),
+        forms=dict.fromkeys((nn.Hardswish, F.hardswish), _always),
+        triton=True,
+        native=("linear", "convolution"),
+        number=3,
+        aten=("hardswish", ()),
+        onednn=("hardswish", (), ""),
+        onnx=lambda write, y, slope: write("HardSwish", y),
+    ),
+    Activation(
+        "leaky_relu",
+        forward=lambda x, inplace, slope: F.leaky_relu(x, slope, inplace=inplace),
+        backward=lambda grad, z, slope: aten.leaky_relu_backward(grad, z, slope, False),
+        operators=("convolution",),
+        forms={
+            nn.LeakyReLU: lambda module: float(module.negative_slope),
+            **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky),
+        },
+        triton=True,
+        native=("convolution",),
+        number=5,
+        onnx=lambda write, y, slope: write("LeakyRelu", y, alpha=slope),
+    ),
+    # For the gates of squeeze-and-excite, which a recorded network computes by themselves; no operator has it.
+    Activation(
+        "sigmoid",
+        forward=lambda x, inplace, slope: x.sigmoid_() if inplace else x.sigmoid(),
+        backward=lambda grad, z, slope: aten.sigmoid_backward(grad, z.sigmoid()),
+        operators=(),
+        native=("convolution",),
+        number=6,
+        aten=("sigmoid", ()),
+    ),
+)
+TABLE: dict[str, Activation] = {row.name: row for row in _ROWS}
+
+
+def register_activation(row: Activation) -> None:
+    """Add an activation. Raises ValueError if the name is taken."""
+    if row.name in TABLE:
+        raise ValueError(f"there is an activation {row.name!r} already")
+    TABLE[row.name] = row
+
+
+def unregister_activation(name: str) -> None:
+    """Take away one that ``register_activation`` added. Raises ValueError for any other."""
+    if TABLE.get(name) is None or TABLE[name] in _ROWS:
+        raise ValueError(f"no activation {name!r} was registered")
+    del TABLE[name]
+
+
+class _Names(Sequence[str]):
+    """Names of the rows that ``holds`` is true of, those added later too."""
+
+    def __init__(self, holds: Callable[[Activation], bool]):
+        self._holds = holds
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.name for row in TABLE.values() if self._holds(row))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        return tuple(self)[index]
+
+
+#: What linear operators accept.
+ACTIVATIONS = _Names(lambda row: "linear" in row.operators)
+#: What convolutions accept.
+CONV_ACTIVATIONS = _Names(lambda row: "convolution" in row.operators)
+#: What the Triton kernels have.
+TRITON_ACTIVATIONS = _Names(lambda row: row.triton)
+
+
+def check_activation(name: str, known: Sequence[str] = ACTIVATIONS) -> None:
     """Raise ValueError unless ``name`` is one of ``known``."""
     if name not in known:
         raise ValueError(f"activation {name!r} is unknown; the known ones are {', '.join(known)}")
@@ -20,43 +262,42 @@ def check_activation(name: str, known: tuple[str, ...] = ACTIVATIONS) -> None:
 def apply_activation(x: torch.Tensor, name: str, inplace: bool = False, negative_slope: float = 0.01) -> torch.Tensor:
     """``x`` of any shape and float dtype through the activation called ``name``; NaN stays NaN.
 
-    negative_slope: of "leaky_relu"; the others have none.
+    inplace: whether ``x`` may be written over. negative_slope: of "leaky_relu"; the others have none.
     """
-    if name == "none":
-        return x
-    if name == "relu":
-        return F.relu(x, inplace=inplace)
-    if name == "silu":
-        return F.silu(x, inplace=inplace)
-    if name in ("gelu", "gelu_tanh"):
-        approximate = "tanh" if name == "gelu_tanh" else "none"
-        return torch.ops.aten.gelu_(x, approximate=approximate) if inplace else F.gelu(x, approximate=approximate)
-    if name == "relu6":
-        return F.hardtanh(x, 0.0, 6.0, inplace=inplace)
-    if name == "hardswish":
-        return F.hardswish(x, inplace=inplace)
-    if name == "leaky_relu":
-        return F.leaky_relu(x, negative_slope, inplace=inplace)
-    check_activation(name, CONV_ACTIVATIONS)
-    raise AssertionError(name)
+    if name not in TABLE:
+        check_activation(name, CONV_ACTIVATIONS)
+    return TABLE[name].forward(x, inplace, negative_slope)
 
 
 def activation_gradient(z: torch.Tensor, grad: torch.Tensor, name: str, negative_slope: float = 0.01) -> torch.Tensor:
     """``grad`` times the derivative at ``z`` of the activation called ``name``; shapes and dtypes alike."""
-    aten = torch.ops.aten
-    if name == "none":
-        return grad
-    if name == "relu":
-        return aten.threshold_backward(grad, z, 0)
-    if name == "silu":
-        return aten.silu_backward(grad, z)
-    if name in ("gelu", "gelu_tanh"):
-        return aten.gelu_backward(grad, z, approximate="tanh" if name == "gelu_tanh" else "none")
-    if name == "relu6":
-        return aten.hardtanh_backward(grad, z, 0.0, 6.0)
-    if name == "hardswish":
-        return aten.hardswish_backward(grad, z)
-    if name == "leaky_relu":
-        return aten.leaky_relu_backward(grad, z, negative_slope, False)
-    check_activation(name, CONV_ACTIVATIONS)
-    raise AssertionError(name)
+    if name not in TABLE:
+        check_activation(name, CONV_ACTIVATIONS)
+    return TABLE[name].backward(grad, z, negative_slope)
+
+
+# ---- recognising one
+def called_activation(form: Any, *arguments: Any, **options: Any) -> tuple[str, float] | None:
+    """Name and slope of the activation that ``form`` is with these arguments, or None.
+
+    form: see ``Activation.forms``.
+    """
+    for row in TABLE.values():
+        reader = row.forms.get(form)
+        if reader is not None:
+            try:
+                slope = reader(*arguments, **options)
+            except TypeError:  # an argument that the row knows nothing of
+                continue
+            if slope is not None:
+                return row.name, slope
+    return None
+
+
+def module_activation(module: nn.Module) -> tuple[str, float] | None:
+    """Name and slope of the activation that ``module`` is, or None. A subclass may compute something else: it is none.
+
+    Other libraries' classes are known by their names, without importing them.
+    """
+    kind = type(module)
+    return called_activation(kind, module) or called_activation(f"{kind.__module__}.{kind.__qualname__}", module)

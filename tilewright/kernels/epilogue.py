@@ -43,7 +43,7 @@ def finish_rows(
     elif bias is not None:
         y.add_(bias)
     if activation != "none":
-        apply_activation(y, activation, inplace=True)
+        y = apply_activation(y, activation, inplace=True)
     if residual is not None:
         y.add_(residual.reshape(y.shape))
     return y if y.dtype == out_dtype else y.to(out_dtype)

@@ -13,7 +13,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from tilewright.convert.graph.chain import activates, follow
+from tilewright.convert.graph.tracing import has_hooks
 from tilewright.convert.record import join
+from tilewright.kernels.activation import ACTIVATIONS, module_activation
 from tilewright.nn import FusedActivation, QuantizedLinear
 
 logger = logging.getLogger("tilewright")
@@ -27,21 +30,9 @@ class _ShallowTracer(fx.Tracer):
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The epilogue's name of what ``module`` computes, or None if no epilogue does that."""
-    if type(module) is nn.ReLU:
-        return "relu"
-    if type(module) is nn.SiLU:
-        return "silu"
-    if type(module) is nn.GELU:
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    # transformers wraps its own; each class is one function, known by its name without importing the package.
-    if type(module).__module__ == "transformers.activations":
-        if type(module).__name__ == "GELUActivation":
-            return "gelu" if getattr(module, "act", None) is nn.functional.gelu else None
-        return {"NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh", "SiLUActivation": "silu"}.get(
-            type(module).__name__
-        )
-    return None
+    """The name of what ``module`` computes if linear operators have it, else None."""
+    found = module_activation(module)
+    return found[0] if found is not None and found[0] in ACTIVATIONS else None
 
 
 def fuse_activations(model: nn.Module) -> dict[str, str]:
@@ -50,7 +41,7 @@ def fuse_activations(model: nn.Module) -> dict[str, str]:
     fused = {}
     for prefix, parent in model.named_modules():
         children = parent._modules
-        candidates = {name for name, child in children.items() if child is not None and _can_move(child, places)}
+        candidates = {name: child for name, child in children.items() if child is not None and _can_move(child, places)}
         if candidates and any(_can_take(child, places) for child in children.values()):
             for name, source in _fuse_in(parent, candidates, places).items():
                 fused[join(prefix, name)] = join(prefix, source)
@@ -59,12 +50,8 @@ def fuse_activations(model: nn.Module) -> dict[str, str]:
     return fused
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
 def _can_move(module: nn.Module, places: Counter[int]) -> bool:
-    return activation_name(module) is not None and places[id(module)] == 1 and not _has_hooks(module)
+    return activation_name(module) is not None and places[id(module)] == 1 and not has_hooks(module)
 
 
 def _can_take(module: nn.Module | None, places: Counter[int]) -> bool:
@@ -72,30 +59,27 @@ def _can_take(module: nn.Module | None, places: Counter[int]) -> bool:
         isinstance(module, QuantizedLinear)
         and module.activation == "none"
         and places[id(module)] == 1
-        and not _has_hooks(module)
+        and not has_hooks(module)
     )
 
 
-def _fuse_in(parent: nn.Module, candidates: set[str], places: Counter[int]) -> dict[str, str]:
+def _fuse_in(parent: nn.Module, candidates: dict[str, nn.Module], places: Counter[int]) -> dict[str, str]:
     graph = _trace(parent)
     if graph is None:
         return {}
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    movable = {name: module for name, module in candidates.items() if calls[name] == 1}
     fused = {}
     for node in graph.nodes:
-        if node.op != "call_module" or node.target not in candidates or calls[node.target] != 1:
+        linear = parent._modules.get(str(node.target)) if node.op == "call_module" and calls[node.target] == 1 else None
+        if not isinstance(linear, QuantizedLinear) or not _can_take(linear, places):
             continue
-        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
-            continue
-        linear = parent._modules.get(str(source.target))
-        if isinstance(linear, QuantizedLinear) and calls[source.target] == 1 and _can_take(linear, places):
-            activation = parent._modules[str(node.target)]
-            name = None if activation is None else activation_name(activation)
-            if activation is not None and name is not None:
-                linear.activation = name
-                parent._modules[str(node.target)] = FusedActivation(activation, str(source.target))
-                fused[str(node.target)] = str(source.target)
+        chain = follow(node, {"activation": activates(movable, ACTIVATIONS)}, None)
+        name = str(chain.end.target)
+        if chain.words and chain.end.op == "call_module":
+            linear.activation = chain.activation[0]
+            parent._modules[name] = FusedActivation(movable[name], str(node.target))
+            fused[name] = str(node.target)
     return fused
 
 

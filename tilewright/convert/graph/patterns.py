@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -10,31 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tilewright.convert.graph.activations import activation_name
 from tilewright.convert.graph.tracing import SAME_PADDING_FUNCTIONS, has_hooks
+from tilewright.kernels.activation import called_activation, module_activation
 from tilewright.nn import FoldedBatchNorm, FusedActivation
 
 Modules = dict[str, nn.Module]
 #: An epilogue's name for an activation, and the slope of a leaky ReLU.
 Activation = tuple[str, float]
 
-_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    F.relu_: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu6: "relu6",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-    F.gelu: "gelu",
-    F.hardtanh: "hardtanh",
-    F.hardtanh_: "hardtanh",
-    F.leaky_relu: "leaky_relu",
-    F.leaky_relu_: "leaky_relu",
-    torch.clamp: "clamp",
-    torch.clamp_min: "clamp",
-}
-_METHODS = {"relu": "relu", "relu_": "relu", "clamp": "clamp", "clamp_": "clamp", "clamp_min": "clamp"}
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _ADDITION_METHODS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -60,48 +42,9 @@ def activation_of(node: fx.Node, modules: Modules) -> Activation | None:
     module = module_of(node, modules)
     if module is not None:
         return None if len(node.args) != 1 or node.kwargs else module_activation(module)
-    if node.op == "call_function":
-        kind = _FUNCTIONS.get(node.target)
-    elif node.op == "call_method":
-        kind = _METHODS.get(str(node.target))
-    else:
-        return None
-    if kind is None or not node.args:
-        return None
-    if kind == "hardtanh":
-        return bounded(argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0))
-    if kind == "clamp":
-        return bounded(argument(node, 1, "min"), argument(node, 2, "max"))
-    if kind == "gelu":
-        return ("gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"), 0.0
-    if kind == "leaky_relu":
-        slope = argument(node, 1, "negative_slope", 0.01)
-        return (kind, float(slope)) if isinstance(slope, (int, float)) else None
-    return kind, 0.0
-
-
-def bounded(low: Any, high: Any) -> Activation | None:
-    """What clamping to low..high amounts to."""
-    if isinstance(low, fx.Node) or isinstance(high, fx.Node) or low != 0:
-        return None
-    if high is None or high == math.inf:
-        return "relu", 0.0
-    return ("relu6", 0.0) if high == 6 else None
-
-
-def module_activation(module: nn.Module) -> Activation | None:
-    """The activation that ``module`` is, or None."""
-    kind = type(module)
-    if kind is nn.ReLU6:
-        return "relu6", 0.0
-    if kind is nn.Hardtanh:
-        return bounded(module.min_val, module.max_val)
-    if kind is nn.Hardswish:
-        return "hardswish", 0.0
-    if kind is nn.LeakyReLU:
-        return "leaky_relu", float(module.negative_slope)  # type: ignore[arg-type]
-    name = activation_name(module)
-    return None if name is None else (name, 0.0)
+    if node.op in ("call_function", "call_method") and node.args:
+        return called_activation(node.target, *node.args[1:], **node.kwargs)
+    return None
 
 
 def addends(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

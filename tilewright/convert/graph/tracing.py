@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tilewright.convert.graph.activations import activation_name
 from tilewright.convert.record import join
 from tilewright.convert.structure import copy_structure
+from tilewright.kernels.activation import module_activation
 from tilewright.nn import ConvLayer, FoldedBatchNorm, FusedActivation, QuantizedLinear
 from tilewright.nn.conv_layer import pads_by_size
 
@@ -88,7 +88,7 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     if has_hooks(module) or "forward" in vars(module) or is_norm(module) or pads_by_size(module):
         return True
-    if activation_name(module) is not None:
+    if module_activation(module) is not None:
         return True
     if isinstance(module, _CONTAINERS) and type(module).__module__.startswith("torch.nn"):
         return False
@@ -109,7 +109,7 @@ def is_known(module: nn.Module) -> bool:
         return True
     return (
         is_norm(module)
-        or activation_name(module) is not None
+        or module_activation(module) is not None
         or (is_leaf(module) and not (has_hooks(module) or "forward" in vars(module)))
     )
 

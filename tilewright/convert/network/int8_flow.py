@@ -27,6 +27,7 @@ from tilewright.convert.graph.patterns import (
     zero_padding,
 )
 from tilewright.convert.network.match import Site, dynamic_padding
+from tilewright.kernels.activation import TABLE
 from tilewright.nn import Int8ConvBnAct2d, quantized_ops
 
 _PASSING_MODULES = (nn.MaxPool2d, nn.ReLU, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle)
@@ -329,7 +330,7 @@ def _nonnegative(flow: Flow, stored: set[fx.Node]) -> set[fx.Node]:
         site = flow.sites.get(node)
         parts = flow.joins(node) or ([node.args[0]] if flow.passes(node) else [])
         if site is not None:
-            positive = site.activation in ("relu", "relu6")
+            positive = TABLE[site.activation].nonnegative
         else:
             positive = bool(parts) and all(part in found for part in parts)
         if positive:

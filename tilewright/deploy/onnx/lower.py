@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tilewright.deploy.onnx.graph import Place
+from tilewright.kernels.activation import TABLE
 from tilewright.kernels.formats import int4, sparse24
 
 #: Block sizes for which ONNX Runtime has kernels.
@@ -76,23 +77,15 @@ def _matmul_nbits(place: Place, x: Any, k: int, accuracy_level: int) -> Any:
 
 # ---- what surrounds a product
 def _activated(place: Place, y: Any, name: str, slope: float = 0.01) -> Any:
-    def write(kind: str, inputs: list[Any], **attributes: Any) -> Any:
-        return place.write(kind, inputs, attributes, like=y)
+    lower = TABLE[name].onnx if name in TABLE else None
+    if lower is None:
+        raise NotImplementedError(f"{place.op}: the activation {name!r} cannot be written in ONNX yet")
 
-    if name == "none":
-        return y
-    if name == "silu":
-        return write("Mul", [y, write("Sigmoid", [y])])
-    if name in ("gelu", "gelu_tanh"):
-        return write("Gelu", [y], approximate="tanh" if name == "gelu_tanh" else "none")
-    if name == "relu6":
-        bounds = [place.constant("relu6", value, y.dtype) for value in (0.0, 6.0)]
-        return write("Clip", [y, *bounds])
-    if name == "leaky_relu":
-        return write("LeakyRelu", [y], alpha=slope)
-    if name in ("relu", "hardswish"):
-        return write({"relu": "Relu", "hardswish": "HardSwish"}[name], [y])
-    raise NotImplementedError(f"{place.op}: the activation {name!r} cannot be written in ONNX yet")
+    def write(kind: str, *inputs: Any, **attributes: Any) -> Any:
+        values = [place.constant(name, each, y.dtype) if isinstance(each, float) else each for each in inputs]
+        return place.write(kind, values, attributes, like=y)
+
+    return lower(write, y, slope)
 
 
 def _finished(place: Place, y: Any) -> Any:

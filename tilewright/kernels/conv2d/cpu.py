@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.activation import TABLE, apply_activation
 from tilewright.kernels.conv2d import reference
 from tilewright.kernels.conv_geometry import empty_channels_last, oihw, out_size, pad_image, to_channels_last
 from tilewright.kernels.cpu import steps as conv_steps
@@ -19,16 +19,8 @@ from tilewright.kernels.cpu.probes import _Case, _probe
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
 
-#: Activations as oneDNN's PyTorch operators know them: name, scalars, algorithm.
-_ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[float], str]] = {
-    "none": ("none", [], ""),
-    "relu": ("relu", [], ""),
-    "relu6": ("hardtanh", [0.0, 6.0], ""),
-    "hardswish": ("hardswish", [], ""),
-    "silu": ("swish", [], ""),
-    "gelu": ("gelu", [], "none"),
-    "gelu_tanh": ("gelu", [], "tanh"),
-}
+#: Those that oneDNN's fused convolution has: name, scalars, algorithm.
+_ONEDNN_ACTIVATIONS = {row.name: row.onednn for row in TABLE.values() if row.onednn is not None}
 
 
 def why_not(problem: Problem) -> str | None:

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
+from tilewright.kernels.activation import TABLE
 from tilewright.kernels.cpu import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+#: Those that the kernels of linear layers have, by their numbers in C.
+ACTIVATIONS = {row.name: row.number for row in TABLE.values() if "linear" in row.native}
 #: Below this many elements a second thread costs more than it brings (PyTorch's own grain size).
 _GRAIN = 32768
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.activation import TABLE
 from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.steps import Description, describe, set_residual, set_window
@@ -129,7 +130,7 @@ def _int8_conv(
     plan.kept.append(kept)
     if residual is not None:
         set_residual(description, plan.image(residual), residual_scale)
-    if result.dtype == torch.int8 and activation in ("relu", "relu6"):
+    if result.dtype == torch.int8 and TABLE[activation].nonnegative:
         plan.set_nonnegative(result)
     return [description]
 
@@ -278,9 +279,9 @@ def _dequantize(
     return [d]
 
 
-def _activate(name: str) -> Callable[..., list[Description]]:
+def _activate(name: str, arguments: tuple[float, ...]) -> Callable[..., list[Description]]:
     def lower(plan: Lowering, x: torch.Tensor, *rest: Any, result: torch.Tensor) -> list[Description]:
-        if x.dtype != torch.float32 or (name == "relu6" and tuple(rest) != (0.0, 6.0)):
+        if x.dtype != torch.float32 or rest != arguments:
             raise NotNative
         d = describe(conv_steps.ACTIVATE, plan.image(x), plan.image(result))
         d.activation = conv_steps.ACTIVATIONS[name]
@@ -328,14 +329,9 @@ NATIVE: dict[str, Callable[..., list[Description]]] = {
     "aten.addmm.default": _addmm,
     "aten.linear.default": _linear,
     **{
-        f"aten.{operator}{in_place}.default": _activate(name)
-        for operator, name in (
-            ("relu", "relu"),
-            ("hardtanh", "relu6"),
-            ("hardswish", "hardswish"),
-            ("silu", "silu"),
-            ("sigmoid", "sigmoid"),
-        )
+        f"aten.{row.aten[0]}{in_place}.default": _activate(row.name, row.aten[1])
+        for row in TABLE.values()
+        if row.aten is not None
         for in_place in ("", "_")
     },
     # functions marked with ``recorded``

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.activation import TABLE
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.packed import packed
@@ -21,10 +22,8 @@ from tilewright.kernels.dispatch.packed import packed
 FLOAT32, INT8, UINT8, NONNEGATIVE = range(4)
 CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD = range(9)
 TYPES = {torch.float32: FLOAT32, torch.int8: INT8, torch.uint8: UINT8}
-#: By the numbers that conv.h gives them. "sigmoid" is for the gates of squeeze-and-excite; no operator has it.
-ACTIVATIONS = {
-    name: code for code, name in enumerate(("none", "relu", "relu6", "hardswish", "silu", "leaky_relu", "sigmoid"))
-}
+#: Those that the kernels have, by their numbers in C.
+ACTIVATIONS = {row.name: row.number for row in TABLE.values() if "convolution" in row.native}
 #: Limits of the kernels' tables; see conv_tile.h, conv_int8.c and conv.h.
 MOST_WINDOWS, MOST_GATHERED_BYTES, MOST_PIXEL_BYTES, MOST_TAPS = 4096, 64 << 10, 1 << 16, 128
 #: Windows over fewer channels are copied first: a loop over three channels costs more than the copy.

@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from tilewright.kernels.activation import TRITON_ACTIVATIONS
 from tilewright.kernels.dispatch.problem import Problem
 
-#: Those that ``activate`` has; a plugin may add others to the operators.
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish", "leaky_relu")
 #: Longest sum of products of int8 in [-127, 127] that cannot leave int32.
 MAX_K = (2**31 - 1) // 127**2
 TRITON_DTYPES = {
@@ -31,17 +30,17 @@ def why_not_on_gpu(problem: Problem) -> str | None:
     """Why no Triton kernel of ours runs on the problem's device, or None."""
     if problem.device != "cuda":
         return f"runs on a GPU, the tensors are on {problem.device!r}"
-    if problem.activation not in ACTIVATIONS:
-        return f"does not have the activation {problem.activation}"
     if problem.capability is not None and problem.capability < (8, 0):
         major, minor = problem.capability
         return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    if problem.activation not in TRITON_ACTIVATIONS:
+        return f"does not have the activation {problem.activation}"
     return None
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, negative_slope=0.01):
-    """``x`` float32 of any shape through the activation named ``ACTIVATION`` (of ``ACTIVATIONS``)."""
+    """``x`` float32 of any shape through the activation named ``ACTIVATION`` (of ``activation.TRITON_ACTIVATIONS``)."""
     if ACTIVATION == "relu":
         # Not tl.maximum, which takes the number and drops the NaN.
         x = tl.where(x < 0, 0.0, x)

@@ -6,16 +6,17 @@
 
 #include <stdint.h>
 
+#include "activation.h"
+
 #define JOIN_(name, isa) name##_##isa
 #define JOIN(name, isa) JOIN_(name, isa)
 #define EXPORT __attribute__((visibility("default")))
 
 /* How a value is stored. UINT8 stands for value + 128; NONNEGATIVE is an int8 that is known to be 0 to 127. */
 enum { FLOAT32, INT8, UINT8, NONNEGATIVE };
-enum { NONE, RELU, RELU6, HARDSWISH, SILU, LEAKY_RELU, SIGMOID };
 enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD };
 
-/* kernels/cpu/conv_steps.py holds the same structure. Strides count elements from one pixel to the next. */
+/* kernels/cpu/steps.py holds the same structure. Strides count elements from one pixel to the next. */
 typedef struct {
     int32_t kind, x_type, y_type, r_type, activation, gather; /* gather: copy windows that are too ragged to read */
     int64_t batch, height, width, channels, out_height, out_width, out_channels;

@@ -6,13 +6,12 @@
 #ifndef TILEWRIGHT_EPILOGUE_H
 #define TILEWRIGHT_EPILOGUE_H
 
+#include "activation.h"
 #include "numbers.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-
-enum { ACT_NONE, ACT_RELU, ACT_GELU, ACT_GELU_TANH, ACT_SILU };
 
 #define FMA __builtin_fmaf
 #define ROUNDER_EXP 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
@@ -115,14 +114,18 @@ static __attribute__((noinline))
 static inline
 #endif
 void activate(float *y, int64_t count, int activation) {
-    if (activation == ACT_RELU)
+    if (activation == RELU)
         for (int64_t i = 0; i < count; i++) y[i] = y[i] < 0.0f ? 0.0f : y[i];
-    else if (activation == ACT_GELU)
+    else if (activation == GELU)
         for (int64_t i = 0; i < count; i++) y[i] = gelu(y[i]);
-    else if (activation == ACT_GELU_TANH)
+    else if (activation == GELU_TANH)
         for (int64_t i = 0; i < count; i++) y[i] = gelu_tanh(y[i]);
-    else if (activation == ACT_SILU)
+    else if (activation == SILU)
         for (int64_t i = 0; i < count; i++) y[i] = silu(y[i]);
+    else if (activation == RELU6)
+        for (int64_t i = 0; i < count; i++) y[i] = clamp_float(y[i], 0.0f, 6.0f);
+    else if (activation == HARDSWISH)
+        for (int64_t i = 0; i < count; i++) y[i] = y[i] * clamp_float(y[i] + 3.0f, 0.0f, 6.0f) / 6.0f;
 }
 
 static inline void add_row(float *y, const void *from, int dtype, int64_t at, int64_t count) {
@@ -156,9 +159,9 @@ typedef struct {
 
 #if defined(__AVX512F__)
 static inline __m512 activate_vector(__m512 y, int activation) {
-    if (activation == ACT_NONE) return y;
-    if (activation == ACT_GELU) return gelu_vector(y);
-    if (activation == ACT_RELU)
+    if (activation == NONE) return y;
+    if (activation == GELU) return gelu_vector(y);
+    if (activation == RELU)
         return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps());
     float lanes[16];
     _mm512_storeu_ps(lanes, y);
@@ -249,9 +252,9 @@ static inline __attribute__((always_inline)) void finish_block(const output *out
             }
             for (int64_t i = whole; i < channels; i++) to[i] = to[i] * scale + (out->bias ? out->bias[channel + i] : -0.0f);
         }
-    if (out->activation != ACT_NONE && channels == panel)
+    if (out->activation != NONE && channels == panel)
         activate(y, (int64_t)rows * panel, out->activation);
-    else if (out->activation != ACT_NONE)
+    else if (out->activation != NONE)
         for (int r = 0; r < rows; r++) activate(y + r * panel, channels, out->activation);
     for (int r = 0; r < rows; r++, y += panel) {
         const int64_t at = (row + r) * out->n + channel;

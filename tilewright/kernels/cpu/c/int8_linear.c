@@ -259,17 +259,17 @@ static inline __attribute__((always_inline)) void finish_rows(const linear_job *
 
 typedef void (*finish_function)(const linear_job *job, unfinished *wait, int64_t rows);
 static void finish_usual(const linear_job *job, unfinished *wait, int64_t rows) {
-    finish_rows(job, 1, ACT_NONE, wait, rows);
+    finish_rows(job, 1, NONE, wait, rows);
 }
 static void finish_gelu(const linear_job *job, unfinished *wait, int64_t rows) {
-    finish_rows(job, 1, ACT_GELU, wait, rows);
+    finish_rows(job, 1, GELU, wait, rows);
 }
 static void finish_any(const linear_job *job, unfinished *wait, int64_t rows) {
     finish_rows(job, 0, job->out.activation, wait, rows);
 }
 static finish_function finish_for(const output *out, int64_t channel) {
     if (out->dtype != FLOAT32 || channel + HALF > out->n) return finish_any;
-    return out->activation == ACT_NONE ? finish_usual : out->activation == ACT_GELU ? finish_gelu : finish_any;
+    return out->activation == NONE ? finish_usual : out->activation == GELU ? finish_gelu : finish_any;
 }
 
 /* Sums of 16 or 32 rows and half a panel, over `blocks` blocks of 64 k, on top of those that are there unless `fresh`.
