@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench perf compiled shortlist compat gpu clean
+.PHONY: help demo test test-slow lint format docs bench perf compiled shortlist compat gpu clean
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -60,6 +60,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+#: make docs       the documentation as a site, with the API reference, in build/site; warnings are errors
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -b html -c docs -W --keep-going -q . build/site
 
 #: make bench      time every operator on a small problem, on the CPU; BENCH="linear conv" for tables
 bench: $(STAMP)
