@@ -3,7 +3,10 @@
 from tilewright.convert.checkpoint.native import load_model, save_model
 from tilewright.convert.checkpoint.safetensors_file import CheckpointError
 from tilewright.convert.compress.pruning import Pruned, prune_magnitude, prune_sparsegpt, prune_wanda
+from tilewright.convert.conversion import Conversion, register_conversion
 from tilewright.convert.converter import convert_model, revert_model
+from tilewright.convert.linears import Linears
+from tilewright.convert.network import Convolutions
 from tilewright.convert.recipes import PRESETS, Recipe, Rule
 from tilewright.convert.report import Report, report
 from tilewright.convert.schemes import (
@@ -27,6 +30,8 @@ from tilewright.convert.search.prune_search import PruneSearch, search_pruning
 __all__ = [
     "PRESETS",
     "CheckpointError",
+    "Conversion",
+    "Convolutions",
     "Fuse",
     "HeldMasks",
     "Int4WeightOnly",
@@ -35,6 +40,7 @@ __all__ = [
     "Int8Static",
     "Int8StaticInputs",
     "Int8WeightOnly",
+    "Linears",
     "PruneSearch",
     "Pruned",
     "Recipe",
@@ -52,6 +58,7 @@ __all__ = [
     "prune_model",
     "prune_sparsegpt",
     "prune_wanda",
+    "register_conversion",
     "register_scheme",
     "report",
     "revert_model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,22 +12,19 @@ import torch
 from torch import nn
 
 from tilewright.convert import calibrate, layers, structure, timing
-from tilewright.convert.graph import attention
-from tilewright.convert.graph.activations import fuse_activations, unfuse_activations
-from tilewright.convert.network.calibration import ERROR_SAMPLES
-from tilewright.convert.network.convolutions import Convolutions, check_mode
-from tilewright.convert.network.program import remove_programs
-from tilewright.convert.plan import FilterFunction, Plan, Planned, layers_of, make_plan, nothing_to_convert
+from tilewright.convert.conversion import Conversion, Job, conversion_of, conversions_of
+from tilewright.convert.graph import attention, fuse_activations, unfuse_activations
+from tilewright.convert.network import remove_programs
+from tilewright.convert.plan import FilterFunction, Plan, layers_of, make_plan, nothing_to_convert
 from tilewright.convert.progress import track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
-from tilewright.convert.record import LayerRecord, Record, detach, record_of, remember_original
-from tilewright.convert.schemes.convolution import ConvScheme
+from tilewright.convert.record import NOT_FASTER, Record, detach, record_of, remember_original
 from tilewright.convert.text import display_name, size
-from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
+from tilewright.nn import FoldedBatchNorm
 
 logger = logging.getLogger("tilewright")
-#: How the reason begins for which ``keep_if_faster`` gave a layer back.
-NOT_FASTER = "not faster converted"
+#: Sample inputs that conversions are given once more when they replace layers.
+ERROR_SAMPLES = 4
 
 
 def convert_model(
@@ -83,12 +81,15 @@ def convert_model(
     examples = None if example_inputs is None else timing.single_or_many(example_inputs)
     recipe = Recipe.of(recipe).excluding(exclude)
     plan = make_plan(model, recipe, filter_fn, heads)
-    check_mode(model, plan.convert)
-    if keep_if_faster and examples is not None and any(isinstance(p.scheme, ConvScheme) for p in plan.convert.values()):
-        if calibration_data is not None and not isinstance(calibration_data, (Mapping, torch.Tensor)):
-            calibration_data = list(calibration_data)  # it is run through the model twice
-        options: dict[str, Any] = {"heads": heads, "calibration_data": calibration_data, "progress": progress}
-        _leave_slow_convolutions(model, plan, examples, functools.partial(convert_model, model, recipe, **options))
+    for kind, planned in conversions_of(plan).items():
+        if planned:
+            kind.check(model)
+            if keep_if_faster and examples is not None and kind.whole_model:
+                if calibration_data is not None and not isinstance(calibration_data, (Mapping, torch.Tensor)):
+                    calibration_data = list(calibration_data)  # it is run through the model twice
+                options: dict[str, Any] = {"heads": heads, "calibration_data": calibration_data, "progress": progress}
+                trial = functools.partial(convert_model, model, recipe, **options)
+                _leave_what_is_slow(model, plan, planned, examples, trial)
     known, original = record_of(model), model
     reached = _reached(model, plan, examples)
     if not inplace:
@@ -100,21 +101,24 @@ def convert_model(
         dict(known.untraced),
         list(known.attention),
     )
-    convolutions = Convolutions(model, plan, fused_already=any(isinstance(m, ConvLayer) for m in model.modules()))
     first, data = calibrate.first_of(calibration_data)
+    job = Job(structure.Places(model), plan, record, first is not None, reached, keep_if_faster, progress)
+    conversions = [kind(job, planned) for kind, planned in conversions_of(plan).items()]
     try:
-        model = convolutions.fuse(first, progress)
-        samples = _observe(model, plan, convolutions, data, progress)
-        model = convolutions.model
-        convolutions.release()
-        model = _swap(model, plan, samples, record, progress, reached, keep_if_faster)
+        for each in conversions:
+            each.prepare(first)
+        samples = _observe(job, conversions, data)
+        for each in conversions:
+            each.replace(samples)
         if fuse:
-            for source in fuse_activations(model).values():
-                record.layers[source].label += f" + {model.get_submodule(source).activation}"
+            for source in fuse_activations(job.model).values():
+                record.layers[source].label += f" + {job.model.get_submodule(source).activation}"
             if any(name in record.layers for name in plan.convert):
-                record.attention = sorted({*record.attention, *attention.use(model)})
+                record.attention = sorted({*record.attention, *attention.use(job.model)})
     finally:
-        convolutions.install(model, record)
+        for each in conversions:
+            each.finish()
+        model = job.model
         # Also if a layer failed in place: what was converted until then must keep working and be reported.
         structure.FastPaths.close(model, layers.is_converted)
         record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
@@ -143,114 +147,55 @@ def _check_model(model: object) -> None:
         raise TypeError("the model is compiled: convert first, then torch.compile the result")
 
 
-def _observe(
-    model: nn.Module, plan: Plan, convolutions: Convolutions, data: Iterable[Any] | None, progress: bool | None
-) -> dict[str, calibrate.RowSample]:
-    """Run the calibration data through the model, sample what reaches linear layers, and quantise convolutions."""
+def _observe(job: Job, conversions: list[Conversion], data: Iterable[Any] | None) -> list[Any]:
+    """Run the calibration data through the model while all conversions observe it. Returns a few samples of it."""
+    planned = job.plan.convert.items()
     if data is None:
-        for name, planned in plan.convert.items():
-            if planned.scheme.needs_data:
-                raise ValueError(f"{planned.scheme}, the scheme of {display_name(name)!r}, needs calibration_data")
-        return {}
-    if not any(planned.scheme.calibrated for planned in plan.convert.values()):
+        for name, each in planned:
+            if each.scheme.needs_data:
+                raise ValueError(f"{each.scheme}, the scheme of {display_name(name)!r}, needs calibration_data")
+        return []
+    if not any(each.scheme.calibrated for _, each in planned):
         logger.warning("no scheme of this recipe makes use of calibration_data; it only measures output errors")
-    linear = {name: model.get_submodule(name) for name in plan.convert if name not in convolutions.planned}
     kept: list[Any] = []
 
     def stream() -> Iterator[Any]:
-        for item in track(data, "Calibrating", progress):
+        for item in track(data, "Calibrating", job.progress):
             if len(kept) < ERROR_SAMPLES:
                 kept.append(item)
             yield item
 
-    with convolutions.watching():
-        rows = max([planned.scheme.sample_rows for planned in plan.convert.values()], default=calibrate.MAX_ROWS)
-        samples = calibrate.observe(model, linear, stream(), rows)
-    with calibrate.evaluation(model):
-        convolutions.quantize(kept, calibrate.call, progress)
-    return samples
+    with contextlib.ExitStack() as stack:
+        for conversion in conversions:
+            stack.enter_context(conversion.observing())
+        if not calibrate.run(job.model, stream()):
+            raise ValueError("calibration_data is empty")
+    return kept
 
 
-def _leave_slow_convolutions(
-    model: nn.Module, plan: Plan, examples: list[Any], convert: Callable[..., nn.Module]
+def _leave_what_is_slow(
+    model: nn.Module,
+    plan: Plan,
+    planned: Iterable[str],
+    examples: list[Any],
+    convert: Callable[..., nn.Module],
 ) -> None:
-    """Take the convolutions out of ``plan`` unless a copy of ``model`` is faster with them converted."""
-    names = [name for name, planned in plan.convert.items() if isinstance(planned.scheme, ConvScheme)]
-    convolutions = {model.get_submodule(name) for name in names}
-    trial = convert(filter_fn=lambda module, name: module in convolutions)
+    """Take the layers ``planned`` out of ``plan`` unless a copy of ``model`` is faster with them converted."""
+    together = {model.get_submodule(name) for name in planned}
+    trial = convert(filter_fn=lambda module, name: module in together)
     times = timing.compare_models(model, trial, examples)
     if times.slower:
-        for name in names:
+        for name in planned:
             del plan.convert[name]
             plan.skipped[name] = f"{NOT_FASTER}: the whole model takes {times.describe()}"
 
 
 def _reached(model: nn.Module, plan: Plan, examples: list[Any] | None) -> dict[str, list[timing.Reached]]:
-    """What reaches each linear layer that is to be converted."""
+    """What reaches each layer that is to be converted, and timed, by itself."""
     if examples is None:
         return {}
-    names = [name for name, planned in plan.convert.items() if not isinstance(planned.scheme, ConvScheme)]
+    names = [name for name, planned in plan.convert.items() if not conversion_of(planned).whole_model]
     return timing.inputs_of(model, {name: model.get_submodule(name) for name in names}, examples)
-
-
-def _swap(
-    model: nn.Module,
-    plan: Plan,
-    samples: dict[str, calibrate.RowSample],
-    record: Record,
-    progress: bool | None,
-    reached: dict[str, list[timing.Reached]],
-    keep_if_faster: bool,
-) -> nn.Module:
-    """Replace every planned layer, one at a time, and write down what became of it. Returns the root."""
-    slots = structure.slots_of(model)
-    layers_left = [name for name, planned in plan.convert.items() if not isinstance(planned.scheme, ConvScheme)]
-    for name in track(layers_left, "Converting", progress):
-        old = model.get_submodule(name)
-        with torch.no_grad():
-            try:
-                new, made = _convert_layer(old, plan.convert[name], samples.pop(name, None))
-            except Exception as error:
-                raise RuntimeError(f"converting the layer {display_name(name)!r} failed: {error}") from error
-        if made.bytes_after >= made.bytes_before and not plan.convert[name].explicit:
-            record.skipped[name] = f"too small to pay: {made.bytes_before} bytes would become {made.bytes_after}"
-            continue
-        times = timing.compare(old, new, reached.pop(name, []))
-        if times is not None:
-            made.microseconds_before, made.microseconds_after = 1e6 * times.before, 1e6 * times.after
-            if keep_if_faster and times.slower:
-                record.skipped[name] = f"{NOT_FASTER}: {times.describe()}"
-                continue
-        layers.carry_over(old, new)
-        new.layer_name = name  # type: ignore[assignment]
-        model = structure.replace(model, old, new, slots)
-        record.layers[name] = made
-        logger.debug("converted %s to %s", display_name(name), plan.convert[name].scheme)
-        # The float weight must be gone before the next layer is made, so nothing may keep hold of the old module.
-        del old, new
-    return model
-
-
-def _convert_layer(
-    old: nn.Module, planned: Planned, sample: calibrate.RowSample | None
-) -> tuple[nn.Module, LayerRecord]:
-    """The replacement of one layer, and its record."""
-    scheme = planned.scheme
-    found = calibrate.Found() if sample is None else scheme.search(old, sample)
-    new = scheme.build(old, **found.options)
-    made = LayerRecord(
-        scheme=scheme.to_json(),
-        label=str(scheme),
-        bytes_before=structure.tensor_bytes(old),
-        bytes_after=structure.tensor_bytes(new),
-        weight_error=scheme.weight_error(old, new),
-        output_error=calibrate.output_error(old, new, sample),
-        smoothing=found.exponent,
-        note=found.note,
-    )
-    if sample is not None and sample.rows is None and not made.note:
-        made.note = "the calibration data did not reach it"
-    return new, made
 
 
 def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -272,16 +217,17 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = structure.copy_structure(model)
     unfuse_activations(model)
     remove_programs(model)
-    slots = structure.slots_of(model)
+    places = structure.Places(model)
     for old, names in layers_of(model).items():
         if isinstance(old, layers.CONVERTED):
             new = layers.to_float(old)
-            layers.carry_over(old, new, bias=isinstance(old, QuantizedLinear))
-            model = structure.replace(model, old, new, slots)
+            layers.carry_over(old, new)
+            places.replace(old, new)
             logger.debug("reverted %s", display_name(names[0]))
-    for old in [module for module in model.modules() if isinstance(module, FoldedBatchNorm)]:
-        new = nn.Identity() if old.then is None else old.then
-        model = structure.replace(model, old, new.train(old.training), slots)
+    for norm in [module for module in places.root.modules() if isinstance(module, FoldedBatchNorm)]:
+        then = nn.Identity() if norm.then is None else norm.then
+        places.replace(norm, then.train(norm.training))
+    model = places.root
     structure.FastPaths.open(model)
     attention.restore(model)
     detach(model)

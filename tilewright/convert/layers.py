@@ -9,6 +9,7 @@ from torch import nn
 
 from tilewright.kernels.formats.ranges import all_finite
 from tilewright.nn import ConvLayer, QuantizedLinear
+from tilewright.nn.conv_layer import pads_by_size
 
 #: Base classes of what a conversion puts in place of a layer.
 CONVERTED = (QuantizedLinear, ConvLayer)
@@ -114,6 +115,27 @@ def why_not_linear(module: nn.Module) -> str | None:
     return why_not_weight(weight) or why_not_state(module)
 
 
+def why_not_convolution(module: nn.Module) -> str | None:
+    """Why a convolution cannot be replaced by a fused one, but for what its weight tells; None if it can."""
+    kind = type(module).__name__
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return f"{kind}: transposed convolutions have no fused kernel"
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return f"{kind}: only one- and two-dimensional convolutions have a fused kernel"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized: remove the parametrization first"
+    plain = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
+    if not pads_by_size(module) and (
+        type(module).forward is not plain.forward or type(module)._conv_forward is not plain._conv_forward
+    ):
+        return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
+    if module.padding_mode != "zeros":
+        return f"padding_mode={module.padding_mode!r}: the fused kernels pad with zeros"
+    return None
+
+
 def why_not_state(module: nn.Module) -> str | None:
     """Why the state dict of a layer must stay what it is; None if it may change."""
     if any(vars(module).get(name) for name in _STATE_HOOKS):
@@ -142,9 +164,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def carry_over(old: nn.Module, new: nn.Module, bias: bool = True) -> None:
-    """Give ``new`` what the user had put on ``old``: hooks, training flag, attributes that are not a layer's own, and,
-    if ``bias``, the bias.
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` what the user had put on ``old``: hooks, training flag, attributes that are not a layer's own.
+
+    Linear layers share the bias too; that of a convolution may hold a batch-norm's.
 
     The hook dictionaries themselves move, so that handles returned by ``register_forward_hook`` still remove their
     hook.
@@ -153,7 +176,7 @@ def carry_over(old: nn.Module, new: nn.Module, bias: bool = True) -> None:
     for name in _HOOKS:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
-    if bias and old._parameters.get("bias") is not None:
+    if not isinstance(old, ConvLayer) and not isinstance(new, ConvLayer) and old._parameters.get("bias") is not None:
         new.bias = old.bias
     own = _STANDARD_ATTRIBUTES
     if isinstance(old, CONVERTED):

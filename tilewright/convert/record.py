@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 
 ATTRIBUTE = "_tilewright_record"
+#: How the reason begins for which ``keep_if_faster`` gave a layer back.
+NOT_FASTER = "not faster converted"
 
 
 @dataclass

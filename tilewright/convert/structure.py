@@ -55,24 +55,25 @@ def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-Slots = dict[nn.Module, list[tuple[nn.Module, str]]]
+class Places:
+    """A model and where each of its modules is registered. root: the model, which a replacement may change."""
 
+    def __init__(self, root: nn.Module):
+        self.root = root
+        self._places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for parent in root.modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self._places.setdefault(child, []).append((parent, name))
 
-def slots_of(model: nn.Module) -> Slots:
-    """Where each module is registered: (parent, attribute) pairs. The root has none."""
-    slots: Slots = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                slots.setdefault(child, []).append((parent, name))
-    return slots
-
-
-def replace(model: nn.Module, old: nn.Module, new: nn.Module, slots: Slots) -> nn.Module:
-    """Put ``new`` wherever ``old`` stands. Returns the root, which is ``new`` if ``old`` is the root itself."""
-    for parent, name in slots.pop(old, []):
-        setattr(parent, name, new)
-    return new if old is model else model
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put ``new`` wherever ``old`` stands, and keep no hold of ``old``."""
+        places = self._places.pop(old, [])
+        for parent, name in places:
+            setattr(parent, name, new)
+        self._places[new] = places
+        if old is self.root:
+            self.root = new
 
 
 def tied_to(model: nn.Module) -> dict[int, str]:

@@ -22,7 +22,7 @@ from torch import nn
 
 import tilewright.nn as quantized
 from tilewright.convert import layers, structure
-from tilewright.convert.checkpoint import restore as conv_restore
+from tilewright.convert.checkpoint import restore
 from tilewright.convert.checkpoint.manifest import FILE_NAME, Layer, Manifest, Stored, read_manifest
 from tilewright.convert.checkpoint.safetensors_file import (
     DTYPE_NAMES,
@@ -34,8 +34,7 @@ from tilewright.convert.checkpoint.safetensors_file import (
     write_file,
 )
 from tilewright.convert.checkpoint.slots import Slot, hidden_meta_tensors, slots
-from tilewright.convert.graph import attention
-from tilewright.convert.graph.activations import fuse_named, fused_activations
+from tilewright.convert.graph import attention, fuse_named, fused_activations
 from tilewright.convert.record import record_of
 from tilewright.convert.text import display_name, listed
 from tilewright.nn import ConvLayer, QuantizedLinear
@@ -110,7 +109,7 @@ def _describe(
     }
     differing = [name for name, module in model.named_modules() if module.training != model.training]
     fused = fused_activations(model)
-    folded = conv_restore.folded_norms(model)
+    folded = restore.folded_norms(model)
     return Manifest(record_of(model), converted, tensors, tied, model.training, differing, fused, folded)
 
 
@@ -214,7 +213,7 @@ def load_model(
                 _check_values(places[name], name, tensor, folder / shard)
                 loaded[name] = tensor.to(device)
     _put_in(places, manifest, loaded)
-    conv_restore.finish(model, dict(manifest.record.untraced))
+    restore.finish(model, dict(manifest.record.untraced))
     if hidden := hidden_meta_tensors(model):
         raise CheckpointError(
             f"{type(model).__name__} keeps tensors in containers that no checkpoint can fill: {listed(hidden)}; "
@@ -252,38 +251,24 @@ def _open_shard(stack: ExitStack, path: Path, names: list[str], manifest: Manife
 
 def _swap_in(model: nn.Module, manifest: Manifest, path: Path) -> nn.Module:
     """Replace what was converted by empty quantised modules. Returns the root."""
-    parents = structure.slots_of(model)
-    modules = dict(model.named_modules())
+    parts, modules = structure.Places(model), dict(model.named_modules())
     for name, layer in manifest.layers.items():
         old = modules.get(name)
         where = f"{path}: layer {name!r}"
         if old is None:
             raise CheckpointError(f"{where}: {type(model).__name__} has no such layer")
         new = _build_empty(layer, where)
-        if isinstance(new, ConvLayer):
-            if reason := conv_restore.why_not_in_place_of(old, new):
-                raise CheckpointError(f"{where}: {reason}")
-            layers.carry_over(old, new, bias=False)
-            new.layer_name = name
-            model = structure.replace(model, old, new, parents)
-            continue
-        if not layers.is_linear(old) or layers.is_conv1d(old) != (new.origin == "Conv1D"):
-            raise CheckpointError(f"{where}: was a {new.origin}, but the factory's is a {type(old).__name__}")
-        linear = layers.as_linear(old)
-        required, there = (linear.in_features, linear.out_features), (new.in_features, new.out_features)
-        if required != there:
-            raise CheckpointError(
-                f"{where}: maps {there[0]} features to {there[1]}, the factory's {required[0]} to {required[1]}"
-            )
+        if reason := restore.why_not_in_place_of(old, new):
+            raise CheckpointError(f"{where}: {reason}")
         layers.carry_over(old, new)
         new.layer_name = name
-        model = structure.replace(model, old, new, parents)
+        parts.replace(old, new)
     try:
-        fuse_named(model, manifest.fused)
-        conv_restore.fold_named(model, manifest.folded)
+        fuse_named(parts.root, manifest.fused)
+        restore.fold_named(parts.root, manifest.folded)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return model
+    return parts.root
 
 
 def _build_empty(layer: Layer, where: str) -> QuantizedLinear | ConvLayer:

@@ -1,4 +1,4 @@
-"""Convolutions in a checkpoint: what a manifest says of them, and how they are put back into a fresh model."""
+"""What a manifest says of layers, and how they are put back into a fresh model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from tilewright.convert.graph.tracing import is_norm
-from tilewright.convert.network.convolutions import install_programs
-from tilewright.convert.network.match import why_not_convolution
-from tilewright.nn import ConvLayer, FoldedBatchNorm, Int8ConvBnAct2d, Int8StaticLinear
+from tilewright.convert.graph import is_norm
+from tilewright.convert.layers import as_linear, is_conv1d, is_linear, why_not_convolution
+from tilewright.convert.network.convolutions import folded, install_programs
+from tilewright.convert.structure import Places
+from tilewright.nn import ConvLayer, FoldedBatchNorm, Int8ConvBnAct2d, Int8StaticLinear, QuantizedLinear
 from tilewright.nn.conv_layer import common_options
 
 
@@ -20,8 +21,20 @@ def folded_norms(model: nn.Module) -> dict[str, str]:
     return {names[m]: m.source for m in model.modules() if isinstance(m, FoldedBatchNorm)}
 
 
-def why_not_in_place_of(old: nn.Module, new: ConvLayer) -> str | None:
-    """How the convolution ``old`` of the factory differs from what ``new`` was made of, or None."""
+def why_not_in_place_of(old: nn.Module, new: QuantizedLinear | ConvLayer) -> str | None:
+    """How the layer ``old`` of the factory differs from what ``new`` was made of, or None."""
+    if isinstance(new, ConvLayer):
+        return _why_not_convolution(old, new)
+    if not is_linear(old) or is_conv1d(old) != (new.origin == "Conv1D"):
+        return f"was a {new.origin}, but the factory's is a {type(old).__name__}"
+    linear = as_linear(old)
+    required, there = (linear.in_features, linear.out_features), (new.in_features, new.out_features)
+    if required != there:
+        return f"maps {there[0]} features to {there[1]}, the factory's {required[0]} to {required[1]}"
+    return None
+
+
+def _why_not_convolution(old: nn.Module, new: ConvLayer) -> str | None:
     if not isinstance(old, nn.modules.conv._ConvNd):
         return f"was a {new.origin}, but the factory's is a {type(old).__name__}"
     if reason := why_not_convolution(old):
@@ -34,22 +47,17 @@ def why_not_in_place_of(old: nn.Module, new: ConvLayer) -> str | None:
     return None
 
 
-def fold_named(model: nn.Module, folded: Mapping[str, str]) -> None:
+def fold_named(model: nn.Module, norms: Mapping[str, str]) -> None:
     """Put ``FoldedBatchNorm`` where a checkpoint says that there is one. Raises ValueError if the model has none."""
-    modules = dict(model.named_modules())
-    for name, source in folded.items():
+    modules, places = dict(model.named_modules()), Places(model)
+    for name, source in norms.items():
         norm, conv = modules.get(name), modules.get(source)
         channels: Any = getattr(getattr(norm, "running_mean", None), "numel", lambda: None)()
         if norm is None or not is_norm(norm) or channels is None:
             raise ValueError(f"the model has no batch-norm {name!r} that a convolution could hold")
         if not isinstance(conv, ConvLayer) or conv.out_channels != channels:
             raise ValueError(f"the model has no fused convolution {source!r} of {channels} channels for {name!r}")
-        then = getattr(norm, "act", None)
-        new = FoldedBatchNorm(channels, source, then if isinstance(then, nn.Module) else None).train(norm.training)
-        for parent in list(model.modules()):
-            for attribute, child in list(parent._modules.items()):
-                if child is norm:
-                    parent._modules[attribute] = new
+        places.replace(norm, folded(norm, source))
 
 
 def finish(model: nn.Module, untraced: dict[str, str]) -> None:

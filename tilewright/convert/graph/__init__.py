@@ -1,1 +1,76 @@
-"""What the converter asks of a model's code: which values are read by whom, and what follows what."""
+"""What the converter asks of a model's code: which values are read by whom, and what follows what.
+
+The room can be exchanged: whatever reads the code of a model, by tracing or by capture, answers these questions, and
+the rest of ``convert`` asks nothing else.
+
+    find_regions            the parts of a model that can be read as a graph, as large as can be, and why others cannot
+    Region                  one of them: its module and graph, inputs and defaults, its calls of submodules in order,
+                            whether a call asks for what the graph computes; runs the graph and shows every value
+    Region.open_call        shows what is inside of a call
+    activation_of, ...      what one node computes, whichever way it was written
+    follow, Chain.replace   what follows a node and nothing else reads; one node in its place
+    source_of, compiled     the graph as Python code
+    fuse_activations, ...   activations that move into the linear layer before them
+
+Graphs are ``torch.fx.Graph``s whose nodes name submodules relative to the region's module. Names stay true while
+modules are replaced, so a region is found once and its graph rewritten from step to step.
+"""
+
+from tilewright.convert.graph.activations import fuse_activations, fuse_named, fused_activations, unfuse_activations
+from tilewright.convert.graph.chain import activates, added_to, follow
+from tilewright.convert.graph.codegen import compiled, flattened, source_of
+from tilewright.convert.graph.patterns import (
+    Modules,
+    activation_of,
+    addends,
+    argument,
+    functionalize,
+    globally_pooled,
+    is_identity,
+    module_of,
+    pads_by_input_size,
+    zero_padding,
+)
+from tilewright.convert.graph.tracing import (
+    NotAsExpected,
+    Region,
+    ReplacedForward,
+    Watch,
+    bind_call,
+    find_regions,
+    has_hooks,
+    is_known,
+    is_norm,
+)
+
+__all__ = [
+    "Modules",
+    "NotAsExpected",
+    "Region",
+    "ReplacedForward",
+    "Watch",
+    "activates",
+    "activation_of",
+    "added_to",
+    "addends",
+    "argument",
+    "bind_call",
+    "compiled",
+    "find_regions",
+    "flattened",
+    "follow",
+    "functionalize",
+    "fuse_activations",
+    "fuse_named",
+    "fused_activations",
+    "globally_pooled",
+    "has_hooks",
+    "is_identity",
+    "is_known",
+    "is_norm",
+    "module_of",
+    "pads_by_input_size",
+    "source_of",
+    "unfuse_activations",
+    "zero_padding",
+]

@@ -16,7 +16,7 @@ import inspect
 import logging
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -127,6 +127,10 @@ def _is_shape(node: fx.Node) -> bool:
     )
 
 
+#: Is shown a node and its value.
+Watch = Callable[[fx.Node, Any], None]
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, opaque: frozenset[str], same_padding: tuple[Any, ...]):
         super().__init__(autowrap_functions=same_padding)
@@ -191,10 +195,56 @@ class Region:
         """Submodules by the names that the graph uses."""
         return dict(self.module.named_modules(remove_duplicate=False))
 
+    def calls(self) -> Iterator[fx.Node]:
+        """The nodes that call a module, in order."""
+        return (node for node in self.graph.nodes if node.op == "call_module")
+
+    def interpret(self, watch: Watch, given: tuple[Any, ...]) -> Any:
+        """Run the graph on ``given``, its inputs, and show every value to ``watch``."""
+        return _Interpreter(self.module, self.graph, watch).run(*given)
+
+    def open_call(self, node: fx.Node, path: str) -> None:
+        """Show what the submodule at ``path`` computes in place of ``node``, a call of another on one value."""
+        module, value = self.module.get_submodule(path), node.args[0]
+        with self.graph.inserting_before(node):
+            if is_leaf(module):
+                result: Any = self.graph.call_module(path, (value,))
+            else:
+                try:
+                    inner = trace(path, module)
+                except Untraceable:
+                    return
+                copies: dict[fx.Node, Any] = {}
+                for each in inner.graph.nodes:
+                    if each.op == "placeholder":
+                        copies[each] = value
+                    elif each.op == "output":
+                        result = fx.map_arg(each.args[0], copies.__getitem__)
+                    else:
+                        copies[each] = self.graph.node_copy(each, copies.__getitem__)
+                        if each.op in ("call_module", "get_attr"):
+                            copies[each].target = join(path, str(each.target))
+        node.replace_all_uses_with(result)
+        self.graph.erase_node(node)
+
     def why_not_called_so(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Which argument of a call the graph was not made for, in words, or None."""
         found = bind_call(type(self.module), self.inputs, self.defaults, args, kwargs)
         return f"it is called with another {found} than it traces with" if isinstance(found, str) else None
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph and shows every value to ``watch``."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, watch: Watch):
+        super().__init__(module, graph=graph)
+        self.watch = watch
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.watch(n, value)
+        return value
 
 
 @functools.lru_cache(maxsize=1024)
@@ -303,15 +353,20 @@ def holds_convolution(module: nn.Module) -> bool:
 
 
 def find_regions(
-    model: nn.Module, refused: Mapping[str, str] = MappingProxyType({})
+    model: nn.Module,
+    refused: Mapping[str, str] = MappingProxyType({}),
+    parts: Set[nn.Module] = frozenset(),
+    known: Sequence[Region] = (),
 ) -> tuple[list[Region], dict[str, str]]:
     """The regions of ``model`` that hold convolutions, and the modules whose code does not trace: name -> reason.
 
-    refused: modules that are known not to trace, or not as they are called.
+    refused: modules that are known not to trace, or not as they are called. parts: modules that may be replaced later,
+    which the graphs therefore show as single calls. known: regions found before.
     """
     regions: list[Region] = []
     untraced: dict[str, str] = {}
     seen: set[int] = set()
+    found_before = {region.name: region for region in known}
 
     def visit(name: str, module: nn.Module, own: bool = False) -> None:
         if id(module) in seen or not holds_convolution(module):
@@ -327,17 +382,16 @@ def find_regions(
         try:
             if name in refused:
                 raise Untraceable("", refused[name])
-            region = _trace_with_opaque_parts(name, module)
+            region = found_before.get(name) or _trace_with_opaque_parts(name, module, parts)
         except Untraceable as error:
             untraced[name] = error.reason
             logger.debug("%s does not trace: %s", name or "the model", error.reason)
             children(name, module)
             return
         regions.append(region)
-        parts = region.modules()
-        for node in region.graph.nodes:
-            if node.op == "call_module":
-                visit(join(name, str(node.target)), parts[str(node.target)])
+        modules = region.modules()
+        for node in region.calls():
+            visit(join(name, str(node.target)), modules[str(node.target)])
 
     def children(name: str, module: nn.Module) -> None:
         for child_name, child in module.named_children():
@@ -347,8 +401,8 @@ def find_regions(
     return regions, untraced
 
 
-def _trace_with_opaque_parts(name: str, module: nn.Module) -> Region:
-    opaque: frozenset[str] = frozenset()
+def _trace_with_opaque_parts(name: str, module: nn.Module, parts: Set[nn.Module]) -> Region:
+    opaque = frozenset(path for path, part in module.named_modules(remove_duplicate=False) if part in parts)
     while True:
         try:
             return trace(name, module, opaque)
@@ -356,8 +410,3 @@ def _trace_with_opaque_parts(name: str, module: nn.Module) -> Region:
             if not error.path or error.path in opaque:
                 raise
             opaque |= {error.path}
-
-
-def calls(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes that call a module."""
-    return (node for node in graph.nodes if node.op == "call_module")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tilewright.convert.calibrate import relative_error
-from tilewright.convert.calibrate.observers import Observer
-from tilewright.convert.graph.tracing import Region
+from tilewright.convert import calibrate
+from tilewright.convert.calibrate import Observer
+from tilewright.convert.graph import Region, Watch
 from tilewright.convert.network.int8_flow import Flow, Scale
 from tilewright.convert.network.match import Site
 from tilewright.convert.network.program import Program
@@ -23,30 +23,12 @@ from tilewright.convert.record import join
 from tilewright.convert.text import display_name
 from tilewright.nn import ConvLayer
 
-#: Sample inputs on which the error of each layer is measured after the scales are known.
-ERROR_SAMPLES = 4
-Watch = Callable[[fx.Node, Any], None]
-
-
-class _Interpreter(fx.Interpreter):
-    """Runs a graph and shows every value to ``watch``."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph, watch: Watch):
-        super().__init__(module, graph=graph)
-        self.watch = watch
-        self.extra_traceback = False
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.watch(n, value)
-        return value
-
 
 class Calibration:
     """Observers for every tensor that a convolution to be quantised reads.
 
-    regions: with their sites; the programs of these regions must be in place. wanted: names of the layers to quantise,
-    in the model.
+    regions: with their sites; the programs of these regions must be in place. required: names of the layers to
+    quantise, in the model.
     """
 
     def __init__(self, model: nn.Module, regions: list[tuple[Region, list[Site]]], required: set[str]):
@@ -77,17 +59,14 @@ class Calibration:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """While this is open, whatever the model is called on is observed."""
-        handles = []
-        for layer in self.outside:
-            observer = self.observers[Scale(layer, "x")]
-            module = self.model.get_submodule(layer)
-            handles.append(module.register_forward_pre_hook(_hook(observer, layer), prepend=False))
-        with self._interpreted(self._observe):
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+        outside = {layer: self.model.get_submodule(layer) for layer in self.outside}
+
+        def hear(layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args:
+                _add(self.observers[Scale(layer, "x")], args[0], layer)
+
+        with calibrate.listening(outside, hear), self._interpreted(self._observe):
+            yield
 
     @contextlib.contextmanager
     def _interpreted(self, watch: Watch) -> Iterator[None]:
@@ -98,7 +77,7 @@ class Calibration:
                 continue
 
             def run(_: Program, given: tuple[Any, ...], region: Region = region) -> Any:
-                return _Interpreter(region.module, region.graph, watch).run(*given)
+                return region.interpret(watch, given)
 
             program.observer = run
             programs.append(program)
@@ -126,9 +105,7 @@ class Calibration:
                 found[name] = seen.scale(observer, percentile)
         return found
 
-    def errors(
-        self, candidates: dict[str, ConvLayer], samples: Iterable[Any], call: Callable[[nn.Module, Any], Any]
-    ) -> dict[str, float | None]:
+    def errors(self, candidates: dict[str, ConvLayer], samples: Iterable[Any]) -> dict[str, float | None]:
         """Relative output error of each int8 layer in ``candidates`` on what reaches it in the float model.
 
         Its input and residual are quantised, its output is not. A layer that is called more than once has its worst.
@@ -136,16 +113,14 @@ class Calibration:
         found: dict[str, float | None] = {}
 
         def measure(name: str, given: tuple[Any, ...], value: torch.Tensor) -> None:
-            error = relative_error(_quantized_run(candidates[name], given), value)
+            error = calibrate.relative_error(_quantized_run(candidates[name], given), value)
             worst = found.get(name, 0.0)
             found[name] = None if error is None or worst is None else max(error, worst)
 
-        self._at_sites(candidates, samples, call, measure)
+        self._at_sites(candidates, samples, measure)
         return found
 
-    def correct_biases(
-        self, candidates: dict[str, ConvLayer], samples: Iterable[Any], call: Callable[[nn.Module, Any], Any]
-    ) -> None:
+    def correct_biases(self, candidates: dict[str, ConvLayer], samples: Iterable[Any]) -> None:
         """Take from each int8 layer in ``candidates`` what it errs by on average, channel by channel.
 
         Rounding a weight shifts the mean of a channel wherever the mean of its inputs is not zero, as after a ReLU
@@ -162,7 +137,7 @@ class Calibration:
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + difference.sum(1).cpu()
             counts[name] = counts.get(name, 0) + difference.shape[1]
 
-        self._at_sites(candidates, samples, call, measure)
+        self._at_sites(candidates, samples, measure)
         for name, total in sums.items():
             layer = candidates[name]
             if not counts[name] or not torch.isfinite(total).all():
@@ -175,7 +150,6 @@ class Calibration:
         self,
         candidates: dict[str, ConvLayer],
         samples: Iterable[Any],
-        call: Callable[[nn.Module, Any], Any],
         measure: Callable[[str, tuple[Any, ...], torch.Tensor], None],
     ) -> None:
         """Run the float model and call ``measure`` for each call of a layer: its name, arguments and result."""
@@ -195,7 +169,7 @@ class Calibration:
         with self._interpreted(watch):
             for sample in samples:
                 values.clear()
-                call(self.model, sample)
+                calibrate.call(self.model, sample)
 
 
 def _quantized_run(layer: ConvLayer, given: tuple[Any, ...]) -> torch.Tensor:
@@ -203,14 +177,6 @@ def _quantized_run(layer: ConvLayer, given: tuple[Any, ...]) -> torch.Tensor:
     if residual is not None and getattr(layer, "residual_scale", None) is not None:
         residual = torch.ops.tilewright.quantize_per_tensor(residual, layer.r_scale)
     return layer.run(x, residual, *rest)
-
-
-def _hook(observer: Observer, layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:
-            _add(observer, args[0], layer)
-
-    return hook
 
 
 def _add(observer: Observer, value: Any, layer: str) -> None:

@@ -1,103 +1,92 @@
-"""Converts the convolutions of a model: folds, fuses, and quantises what there is calibration data for.
-
-``Convolutions`` goes in three steps, between which the converter does its own: ``fuse`` (in float), ``quantize`` (after
-the calibration data went through the model) and ``install`` (programs for the model as it is in the end).
+"""Converts the convolutions of a model: folds and fuses in float, quantises what calibration data reached, and gives
+the model programs. Each region is traced once; its graph is rewritten as its layers are replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate, layers, structure
-from tilewright.convert.graph.tracing import Region, find_regions, has_hooks, is_norm
+from tilewright.convert import calibrate, structure
+from tilewright.convert.conversion import Conversion, Job, register_conversion
+from tilewright.convert.graph import Region, find_regions, has_hooks, is_norm
 from tilewright.convert.network.calibration import Calibration
 from tilewright.convert.network.int8_flow import Flow, write_int8
 from tilewright.convert.network.match import Site, call_counts, find_folds, rewrite
 from tilewright.convert.network.program import Program, remove_programs
-from tilewright.convert.plan import Plan, Planned
+from tilewright.convert.plan import Planned
 from tilewright.convert.progress import track
-from tilewright.convert.record import LayerRecord, Record, join
-from tilewright.convert.schemes.convolution import ConvScheme, Fuse, Int8Static
+from tilewright.convert.record import LayerRecord, join
+from tilewright.convert.schemes.convolution import Fuse, Int8Static
 from tilewright.convert.text import display_name, listed
 from tilewright.nn import ConvLayer, FoldedBatchNorm
 
 logger = logging.getLogger("tilewright")
 
 NEEDS_DATA = "static int8 needs calibration_data: fused in float"
+#: A region whose graph is rewritten, and the calls of convolutions in it.
+Rewritten = tuple[Region, list[Site]]
 
 
-def check_mode(model: nn.Module, planned: Mapping[str, Planned]) -> None:
-    """Raise ValueError if convolutions are to be converted while a batch-norm is in training mode."""
-    if not any(isinstance(each.scheme, ConvScheme) for each in planned.values()):
-        return
-    names = [name for name, module in model.named_modules() if is_norm(module) and _trains(module)]
-    if names:
-        raise ValueError(
-            f"batch-norm is in training mode ({listed([display_name(name) for name in names], 3)}): "
-            "call model.eval() before converting, as its statistics become part of the convolutions"
-        )
+@register_conversion("convolutions")
+class Convolutions(Conversion):
+    """Fuses in float what follows each convolution (``prepare``), then quantises (``replace``)."""
 
+    whole_model = True
 
-def _trains(norm: nn.Module) -> bool:
-    return norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm)
-
-
-class Convolutions:
-    """The convolutions of ``model`` that a plan converts.
-
-    planned: these, by name. fused_already: whether the model has fused ones from an earlier conversion.
-    """
-
-    def __init__(self, model: nn.Module, plan: Plan, fused_already: bool = False):
-        self.model = model
-        self.planned = {name: each for name, each in plan.convert.items() if isinstance(each.scheme, ConvScheme)}
-        self.concerned = bool(self.planned) or fused_already
-        self.slots: structure.Slots = structure.slots_of(model) if self.planned else {}
+    def __init__(self, job: Job, planned: dict[str, Planned]):
+        super().__init__(job, planned)
+        #: Convolutions of an earlier conversion need their programs anew.
+        self.concerned = bool(planned) or any(isinstance(module, ConvLayer) for module in job.model.modules())
         self.records: dict[str, LayerRecord] = {}
-        self.regions: list[tuple[Region, list[Site]]] = []
+        self.regions: list[Rewritten] | None = None
         self.untraced: dict[str, str] = {}
         self.calibration: Calibration | None = None
 
-    def _replace(self, old: nn.Module, new: nn.Module) -> None:
-        places = list(self.slots.get(old, ()))
-        self.model = structure.replace(self.model, old, new, self.slots)
-        self.slots[new] = places
+    @classmethod
+    def check(cls, model: nn.Module) -> None:
+        """Raise ValueError if a batch-norm is in training mode."""
+        names = [name for name, module in model.named_modules() if is_norm(module) and _trains(module)]
+        if names:
+            raise ValueError(
+                f"batch-norm is in training mode ({listed([display_name(name) for name in names], 3)}): "
+                "call model.eval() before converting, as its statistics become part of the convolutions"
+            )
 
     # ---- first: in float
-    def fuse(self, sample: Any, progress: bool | None) -> nn.Module:
-        """Fold batch-norms, put fused layers in place, and find what follows each. Returns the root.
+    def prepare(self, sample: Any) -> None:
+        """Fold batch-norms, put fused layers in place, and find what follows each.
 
-        sample: a sample input of the model, which says how its parts are called; None if there is no data.
+        sample: says how the parts of the model are called; None if there is no data.
         """
         if not self.planned:
-            return self.model
-        with_data = sample is not None
-        remove_programs(self.model)
-        regions, self.untraced = _regions_as_called(self.model, sample)
+            return
+        model = self.job.model
+        remove_programs(model)
+        parts = frozenset(map(model.get_submodule, self.job.plan.convert))
+        regions, self.untraced = _regions_as_called(model, sample, parts)
         folds, reasons = self._folds(regions)
-        for name in track(self.planned, "Fusing", progress):
-            self._fuse_layer(name, folds, reasons, with_data)
-        self._write_regions()
+        for name in track(list(self.planned), "Fusing", self.job.progress):
+            self._fuse_layer(name, folds, reasons)
+        self.regions = [(region, rewrite(region)) for region in map(_see_through_norms, regions)]
         required = {name for name, planned in self.planned.items() if isinstance(planned.scheme, Int8Static)}
         for name in self._on_vectors(required):
             required.discard(name)
             self.records[
                 name
             ].note = "it works on a pooled image of one pixel, where int8 gains nothing: fused in float"
-        if required and with_data:
-            self.calibration = Calibration(self.model, self.regions, required)
+        if required and self.job.with_data:
+            _write_programs(self.regions)
+            self.calibration = Calibration(self.job.model, self.regions, required)
         elif required:
             logger.warning("%d convolutions are fused in float: static int8 needs calibration_data", len(required))
-        return self.model
 
     def _folds(self, regions: list[Region]) -> tuple[dict[nn.Module, nn.Module], dict[nn.Module, str]]:
-        counts, names = call_counts(regions), structure.names_of_modules(self.model)
+        counts, names = call_counts(regions), structure.names_of_modules(self.job.model)
         folds: dict[nn.Module, nn.Module] = {}
         reasons: dict[nn.Module, str] = {}
         for region in regions:
@@ -110,10 +99,8 @@ class Convolutions:
                     folds[conv] = norm
         return folds, reasons
 
-    def _fuse_layer(
-        self, name: str, folds: dict[nn.Module, nn.Module], reasons: dict[nn.Module, str], with_data: bool
-    ) -> None:
-        old, scheme = self.model.get_submodule(name), self.planned[name].scheme
+    def _fuse_layer(self, name: str, folds: dict[nn.Module, nn.Module], reasons: dict[nn.Module, str]) -> None:
+        old, scheme = self.job.model.get_submodule(name), self.planned[name].scheme
         static = isinstance(scheme, Int8Static)
         float_scheme = Fuse() if static else scheme
         norm, note = folds.get(old), reasons.get(old, "")
@@ -126,65 +113,50 @@ class Convolutions:
                 note, norm = f"batch-norm left apart: {error}", None
                 new = float_scheme.build(old)
         before = structure.tensor_bytes(old) + (structure.tensor_bytes(norm) if norm is not None else 0)
-        layers.carry_over(old, new, bias=False)
-        new.layer_name = name  # type: ignore[assignment]
-        self._replace(old, new)
+        self.job.replace(name, old, new)
         if norm is not None:
-            then = getattr(norm, "act", None)
-            channels = int(norm.running_mean.numel())  # type: ignore[operator]
-            folded = FoldedBatchNorm(channels, name, then if isinstance(then, nn.Module) else None)
-            self._replace(norm, folded.train(norm.training))
-        if static and not with_data:
+            self.job.places.replace(norm, folded(norm, name))
+        if static and not self.job.with_data:
             note = f"{NEEDS_DATA}; {note}" if note else NEEDS_DATA
-        self.records[name] = LayerRecord(
-            float_scheme.to_json(), str(float_scheme), before, structure.tensor_bytes(new), note=note
-        )
-
-    def _write_regions(self) -> None:
-        # Traced once more: what stands in place of a batch-norm may call an activation that was part of it.
-        regions, _ = find_regions(self.model, self.untraced)
-        self.regions = [(region, rewrite(region)) for region in regions]
-        for region, sites in self.regions:
-            if sites:
-                vars(region.module)["forward"] = Program(region.module, region.graph, region.inputs, region.defaults)
+        after = structure.tensor_bytes(new)
+        self.records[name] = LayerRecord(float_scheme.to_json(), str(float_scheme), before, after, note=note)
 
     def _on_vectors(self, required: set[str]) -> list[str]:
         found = []
-        for region, sites in self.regions:
+        for region, sites in self.regions or ():
             names = {site.name for site in sites if join(region.name, site.name) in required}
             flow = Flow(region.graph, region.modules(), sites, names)
             found += [join(region.name, name) for name in flow.on_vectors()]
         return found
 
     # ---- second: int8
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def observing(self) -> contextlib.AbstractContextManager[object]:
         """While this is open, the tensors that layers to be quantised read are observed."""
-        with self.calibration.watching() if self.calibration is not None else contextlib.nullcontext():
-            yield
+        return contextlib.nullcontext() if self.calibration is None else self.calibration.watching()
 
-    def quantize(self, samples: list[Any], call: Callable[[nn.Module, Any], Any], progress: bool | None) -> None:
+    def replace(self, samples: list[Any]) -> None:
         """Replace the fused layers by int8 ones, but for those that no data reached or that err too much."""
-        if self.calibration is None:
+        calibration, self.calibration = self.calibration, None
+        if calibration is None:
             return
         made: dict[str, ConvLayer] = {}
-        for name in track(self.planned, "Quantising", progress):
+        for name in track(list(self.planned), "Quantising", self.job.progress):
             scheme = self.planned[name].scheme
-            if name not in self.calibration.required or not isinstance(scheme, Int8Static):
+            if name not in calibration.required or not isinstance(scheme, Int8Static):
                 continue
-            if not self.calibration.reached(name):
+            if not calibration.reached(name):
                 self.records[name].note = "the calibration data did not reach it: fused in float"
                 continue
-            scales = self.calibration.scales(name, scheme.observer, scheme.percentile)
-            made[name] = scheme.build(self.model.get_submodule(name), **scales)  # type: ignore[assignment]
-        with torch.no_grad():
-            self.calibration.correct_biases(made, samples, call)
-            errors = self.calibration.errors(made, samples, call)
+            scales = calibration.scales(name, scheme.observer, scheme.percentile)
+            made[name] = scheme.build(self.job.model.get_submodule(name), **scales)  # type: ignore[assignment]
+        with calibrate.evaluation(self.job.model):
+            calibration.correct_biases(made, samples)
+            errors = calibration.errors(made, samples)
         for name, new in made.items():
             self._quantize_layer(name, new, errors.get(name))
 
     def _quantize_layer(self, name: str, new: ConvLayer, error: float | None) -> None:
-        old, scheme, record = self.model.get_submodule(name), self.planned[name].scheme, self.records[name]
+        old, scheme, record = self.job.model.get_submodule(name), self.planned[name].scheme, self.records[name]
         limit = scheme.max_error if isinstance(scheme, Int8Static) else None
         if limit is not None and error is not None and error > limit:
             record.note = f"kept in float: its output error of {error:.1%} exceeds max_error={limit:.1%}"
@@ -192,72 +164,91 @@ class Convolutions:
         record.scheme, record.label = scheme.to_json(), str(scheme)
         record.weight_error, record.output_error = scheme.weight_error(old, new), error
         record.bytes_after = structure.tensor_bytes(new)
-        layers.carry_over(old, new, bias=False)
-        new.layer_name = name
-        self._replace(old, new)
-
-    def release(self) -> None:
-        """Keep hold of no module any more, so that each float layer can be freed when its replacement exists."""
-        self.slots, self.regions, self.calibration = {}, [], None
+        self.job.replace(name, old, new)
 
     # ---- last
-    def install(self, model: nn.Module, record: Record) -> None:
-        """Give ``model``, which is this one in its last form, programs, and write down what became of each layer."""
+    def finish(self) -> None:
+        """Give the model, which is in its last form, programs, and write down what became of each layer."""
         if not self.concerned:
             return
+        record = self.job.record
         record.untraced |= self.untraced
-        sites = install_programs(model, record.untraced)
+        prefixes = [f"{region.name}." if region.name else "" for region, _ in self.regions or ()]
+        if any(name.startswith(prefix) for name in record.attention for prefix in prefixes):
+            self.regions = None  # what was traced calls another attention now
+        sites = install_programs(self.job.model, record.untraced, self.regions)
         for name, made in self.records.items():
             made.label += "".join(f" + {each}" for each in sites.get(name, ()))
             record.layers[name] = made
 
 
-def _regions_as_called(model: nn.Module, sample: Any) -> tuple[list[Region], dict[str, str]]:
+def _trains(norm: nn.Module) -> bool:
+    return norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+
+
+def folded(norm: nn.Module, source: str) -> FoldedBatchNorm:
+    """What takes the place of a batch-norm that the convolution called ``source`` holds."""
+    then = getattr(norm, "act", None)
+    channels = int(norm.running_mean.numel())  # type: ignore[operator]
+    return FoldedBatchNorm(channels, source, then if isinstance(then, nn.Module) else None).train(norm.training)
+
+
+def _see_through_norms(region: Region) -> Region:
+    """``region`` with the activations that were part of batch-norms which are folded now as calls of their own."""
+    modules = region.modules()
+    for node in list(region.calls()):
+        module = modules[str(node.target)]
+        if isinstance(module, FoldedBatchNorm) and module.then is not None:
+            region.open_call(node, f"{node.target}.then")
+    return region
+
+
+def _regions_as_called(
+    model: nn.Module, sample: Any, parts: frozenset[nn.Module]
+) -> tuple[list[Region], dict[str, str]]:
     """``find_regions``, with a region that the model calls otherwise on ``sample`` taken apart.
 
     An encoder-decoder traces with the first of its inputs alone, and nobody calls it so; its encoder is another matter.
     """
-    regions, untraced = find_regions(model)
+    regions, untraced = find_regions(model, parts=parts)
     while sample is not None and (refused := _called_otherwise(model, regions, sample)):
-        regions, untraced = find_regions(model, untraced | refused)
+        regions, untraced = find_regions(model, untraced | refused, parts, known=regions)
     return regions, untraced
 
 
 def _called_otherwise(model: nn.Module, regions: list[Region], sample: Any) -> dict[str, str]:
     """The regions whose calls on ``sample`` all ask for something else than their graphs do: name -> reason."""
+    by_name = {region.name: region for region in regions}
     reasons: dict[str, list[str | None]] = {}
 
-    def watch(region: Region) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            reasons.setdefault(region.name, []).append(region.why_not_called_so(args, kwargs))
+    def hear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reasons.setdefault(name, []).append(by_name[name].why_not_called_so(args, kwargs))
 
-        return hook
-
-    handles = [each.module.register_forward_pre_hook(watch(each), with_kwargs=True) for each in regions]
-    try:
-        with calibrate.evaluation(model):
-            calibrate.call(model, sample)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with calibrate.listening({name: region.module for name, region in by_name.items()}, hear):
+        calibrate.run(model, [sample])
     return {name: said[0] for name, said in reasons.items() if said[0] is not None and None not in said}
 
 
-def install_programs(model: nn.Module, untraced: dict[str, str]) -> dict[str, tuple[str, ...]]:
+def install_programs(
+    model: nn.Module, untraced: dict[str, str], regions: list[Rewritten] | None = None
+) -> dict[str, tuple[str, ...]]:
     """Give every region of ``model`` with fused convolutions its program. Returns what each of them takes over.
 
-    untraced: modules that are known not to trace, name -> reason; what else does not is added.
+    untraced: modules that are known not to trace, name -> reason; what else does not is added. regions: if they are
+    known already.
     """
     remove_programs(model)
-    regions, reasons = find_regions(model, untraced)
-    untraced |= reasons
-    epilogues: dict[str, tuple[str, ...]] = {}
-    for region in regions:
-        sites = rewrite(region)
-        if not sites:
-            continue
+    if regions is None:
+        found, reasons = find_regions(model, untraced)
+        untraced |= reasons
+        regions = [(region, rewrite(region)) for region in found]
+    for region, sites in regions:
         write_int8(region.graph, region.modules(), sites)
-        vars(region.module)["forward"] = Program(region.module, region.graph, region.inputs, region.defaults)
-        for site in sites:
-            epilogues[join(region.name, site.name)] = site.epilogue
-    return epilogues
+    _write_programs(regions)
+    return {join(region.name, site.name): site.epilogue for region, sites in regions for site in sites}
+
+
+def _write_programs(regions: list[Rewritten]) -> None:
+    for region, sites in regions:
+        if sites:
+            vars(region.module)["forward"] = Program(region)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tilewright.convert.graph.patterns import (
+from tilewright.convert.graph import (
     Modules,
     activation_of,
     addends,
@@ -150,7 +150,7 @@ class Flow:
             if average is not None and average[1]:
                 single.add(node)
             elif site is not None:
-                pooled = source in single and max(site.layer.kernel_size) == 1
+                pooled = source in single and max(self.modules[site.name].kernel_size) == 1  # type: ignore[arg-type]
                 found[site.name] = pooled and found.get(site.name, True)
                 if pooled and site.residual is None:
                     single.add(node)
@@ -229,7 +229,7 @@ class Flow:
     ) -> bool | None:
         """Whether ``user`` gains by ``node`` being int8; None if it cannot take it."""
         if (site := self.sites.get(user)) is not None:
-            supports = site.residual is not node or getattr(site.layer, "residual_scale", None) is not None
+            supports = site.residual is not node or getattr(self.modules[site.name], "residual_scale", None) is not None
             return True if supports else None
         if self.averages(user) is not None:
             return user in required

@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tilewright.convert.graph.chain import activates, added_to, follow
-from tilewright.convert.graph.patterns import (
+from tilewright.convert.graph import (
     Modules,
+    Region,
+    activates,
+    added_to,
+    follow,
     functionalize,
     globally_pooled,
+    is_known,
+    is_norm,
     module_of,
     pads_by_input_size,
     zero_padding,
 )
-from tilewright.convert.graph.tracing import Region, calls, is_known, is_norm
 from tilewright.nn import ConvLayer
-from tilewright.nn.conv_layer import pads_by_size
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 def call_counts(regions: list[Region]) -> Counter[int]:
@@ -34,7 +35,7 @@ def call_counts(regions: list[Region]) -> Counter[int]:
     counts: Counter[int] = Counter()
     for region in regions:
         parts = region.modules()
-        counts.update(id(parts[str(node.target)]) for node in calls(region.graph))
+        counts.update(id(parts[str(node.target)]) for node in region.calls())
     return counts
 
 
@@ -46,9 +47,9 @@ def find_folds(region: Region, counts: Counter[int], outside: set[int]) -> dict[
     modules = region.modules()
     read = {str(node.target).rpartition(".")[0] for node in region.graph.nodes if node.op == "get_attr"}
     sites: dict[nn.Module, list[fx.Node | None]] = {}
-    for node in calls(region.graph):
+    for node in region.calls():
         conv = module_of(node, modules)
-        if isinstance(conv, CONVOLUTIONS):
+        if isinstance(conv, (nn.Conv1d, nn.Conv2d)):
             sites.setdefault(conv, []).append(_norm_after(node, modules))
     found: dict[nn.Module, nn.Module | str] = {}
     for conv, norms in sites.items():
@@ -56,7 +57,7 @@ def find_folds(region: Region, counts: Counter[int], outside: set[int]) -> dict[
             continue
         kinds = {id(modules[str(node.target)]) if node is not None else None for node in norms}
         norm = next(modules[str(node.target)] for node in norms if node is not None)
-        names = {str(node.target) for node in calls(region.graph) if modules[str(node.target)] in (conv, norm)}
+        names = {str(node.target) for node in region.calls() if modules[str(node.target)] in (conv, norm)}
         if len(kinds) > 1:
             found[conv] = "it is called several times, with different batch-norms after it"
         elif counts[id(norm)] != len(norms) or counts[id(conv)] != len(norms):
@@ -88,7 +89,6 @@ class Site:
     """
 
     name: str
-    layer: ConvLayer
     call: fx.Node
     epilogue: tuple[str, ...]
 
@@ -161,7 +161,7 @@ def _rewrite_chain(graph: fx.Graph, node: fx.Node, layer: ConvLayer, modules: Mo
     chain.replace(run)
     if before is not None:
         graph.erase_node(before)
-    return Site(str(node.target), layer, run, chain.words)
+    return Site(str(node.target), run, chain.words)
 
 
 def dynamic_padding(layer: ConvLayer, x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -204,24 +204,3 @@ def _global_pools_become_means(graph: fx.Graph, modules: Modules) -> None:
                 mean = graph.call_method("mean", (source, (-2, -1), True))
             node.replace_all_uses_with(mean)
             graph.erase_node(node)
-
-
-def why_not_convolution(module: nn.Module) -> str | None:
-    """Why a convolution cannot be replaced by a fused one, but for what its weight tells; None if it can."""
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return f"{kind}: transposed convolutions have no fused kernel"
-    if not isinstance(module, CONVOLUTIONS):
-        return f"{kind}: only one- and two-dimensional convolutions have a fused kernel"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if nn.utils.parametrize.is_parametrized(module):
-        return "its weight is parametrized: remove the parametrization first"
-    plain = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
-    if not pads_by_size(module) and (
-        type(module).forward is not plain.forward or type(module)._conv_forward is not plain._conv_forward
-    ):
-        return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
-    if module.padding_mode != "zeros":
-        return f"padding_mode={module.padding_mode!r}: the fused kernels pad with zeros"
-    return None

@@ -8,18 +8,26 @@ for: in training mode, with other arguments than the graph was made for, with ho
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from tilewright.convert.graph.tracing import NotAsExpected, ReplacedForward, bind_call, is_known
+from tilewright.convert.graph import (
+    NotAsExpected,
+    Region,
+    ReplacedForward,
+    bind_call,
+    compiled,
+    flattened,
+    is_known,
+    source_of,
+)
 from tilewright.convert.network import replayable as whole
 from tilewright.kernels.cpu.replay import Replays
 from tilewright.kernels.dispatch import regions
@@ -38,22 +46,21 @@ class Program(ReplacedForward):
     defaults: as of ``Region``.
     """
 
-    def __init__(self, owner: nn.Module, graph: fx.Graph, inputs: tuple[str, ...], defaults: dict[str, Any]):
-        self.owner = owner
-        self.inputs, self.defaults = inputs, defaults
-        self.source, self.names = _code(graph)
-        modules = dict(owner.named_modules(remove_duplicate=False))
-        flat, self.leaves, self.called = _flattened(graph, modules)
+    def __init__(self, region: Region):
+        self.owner, self.inputs, self.defaults = region.module, region.inputs, region.defaults
+        self.source, self.names = source_of(region.graph)
+        modules = region.modules()
+        flat, self.leaves, self.called = flattened(region.graph, modules)
         #: Whether a compiled graph calls it as one operator.
-        self.whole = whole.runs_whole(graph, modules)
-        self.flat_source, _ = _code(flat)
+        self.whole = whole.runs_whole(region.graph, modules)
+        self.flat_source, _ = source_of(flat)
         #: Runs instead of the program while activations are observed: (program, inputs) -> outputs.
         self.observer: Callable[..., Any] | None = None
         self._make()
 
     def _make(self) -> None:
-        self._function = _compiled(self.source, self.names)
-        self._flat = _compiled(self.flat_source, self.names)
+        self._function = compiled(self.source, self.names)
+        self._flat = compiled(self.flat_source, self.names)
         self._bound: Namespace | None = None
         self._replays: Replays | None = None
         self._region = regions.OpaqueRegion(weakref.WeakMethod(self._eager), weakref.WeakMethod(self._traced))
@@ -181,39 +188,3 @@ def remove_programs(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), Program):
             del vars(module)["forward"]
-
-
-def _code(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
-    code = graph.python_code("self")
-    return code.src, dict(code.globals)
-
-
-def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
-    space = dict(names)
-    exec(source, space)
-    return space["forward"]
-
-
-def _flattened(graph: fx.Graph, modules: Container[str]) -> tuple[fx.Graph, dict[str, str], list[str]]:
-    """The graph with each submodule it uses as an attribute ``leaf_i`` of ``self``.
-
-    Returns it, the name of each leaf's module, and the leaves that are called as modules.
-    """
-    flat = copy.deepcopy(graph)
-    leaves: dict[str, str] = {}
-    called = []
-
-    def leaf(path: str) -> str:
-        return leaves.setdefault(path, f"leaf_{len(leaves)}")
-
-    for node in flat.nodes:
-        target = str(node.target)
-        if node.op == "call_module":
-            node.target = leaf(target)
-            called.append(node.target)
-        elif node.op == "get_attr" and target in modules:
-            node.target = leaf(target)
-        elif node.op == "get_attr":
-            prefix, _, attribute = target.rpartition(".")
-            node.target = f"{leaf(prefix)}.{attribute}"
-    return flat, {name: path for path, name in leaves.items()}, called

@@ -24,12 +24,14 @@ class Scheme(ABC):
 
     version: of the JSON form; it grows when a field changes its meaning. about: the layers it takes, in words.
     lossless: a converted layer computes the same but for rounding in float, so heads and adapters are converted too.
-    module: the class that it makes, if there is just one.
+    module: the class that it makes, if there is just one. conversion: which of the registered ``Conversion``s does the
+    replacing.
     """
 
     version: ClassVar[int] = 1
     about: ClassVar[str]
     module: ClassVar[Any] = None
+    conversion: ClassVar[str] = "linear layers"
     lossless: ClassVar[bool] = False
 
     @property

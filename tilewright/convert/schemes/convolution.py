@@ -10,7 +10,6 @@ from torch import nn
 
 from tilewright.convert import layers
 from tilewright.convert.calibrate import check_observer, relative_error
-from tilewright.convert.network.match import why_not_convolution
 from tilewright.convert.schemes.base import Scheme, register_scheme
 from tilewright.kernels.formats.ranges import check_range_search
 from tilewright.kernels.formats.sparse24 import why_not_24
@@ -22,6 +21,7 @@ class ConvScheme(Scheme):
     """What the schemes for convolutions have in common: the converter applies them to the model as a whole."""
 
     about = "convolutions (nn.Conv1d, nn.Conv2d)"
+    conversion = "convolutions"
 
     @classmethod
     def supports(cls, module: nn.Module) -> bool:
@@ -30,7 +30,7 @@ class ConvScheme(Scheme):
 
     def why_not(self, module: nn.Module) -> str | None:
         """Why a convolution must be left alone; None if it can be converted."""
-        if reason := why_not_convolution(module):
+        if reason := layers.why_not_convolution(module):
             return reason
         weight = module._parameters.get("weight")
         extra = sorted({*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"})

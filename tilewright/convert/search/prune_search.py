@@ -122,11 +122,11 @@ def search_pruning(
 def _mixed(model: nn.Module, converted: nn.Module, names: list[str]) -> nn.Module:
     """A copy of ``model`` with the layers called ``names`` taken from ``converted``."""
     mixed = structure.copy_structure(model)
-    slots = structure.slots_of(mixed)
+    places = structure.Places(mixed)
     for name in names:
-        mixed = structure.replace(mixed, mixed.get_submodule(name), converted.get_submodule(name), slots)
-    structure.FastPaths.close(mixed, layers.is_converted)
-    return mixed
+        places.replace(mixed.get_submodule(name), converted.get_submodule(name))
+    structure.FastPaths.close(places.root, layers.is_converted)
+    return places.root
 
 
 def _relative_to(model: nn.Module, data: list[Any]) -> Callable[[nn.Module], float]:
