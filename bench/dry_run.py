@@ -113,8 +113,8 @@ def cases(m: int, n: int, k: int, dtype: torch.dtype, sparse: Sequence[str], oth
     """Every kernel of the package. sparse: modules of 2:4 kernels. others: with those that know no rows, too."""
     from bench.problems import SPARSE, Shape
     from bench.problems import make_arguments as bench_arguments
+    from tilewright.kernels.dispatch.card import make_arguments
     from tilewright.kernels.int8_conv2d import triton_quantize
-    from tilewright.kernels.samples import make_arguments
 
     for tuned, asked in (*kernels(m, n, k, dtype), *(convolutions(dtype) if others else ())):
         function = getattr(importlib.import_module(tuned.modules[0]), asked.op)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.formats import int4, sparse24
-from tilewright.kernels.gradients import dequantized_weight
+from tilewright.kernels.formats.sparse24 import Sparse24
+from tilewright.kernels.linear import dequantized_weight
 from tilewright.kernels.quantize.reference import quantize_per_row
 
 FOLDERS = {
@@ -155,7 +156,7 @@ def _sparse_weight(
 def dense_weight(op: str, arguments: dict[str, Any]) -> torch.Tensor:
     """The float64 weight [N, K] that the quantised one of a linear operator stands for."""
     if op in SPARSE:
-        return dequantized_weight(arguments, torch.float64)
+        return dequantized_weight(Sparse24, arguments, torch.float64)
     if "weight_packed" in arguments:
         k = arguments["x"].shape[-1]
         packed = (arguments[name] for name in ("weight_packed", "weight_scale", "weight_zero"))

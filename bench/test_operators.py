@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import tilewright.nn as tnn
-from bench.problems import SPARSE, Shape
-from bench.problems import make_arguments as bench_arguments
-from tilewright.kernels.conv_geometry import ConvGeometry
-from tilewright.kernels.conv_ops import CONV_OPERATORS
-from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.ops import OPERATORS
-from tilewright.kernels.samples import CONVOLUTIONS, make_arguments
+from tilewright.kernels.dispatch.card import card_of, cards, make_arguments
 
 LAYERS = {
     "fp32": lambda linear: linear,
@@ -48,26 +40,10 @@ def test_quantizers(benchmark, op: str) -> None:
     assert q.shape == x.shape and torch.isfinite(scale).all()
 
 
-def _arguments(op: str) -> dict[str, Any]:
-    """A problem of 1024 x 1024 at 16 rows, or a 3 x 3 convolution of 64 channels on 28 x 28 pixels."""
-    if op in SPARSE:
-        return bench_arguments(op, Shape(16, 1024, 1024, torch.float32, group_size=128))
-    if op == "sparse24_conv2d_fused":
-        layer = tnn.Sparse24ConvBnAct2d.from_float(nn.Conv2d(64, 64, 3, padding=1))
-        weight = {"weight_values": layer.weight_values, "weight_meta": layer.weight_meta, "kernel_size": [3, 3]}
-        return {"x": torch.randn(1, 64, 28, 28), **weight, "bias": layer.bias, "padding": [1, 1, 1, 1]}
-    if op in CONVOLUTIONS:
-        sizes = ConvGeometry(1, 64, 28, 28, 64, (3, 3), padding=(1, 1, 1, 1))
-        dtype = torch.int8 if op.startswith("int8") else torch.float32
-        return make_arguments(Problem(op, 784, 64, 576, dtype, conv=sizes, bias=True, activation="relu"))
-    group = 128 if op.startswith("int4") else None
-    return make_arguments(Problem(op, 16, 1024, 1024, torch.float32, bias=True, group_size=group))
-
-
-@pytest.mark.parametrize("op", [*OPERATORS, *CONV_OPERATORS])
+@pytest.mark.parametrize("op", [card.name for card in cards()])
 def test_operator(benchmark, op: str) -> None:
     torch.manual_seed(0)
-    arguments = _arguments(op)
+    arguments = make_arguments(card_of(op).example)
     benchmark.group = "operators"
     with torch.inference_mode():
         result = benchmark(getattr(torch.ops.tilewright, op), **arguments)

@@ -25,9 +25,9 @@ from bench.result_files import RESULTS, Row, about, merge, read_rows, slug, writ
 from bench.tables.peers import ROUNDS, ceilings_of_gpu, in_words, interleaved
 from tilewright.autotune.clock import GpuClock
 from tilewright.kernels.conv_geometry import ConvGeometry, oihw
+from tilewright.kernels.dispatch.card import make_arguments
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.roofline import Ceilings, floor, measure_cpu
-from tilewright.kernels.samples import make_arguments
 from tilewright.kernels.tuning import Checker
 
 #: Input channels, size, output channels, window, stride: one layer of each kind that ResNet-50 has most of.

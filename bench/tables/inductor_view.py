@@ -32,7 +32,7 @@ from torch.library import wrap_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-import tilewright.kernels.ops  # noqa: F401  (registers torch.ops.tilewright)
+import tilewright.kernels  # noqa: F401  (registers torch.ops.tilewright)
 
 M, N, K = 256, 4096, 1024
 LIMITS = {"regs_per_multiprocessor": 65536, "max_threads_per_multi_processor": 2048, "warp_size": 32}

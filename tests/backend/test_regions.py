@@ -15,7 +15,6 @@ import tilewright as tw
 from bench.tables.compile_modes import Residual
 from tests.backend.networks import settled
 from tilewright.convert.network.program import programs_of
-from tilewright.kernels.conv_ops import CONV_OPERATORS  # noqa: F401  (registers the operators)
 
 
 class Graphs:

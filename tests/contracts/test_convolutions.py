@@ -18,8 +18,7 @@ from torch import nn
 
 from tests.contracts.convolutions import CHANNELS, OUT, Convolution, each_convolution
 from tests.tolerance import assert_close_as_plain
-from tilewright.kernels import conv_ops
-from tilewright.kernels.dispatch.router import route
+from tilewright.kernels.dispatch.router import record_problems
 from tilewright.nn import ConvLayer, Int8ConvBnAct2d
 
 KEPT = (
@@ -205,16 +204,13 @@ def test_compiles_in_one_graph(convolution: Convolution) -> None:
 
 @each_convolution
 @torch.no_grad()
-def test_the_problem_is_the_one_that_forward_poses(convolution: Convolution, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_problem_is_the_one_that_forward_poses(convolution: Convolution) -> None:
     """So that the report names the implementation that runs."""
     module = convolution.make()
-    asked: list[Any] = []
-    monkeypatch.setattr(conv_ops, "route_call", lambda problem: asked.append(problem) or route(problem))
-    conv_ops._dispatched.clear()
     size = 13
-    module(torch.randn(2, CHANNELS, *([size] * convolution.dims)))
-    posed = [problem for problem in asked if problem.op == module.op_name]
-    (problem,) = posed
+    with record_problems() as asked:
+        module(torch.randn(2, CHANNELS, *([size] * convolution.dims)))
+    (problem,) = [problem for problem in asked if problem.op == module.op_name]
     required = module.problem(2, problem.x_dtype, size)
     for name in ("op", "m", "n", "k", "x_dtype", "conv", "bias", "activation"):
         assert getattr(required, name) == getattr(problem, name), name

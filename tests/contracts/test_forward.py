@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from tests.contracts.layers import K, Layer, N, each_layer
 from tilewright.kernels.dispatch import packed as cache
-from tilewright.kernels.dispatch.router import route
+from tilewright.kernels.dispatch.router import record_problems, route
 from tilewright.nn import Int8StaticLinear
 
 
@@ -179,27 +178,14 @@ def test_compiles_in_one_graph(layer: Layer) -> None:
 
 
 @each_layer
-def test_the_problem_is_the_one_that_forward_poses(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_problem_is_the_one_that_forward_poses(layer: Layer) -> None:
     """So that the report names the implementation that runs."""
     module = layer.make()
-    asked: list[Any] = []
-
-    def spy(op: str, m: int, n: int, k: int, x_dtype: torch.dtype, device: torch.device, **facts: Any) -> Callable:
-        asked.append((op, m, n, k, x_dtype, facts))
-        return real(op, m, n, k, x_dtype, device, **facts)
-
-    from tilewright.kernels import ops
-    from tilewright.kernels.dispatch import router
-
-    real = ops.resolve
-    monkeypatch.setattr(ops, "resolve", spy)
-    router.invalidate()  # what was asked before is remembered
-    module(torch.randn(7, K))
-    ((op, m, n, k, x_dtype, facts),) = asked
+    with record_problems() as asked:
+        module(torch.randn(7, K))
+    (posed,) = [problem for problem in asked if problem.op == module.op_name]
     problem = module.problem(7)
-    assert (problem.op, problem.m, problem.n, problem.k, problem.x_dtype) == (op, m, n, k, x_dtype)
-    for name, value in facts.items():
-        assert getattr(problem, name) == value, name
+    assert posed == problem
     assert route(problem).name
 
 

@@ -11,10 +11,10 @@ import torch
 from tilewright import autotune
 from tilewright.autotune import racing
 from tilewright.kernels import tuning
+from tilewright.kernels.dispatch.card import make_arguments
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int4_linear import triton_fused
 from tilewright.kernels.int8_linear import triton_tile
-from tilewright.kernels.samples import make_arguments
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.test_attention import MASKS, mask_of, operands
-from tilewright.kernels import attention_ops
+from tilewright.kernels.attention import call
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -46,15 +46,15 @@ def test_bad_dtypes_are_errors():
 def test_takes_only_what_it_can_replace():
     q, k, v = operands(1, 2, 2, 3, 5, 8, 8)
     with torch.no_grad():
-        assert attention_ops.supports(q, k, v, None, True)
-        assert attention_ops.supports(q, k, v, torch.randn(1, 1, 3, 5), False)
-        assert not attention_ops.supports(q, k, v, torch.randn(1, 1, 3, 5), True)
-        assert not attention_ops.supports(q, k, v, torch.randn(1, 1, 4, 5), False)
-        assert not attention_ops.supports(q.bfloat16(), k, v, None, False)
-        assert not attention_ops.supports(q.to("meta"), k.to("meta"), v.to("meta"), None, False)
+        assert call.supports(q, k, v, None, True)
+        assert call.supports(q, k, v, torch.randn(1, 1, 3, 5), False)
+        assert not call.supports(q, k, v, torch.randn(1, 1, 3, 5), True)
+        assert not call.supports(q, k, v, torch.randn(1, 1, 4, 5), False)
+        assert not call.supports(q.bfloat16(), k, v, None, False)
+        assert not call.supports(q.to("meta"), k.to("meta"), v.to("meta"), None, False)
         with torch.autocast("cpu"):
-            assert not attention_ops.supports(q, k, v, None, False)
-        assert torch.func.vmap(lambda x: torch.tensor(attention_ops.supports(x, k, v, None, False)), out_dims=None)(
+            assert not call.supports(q, k, v, None, False)
+        assert torch.func.vmap(lambda x: torch.tensor(call.supports(x, k, v, None, False)), out_dims=None)(
             q[None]
         ).logical_not()
-    assert not attention_ops.supports(q.requires_grad_(), k, v, None, False)
+    assert not call.supports(q.requires_grad_(), k, v, None, False)

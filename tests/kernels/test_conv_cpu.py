@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.tolerance import assert_close_as_plain
-from tilewright.kernels import conv_ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.conv2d import cpu as float_cpu
 from tilewright.kernels.conv2d import reference as float_reference
 from tilewright.kernels.conv_geometry import ConvGeometry

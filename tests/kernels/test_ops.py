@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from tests.kernels.problems import LINEAR_OPS, QUANTIZERS, Case, make, weight64
-from tilewright.kernels import gradients
 from tilewright.kernels.activation import ACTIVATIONS, apply_activation
+from tilewright.kernels.formats.int8 import Int8
+from tilewright.kernels.linear import dequantized_weight
 
 DIFFERENTIABLE = tuple(op for op in LINEAR_OPS if op != "int8_linear_quantized")
 
@@ -203,7 +204,7 @@ def test_the_gradient_of_a_1d_input() -> None:
     arguments = arguments_of("int8_linear")
     x, bias = arguments["x"][0].clone().requires_grad_(), arguments["bias"].requires_grad_()
     call("int8_linear", arguments | {"x": x}).sum().backward()
-    torch.testing.assert_close(x.grad, gradients.dequantized_weight(arguments).sum(0))
+    torch.testing.assert_close(x.grad, dequantized_weight(Int8, arguments).sum(0))
     assert torch.equal(bias.grad, torch.ones(40))
 
 

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.kernels import ops
 from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.card import cards
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import Implementation, load_plugin, register, route, unregister
+
+#: Operators that a problem without the sizes of a convolution is about.
+LINEAR = [card.name for card in cards() if card.example.conv is None]
 
 SMALL = Problem("int8_linear", 4, 32, 64, torch.float32)
 
@@ -33,7 +36,7 @@ def no(problem: Problem) -> str:
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Whatever the test registers is taken back."""
-    before = {op: router.implementations(op) for op in ops.OPERATORS}
+    before = {op: router.implementations(op) for op in LINEAR}
     yield
     for op, kept in before.items():
         for one in router.implementations(op):
@@ -45,7 +48,7 @@ def mine(why_not: Any = yes) -> Implementation:
     return Implementation("mine", "int8_linear", why_not, f"{__name__}:double_everything")
 
 
-@pytest.mark.parametrize("op", ops.OPERATORS)
+@pytest.mark.parametrize("op", LINEAR)
 def test_every_problem_has_an_answer(op: str) -> None:
     """The reference, which comes last, takes what nothing else does; empty problems included."""
     assert router.implementations(op)[-1].name == "reference"
@@ -102,7 +105,7 @@ def test_when_nobody_is_willing_every_reason_is_given(restored: None) -> None:
 
 def test_problems_of_absent_gpus_can_be_asked_about() -> None:
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0)):
-        for op in ops.OPERATORS:
+        for op in LINEAR:
             for m in (1, 16, 128, 4096):
                 problem = Problem(
                     op, m, 4096, 4096, torch.float16, "cuda", capability, multiprocessors=100, group_size=128

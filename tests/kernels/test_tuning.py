@@ -16,10 +16,10 @@ from tilewright import autotune
 from tilewright.autotune.buckets import EDGES, upper_edge
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.dispatch.card import make_arguments
 from tilewright.kernels.dispatch.problem import Problem, rows_aligned
 from tilewright.kernels.dispatch.router import Implementation, invalidate, register, route, unregister
 from tilewright.kernels.quantize.reference import quantize_per_row
-from tilewright.kernels.samples import make_arguments
 
 H200: dict[str, Any] = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "device_name": "NVIDIA H200"}
 A10: dict[str, Any] = {"device": "cuda", "capability": (8, 6), "multiprocessors": 72, "device_name": "NVIDIA A10"}

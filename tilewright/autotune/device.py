@@ -87,7 +87,7 @@ def source_hash(*modules: str) -> str:
         if spec is None or spec.origin is None:
             raise ValueError(f"module {module} has no source")
         home = Path(spec.origin)
-        files = sorted(home.parent.glob("*.[pch]*")) if home.name == "__init__.py" else [home]
+        files = sorted(home.parent.rglob("*.[pch]*")) if home.name == "__init__.py" else [home]
         for file in files:
             if file.suffix in (".py", ".c", ".h"):
                 digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

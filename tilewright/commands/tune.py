@@ -36,8 +36,8 @@ from tilewright.commands import problems
 from tilewright.commands.model_files import skeleton
 from tilewright.convert.recipes import formats
 from tilewright.kernels import tuning
+from tilewright.kernels.dispatch.card import make_arguments
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.samples import make_arguments
 from tilewright.nn import QuantizedLinear
 
 #: Of a chip of each target (A100, L40S, H200, B200, MI300X): the heuristics count them.

@@ -28,14 +28,13 @@ from tilewright.autotune.buckets import upper_edge
 from tilewright.autotune.clock import clock_for
 from tilewright.autotune.device import DeviceKind, cpu_kind, driver_version
 from tilewright.autotune.space import Choice, Hooks, Trials, Tunable, accept
+from tilewright.kernels.dispatch.card import REFERENCE, card_of, cards, make_arguments
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import Implementation, default_decision, implementations
-from tilewright.kernels.samples import CONVOLUTIONS, make_arguments
 
 #: What one after another is timed on a CPU should exceed its last cache; copies of the operands make up for the rest.
 ROTATED_BYTES = 64 * 2**20
 MOST_COPIES = 8
-REFERENCE = "reference"
 
 
 # ---- problems
@@ -136,17 +135,16 @@ class Checker:
         """A few rows and columns in both corners; of a convolution the first image."""
         a = dict(self.arguments)
         corners: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
-        if self.op in CONVOLUTIONS:
+        if "stride" in a:
             one = {name: v[:1] if name in ("x", "residual") and v is not None else v for name, v in a.items()}
             corners.append((one, (slice(0, 1),)))
-        elif "weight_scale" not in a or a["x"].shape[0] == 0:
+        elif not any(name in a for name in _BY_COLUMN) or a["x"].shape[0] == 0:
             corners.append((a, ()))
         else:
             n = found[0].shape[-1]
             for rows, columns in ((slice(0, 4), slice(0, 64)), (slice(-4, None), slice(max(n - 64, 0) // 8 * 8, None))):
                 corners.append((_part(a, rows, columns), (rows, columns)))
-        folder = _folder(self.op)
-        definition = getattr(importlib.import_module(f"tilewright.kernels.{folder}.reference"), self.op)
+        definition = next(one.function for one in implementations(self.op) if one.name == REFERENCE)
         for arguments, place in corners:
             on_cpu = {name: v.cpu() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
             for tensor, expected in zip(found, _tensors(definition(**on_cpu)), strict=True):
@@ -157,13 +155,17 @@ class Checker:
         return None
 
 
+#: Tensors of a weight that have a row for each column of the result.
+_BY_COLUMN = ("weight", "weight_packed", "weight_values", "weight_meta")
+
+
 def _part(arguments: dict[str, Any], rows: slice, columns: slice) -> dict[str, Any]:
     """The arguments that compute some rows and columns, counted in eights, of a linear layer's result."""
     few = dict(arguments)
     for name in ("x", "x_scale", "residual"):
         if few.get(name) is not None:
             few[name] = few[name][rows]
-    for name in ("weight", "weight_packed", "weight_scale", "bias"):
+    for name in (*_BY_COLUMN, "weight_scale", "bias"):
         if few.get(name) is not None:
             few[name] = few[name][columns]
     if few.get("weight_zero") is not None:
@@ -296,20 +298,11 @@ def _implementation_trials(tunable: Tunable, problem: Problem) -> Trials:
     return _trials(problem, call)
 
 
-def _folder(op: str) -> str | None:
-    from tilewright.kernels.registry import folder_of  # which registers the kernels that register here
-
-    return folder_of(op)
-
-
 @functools.cache
 def implementation_of(op: str) -> Tunable:
     """The choice between the implementations of ``op``, whose configurations are their names."""
-    folder = _folder(op)
-    modules = (
-        f"tilewright.kernels.{folder}" if folder else "tilewright.kernels.dispatch.router",
-        "tilewright.kernels.cpu",
-    )
+    card = card_of(op)
+    modules = ("tilewright.kernels.dispatch.router" if card is None else card.package, "tilewright.kernels.cpu")
     hooks = Hooks(facts_of, representative, device_kind, _implementation_trials)
     return Tunable(
         f"{op}.implementation",
@@ -343,62 +336,20 @@ def tune_on_first_use(problem: Problem) -> None:
 
 
 # ---- all kernels
-#: Kernels behind an operator: module, and the problem that it is asked about, given the operator's.
-_QUANTIZE = ("quantize.triton_quantize", lambda p: _rows(p, "quantize_per_row"))
-_CONV_KINDS = ("pointwise", "depthwise", "stem", "implicit")
-_PARTS: dict[str, tuple[tuple[str, Callable[[Problem], Problem]], ...]] = {
-    "quantize_per_row": (_QUANTIZE,),
-    "rms_norm_quantize": (("norm_quantize.triton_norm_quantize", lambda p: _rows(p, p.op)),),
-    "layer_norm_quantize": (("norm_quantize.triton_norm_quantize", lambda p: _rows(p, p.op)),),
-    "int8_linear": (
-        _QUANTIZE,
-        ("int8_linear.triton_swapped", lambda p: _int8(p)),
-        ("int8_linear.triton_tile", lambda p: _int8(p)),
-    ),
-    "int8_linear_quantized": (
-        ("int8_linear.triton_swapped", lambda p: _int8(p)),
-        ("int8_linear.triton_tile", lambda p: _int8(p)),
-    ),
-    "int8_weight_only_linear": (("int8_weight_only_linear.triton_swapped", lambda p: _weight_only(p)),),
-    "int4_linear": (
-        ("int4_linear.triton_fused", lambda p: p),
-        ("int4_linear.triton_fragments", lambda p: p),
-        ("int4_linear.triton_dequantize", lambda p: p),
-    ),
-    "int4_int8_linear": (_QUANTIZE, ("int4_int8_linear.triton_fused", lambda p: p)),
-    **{op: tuple((f"conv2d.triton_{kind}", lambda p: p) for kind in _CONV_KINDS) for op in CONVOLUTIONS},
-}
-
-
-def _rows(problem: Problem, op: str) -> Problem:
-    facts = ("device", "capability", "gpu_arch", "multiprocessors", "device_name")
-    return Problem(op, problem.m, 0, problem.k, problem.x_dtype, **{name: getattr(problem, name) for name in facts})
-
-
-def _int8(problem: Problem) -> Problem:
-    return replace(_rows(problem, "int8_linear_quantized"), n=problem.n, x_dtype=torch.int8)
-
-
-def _weight_only(problem: Problem) -> Problem:
-    """The launcher rounds larger batches to the dtype of the product before it chooses."""
-    from tilewright.kernels.int8_weight_only_linear.triton_swapped import CAST_ON_LOAD_M
-
-    return replace(problem, x_dtype=problem.multiply_dtype) if problem.m > CAST_ON_LOAD_M else problem
-
-
 def import_kernels() -> None:
     """Register every tunable kernel, whose names are then in ``TUNABLES``. Raises ImportError without Triton."""
-    for parts in _PARTS.values():
-        for name, _ in parts:
-            importlib.import_module(f"tilewright.kernels.{name}")
+    for card in cards():
+        for name, _ in card.kernel_modules:
+            importlib.import_module(name)
 
 
 def kernels_for(problem: Problem) -> Iterator[tuple[Tunable, Problem]]:
     """The tunable kernels behind an operator that take ``problem``, each with the problem that it is asked about."""
-    if importlib.util.find_spec("triton") is None:
+    card = card_of(problem.op)
+    if card is None or importlib.util.find_spec("triton") is None:
         return
-    for name, derive in _PARTS.get(problem.op, ()):
-        module = importlib.import_module(f"tilewright.kernels.{name}")
+    for name, derive in card.kernel_modules:
+        module = importlib.import_module(name)
         derived = derive(problem)
         if hasattr(module, "TUNED") and module.why_not(derived) is None:
             yield module.TUNED, derived

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewright.kernels import conv_ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.dispatch.packed import invalidate

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.kernels import ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.checks import check_vector
 from tilewright.kernels.formats import int8
 from tilewright.nn.quantized_linear import QuantizedLinear, check_linear, common_options, dtype_name, parse_dtype

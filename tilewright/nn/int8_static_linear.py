@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tilewright.kernels import conv_ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.nn.int8_linear import _Int8Weight

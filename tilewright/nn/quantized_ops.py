@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from tilewright.kernels import conv_ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.cpu.replay import recorded
 
 

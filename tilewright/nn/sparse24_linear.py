@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewright.kernels import ops  # noqa: F401  (registers torch.ops.tilewright)
 from tilewright.kernels.checks import INPUT_DTYPES, check_vector
 from tilewright.kernels.formats import int4, int8, sparse24
 from tilewright.nn.int4_linear import default_scale_dtype

@@ -2,7 +2,7 @@
 
 Once its linear layers are int8, a sentence encoder on a CPU spends a third of its time in PyTorch's attention, whose
 arithmetic is a fiftieth of the whole. The models of transformers look their attention up by a name in their config, so
-a converted model that says "sdpa" there is given the name of a function that calls ``kernels.attention_ops``, which
+a converted model that says "sdpa" there is given the name of a function that calls ``kernels.attention.call``, which
 computes the same, within float32 rounding. Everything else keeps the attention it has: another choice of the user, a
 model whose code asks whether the name is "sdpa", a GPU, training.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.kernels import attention_ops
+from tilewright.kernels.attention import call
 
 NAME = "tilewright"
 #: What it stands in for.
@@ -87,9 +87,9 @@ def attention_forward(
     if special or dropout or kwargs.get("output_attentions") or (causal and key.shape[2] != length):
         supports = False
     else:
-        supports = attention_ops.supports(query, key, value, attention_mask, causal)
+        supports = call.supports(query, key, value, attention_mask, causal)
     if supports:
-        y = attention_ops.attention(query, key, value, attention_mask, causal, scaling)
+        y = call.attention(query, key, value, attention_mask, causal, scaling)
         return y.transpose(1, 2).contiguous(), None
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     return ALL_ATTENTION_FUNCTIONS[REPLACED](module, query, key, value, attention_mask, **options)

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.conv_ops import CONV_OPERATORS
-from tilewright.kernels.dispatch.operator import NAMESPACE, Operator
-from tilewright.kernels.ops import OPERATORS
+from tilewright.kernels.dispatch.card import Card, cards
+from tilewright.kernels.dispatch.library import NAMESPACE
 
 
 def overload(name: str) -> Any:
@@ -28,21 +27,21 @@ def arguments_of(name: str) -> list[Any]:
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """For ``ExportedProgram.run_decompositions``: every operator of Tilewright, and no other."""
-    return {overload(name): _symbol(operator) for name, operator in {**OPERATORS, **CONV_OPERATORS}.items()}
+    return {overload(card.name): _symbol(card) for card in cards()}
 
 
-def _symbol(operator: Operator) -> Callable[..., Any]:
-    declared = arguments_of(operator.name)
+def _symbol(card: Card) -> Callable[..., Any]:
+    declared = arguments_of(card.name)
     defaults = {each.name: each.default_value for each in declared if each.has_default_value()}
     tensors = [each.name for each in declared if "Tensor" in str(each.type)]
 
     def decomposed(*args: Any, **kwargs: Any) -> Any:
         given = {**defaults, **dict(zip((each.name for each in declared), args, strict=False)), **kwargs}
-        result = operator.fake(given, operator.check(operator.name, given))
+        result = card.fake(given, card.check(card.name, given))
         inputs = [given[name] for name in tensors]
         attributes = {name: _attribute(value) for name, value in given.items() if name not in tensors}
         attributes = {name: value for name, value in attributes.items() if value is not None}
-        domain = f"{NAMESPACE}::{operator.name}"
+        domain = f"{NAMESPACE}::{card.name}"
         if isinstance(result, tuple):
             kinds, shapes = [each.dtype for each in result], [each.shape for each in result]
             return tuple(

@@ -16,13 +16,12 @@ from tilewright.deploy.onnx.symbols import overload
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.conv2d import reference as conv_reference
 from tilewright.kernels.conv_geometry import check_geometry, oihw, pad_image
-from tilewright.kernels.conv_ops import CONV_OPERATORS
+from tilewright.kernels.dispatch.card import REFERENCE, cards
 from tilewright.kernels.dispatch.router import implementations
 from tilewright.kernels.epilogue import finish
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int8_conv2d import reference as int8_conv_reference
 from tilewright.kernels.norm_quantize import reference as norm_reference
-from tilewright.kernels.ops import OPERATORS
 from tilewright.kernels.quantize.reference import quantize_per_row
 
 Tensor = torch.Tensor
@@ -176,7 +175,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         "int8_conv2d_fused": int8_conv2d_fused,
     }
     # The others are their definitions as they stand.
-    for name in {**OPERATORS, **CONV_OPERATORS}:
-        definition = next(each for each in implementations(name) if each.name == "reference")
-        functions.setdefault(name, definition.function)
+    for card in cards():
+        definition = next(each for each in implementations(card.name) if each.name == REFERENCE)
+        functions.setdefault(card.name, definition.function)
     return {overload(name): function for name, function in functions.items()}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.dispatch.operator import NAMESPACE
+from tilewright.kernels.dispatch.library import NAMESPACE
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import finish_rows
-from tilewright.kernels.formats import sparse24
-from tilewright.kernels.gradients import dequantized_weight
+from tilewright.kernels.formats import int4, sparse24
 
 #: Rows up to which a product that reads int4 is no slower than one in bfloat16 (384 x 384 to 4096 x 4096, two threads).
 SMALL_INT4_BATCH = 16
@@ -127,15 +125,9 @@ def prepare_int4(
     """``sparse24_int4_linear``, likewise."""
 
     def make() -> torch.Tensor:
-        arguments: dict[str, Any] = {
-            "x": torch.empty(0, k),
-            "weight_values": weight_values,
-            "weight_meta": weight_meta,
-            "weight_scale": weight_scale,
-            "weight_zero": weight_zero,
-            "group_size": group_size,
-        }
-        return _reorder(dequantized_weight(arguments))
+        size = sparse24.kept_group_size(k, group_size)
+        values = int4.dequantize(weight_values, weight_scale, weight_zero, size, sparse24.kept_count(k))
+        return _reorder(sparse24.unpack(values, weight_meta, k))
 
     layout = f"2:4 int4 dequantised for oneDNN, {k} columns in groups of {group_size}"
     weight = packed(weight_values, layout, make, weight_meta, weight_scale, weight_zero)

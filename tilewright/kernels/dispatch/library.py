@@ -1,4 +1,4 @@
-"""How an operator ``tilewright::*`` is registered with ``torch.library``: the only place that does.
+"""How the operator of a card is registered with ``torch.library``: the only place that does.
 
 Each operator has one kernel for every device, which checks its arguments and asks the router who serves the call; a
 fake kernel; an autograd formula; and, where it has one, an autocast rule. Calls that repeat on a CPU take a short cut,
@@ -7,48 +7,32 @@ before anything of autograd where no gradient is asked for (``Repeats``).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tilewright.kernels.dispatch.card import Arguments, Card, add
 from tilewright.kernels.dispatch.layers import Repeats, can_bypass_dispatcher
-from tilewright.kernels.dispatch.router import on_invalidate
+from tilewright.kernels.dispatch.router import on_invalidate, register, route, route_call
 
 NAMESPACE = "tilewright"
 #: Calls of one operator, by shapes and dtypes, whose implementation is remembered.
 _REMEMBERED = 4096
-Arguments = Mapping[str, Any]
 Binder = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]
-Gradients = Callable[[torch.Tensor, Arguments, frozenset[str]], Mapping[str, "torch.Tensor | None"]]
 
 
-@dataclass(frozen=True)
-class Operator:
-    """name, schema without the name; check: raises for bad arguments and returns what ``fake`` wants to know of them;
-    implementation: checks likewise, and returns the function that serves the call; fake: the outputs' shapes and
-    dtypes. autocast: arguments that are cast to the autocast dtype where they are float, without any there is no rule.
-    differentiable: arguments with a gradient, which ``gradients`` returns by name for (gradient of the output,
-    arguments, those of ``differentiable`` that are wanted). prepare: from the arguments of a call to the function of x
-    and the residual that serves calls like it, for as long as the other arguments stay; None where there is none.
+def define(card: Card) -> None:
+    """Register the operator of ``card`` for CPU and CUDA tensors, and its implementations with the router.
+
+    Raises ValueError for a name that is taken.
     """
-
-    name: str
-    schema: str
-    check: Callable[[str, Arguments], Any]
-    implementation: Callable[[str, Arguments], Callable[..., Any]]
-    fake: Callable[[Arguments, Any], Any]
-    autocast: tuple[str, ...] = ()
-    differentiable: tuple[str, ...] = ()
-    gradients: Gradients | None = None
-    prepare: Callable[[Arguments], Callable[..., Any] | None] | None = None
-
-
-def define(operator: Operator) -> None:
-    """Register ``operator`` for CPU and CUDA tensors."""
-    name = operator.name
-    _library.define(name + operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    add(card)
+    for way in card.implementations:
+        register(way.of(card))
+    name = card.name
+    _library.define(name + card.schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     declared = overload._schema.arguments
     positional = tuple(argument.name for argument in declared if not argument.kwarg_only)
@@ -60,7 +44,7 @@ def define(operator: Operator) -> None:
     dispatched: dict[tuple[Any, ...], Callable[..., Any]] = {}
     on_invalidate(dispatched.clear)
     residual = positional.index("residual") if "residual" in positional else len(positional)
-    repeats = None if operator.prepare is None else Repeats(residual, operator.prepare, bind)
+    repeats = Repeats(residual, functools.partial(_prepare, card), bind) if card.remembered else None
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if repeats is not None and args[0].is_cpu and (call := repeats.find(args, kwargs)) is not None:
@@ -73,7 +57,8 @@ def define(operator: Operator) -> None:
         key = (*map(_signature, args), *[(name, _signature(value)) for name, value in kwargs.items()])
         function = dispatched.get(key)
         if function is None:
-            function = operator.implementation(name, arguments)
+            problem = card.problem(name, arguments, card.check(name, arguments))
+            function = route_call(problem).implementation.function
             if len(dispatched) >= _REMEMBERED:
                 dispatched.clear()
             dispatched[key] = function
@@ -81,15 +66,15 @@ def define(operator: Operator) -> None:
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         arguments = bind(args, kwargs)
-        return operator.fake(arguments, operator.check(name, arguments))
+        return card.fake(arguments, card.check(name, arguments))
 
     for device in ("CPU", "CUDA"):
         _library.impl(name, kernel, device)
-        if operator.autocast:
-            cast = _autocast(overload, bind, device.lower(), operator.autocast)
+        if card.autocast:
+            cast = _autocast(overload, bind, device.lower(), card.autocast)
             _library.impl(name, cast, "Autocast" + device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    formula = _register_autograd(operator, overload, positional, bind)
+    formula = _register_autograd(card, overload, positional, bind)
     general = None if repeats is None else _autograd_kernel(overload, *formula)
     if repeats is None or general is None:
         return
@@ -106,6 +91,16 @@ def define(operator: Operator) -> None:
         return general(keyset, *args, **kwargs)
 
     _library.impl(name, before_autograd, "AutogradCPU", with_keyset=True)
+
+
+def _prepare(card: Card, arguments: Arguments) -> Callable[..., Any] | None:
+    """The function of x and the residual that serves calls like this one, if its implementation has such a thing."""
+    prepare = route(card.problem(card.name, arguments, card.check(card.name, arguments))).implementation.prepared
+    if prepare is None:
+        return None
+    given = {name: value for name, value in arguments.items() if name not in ("x", "residual")}
+    # An int4 weight does not say how many of the nibbles in its last words are columns.
+    return prepare(**given, **({"k": arguments["x"].shape[-1]} if "weight_packed" in given else {}))
 
 
 def _autograd_kernel(
@@ -144,7 +139,7 @@ def _autocast(overload: Any, bind: Binder, device: str, names: tuple[str, ...]) 
 
 
 def _register_autograd(
-    operator: Operator, overload: Any, positional: tuple[str, ...], bind: Binder
+    card: Card, overload: Any, positional: tuple[str, ...], bind: Binder
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Returns the formula: what goes back, and what it keeps."""
 
@@ -157,15 +152,15 @@ def _register_autograd(
         ctx.save_for_backward(*(arguments[name] for name in ctx.tensor_names))
 
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if operator.gradients is None or not operator.differentiable:
-            raise RuntimeError(f"{NAMESPACE}::{operator.name} is for inference: it has no gradient")
+        if card.gradients is None or not card.differentiable:
+            raise RuntimeError(f"{NAMESPACE}::{card.name} is for inference: it has no gradient")
         arguments = {**ctx.others, **dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True))}
         required = frozenset(
             name
             for name, needed in zip(positional, ctx.needs_input_grad, strict=False)
-            if needed and name in operator.differentiable
+            if needed and name in card.differentiable
         )
-        found = operator.gradients(grads[0], arguments, required)
+        found = card.gradients(grads[0], arguments, required)
         return tuple(found.get(name) for name in positional)
 
     torch.library.register_autograd(overload, backward, setup_context=setup_context, lib=_library)

@@ -1,0 +1,50 @@
+"""``attention`` in place of ``scaled_dot_product_attention``: whether it may be, and the short way to it."""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.kernels.attention.operator import why_not_shapes
+from tilewright.kernels.dispatch.layers import can_bypass_dispatcher, profiler_enabled
+from tilewright.kernels.dispatch.router import resolve
+
+
+def supports(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> bool:
+    """Whether ``attention`` may stand in for ``scaled_dot_product_attention``: float32 inference on a CPU that nobody
+    differentiates, exports, casts or batches, of arguments that both take.
+    """
+    given = [query, key, value] if mask is None else [query, key, value, mask]
+    for tensor in given:
+        if tensor.device.type != "cpu" or (tensor.requires_grad and torch.is_grad_enabled()):
+            return False
+    if any(t.dim() != 4 or t.dtype != torch.float32 for t in (query, key, value)) or torch.is_autocast_enabled("cpu"):
+        return False
+    if why_not_shapes(query, key, value):
+        return False
+    if mask is not None:
+        full = (*query.shape[:3], key.shape[2])
+        if causal or mask.dim() > 4 or mask.dtype not in (torch.bool, torch.float32):
+            return False
+        if any(size not in (1, required) for size, required in zip(mask.shape[::-1], full[::-1], strict=False)):
+            return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return can_bypass_dispatcher(query, profiler=True)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """See ``attention.reference``; for arguments that ``supports`` has accepted."""
+    if torch.compiler.is_compiling() or profiler_enabled():
+        return torch.ops.tilewright.attention(query, key, value, mask, causal, scale)
+    batch, heads, queries, width = query.shape
+    function = resolve("attention", batch * heads * queries, key.shape[2], width, query.dtype, query.device)
+    return function(query, key, value, mask, causal, scale)

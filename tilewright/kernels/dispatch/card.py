@@ -1,0 +1,207 @@
+"""The card of an operator: all that is said of it, in one place.
+
+``kernels/<operator>/operator.py`` holds the cards of its folder and is found by its name: the operator's schema, what
+it demands of its arguments, the problem that a call poses, sample arguments, implementations in order of preference,
+tuned kernels. Whatever goes through all operators reads it off ``cards()``.
+
+Implementations and kernels are named by strings, ".module:function" in the card's own package, so that a card imports
+neither Triton nor a kernel:
+
+    CARD = Card(
+        "int8_linear",
+        __package__,
+        "(Tensor x, ...) -> Tensor",
+        ...
+        implementations=(
+            on_gpu("Triton, tiles", ".triton_tile"),
+            on_cpu("C kernel", ".cpu:native_int8_linear", ".cpu:why_not_native", prepare=".cpu:prepare_int8"),
+            everywhere("reference", ".reference"),
+        ),
+    )
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import Implementation
+from tilewright.kernels.formats.weight import Draw, WeightFormat
+
+Arguments = Mapping[str, Any]
+Gradients = Callable[[torch.Tensor, Arguments, frozenset[str]], Mapping[str, "torch.Tensor | None"]]
+#: The last implementation of each operator: the definition, right everywhere, and slow.
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Way:
+    """An implementation as a card names it: see ``on_cpu``, ``on_gpu`` and ``everywhere``. device: where it runs."""
+
+    name: str
+    target: str
+    device: str = ""
+    why_not: str | None = None
+    prepare: str | None = None
+    handed_on: str | None = None
+
+    def of(self, card: Card) -> Implementation:
+        """The implementation of the card's operator; paths without a function mean the one named like it."""
+        absolute = functools.partial(_absolute, card)
+        prepare = None if self.prepare is None else absolute(self.prepare)
+        handed_on = None if self.handed_on is None else _late(absolute(self.handed_on))
+        return Implementation(self.name, card.name, self._declining(card), absolute(self.target), prepare, handed_on)
+
+    def _declining(self, card: Card) -> Callable[[Problem], str | None]:
+        own = None if self.why_not is None else _late(_absolute(card, self.why_not))
+
+        def why_not(problem: Problem) -> str | None:
+            if self.device and problem.device != self.device:
+                where = "the CPU" if self.device == "cpu" else "a GPU"
+                return f"runs on {where}, not on {problem.device}"
+            # The module may import Triton, so it must not be touched where there is none.
+            if self.device == "cuda" and importlib.util.find_spec("triton") is None:
+                return "Triton is not installed"
+            return None if own is None else own(problem)
+
+        return why_not
+
+
+def on_cpu(name: str, target: str, why_not: str | None = None, prepare: str | None = None) -> Way:
+    """An implementation on a CPU. why_not: by default the function of that name beside ``target``. prepare: see
+    ``Implementation``.
+    """
+    return Way(name, target, "cpu", why_not or _beside(target), prepare)
+
+
+def on_gpu(name: str, module: str) -> Way:
+    """The function named like the operator, and ``why_not``, of a module that needs Triton."""
+    return Way(name, module, "cuda", _beside(module))
+
+
+def everywhere(
+    name: str, target: str, why_not: str | None = None, prepare: str | None = None, handed_on: str | None = None
+) -> Way:
+    """An implementation for every device; without ``why_not`` it takes every problem."""
+    return Way(name, target, "", why_not, prepare, handed_on)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A tuned Triton kernel behind an operator. module: as in a card. problem: that the kernel is asked about, from the
+    operator's.
+    """
+
+    module: str
+    problem: Callable[[Problem], Problem] = lambda problem: problem
+
+
+@dataclass(frozen=True)
+class Card:
+    """One operator ``tilewright::name``.
+
+    package: of its folder. schema: without the name. check: raises for bad arguments and returns what ``problem`` and
+    ``fake`` want to know of them. problem: what the router is asked, for (name, arguments, what ``check`` returned).
+    fake: the outputs' shapes and dtypes. sample: random arguments that pose a problem; meta tensors where ``Draw``
+    makes such. example: a small problem. implementations: most preferred first, the definition last. kernels: what
+    there is to tune behind them.
+
+    autocast: arguments that are cast to the autocast dtype where they are float, without any there is no rule.
+    differentiable: arguments with a gradient, which ``gradients`` returns by name for (gradient of the output,
+    arguments, those of ``differentiable`` that are needed). remembered: a compiled graph's calls that repeat go
+    straight to what the implementation prepared. weight: the format of a linear operator's.
+    """
+
+    name: str
+    package: str
+    schema: str
+    check: Callable[[str, Arguments], Any]
+    problem: Callable[[str, Arguments, Any], Problem]
+    fake: Callable[[Arguments, Any], Any]
+    sample: Callable[[Problem, Draw], dict[str, Any]]
+    example: Problem
+    implementations: tuple[Way, ...]
+    kernels: tuple[Kernel, ...] = ()
+    autocast: tuple[str, ...] = ()
+    differentiable: tuple[str, ...] = ()
+    gradients: Gradients | None = None
+    remembered: bool = False
+    weight: type[WeightFormat] | None = None
+
+    @property
+    def kernel_modules(self) -> Iterator[tuple[str, Callable[[Problem], Problem]]]:
+        """The modules of ``kernels``, and the problem that each is asked about. Importing one imports Triton."""
+        return ((importlib.util.resolve_name(kernel.module, self.package), kernel.problem) for kernel in self.kernels)
+
+
+def _absolute(card: Card, path: str) -> str:
+    """``path`` in a card's package as "module:function", the function named like the operator if none is given."""
+    module, _, function = path.partition(":")
+    return f"{importlib.util.resolve_name(module, card.package)}:{function or card.name}"
+
+
+def _beside(target: str) -> str:
+    return f"{target.partition(':')[0]}:why_not"
+
+
+def _late(path: str) -> Callable[..., Any]:
+    """The function at "module:function", imported when it is first called."""
+
+    def call(*args: Any) -> Any:
+        module, _, function = path.partition(":")
+        return getattr(importlib.import_module(module), function)(*args)
+
+    return call
+
+
+_cards: dict[str, Card] = {}
+
+
+def add(card: Card) -> None:
+    """Make a card known. Raises ValueError if there is one of its operator."""
+    if card.name in _cards:
+        raise ValueError(f"there is a card of the operator {card.name!r} already")
+    _cards[card.name] = card
+
+
+def cards() -> tuple[Card, ...]:
+    """The cards of all operators."""
+    return tuple(_cards.values())
+
+
+def card_of(op: str) -> Card | None:
+    """The card of an operator; None for one that is not known by a card."""
+    return _cards.get(op)
+
+
+def make_arguments(problem: Problem, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Random arguments of ``problem.op`` by name, drawn from ``seed`` on ``device``; "meta" gives tensors without
+    memory.
+
+    ``problem.aligned`` false: the rows of x begin where no 16-byte load can. Raises ValueError for an operator without
+    a card.
+    """
+    card = card_of(problem.op)
+    if card is None:
+        raise ValueError(f"there are no sample arguments for the operator {problem.op!r}")
+    found = card.sample(problem, Draw(device, seed))
+    if not problem.aligned:
+        x = found["x"]
+        found["x"] = x.new_empty(len(x), problem.k + 1)[:, 1:].copy_(x)
+    return found
+
+
+def folders(package: str) -> Iterator[str]:
+    """Modules ``operator`` in the folders of a package, in alphabetical order: where cards are."""
+    spec = importlib.util.find_spec(package)
+    for home in () if spec is None else spec.submodule_search_locations or ():
+        for file in sorted(Path(home).glob("*/operator.py")):
+            yield f"{package}.{file.parent.name}.operator"

@@ -1,0 +1,145 @@
+"""The cards of ``int8_conv2d_fused`` and of ``quantize_per_tensor``, which makes its input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from tilewright.kernels import convolution
+from tilewright.kernels.checks import SCALE_DTYPES, check_input, check_vector
+from tilewright.kernels.conv_geometry import ConvGeometry, empty_channels_last
+from tilewright.kernels.convolution import INTEGERS
+from tilewright.kernels.dispatch.card import Arguments, Card, everywhere, on_cpu, on_gpu
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.formats.weight import Draw
+
+
+def _check_scale(op: str, name: str, value: float | None) -> None:
+    """``value``, if given, is positive and finite."""
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} must be positive and finite, not {value}")
+
+
+# ---- int8_conv2d_fused
+def _check(op: str, arguments: Arguments) -> tuple[ConvGeometry, torch.dtype]:
+    x, weight, residual = (arguments[name] for name in ("x", "weight", "residual"))
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{op}: x must be int8 or uint8, not {x.dtype}")
+    if weight.dtype != torch.int8:
+        raise TypeError(f"{op}: weight must be int8, not {weight.dtype}")
+    geometry = convolution.check_window(op, arguments)
+    if arguments["weight_scale"].dtype != torch.float32:
+        raise TypeError(f"{op}: weight_scale must be float32, not {arguments['weight_scale'].dtype}")
+    check_vector(op, "weight_scale", arguments["weight_scale"], geometry.out_channels)
+    if residual is not None and residual.dtype not in (*INTEGERS, *SCALE_DTYPES):
+        raise TypeError(f"{op}: residual must be int8, uint8, float16, bfloat16 or float32, not {residual.dtype}")
+    for name in ("x_scale", "residual_scale", "out_scale"):
+        _check_scale(op, name, arguments[name])
+    return geometry, _out_dtype(op, arguments)
+
+
+def _out_dtype(op: str, arguments: Arguments) -> torch.dtype:
+    dtype: torch.dtype | None = arguments["out_dtype"]
+    quantized = arguments["out_scale"] is not None
+    if dtype is None:
+        return torch.int8 if quantized else torch.float32
+    allowed = INTEGERS if quantized else SCALE_DTYPES
+    if dtype not in allowed:
+        names = ", ".join(str(each).removeprefix("torch.") for each in allowed)
+        raise TypeError(
+            f"{op}: out_dtype must be one of {names} {'with' if quantized else 'without'} out_scale: {dtype}"
+        )
+    return dtype
+
+
+def _problem(op: str, arguments: Arguments, checked: tuple[ConvGeometry, torch.dtype]) -> Problem:
+    return convolution.posed(op, arguments, *checked)
+
+
+def _fake(arguments: Arguments, checked: tuple[ConvGeometry, torch.dtype]) -> torch.Tensor:
+    geometry, dtype = checked
+    return empty_channels_last(geometry.out_shape, dtype, arguments["x"].device)
+
+
+def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
+    sizes, x = convolution.sizes_of(problem), convolution.input_of(problem, draw)
+    out_dtype = problem.out_dtype or problem.x_dtype
+    return {
+        "x": x,
+        "x_scale": 1 / 73,
+        "weight": draw.integers(-127, 128, sizes.out_channels, *sizes.kernel, sizes.group_channels, dtype=torch.int8),
+        "weight_scale": draw.positive(sizes.out_channels) * (convolution.spread_of(problem) / 73),
+        **convolution.rest_of(problem, draw),
+        "out_scale": None if out_dtype.is_floating_point else 1 / 40,
+        "out_dtype": out_dtype,
+    }
+
+
+# ---- quantize_per_tensor
+def _check_quantize(op: str, arguments: Arguments) -> torch.dtype:
+    check_input(op, arguments["x"])
+    _check_scale(op, "scale", arguments["scale"])
+    dtype: torch.dtype = arguments["out_dtype"] or torch.int8
+    if dtype not in INTEGERS:
+        raise TypeError(f"{op}: out_dtype must be int8 or uint8, not {dtype}")
+    return dtype
+
+
+def _quantize_problem(op: str, arguments: Arguments, dtype: torch.dtype) -> Problem:
+    x = arguments["x"]
+    k = x.shape[-1] if x.dim() else 1
+    return Problem(op, x.numel() // max(k, 1), 0, k, x.dtype, out_dtype=dtype, **device_facts(x.device))
+
+
+def _fake_quantize(arguments: Arguments, dtype: torch.dtype) -> torch.Tensor:
+    x = arguments["x"]
+    if x.dim() == 4:
+        return empty_channels_last(x.shape, dtype, x.device)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _sample_quantize(problem: Problem, draw: Draw) -> dict[str, Any]:
+    return {"x": draw.normal(problem.m, problem.k, dtype=problem.x_dtype), "scale": 1 / 40}
+
+
+CARDS = (
+    Card(
+        "int8_conv2d_fused",
+        __package__,
+        "(Tensor x, float x_scale, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? residual=None, "
+        f"float residual_scale=1.0, {convolution.WINDOW}, {convolution.ACTIVATION}, float? out_scale=None, "
+        "ScalarType? out_dtype=None, bool x_nonnegative=False) -> Tensor",
+        _check,
+        _problem,
+        _fake,
+        _sample,
+        convolution.example("int8_conv2d_fused", torch.int8),
+        implementations=(
+            on_gpu("Triton, 1 x 1", "..conv2d.triton_pointwise"),
+            on_gpu("Triton, depthwise", "..conv2d.triton_depthwise"),
+            on_gpu("Triton, few channels", "..conv2d.triton_stem"),
+            on_gpu("Triton, implicit product", "..conv2d.triton_implicit"),
+            on_cpu("C", ".cpu"),
+            on_cpu("oneDNN", ".cpu:onednn_int8_conv2d_fused", ".cpu:why_not_onednn"),
+            everywhere("reference", ".reference"),
+        ),
+        kernels=convolution.KERNELS,
+    ),
+    Card(
+        "quantize_per_tensor",
+        __package__,
+        "(Tensor x, float scale, ScalarType? out_dtype=None) -> Tensor",
+        _check_quantize,
+        _quantize_problem,
+        _fake_quantize,
+        _sample_quantize,
+        Problem("quantize_per_tensor", 5, 0, 96, torch.float32, out_dtype=torch.int8),
+        implementations=(
+            on_gpu("Triton", ".triton_quantize"),
+            on_cpu("C", ".cpu", ".cpu:why_not_quantize"),
+            everywhere("reference", ".reference"),
+        ),
+    ),
+)

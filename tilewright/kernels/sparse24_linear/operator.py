@@ -1,0 +1,67 @@
+"""The cards of linear layers on 2:4 weights, with float, int8 and int4 values."""
+
+from __future__ import annotations
+
+from tilewright.kernels.dispatch.card import Way, everywhere, on_cpu, on_gpu
+from tilewright.kernels.formats.int8 import Int8
+from tilewright.kernels.formats.sparse24 import Sparse24
+from tilewright.kernels.formats.weight import Float
+from tilewright.kernels.linear import ACTIVATION, END, int4_weight, linear_card
+
+_UNPACK = on_gpu("Triton, unpacked in registers", ".triton_unpack")
+_FRAGMENTS = on_gpu("Triton, mma.sp", ".triton_fragments")
+_LIBRARY = on_gpu("cuSPARSELt", ".cusparselt")
+
+
+def _unpacked(kind: str) -> Way:
+    return everywhere(
+        "unpacked once, then dense",
+        ".dense",
+        ".dense:why_not",
+        prepare=f".dense:prepare_{kind}",
+        handed_on=".dense:handed_on",
+    )
+
+
+CARDS = (
+    linear_card(
+        "sparse24_linear",
+        __package__,
+        f"(Tensor x, Tensor weight_values, Tensor weight_meta, {END}, {ACTIVATION}, ScalarType? compute_dtype=None) "
+        "-> Tensor",
+        Sparse24,
+        lambda problem: Sparse24(Float(problem.multiply_dtype)),
+        (
+            _FRAGMENTS,
+            _UNPACK,
+            _LIBRARY,
+            on_cpu("C kernel, 2:4", ".compressed", prepare=".compressed:prepare_float"),
+            on_cpu("unpacked once for oneDNN", ".cpu", prepare=".cpu:prepare_float"),
+            _unpacked("float"),
+            everywhere("reference", ".reference"),
+        ),
+    ),
+    linear_card(
+        "sparse24_int8_linear",
+        __package__,
+        f"(Tensor x, Tensor weight_values, Tensor weight_meta, Tensor weight_scale, {END}, {ACTIVATION}, "
+        "Tensor? channel_scale=None) -> Tensor",
+        Sparse24,
+        lambda problem: Sparse24(Int8()),
+        (_FRAGMENTS, _UNPACK, _LIBRARY, _unpacked("int8"), everywhere("reference", ".reference")),
+    ),
+    linear_card(
+        "sparse24_int4_linear",
+        __package__,
+        "(Tensor x, Tensor weight_values, Tensor weight_meta, Tensor weight_scale, Tensor? weight_zero=None, "
+        f"{END}, *, int group_size, {ACTIVATION}, ScalarType? compute_dtype=None) -> Tensor",
+        Sparse24,
+        lambda problem: Sparse24(int4_weight(problem)),
+        (
+            _UNPACK,
+            on_cpu("unpacked once for oneDNN", ".cpu", prepare=".cpu:prepare_int4"),
+            _unpacked("int4"),
+            everywhere("reference", ".reference"),
+        ),
+    ),
+)
