@@ -41,14 +41,14 @@ def linear_card(
     package: str,
     schema: str,
     weight: type[WeightFormat],
-    sampled: Callable[[Problem], WeightFormat],
+    weight_of: Callable[[Problem], WeightFormat],
     implementations: Sequence[Way],
     kernels: Sequence[Kernel] = (),
     remembered: bool = False,
 ) -> Card:
     """The card of a linear operator on weights of a format.
 
-    sampled: the weight of a problem's sample. An operator whose rows come quantised has ``x_scale`` among its
+    weight_of: the very format in a problem. An operator whose rows come quantised has ``x_scale`` among its
     arguments, and no gradient for x.
     """
     quantized = "x_scale" in schema
@@ -60,7 +60,7 @@ def linear_card(
         functools.partial(_check, weight),
         _problem,
         _fake,
-        functools.partial(_sample, sampled, schema),
+        functools.partial(_sample, weight_of, schema),
         Problem(name, 5, 40, 96, torch.int8 if quantized else torch.float32, bias=True, activation="relu", **options),
         tuple(implementations),
         tuple(kernels),
@@ -68,7 +68,8 @@ def linear_card(
         differentiable=("bias", "residual") if quantized else ("x", "bias", "residual"),
         gradients=functools.partial(linear_gradients, weight),
         remembered=remembered,
-        weight=weight,
+        integer="compute_dtype" not in schema,
+        weight_of=weight_of,
     )
 
 
@@ -115,7 +116,7 @@ def _fake(arguments: Arguments, n: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], n), dtype=dtype)
 
 
-def _sample(sampled: Callable[[Problem], WeightFormat], schema: str, problem: Problem, draw: Draw) -> dict[str, Any]:
+def _sample(weight_of: Callable[[Problem], WeightFormat], schema: str, problem: Problem, draw: Draw) -> dict[str, Any]:
     """Sums are of order 1, as in a model whose activations are normalised. Scales and bias are of
     ``problem.scale_dtype`` where the operator lets them choose.
     """
@@ -129,7 +130,7 @@ def _sample(sampled: Callable[[Problem], WeightFormat], schema: str, problem: Pr
     options = {"group_size": problem.group_size or max(k, 1), "compute_dtype": problem.compute_dtype}
     return {
         **rows,
-        **sampled(problem).sample(draw, n, k),
+        **weight_of(problem).sample(draw, n, k),
         "bias": draw.normal(n, dtype=dtype) if problem.bias else None,
         "residual": draw.normal(m, n, dtype=dtype) if problem.residual else None,
         "activation": problem.activation,

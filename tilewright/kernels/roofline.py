@@ -8,7 +8,6 @@ Every tensor moves through memory once: what a format saves in bytes it can save
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.dispatch.card import card_of
 from tilewright.kernels.dispatch.problem import Problem
 
 
@@ -93,18 +93,13 @@ class Floor:
         return "memory" if self.memory >= self.compute else "compute"
 
 
-_INTEGER = ("int8_linear", "int8_linear_quantized", "int4_int8_linear", "int8_conv2d_fused")
-
-
-def weight_bytes(problem: Problem) -> float:
+def weight_bytes(problem: Problem) -> int:
     """Bytes of the weight with its scales and zero points, as the operator ``problem.op`` reads them."""
-    n, k = problem.n, problem.k
-    if problem.op.startswith("int4"):
-        groups = math.ceil(k / max(min(problem.group_size or k, k), 1))
-        return n * k / 2 + n * groups * (problem.scale_dtype.itemsize + (0 if problem.symmetric else 0.5))
-    if problem.op.startswith("int8"):
-        return n * k + 4 * n
-    return n * k * problem.x_dtype.itemsize
+    card = card_of(problem.op)
+    if card is not None and card.weight_of is not None:
+        return card.weight_of(problem).nbytes(problem.n, problem.k)
+    scales = 4 * problem.n if card is not None and card.integer else 0
+    return problem.n * problem.k * problem.x_dtype.itemsize + scales
 
 
 def floor(problem: Problem, ceilings: Ceilings) -> Floor:
@@ -125,7 +120,8 @@ def floor(problem: Problem, ceilings: Ceilings) -> Floor:
         sizes = problem.conv
         x_bytes = sizes.batch * sizes.in_channels * sizes.height * sizes.width * size
     moved = x_bytes + weight_bytes(problem) + m * n * out_size * (2 if problem.residual else 1)
-    multiplied = torch.int8 if problem.op in _INTEGER else problem.multiply_dtype
+    card = card_of(problem.op)
+    multiplied = torch.int8 if card is not None and card.integer else problem.multiply_dtype
     return Floor(moved / ceilings.bytes, 2 * m * n * k / ceilings.operations(multiplied))
 
 

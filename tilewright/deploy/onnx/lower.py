@@ -126,12 +126,23 @@ def _integer_product(place: Place, q: Any, scale: Any) -> Any:
     return place.write("Mul", [y, place["weight_scale"]], dtype=types.FLOAT)
 
 
-# ---- one function for each operator
+# ---- one function for each operator, named like it
+Lowering = Callable[[Place, int], None]
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def _lowering(function: Lowering) -> Lowering:
+    LOWERINGS[function.__name__.removeprefix("_")] = function
+    return function
+
+
+@_lowering
 def _int4_linear(place: Place, accuracy_level: int) -> None:
     k = place["x"].shape[-1]
     place.replace(_finished(place, _matmul_nbits(place, place["x"], k, accuracy_level)))
 
 
+@_lowering
 def _int4_int8_linear(place: Place, accuracy_level: int) -> None:
     types = place.ir.DataType
     q, scale = _rows_to_int8(place, place["x"], place["channel_scale"])
@@ -139,6 +150,7 @@ def _int4_int8_linear(place: Place, accuracy_level: int) -> None:
     place.replace(_finished(place, _matmul_nbits(place, rounded, place["x"].shape[-1], accuracy_level)))
 
 
+@_lowering
 def _int8_weight_only_linear(place: Place, accuracy_level: int) -> None:
     x = place["x"]
     weight = place.constant(place.name_of("weight", "weight_int8"), place.tensor("weight").t())
@@ -149,6 +161,7 @@ def _int8_weight_only_linear(place: Place, accuracy_level: int) -> None:
     place.replace(_finished(place, place.write("MatMul", [x, dequantized], dtype=x.dtype)))
 
 
+@_lowering
 def _int8_linear(place: Place, accuracy_level: int) -> None:
     q, scale = _rows_to_int8(place, place["x"], place["channel_scale"])
     place.replace(_finished(place, _integer_product(place, q, scale)))
@@ -159,6 +172,7 @@ def _dense(place: Place) -> torch.Tensor:
     return sparse24.unpack(place.tensor("weight_values"), place.tensor("weight_meta"), place["x"].shape[-1])
 
 
+@_lowering
 def _sparse24_linear(place: Place, accuracy_level: int) -> None:
     x, dense = place["x"], _dense(place)
     dense = dense.half() if x.dtype == place.ir.DataType.FLOAT16 else dense.float()
@@ -166,11 +180,13 @@ def _sparse24_linear(place: Place, accuracy_level: int) -> None:
     place.replace(_finished(place, place.write("MatMul", [x, weight], dtype=x.dtype)))
 
 
+@_lowering
 def _sparse24_int8_linear(place: Place, accuracy_level: int) -> None:
     place.arguments["weight"] = place.constant(place.name_of("weight_values", "weight"), _dense(place))
     _int8_linear(place, accuracy_level)
 
 
+@_lowering
 def _sparse24_int4_linear(place: Place, accuracy_level: int) -> None:
     weight_zero = None if place["weight_zero"] is None else place.tensor("weight_zero")
     values, meta = place.tensor("weight_values"), place.tensor("weight_meta")
@@ -180,6 +196,7 @@ def _sparse24_int4_linear(place: Place, accuracy_level: int) -> None:
     _int4_linear(place, accuracy_level)
 
 
+@_lowering
 def _int8_linear_quantized(place: Place, accuracy_level: int) -> None:
     types = place.ir.DataType
     if (static := _expanded(place["x_scale"])) is not None:
@@ -200,6 +217,7 @@ def _expanded(scale: Any) -> Any:
     return scale if scale.const_value is not None and not scale.shape else None
 
 
+@_lowering
 def _quantize_per_row(place: Place, accuracy_level: int) -> None:
     q, scale = _rows_to_int8(place, place["x"], place["channel_scale"])
     last = place.constant("last_axis", [-1], place.ir.DataType.INT64)
@@ -215,6 +233,7 @@ def _zero_point(place: Place, dtype: Any) -> Any:
     return place.constant("zero_point", 128 if dtype == place.ir.DataType.UINT8 else 0, dtype)
 
 
+@_lowering
 def _quantize_per_tensor(place: Place, accuracy_level: int) -> None:
     place.replace(_quantized(place, place["x"], place["scale"]))
 
@@ -253,6 +272,7 @@ def _after_conv(place: Place, y: Any, residual: Any) -> Any:
     return _activated(place, y, place["activation"], place["negative_slope"])
 
 
+@_lowering
 def _conv2d_fused(place: Place, accuracy_level: int) -> None:
     x = place["x"]
     oihw = place.constant(place.name_of("weight", "weight_oihw"), place.tensor("weight").permute(0, 3, 1, 2))
@@ -261,6 +281,7 @@ def _conv2d_fused(place: Place, accuracy_level: int) -> None:
     place.replace(_after_conv(place, _conv(place, x, oihw, bias), residual))
 
 
+@_lowering
 def _sparse24_conv2d_fused(place: Place, accuracy_level: int) -> None:
     (height, width), channels = place["kernel_size"], place["x"].shape[1] // place["groups"]
     dense = sparse24.unpack(place.tensor("weight_values"), place.tensor("weight_meta"), channels)
@@ -270,6 +291,7 @@ def _sparse24_conv2d_fused(place: Place, accuracy_level: int) -> None:
     _conv2d_fused(place, accuracy_level)
 
 
+@_lowering
 def _int8_conv2d_fused(place: Place, accuracy_level: int) -> None:
     types = place.ir.DataType
     scale = place.tensor("weight_scale")
@@ -294,23 +316,6 @@ def _int8_conv2d_fused(place: Place, accuracy_level: int) -> None:
         place.replace(place.cast(y, place.node.outputs[0].dtype))
     else:
         place.replace(_quantized(place, y, place["out_scale"]))
-
-
-LOWERINGS: dict[str, Callable[[Place, int], None]] = {
-    "int4_linear": _int4_linear,
-    "int4_int8_linear": _int4_int8_linear,
-    "int8_linear": _int8_linear,
-    "int8_linear_quantized": _int8_linear_quantized,
-    "int8_weight_only_linear": _int8_weight_only_linear,
-    "quantize_per_row": _quantize_per_row,
-    "quantize_per_tensor": _quantize_per_tensor,
-    "conv2d_fused": _conv2d_fused,
-    "int8_conv2d_fused": _int8_conv2d_fused,
-    "sparse24_linear": _sparse24_linear,
-    "sparse24_int8_linear": _sparse24_int8_linear,
-    "sparse24_int4_linear": _sparse24_int4_linear,
-    "sparse24_conv2d_fused": _sparse24_conv2d_fused,
-}
 
 
 def lower(ir: Any, model: Any, accuracy_level: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.kernels.cpu import native
+from tilewright.kernels.dispatch.card import card_of
 from tilewright.kernels.dispatch.problem import Problem
 
 TABLE = Path(__file__).with_name("choices.csv")
@@ -56,7 +57,8 @@ def _table() -> dict[tuple[str, str, str], list[Timed]]:
 
 def multiplied(problem: Problem) -> str:
     """The dtype that is multiplied, as the table names it."""
-    name = problem.multiply_dtype if problem.op in ("int4_linear", "int8_weight_only_linear") else "int8"
+    card = card_of(problem.op)
+    name = "int8" if card is None or card.integer else problem.multiply_dtype
     return str(name).removeprefix("torch.")
 
 

@@ -117,7 +117,8 @@ class Card:
     autocast: arguments that are cast to the autocast dtype where they are float, without any there is no rule.
     differentiable: arguments with a gradient, which ``gradients`` returns by name for (gradient of the output,
     arguments, those of ``differentiable`` that are needed). remembered: a compiled graph's calls that repeat go
-    straight to what the implementation prepared. weight: the format of a linear operator's.
+    straight to what the implementation prepared.
+    integer: it multiplies integers. weight_of: the format of a linear operator's weight in a problem.
     """
 
     name: str
@@ -134,7 +135,8 @@ class Card:
     differentiable: tuple[str, ...] = ()
     gradients: Gradients | None = None
     remembered: bool = False
-    weight: type[WeightFormat] | None = None
+    integer: bool = False
+    weight_of: Callable[[Problem], WeightFormat] | None = None
 
     @property
     def kernel_modules(self) -> Iterator[tuple[str, Callable[[Problem], Problem]]]:

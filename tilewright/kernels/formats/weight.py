@@ -141,6 +141,8 @@ class WeightFormat(ABC):
     @classmethod
     def check_scales(cls, op: str, arguments: Mapping[str, Any], n: int, k: int) -> None:
         """The other operands fit a weight [``n``, ``k``]."""
+        if not cls.NAMES[1:]:
+            return
         specs = cls.of_arguments(arguments, k).operands(n, k)
         for name in cls.NAMES[1:]:
             if name in specs:

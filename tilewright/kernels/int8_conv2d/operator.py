@@ -126,6 +126,7 @@ CARDS = (
             everywhere("reference", ".reference"),
         ),
         kernels=convolution.KERNELS,
+        integer=True,
     ),
     Card(
         "quantize_per_tensor",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tilewright.kernels.dispatch.card import Way, everywhere, on_cpu, on_gpu
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.int8 import Int8
-from tilewright.kernels.formats.sparse24 import Sparse24
+from tilewright.kernels.formats.sparse24 import Sparse24, kept_group_size
 from tilewright.kernels.formats.weight import Float
 from tilewright.kernels.linear import ACTIVATION, END, int4_weight, linear_card
 
@@ -21,6 +24,11 @@ def _unpacked(kind: str) -> Way:
         prepare=f".dense:prepare_{kind}",
         handed_on=".dense:handed_on",
     )
+
+
+def _int4_values(problem: Problem) -> Sparse24:
+    kept = kept_group_size(problem.k, problem.group_size or max(problem.k, 1))
+    return Sparse24(replace(int4_weight(problem), group_size=kept))
 
 
 CARDS = (
@@ -56,7 +64,7 @@ CARDS = (
         "(Tensor x, Tensor weight_values, Tensor weight_meta, Tensor weight_scale, Tensor? weight_zero=None, "
         f"{END}, *, int group_size, {ACTIVATION}, ScalarType? compute_dtype=None) -> Tensor",
         Sparse24,
-        lambda problem: Sparse24(int4_weight(problem)),
+        _int4_values,
         (
             _UNPACK,
             on_cpu("unpacked once for oneDNN", ".cpu", prepare=".cpu:prepare_int4"),
