@@ -15,7 +15,7 @@ import torch
 
 from tilewright.kernels.dispatch.card import Arguments, Card, add
 from tilewright.kernels.dispatch.layers import Repeats, can_bypass_dispatcher
-from tilewright.kernels.dispatch.router import on_invalidate, register, route, route_call
+from tilewright.kernels.dispatch.router import on_invalidate, register, route_call
 
 NAMESPACE = "tilewright"
 #: Calls of one operator, by shapes and dtypes, whose implementation is remembered.
@@ -95,7 +95,8 @@ def define(card: Card) -> None:
 
 def _prepare(card: Card, arguments: Arguments) -> Callable[..., Any] | None:
     """The function of x and the residual that serves calls like this one, if its implementation has such a thing."""
-    prepare = route(card.problem(card.name, arguments, card.check(card.name, arguments))).implementation.prepared
+    problem = card.problem(card.name, arguments, card.check(card.name, arguments))
+    prepare = route_call(problem).implementation.prepared
     if prepare is None:
         return None
     given = {name: value for name, value in arguments.items() if name not in ("x", "residual")}
