@@ -6,9 +6,11 @@
 #   DEMO_ARGS=--check       further arguments for the demo
 #   PERF_ARGS=--check       further arguments for `make perf`
 #   BENCH="linear conv"     the tables that `make bench` makes instead of timing the operators
+#   BASE=HEAD~1             what `make same` compares with; SAME_ARGS=--check, --only int8, ...
 #   MINUTES=8               what `make gpu` may take
 
 PYTHON ?= python3
+BASE ?= HEAD
 VENV ?= .venv
 TEST_WORKERS ?= 2
 MINUTES ?= 20
@@ -19,7 +21,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench perf compiled shortlist compat gpu clean
+.PHONY: help demo test test-slow lint format docs bench perf same compiled shortlist compat gpu clean
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -72,6 +74,10 @@ bench: $(STAMP)
 #: make perf       what int8 and int4 layers gain over float32 on this CPU; PERF_ARGS=--check compares with goals
 perf: $(STAMP)
 	$(BIN)/python -m bench.tables.speed $(PERF_ARGS)
+
+#: make same       time fourteen calls of this tree beside those of an older one, by default the last commit
+same: $(STAMP)
+	$(BIN)/python -m bench.same --base $(BASE) $(SAME_ARGS)
 
 #: make compiled   compile every kernel for every target, print what changed and rewrite bench/results/compiled.csv
 compiled: $(STAMP)

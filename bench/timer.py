@@ -10,7 +10,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,13 @@ def interleaved(
 
 
 class Busy:
-    """What other processes did since this was made: figures of a busy machine are worth less."""
+    """What other processes did since this was made: figures of a busy machine are worth less.
 
-    def __init__(self) -> None:
+    ours: further processes that are not other ones.
+    """
+
+    def __init__(self, ours: Sequence[int] = ()) -> None:
+        self.ours = ours
         self.begun = self._read()
 
     def share(self) -> float | None:
@@ -130,14 +134,16 @@ class Busy:
         used, passed = (after - before for after, before in zip(now, self.begun, strict=True))
         return min(max(used / passed, 0.0), 1.0)
 
-    @staticmethod
-    def _read() -> tuple[float, float] | None:
+    def _read(self) -> tuple[float, float] | None:
         """Seconds of all cores together: those that others used, and those that have passed."""
         try:
             words = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+            processes = [Path(f"/proc/{pid}/stat").read_text(encoding="utf-8") for pid in (os.getpid(), *self.ours)]
         except OSError:
             return None
-        user, nice, system, idle, waiting, *interrupts = (int(word) / os.sysconf("SC_CLK_TCK") for word in words)
+        # The name of a process, in parentheses, may hold anything; 11 fields after it are user and system time.
+        own = sum(int(word) for text in processes for word in text.rpartition(")")[2].split()[11:13])
+        user, nice, system, idle, waiting, *interrupts = map(int, words)
         used = user + nice + system + sum(interrupts)
-        own = os.times()
-        return used - sum(own[:4]), used + idle + waiting
+        ticks = os.sysconf("SC_CLK_TCK")
+        return (used - own) / ticks, (used + idle + waiting) / ticks

@@ -75,7 +75,7 @@ def test_medians_and_quartiles():
 
 def test_what_others_use_of_the_cores(monkeypatch: pytest.MonkeyPatch):
     readings = iter([(10.0, 100.0), (13.0, 106.0), None])
-    monkeypatch.setattr(Busy, "_read", staticmethod(lambda: next(readings)))
+    monkeypatch.setattr(Busy, "_read", lambda self: next(readings))
     busy = Busy()
     assert busy.share() == 0.5
     assert busy.share() is None
