@@ -1,7 +1,6 @@
 """From a model to a smaller, faster one: recipes, the converter, calibration, the report, save and load."""
 
-from tilewright.convert.checkpoint.native import load_model, save_model
-from tilewright.convert.checkpoint.safetensors_file import CheckpointError
+from tilewright.convert.checkpoint import CheckpointError, load_model, save_model
 from tilewright.convert.compress.pruning import Pruned, prune_magnitude, prune_sparsegpt, prune_wanda
 from tilewright.convert.conversion import Conversion, register_conversion
 from tilewright.convert.converter import convert_model, revert_model

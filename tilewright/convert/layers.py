@@ -107,12 +107,20 @@ def why_not_linear(module: nn.Module) -> str | None:
         return "its weight is parametrized: remove the parametrization first"
     if type(module).forward is not plain.forward:
         return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
+    return why_not_parameters(module)
+
+
+def why_not_parameters(module: nn.Module) -> str | None:
+    """Why what a layer holds cannot be replaced by a quantised weight and a bias; None if it can."""
     extra = sorted({*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"})
     weight = module._parameters.get("weight")
     if extra or weight is None:
         held = ", ".join(extra) or "none"
         return f"its weight is not a plain parameter (it holds {held}), as after pruning or weight_norm"
-    return why_not_weight(weight) or why_not_state(module)
+    if reason := why_not_weight(weight):
+        return reason
+    hooks = any(vars(module).get(name) for name in _STATE_HOOKS)
+    return "hooks on its state_dict expect the float weight" if hooks else None
 
 
 def why_not_convolution(module: nn.Module) -> str | None:
@@ -133,13 +141,6 @@ def why_not_convolution(module: nn.Module) -> str | None:
         return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
     if module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}: the fused kernels pad with zeros"
-    return None
-
-
-def why_not_state(module: nn.Module) -> str | None:
-    """Why the state dict of a layer must stay what it is; None if it may change."""
-    if any(vars(module).get(name) for name in _STATE_HOOKS):
-        return "hooks on its state_dict expect the float weight"
     return None
 
 

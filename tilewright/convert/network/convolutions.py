@@ -27,6 +27,7 @@ from tilewright.nn import ConvLayer, FoldedBatchNorm
 
 logger = logging.getLogger("tilewright")
 
+ON_VECTORS = "it works on a pooled image of one pixel, where int8 gains nothing: fused in float"
 NEEDS_DATA = "static int8 needs calibration_data: fused in float"
 #: A region whose graph is rewritten, and the calls of convolutions in it.
 Rewritten = tuple[Region, list[Site]]
@@ -76,9 +77,7 @@ class Convolutions(Conversion):
         required = {name for name, planned in self.planned.items() if isinstance(planned.scheme, Int8Static)}
         for name in self._on_vectors(required):
             required.discard(name)
-            self.records[
-                name
-            ].note = "it works on a pooled image of one pixel, where int8 gains nothing: fused in float"
+            self.records[name].note = ON_VECTORS
         if required and self.job.with_data:
             _write_programs(self.regions)
             self.calibration = Calibration(self.job.model, self.regions, required)

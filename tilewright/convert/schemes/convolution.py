@@ -30,14 +30,7 @@ class ConvScheme(Scheme):
 
     def why_not(self, module: nn.Module) -> str | None:
         """Why a convolution must be left alone; None if it can be converted."""
-        if reason := layers.why_not_convolution(module):
-            return reason
-        weight = module._parameters.get("weight")
-        extra = sorted({*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"})
-        if extra or weight is None:
-            held = ", ".join(extra) or "none"
-            return f"its weight is not a plain parameter (it holds {held}), as after pruning or weight_norm"
-        return layers.why_not_weight(weight) or layers.why_not_state(module)
+        return layers.why_not_convolution(module) or layers.why_not_parameters(module)
 
     def weight_error(self, module: nn.Module, replacement: nn.Module) -> float | None:
         """See ``Scheme``: against the weight with batch-norm folded in."""
