@@ -7,8 +7,7 @@ import torch
 
 from tests.interpreter.guard_page import guarded, survives
 from tilewright.kernels.quantize import reference
-from tilewright.kernels.quantize.triton_quantize import plan_quantize_per_row, quantize_per_row
-from tilewright.kernels.triton.row_quantize import CONFIGS
+from tilewright.kernels.quantize.triton_quantize import CONFIGS, plan_quantize_per_row, quantize_per_row
 
 DTYPES = [torch.float16, torch.float32]  # the interpreter rounds bfloat16 wrongly
 
