@@ -1,5 +1,7 @@
 """Linear layer on int4 weights (W4A16) for large batches on a GPU: a kernel dequantises, the library multiplies.
 
+    w[n, k] = dtype((u[n, k] - z[n, g]) * s[n, g]),    g = k // group_size
+
 ``triton.int4_dequantize`` makes w [N, K] in the compute dtype, some rows at a time, from the canonical weight of
 ``formats.int4``, so any group size will do.
 

@@ -3,8 +3,7 @@
     s[m] = max_k |v[m, k]| / 127,   q[m, k] = clamp(round_half_even(v[m, k] / s[m]), -127, 127),   v = float32(x) * c
 
 x [M, K] fp16, bf16 or fp32 of any strides; c optional [K]; q int8 [M, K] contiguous; s float32 [M]. Agrees with the
-reference to the bit: both divisions are IEEE divisions, and the maximum is taken over the bits of |v| as integers,
-which order like the numbers they stand for with NaN above infinity: a float maximum would drop the NaN.
+reference to the bit: ``triton.row_quantize`` says how.
 
 A program takes whole rows. Up to 16,384 columns stay in registers and x is read once; longer rows are read twice.
 """

@@ -1,1 +1,3 @@
-"""What several Triton kernels share. Imports Triton, so nothing imports this room where there is none."""
+"""What several Triton kernels share, and nothing else uses: all but ``spans`` imports Triton. For any device there is
+``kernels.matrices``.
+"""

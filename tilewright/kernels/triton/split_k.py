@@ -3,8 +3,9 @@
     y[m, n] = activation((sums[0, m, n] + sums[1, m, n] + ...) * s_x[m] * s_w[n] + b[n]) + r[m, n]
 
 A small batch has too few tiles of y to keep every multiprocessor reading weights. Each part of K writes its sums, int32
-or float32 [SPLIT_K, M, N]; the kernel here adds them in order of K and applies the epilogue. No atomics: a run repeats
-bit for bit.
+or float32 [SPLIT_K, M, N]; a kernel here adds them in order of K and applies the epilogue: ``reduce_parts_kernel``
+where rows of the weight have a scale, ``sum_parts_kernel`` where the parts are scaled already. No atomics: a run
+repeats bit for bit.
 """
 
 from __future__ import annotations
