@@ -15,6 +15,7 @@ from tilewright.kernels.dispatch.card import make_arguments
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.int4_linear import triton_fused
 from tilewright.kernels.int8_linear import triton_tile
+from tilewright.kernels.int8_linear.triton_operators import operators
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_a_kernel_that_is_wrong_for_one_configuration_is_found(monkeypatch: pyte
             launches[0].args["K"] = 128  # half of the sum
         return launches
 
-    monkeypatch.setattr(module, "plan_tile", broken)
+    monkeypatch.setattr(module, asked.op, operators(broken)[1])
     outcome = autotune.tune(tuned, asked, budget=20, candidates=few)
     assert list(outcome.failed) == [few[1]] and "wrong result" in outcome.failed[few[1]]
     assert outcome.config in (few[0], few[2])
