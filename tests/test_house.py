@@ -172,7 +172,10 @@ def test_type_marker_is_shipped() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("path", [p for p in TEXT_FILES if p.suffix == ".py"], ids=name_of)
+C_FILES = sorted(PACKAGE.rglob("*.[ch]"))
+
+
+@pytest.mark.parametrize("path", [*(p for p in TEXT_FILES if p.suffix == ".py"), *C_FILES], ids=name_of)
 def test_files_stay_short_enough_to_read(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= LONGEST_FILE, f"{lines} lines: it is probably about two things"

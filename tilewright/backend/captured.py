@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
 from tilewright.backend.record import GraphReport
-from tilewright.convert.graph.chain import added_to
+from tilewright.convert.graph import added_to
 from tilewright.kernels.dispatch.same import TensorCache
 
 Make = Callable[..., Sequence[torch.Tensor]]
@@ -208,6 +208,18 @@ def _fake(value: torch.Tensor) -> torch.Tensor:
 
 
 # ---- helpers of the rewrites
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def holding(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
+    """``layer`` with these very tensors as its parameters."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(layer, name, tensor)
+    return layer
+
+
 def mutates(node: fx.Node) -> bool:
     """Whether ``node`` may write into one of its arguments."""
     if node.op == "call_method":

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tilewright.backend.captured import Captured, Order, call_operator
-from tilewright.convert.graph.chain import Match, Part, activates, follow
-from tilewright.convert.graph.patterns import argument, functionalize
+from tilewright.backend.captured import Captured, Order, call_operator, holding
+from tilewright.convert.graph import Match, Part, activates, argument, follow, functionalize, reshape_views
 from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
 from tilewright.convert.schemes.convolution import Fuse
@@ -221,19 +220,14 @@ def _conv_around(weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -
         bias=bias is not None,
         device="meta",
     )
-    conv.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-    return conv
+    return holding(conv, weight, bias)
 
 
 def _restore_layouts(captured: Captured) -> None:
     """The fused operator gives channels-last results. Let nobody see that where there was another order before."""
+    reshape_views(captured.graph)
     for node in list(captured.graph.nodes):
-        if node.op == "call_method" and node.target == "view":
-            if not any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values())):
-                node.target = "reshape"
-        elif node.op == "output" or str(node.target).rpartition(".")[2] in ("as_strided", "view_as", "stride"):
+        if node.op == "output" or str(node.target).rpartition(".")[2] in ("as_strided", "view_as", "stride"):
             inner = {value: _in_order(captured, value, node) for value in node.all_input_nodes}
             node.args = fx.map_arg(node.args, inner.__getitem__)
             node.kwargs = fx.map_arg(node.kwargs, inner.__getitem__)

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from tilewright.backend.captured import Captured, Order, bound, call_operator, operator_of
-from tilewright.convert.graph.chain import Match, Part, activates, follow
+from tilewright.convert.graph import Match, Part, activates, follow
 from tilewright.kernels.activation import ACTIVATIONS
 
 

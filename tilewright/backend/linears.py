@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tilewright.backend.captured import Captured, call_operator, plain_arithmetic
+from tilewright.backend.captured import Captured, call_operator, holding, plain_arithmetic
 from tilewright.convert import structure
-from tilewright.convert.graph.patterns import argument
+from tilewright.convert.graph import argument
 from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
 from tilewright.convert.schemes.convolution import ConvScheme
@@ -41,10 +41,7 @@ def stand_in(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool =
     """An ``nn.Linear`` around a weight, for those who ask a module."""
     matrix = weight.t() if transposed else weight
     linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta", dtype=matrix.dtype)
-    linear.weight = matrix if isinstance(matrix, nn.Parameter) else nn.Parameter(matrix, requires_grad=False)
-    if bias is not None:
-        linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-    return linear
+    return holding(linear, matrix, bias)
 
 
 def rewrite(captured: Captured, recipe: Recipe | None, heads: bool) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from tilewright.backend.captured import Captured, Order, bound, call_operator, operator_of
-from tilewright.convert.graph.patterns import argument
+from tilewright.convert.graph import argument
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.dispatch.router import route
 

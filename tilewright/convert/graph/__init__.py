@@ -17,7 +17,7 @@ modules are replaced, so a region is found once and its graph rewritten from ste
 """
 
 from tilewright.convert.graph.activations import fuse_activations, fuse_named, fused_activations, unfuse_activations
-from tilewright.convert.graph.chain import activates, added_to, follow
+from tilewright.convert.graph.chain import Match, Part, activates, added_to, follow
 from tilewright.convert.graph.codegen import compiled, flattened, source_of
 from tilewright.convert.graph.patterns import (
     Modules,
@@ -29,6 +29,7 @@ from tilewright.convert.graph.patterns import (
     is_identity,
     module_of,
     pads_by_input_size,
+    reshape_views,
     zero_padding,
 )
 from tilewright.convert.graph.tracing import (
@@ -44,8 +45,10 @@ from tilewright.convert.graph.tracing import (
 )
 
 __all__ = [
+    "Match",
     "Modules",
     "NotAsExpected",
+    "Part",
     "Region",
     "ReplacedForward",
     "Watch",
@@ -70,6 +73,7 @@ __all__ = [
     "is_norm",
     "module_of",
     "pads_by_input_size",
+    "reshape_views",
     "source_of",
     "unfuse_activations",
     "zero_padding",

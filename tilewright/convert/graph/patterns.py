@@ -141,3 +141,14 @@ def functionalize(graph: fx.Graph, modules: Modules) -> None:
             for user in list(source.users):
                 if position[user] > position[node]:
                     user.replace_input_with(source, node)
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """A convolution's result is channels-last, of which a view may not exist where one of a contiguous tensor did."""
+    for node in graph.nodes:
+        if (
+            node.op == "call_method"
+            and node.target == "view"
+            and not any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
+        ):
+            node.target = "reshape"

@@ -25,6 +25,7 @@ from tilewright.convert.graph import (
     is_norm,
     module_of,
     pads_by_input_size,
+    reshape_views,
     zero_padding,
 )
 from tilewright.nn import ConvLayer
@@ -138,7 +139,7 @@ def rewrite(region: Region) -> list[Site]:
     """Replace every chain in the graph of ``region``, whose convolutions are ``ConvLayer``s already, by one call."""
     graph, modules = region.graph, region.modules()
     functionalize(graph, modules)
-    _views_become_reshapes(graph)
+    reshape_views(graph)
     _global_pools_become_means(graph, modules)
     sites = []
     for node in list(graph.nodes):
@@ -183,17 +184,6 @@ def _with_padding_before(node: fx.Node, layer: ConvLayer, modules: Modules) -> t
     if pads is None:
         return None, None
     return x, tuple(a + b for a, b in zip(pads, layer._padding, strict=True))
-
-
-def _views_become_reshapes(graph: fx.Graph) -> None:
-    """A convolution's result is channels-last, of which a view may not exist where one of a contiguous tensor did."""
-    for node in graph.nodes:
-        if (
-            node.op == "call_method"
-            and node.target == "view"
-            and not any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
-        ):
-            node.target = "reshape"
 
 
 def _global_pools_become_means(graph: fx.Graph, modules: Modules) -> None:

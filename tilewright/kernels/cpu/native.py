@@ -25,77 +25,32 @@ ACTIVATIONS = {row.name: row.number for row in TABLE.values() if "linear" in row
 #: Below this many elements a second thread costs more than it brings (PyTorch's own grain size).
 _GRAIN = 32768
 
-_POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SIGNATURES: dict[str, tuple[type, ...]] = {
-    "run_steps": (_POINTER, _COUNT, _NUMBER),
-    "conv_lanes": (),
-    "quantize_rows": (_POINTER, _NUMBER, *[_COUNT] * 3, _POINTER, _NUMBER, *[_POINTER] * 2, _NUMBER),
-    "int8_packed_bytes": (_COUNT, _COUNT),
-    "int8_row_bytes": (_COUNT,),
-    "int8_rows": (_COUNT,),
-    "panel": (),
-    "int8_pack": (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER),
-    "int8_linear": (
-        *[_POINTER] * 2,
-        *[_COUNT] * 2,
-        *[_POINTER] * 4,
-        _NUMBER,
-        *[_COUNT] * 2,
-        _POINTER,
-        _NUMBER,
-        *[_POINTER] * 3,
-        _COUNT,
-        *[_NUMBER] * 2,
-    ),
-    "int4_packed_bytes": (_COUNT, _COUNT),
-    "int4_scales": (_COUNT, _COUNT),
-    "int4_pack": (*[_POINTER] * 3, *[_COUNT] * 3, *[_POINTER] * 3),
-    "int4_int8_row_bytes": (_COUNT,),
-    "int4_int8_linear": (
-        *[_POINTER] * 3,
-        *[_COUNT] * 3,
-        *[_POINTER] * 3,
-        _NUMBER,
-        *[_COUNT] * 2,
-        _POINTER,
-        _NUMBER,
-        *[_POINTER] * 4,
-        _COUNT,
-        *[_NUMBER] * 2,
-    ),
-    "attention_scratch": (_POINTER,),
-    "attention": (_POINTER,),
-    "sparse24_channels": (),
-    "sparse24_linear": (*[_POINTER] * 2, *[_COUNT] * 2, *[_POINTER] * 2, _NUMBER),
-    "weight_only_row_bytes": (_NUMBER, *[_COUNT] * 3),
-    "weight_only_pack": (_NUMBER, *[_POINTER] * 3, *[_COUNT] * 3, *[_POINTER] * 3),
-    "weight_only_linear": (
-        _NUMBER,
-        *[_POINTER] * 3,
-        *[_COUNT] * 3,
-        *[_POINTER] * 2,
-        *[_NUMBER] * 2,
-        *[_COUNT] * 2,
-        _POINTER,
-        _NUMBER,
-        *[_POINTER] * 3,
-        _COUNT,
-        _NUMBER,
-    ),
+_TYPES = {"p": ctypes.c_void_p, "c": ctypes.c_int64, "n": ctypes.c_int}
+#: Of each C function: p is a pointer, c a count of 64 bits, n a number of 32. Those without "->" return 0, or what went
+#: wrong.
+_SIGNATURES = {
+    "run_steps": "p c n",
+    "conv_lanes": "-> n",
+    "quantize_rows": "p n ccc p n pp n",
+    "panel": "-> c",
+    "int8_packed_bytes": "cc -> c",
+    "int8_row_bytes": "c -> c",
+    "int8_rows": "c -> c",
+    "int8_pack": "p cc pp",
+    "int8_linear": "pp cc ppp p n cc p n ppp c nn",
+    "int4_packed_bytes": "cc -> c",
+    "int4_scales": "cc -> c",
+    "int4_pack": "ppp ccc ppp",
+    "int4_int8_row_bytes": "c -> c",
+    "int4_int8_linear": "ppp ccc pp p n cc p n pppp c nn",
+    "attention_scratch": "p -> c",
+    "attention": "p",
+    "sparse24_channels": "-> c",
+    "sparse24_linear": "pp cc pp n",
+    "weight_only_row_bytes": "n ccc -> c",
+    "weight_only_pack": "n ppp ccc ppp",
+    "weight_only_linear": "n ppp ccc pp n n cc p n ppp c n",
 }
-#: Those that return a size or a count; the others return 0, or what went wrong.
-_COUNTS = (
-    "panel",
-    "int8_packed_bytes",
-    "int8_row_bytes",
-    "int8_rows",
-    "int4_packed_bytes",
-    "int4_scales",
-    "int4_int8_row_bytes",
-    "weight_only_row_bytes",
-    "attention_scratch",
-    "sparse24_channels",
-)
 
 
 @functools.cache
@@ -168,8 +123,9 @@ def function(name: str) -> Callable[..., int] | None:
     if library is None:
         return None
     found = getattr(library, f"tw_{name}_{instruction_set}")
-    found.argtypes = _SIGNATURES[name]
-    found.restype = ctypes.c_int64 if name in _COUNTS else ctypes.c_int
+    taken, _, returned = _SIGNATURES[name].partition("->")
+    found.argtypes = [_TYPES[each] for each in taken if each != " "]
+    found.restype = _TYPES[returned.strip() or "n"]
     return found
 
 
