@@ -338,7 +338,10 @@ def shard_named(name: str) -> Callable[[dict], object]:
             "holds the tensors 'norm.bias', which the manifest does not place there",
         ),
         (lambda d: d["tensors"].update({"x": d["tensors"]["norm.bias"]}), "lacks the tensors 'x'"),
-        (lambda d: d["layers"]["layers.0"].update(module="Linear"), "module 'Linear' is unknown; known: Int8Linear"),
+        (
+            lambda d: d["layers"]["layers.0"].update(module="Linear"),
+            "module 'Linear' is unknown; known: ConvBnAct2d, Int4Linear",
+        ),
         (lambda d: d["layers"]["layers.0"].update(module=[]), "its module is not a name"),
         (lambda d: d["layers"]["layers.0"].update(more=1), "needs module and config"),
         (lambda d: d["layers"]["layers.0"]["config"].update(more=1), "cannot be built from its config"),

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tilewright.convert import convert_model, report
-from tilewright.convert.checkpoint.native import MODULES
 from tilewright.convert.recipes import ALIASES, PRESETS, Recipe, Rule, matches, names_explicitly
 from tilewright.convert.schemes import Int4WeightOnly, Int8Dynamic, Int8Static, registered_schemes
+from tilewright.nn.kinds import registered_kinds
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_every_preset_is_a_recipe(name: str) -> None:
 def test_every_format_has_one_stem() -> None:
     for kind in registered_schemes().values():
         assert kind.stem() in PRESETS or not kind.__module__.startswith("tilewright."), kind
-    for kind in MODULES.values():
+    for kind in registered_kinds().values():
         assert kind.scheme_name in PRESETS, kind
     for name, scheme in PRESETS.items():
         assert ALIASES.get(name, name).startswith(scheme.stem()) and scheme.stem() in PRESETS

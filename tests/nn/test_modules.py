@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from torch import nn
 
 from tests.contracts.layers import K, Layer, N, each_layer
+from tilewright.convert import load_model, save_model
 from tilewright.kernels.formats import int4, int8
-from tilewright.nn import Int4Linear, Int8ActInt4WeightLinear, Int8Linear, Int8WeightOnlyLinear, Sparse24Linear
+from tilewright.kernels.formats.int8 import Int8
+from tilewright.kernels.formats.weight import Spec
+from tilewright.nn import (
+    Int4Linear,
+    Int8ActInt4WeightLinear,
+    Int8Linear,
+    Int8WeightOnlyLinear,
+    Sparse24Linear,
+    kinds,
+)
 from tilewright.nn.quantized_linear import QuantizedLinear, dtype_name, parse_dtype
 
 
@@ -146,3 +160,68 @@ def test_the_base_class_says_what_is_missing() -> None:
     base = QuantizedLinear(4, 4)
     with pytest.raises(NotImplementedError, match="QuantizedLinear.dequantize_weight"):
         base.dequantize_weight()
+
+
+@each_layer
+def test_unknown_options_are_named(layer: Layer) -> None:
+    with pytest.raises(
+        TypeError, match=rf"{layer.cls.__name__}.from_float\(\) got an unexpected keyword argument 'odd'"
+    ):
+        layer.make(odd=1)
+    with pytest.raises(TypeError, match=rf"{layer.cls.__name__}.__init__\(\) got an unexpected keyword argument 'odd'"):
+        layer.cls(K, N, odd=1)
+
+
+@each_layer
+def test_from_float_shows_its_options(layer: Layer) -> None:
+    parameters = inspect.signature(layer.cls.from_float).parameters
+    assert next(iter(parameters)) == "linear" and parameters["activation"].default == "none"
+    given = {*layer.options, *(["channel_scale"] if layer.smooth else [])}
+    known = {name for name, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert given <= known
+    assert ("mask" in known) == layer.name.startswith("sparse24")
+
+
+@each_layer
+def test_the_format_says_what_is_stored(layer: Layer) -> None:
+    module = layer.make()
+    stored = {name: Spec(tuple(t.shape), t.dtype) for name, t in module.named_buffers() if name.startswith("weight")}
+    assert module.weight_format.operands(N, K) == stored
+    assert module.weight_format.options(K).items() <= module.config().items()
+    assert set(module.weight_format.facts(K)) <= {*module.config()}
+
+
+def test_a_new_kind_of_layer_is_a_declaration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator, a format and the options: what a plugin writes. Checkpoints then know it."""
+    monkeypatch.setattr(kinds, "_KINDS", kinds.registered_kinds())
+
+    class Int8Twin(QuantizedLinear):
+        scheme_name = "twin"
+        op_name = "int8_weight_only_linear"
+        base_format = Int8()
+        options: ClassVar[dict[str, Any]] = {"compute_dtype": None}
+
+    linear, x = nn.Linear(K, N), torch.randn(3, K)
+    twin = Int8Twin.from_float(linear)
+    expected = Int8WeightOnlyLinear.from_float(linear, compute_dtype=None)(x)
+    for _ in range(4):
+        assert torch.equal(twin(x), expected)
+    save_model(nn.Sequential(twin), tmp_path / "model")
+    again = load_model(tmp_path / "model", lambda: nn.Sequential(nn.Linear(K, N)))
+    assert type(again[0]) is Int8Twin
+    assert torch.equal(again(x), expected)
+
+
+def test_a_class_does_not_pass_for_another_of_its_name(tmp_path: Path) -> None:
+    other = type("Int8Linear", (Int8Linear,), {"__module__": "elsewhere"})
+    assert kinds.registered_kinds()["Int8Linear"] is Int8Linear
+    with pytest.raises(ValueError, match="'0' is a Int8Linear, which load_model does not know"):
+        save_model(nn.Sequential(other.from_float(nn.Linear(K, N))), tmp_path / "model")
+
+
+def test_a_class_that_is_defined_anew_replaces_the_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a cell of a notebook runs again."""
+    monkeypatch.setattr(kinds, "_KINDS", kinds.registered_kinds())
+    first, second = (type("Odd", (Int8Linear,), {"__module__": "notebook"}) for _ in range(2))
+    assert first is not second
+    assert kinds.registered_kinds()["Odd"] is second

@@ -11,10 +11,11 @@ from torch import nn
 from tilewright.commands.model_files import example_input
 from tilewright.convert import calibrate
 from tilewright.convert.checkpoint.manifest import read_manifest
-from tilewright.convert.checkpoint.native import MODULES, load_model
+from tilewright.convert.checkpoint.native import load_model
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import record_problems
 from tilewright.nn import QuantizedLinear
+from tilewright.nn.kinds import registered_kinds
 
 
 def of_manifest(folder: Path, batches: Sequence[int], dtype: torch.dtype | None) -> tuple[list[Problem], int]:
@@ -22,9 +23,9 @@ def of_manifest(folder: Path, batches: Sequence[int], dtype: torch.dtype | None)
     none). dtype: of the activations, each layer's by default. Reads no weight. Raises CheckpointError.
     """
     found: list[Problem] = []
-    others = 0
+    others, kinds = 0, registered_kinds()
     for layer in read_manifest(folder).layers.values():
-        made = MODULES[layer.module](**layer.config, device="meta") if layer.module in MODULES else None
+        made = kinds[layer.module](**layer.config, device="meta") if layer.module in kinds else None
         if isinstance(made, QuantizedLinear):
             found += [made.problem(m, dtype) for m in batches]
         else:

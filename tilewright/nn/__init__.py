@@ -6,11 +6,17 @@ from tilewright.nn.conv_int8 import Int8ConvBnAct2d
 from tilewright.nn.conv_layer import ConvLayer
 from tilewright.nn.conv_sparse24 import Sparse24ConvBnAct2d
 from tilewright.nn.fused_activation import FusedActivation
-from tilewright.nn.int4_linear import Int4Linear, Int8ActInt4WeightLinear
-from tilewright.nn.int8_linear import Int8Linear, Int8WeightOnlyLinear
 from tilewright.nn.int8_static_linear import Int8StaticLinear
+from tilewright.nn.linear import (
+    Int4Linear,
+    Int8ActInt4WeightLinear,
+    Int8Linear,
+    Int8WeightOnlyLinear,
+    Sparse24Int4Linear,
+    Sparse24Int8Linear,
+    Sparse24Linear,
+)
 from tilewright.nn.quantized_linear import QuantizedLinear
-from tilewright.nn.sparse24_linear import Sparse24Int4Linear, Sparse24Int8Linear, Sparse24Linear
 
 __all__ = [
     "ConvBnAct2d",

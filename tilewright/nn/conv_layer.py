@@ -12,6 +12,7 @@ from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.dispatch.packed import invalidate
 from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.nn.kinds import register
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
 
 #: Padding modes by name. "dynamic_same" is TensorFlow's "SAME": the output has ceil(size / stride) pixels, and what
@@ -52,6 +53,11 @@ class ConvLayer(nn.Module):
     _kept_in_dtype: ClassVar[tuple[str, ...]] = ("bias",)
 
     _accepts_int8: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if hasattr(cls, "op_name"):
+            register(cls)
 
     weight: torch.Tensor
     bias: nn.Parameter | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,13 @@ from torch import nn
 
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.nn.int8_linear import _Int8Weight
-from tilewright.nn.quantized_linear import check_linear, common_options
+from tilewright.kernels.formats.int8 import Int8
+from tilewright.nn.quantized_linear import QuantizedLinear
+
+Layer = TypeVar("Layer", bound="Int8StaticLinear")
 
 
-class Int8StaticLinear(_Int8Weight):
+class Int8StaticLinear(QuantizedLinear):
     """int8 weights and activations (W8A8), activations quantised with one scale that is known before the call.
 
     q = clamp(round(x / input_scale), -127, 127), then as ``kernels.int8_linear`` of quantised activations.
@@ -29,7 +31,9 @@ class Int8StaticLinear(_Int8Weight):
 
     scheme_name = "w8a8-static"
     op_name = "int8_linear_quantized"
-    _scale_buffers = ("weight_scale", "input_scale")
+    base_format = Int8()
+    from_float_options: ClassVar[dict[str, Any]] = {"range_search": "minmax"}
+    weight: torch.Tensor
     input_scale: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any):
@@ -39,21 +43,23 @@ class Int8StaticLinear(_Int8Weight):
         self.x_scale = 1.0
 
     @classmethod
-    def from_float(
-        cls, linear: nn.Linear, *, input_scale: float = 1.0, range_search: str = "minmax", activation: str = "none"
-    ) -> Int8StaticLinear:
-        """The quantised twin of ``linear``, sharing its bias. Raises ValueError for a scale that is not positive and
-        finite.
+    def from_float(  # type: ignore[override]
+        cls: type[Layer],
+        linear: nn.Linear,
+        *,
+        input_scale: float = 1.0,
+        range_search: str = "minmax",
+        activation: str = "none",
+    ) -> Layer:
+        """The quantised twin of ``linear``, sharing its bias. range_search: "minmax" or "mse". Raises ValueError for a
+        scale that is not positive and finite.
         """
-        check_linear(linear)
         if not (input_scale > 0 and math.isfinite(input_scale)):
             raise ValueError(f"input_scale must be positive and finite, not {input_scale}")
-        module = cls(**common_options(linear), activation=activation)
-        module._set_weight(linear.weight.detach(), range_search)
+        module = super().from_float(linear, range_search=range_search, activation=activation)
         module.input_scale = torch.tensor(input_scale, dtype=torch.float32, device=linear.weight.device)
-        module.bias = linear.bias
         module.refresh()
-        return module.train(linear.training)
+        return module
 
     def refresh(self) -> None:
         """Read the scale anew from its buffer, if that holds a value. Waits for the device."""

@@ -1,18 +1,26 @@
-"""What the quantised linear modules share: attributes, casting rules, loading rules, errors."""
+"""Drop-in linear layers over a ``WeightFormat``: how they are made, called, cast and loaded, once for all."""
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.checks import check_vector
 from tilewright.kernels.dispatch.layers import invalidate as invalidate_calls
 from tilewright.kernels.dispatch.layers import prepared_call
 from tilewright.kernels.dispatch.packed import invalidate
 from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.formats.int8 import check_weight
+from tilewright.kernels.formats.weight import Spec, WeightFormat
+from tilewright.nn.kinds import register
+
+Layer = TypeVar("Layer", bound="QuantizedLinear")
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
@@ -30,25 +38,72 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def resolve_compute_dtype(compute_dtype: torch.dtype | str | None, weight_dtype: torch.dtype) -> torch.dtype | None:
+    """Turn "auto" into a dtype: bfloat16 for float32 weights, where 16-bit products are what makes the layer fast,
+    else None.
+    """
+    if compute_dtype == "auto":
+        return torch.bfloat16 if weight_dtype == torch.float32 else None
+    return parse_dtype(compute_dtype)
+
+
 class QuantizedLinear(nn.Module):
     """Base of the drop-in replacements of ``nn.Linear``: y = activation(x W^T + b) + residual with a quantised W.
 
     The weight and its scales are buffers in the canonical format, the bias is a parameter. Scales keep their dtype
     under ``.to(dtype)`` and ``.half()``: rounding them would change the weight. ``dtype`` is that of the layer this one
     stands for; it follows ``.to(dtype)`` and is what ``to_float`` returns.
+
+    A subclass that names its operator and format, and the options it has, is complete, and checkpoints may hold it.
+    Options that this class knows:
+
+    channel_scale: float32 [in_features] or None multiplies the input before it is quantised; the weight holds its
+    inverse (SmoothQuant, Xiao et al. 2023), so that channels with outliers do not take the resolution of all others.
+    The constructor only asks whether there is one.
+
+    compute_dtype: what activations and dequantised weights are rounded to for the product; None: the input's dtype.
+    ``from_float`` makes of "auto" bfloat16 for a float32 layer, else None.
     """
 
     scheme_name: ClassVar[str]
     op_name: ClassVar[str]
-    #: Buffers that must arrive with just this dtype when a state dict is loaded.
-    _integer_buffers: ClassVar[tuple[str, ...]]
-    _scale_buffers: ClassVar[tuple[str, ...]] = ("weight_scale", "channel_scale")
+    #: How the weight is stored, but for the options of a layer.
+    base_format: ClassVar[WeightFormat | None] = None
+    #: Options of the constructor beyond those of every layer, and their defaults, in the order of ``config``.
+    options: ClassVar[dict[str, Any]] = {}
+    #: Options of ``from_float`` beyond ``activation`` that the constructor lacks, or has another default for.
+    from_float_options: ClassVar[dict[str, Any]] = {}
 
-    #: Buffers that the operator reads, as it calls them.
+    #: Operands of the weight, and all buffers that the operator reads.
+    _weight_names: ClassVar[tuple[str, ...]] = ()
     _operands: ClassVar[tuple[str, ...]] = ()
+    #: Arguments of the operator after x, by place and by name alone. The layer holds them under the same names.
+    _placed: ClassVar[tuple[str, ...]] = ()
+    _named: ClassVar[tuple[str, ...]] = ()
 
     bias: nn.Parameter | None
     weight_scale: torch.Tensor
+    channel_scale: torch.Tensor | None
+    compute_dtype: torch.dtype | None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if cls.base_format is not None:
+            cls._weight_names = cls.base_format.names
+            cls._operands = (*cls._weight_names, *(["channel_scale"] if "channel_scale" in cls.options else []))
+        if hasattr(cls, "op_name"):
+            register(cls)
+        if "op_name" not in vars(cls):
+            return
+        declared = getattr(torch.ops.tilewright, cls.op_name).default._schema.arguments[1:]
+        cls._placed = tuple(each.name for each in declared if not each.kwarg_only)
+        cls._named = tuple(each.name for each in declared if each.kwarg_only)
+        if "from_float" not in vars(cls):
+            cls.from_float = _from_float_of(cls)  # type: ignore[method-assign]
+        if cls.forward is QuantizedLinear.forward:
+            # torch.compile keeps what it made with the code, and of one code only so much: each kind needs its own.
+            code = cls.forward.__code__.replace()
+            cls.forward = types.FunctionType(code, globals(), "forward", cls.forward.__defaults__)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -60,8 +115,10 @@ class QuantizedLinear(nn.Module):
         origin: str = "Linear",
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        **options: Any,
     ):
         super().__init__()
+        options = _completed(f"{type(self).__name__}.__init__", options, self.options)
         check_activation(activation)
         self.in_features = in_features
         self.out_features = out_features
@@ -73,23 +130,79 @@ class QuantizedLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=self.dtype))
         else:
             self.register_parameter("bias", None)
+        options = {name: parse_dtype(o) if name.endswith("dtype") else o for name, o in options.items()}
+        if "compute_dtype" in options:
+            self.compute_dtype = options["compute_dtype"]
+        if self.base_format is not None:
+            weight_format = self.base_format.for_layer(in_features, self.dtype, options)
+            for name, fact in weight_format.facts(in_features).items():
+                if not isinstance(fact, torch.dtype):  # which the tensors tell
+                    setattr(self, name, fact)
+            specs = weight_format.operands(out_features, in_features)
+            for name in self._weight_names:
+                self.register_buffer(name, specs[name].empty(device) if name in specs else None)
+        if "channel_scale" in options:
+            scale = Spec((in_features,), torch.float32)
+            self.register_buffer("channel_scale", scale.empty(device) if options["channel_scale"] else None)
+
+    @classmethod
+    def from_float(cls: type[Layer], linear: nn.Linear, *, activation: str = "none", **options: Any) -> Layer:
+        """The quantised twin of ``linear``, sharing its bias.
+
+        options: those of the class, and of these what it has: range_search: "minmax" or "mse". importance: weights of
+        the squared errors for "mse", float [in_features]. channel_scale: positive float [in_features]. mask: bool
+        [out_features, in_features], what is kept; without one a weight that is 2:4 stays as it is, and of any other
+        the larger two of every four are kept. weight: what to keep values of instead of ``linear.weight``, for pruning
+        that changes those that stay. Raises TypeError and ValueError for bad options and for a weight that is not
+        finite.
+        """
+        options = _completed(f"{cls.__name__}.from_float", options, {**cls.options, **cls.from_float_options})
+        check_linear(linear)
+        weight, channel_scale = linear.weight, options.get("channel_scale")
+        check_vector(cls.__name__, "channel_scale", channel_scale, linear.in_features)
+        if options.get("weight") is not None:
+            weight = options["weight"]
+            check_weight(weight)
+        own = {name: options[name] for name in cls.options}
+        for name in {"compute_dtype", "values_dtype"} & own.keys():
+            own[name] = resolve_compute_dtype(own[name], linear.weight.dtype)
+        if "channel_scale" in own:
+            own["channel_scale"] = channel_scale is not None
+        module = cls(**common_options(linear), activation=activation, **own)
+        weight = weight.detach()
+        if channel_scale is not None:
+            module.channel_scale = channel_scale.detach().to(weight.device, torch.float32)
+            weight = weight.float() / module.channel_scale
+        how = {name: options[name] for name in ("range_search", "importance", "mask") if name in options}
+        for name, operand in module.weight_format.quantize(weight, **how).items():
+            setattr(module, name, operand)
+        module.bias = linear.bias
+        return module.train(linear.training)
 
     # ---- what subclasses provide
-    def dequantize_weight(self) -> torch.Tensor:
-        """The weight as float32 [out_features, in_features]."""
-        raise NotImplementedError(f"{type(self).__name__}.dequantize_weight")
-
-    def _facts(self) -> dict[str, Any]:
-        """Fields of ``Problem`` that this kind of layer adds."""
-        return {}
-
     def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
         """Why ``value``, of the right shape and dtype, cannot be the buffer called ``name``, or None."""
         return None
 
     # ---- public
+    @property
+    def weight_format(self) -> WeightFormat:
+        """How the weight is stored."""
+        if self.base_format is None:
+            raise NotImplementedError(f"{type(self).__name__}.base_format")
+        return self.base_format.of_arguments({**self._buffers, **vars(self)}, self.in_features)
+
+    def dequantize_weight(self) -> torch.Tensor:
+        """The weight as float32 [out_features, in_features], the channel scale taken back."""
+        if self.base_format is None:
+            raise NotImplementedError(f"{type(self).__name__}.dequantize_weight")
+        weight = self.weight_format.dequantize(self._buffers, self.in_features)
+        channel_scale = self._buffers.get("channel_scale")
+        return weight if channel_scale is None else weight * channel_scale
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""
+        own = {name: self._option(name) for name in self.options}
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -97,7 +210,15 @@ class QuantizedLinear(nn.Module):
             "activation": self.activation,
             "origin": self.origin,
             "dtype": dtype_name(self.dtype),
+            **{name: dtype_name(value) if name.endswith("dtype") else value for name, value in own.items()},
         }
+
+    def _option(self, name: str) -> Any:
+        """The value of an option of the constructor."""
+        if name == "channel_scale":
+            return self.channel_scale is not None
+        told_by = {"scale_dtype": "weight_scale", "values_dtype": "weight_values"}
+        return self.get_buffer(told_by[name]).dtype if name in told_by else getattr(self, name)
 
     def to_float(self) -> nn.Linear:
         """An ``nn.Linear`` with the dequantised weight in ``dtype``. Raises ValueError if an activation is fused in."""
@@ -118,14 +239,15 @@ class QuantizedLinear(nn.Module):
             x_dtype=dtype or self.dtype,
             activation=self.activation,
             bias=self.bias is not None,
-            **self._facts(),
+            compute_dtype=getattr(self, "compute_dtype", None),
+            **self.weight_format.facts(self.in_features),
             **device_facts(self.device),
         )
 
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        return self.weight_scale.device
+        return self.get_buffer(self._weight_names[0]).device
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -138,8 +260,26 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes first, as ``nn.Linear`` prints them, then what is special."""
-        displayed = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return displayed if self.activation == "none" else f"{displayed}, activation={self.activation}"
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        if self.activation != "none":
+            text += f", activation={self.activation}"
+        displayed = [name for name in ("group_size", "symmetric", "values_dtype") if name in self.options]
+        return ", ".join([text, *(f"{name.removesuffix('_dtype')}={self.config()[name]}" for name in displayed)])
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
+        self._check_input(x)
+        call = None if residual is not None else self._prepared_call(x)
+        if call is not None:
+            return call(x)
+        held = self._buffers  # asked first: nn.Module takes long to find a buffer
+        placed = [
+            held[name] if name in held else residual if name == "residual" else getattr(self, name)
+            for name in self._placed
+        ]
+        named = {name: getattr(self, name) for name in self._named}
+        y: torch.Tensor = getattr(torch.ops.tilewright, self.op_name)(x, *placed, **named)
+        return y
 
     # ---- internal
     def _label(self) -> str:
@@ -164,17 +304,18 @@ class QuantizedLinear(nn.Module):
 
     def _arguments(self) -> dict[str, Any]:
         """Of the operator, without x and the residual."""
-        found = {name: self._buffers.get(name) for name in self._operands}
-        return {**found, "bias": self.bias, "activation": self.activation}
+        names = (*self._placed, *self._named)
+        arguments = {name: getattr(self, name) for name in names if name != "residual"}
+        # A weight that is packed does not say how many columns it has.
+        return arguments if "weight" in arguments else {**arguments, "k": self.in_features}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        before = {name: self._buffers.get(name) for name in self._scale_buffers}
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, scale in before.items():
-            if scale is not None:
-                after = self.get_buffer(name)
-                if after.dtype != scale.dtype:
-                    self._buffers[name] = scale.to(after.device)
+        for name, buffer in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
         invalidate_calls(self)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return self
@@ -189,9 +330,9 @@ class QuantizedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in self._integer_buffers:
-            given, own = state_dict.get(prefix + name), self._buffers.get(name)
-            if given is not None and own is not None and given.dtype != own.dtype:
+        for name, own in self.named_buffers(recurse=False):
+            given, narrow = state_dict.get(prefix + name), own.dtype.itemsize == 1 or not own.is_floating_point()
+            if given is not None and narrow and given.dtype != own.dtype:
                 # copy_ would truncate a float weight to integers without a word.
                 error_msgs.append(
                     f"{prefix}{name} must be {own.dtype}, not {given.dtype}: "
@@ -221,3 +362,27 @@ def common_options(linear: nn.Linear) -> dict[str, Any]:
         "device": "meta",
         "dtype": linear.weight.dtype,
     }
+
+
+def _completed(function: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with their defaults. Raises TypeError for one that ``function`` does not have."""
+    for name in given:
+        if name not in defaults:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return {**defaults, **given}
+
+
+def _from_float_of(cls: type[QuantizedLinear]) -> Any:
+    """``from_float`` with the signature that it has for ``cls``."""
+
+    def from_float(kind: Any, /, linear: nn.Linear, **options: Any) -> Any:
+        return super(cls, kind).from_float(linear, **options)
+
+    inherited = QuantizedLinear.from_float.__func__  # type: ignore[attr-defined]
+    signature = inspect.signature(inherited)
+    first, linear, activation, _ = signature.parameters.values()
+    defaults = {**cls.options, **cls.from_float_options}
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name]) for name in defaults]
+    shown = signature.replace(parameters=[first, linear, *own, activation])
+    from_float.__doc__, from_float.__signature__ = inherited.__doc__, shown  # type: ignore[attr-defined]
+    return classmethod(from_float)

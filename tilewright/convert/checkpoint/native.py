@@ -20,7 +20,6 @@ from typing import BinaryIO
 import torch
 from torch import nn
 
-import tilewright.nn as quantized
 from tilewright.convert import layers, structure
 from tilewright.convert.checkpoint import restore
 from tilewright.convert.checkpoint.manifest import FILE_NAME, Layer, Manifest, Stored, read_manifest
@@ -38,24 +37,7 @@ from tilewright.convert.graph import attention, fuse_named, fused_activations
 from tilewright.convert.record import record_of
 from tilewright.convert.text import display_name, listed
 from tilewright.nn import ConvLayer, QuantizedLinear
-
-#: Classes that a manifest may name.
-MODULES: dict[str, type[QuantizedLinear | ConvLayer]] = {
-    kind.__name__: kind
-    for kind in (
-        quantized.Int8Linear,
-        quantized.Int8WeightOnlyLinear,
-        quantized.Int8StaticLinear,
-        quantized.Int4Linear,
-        quantized.Int8ActInt4WeightLinear,
-        quantized.Sparse24Linear,
-        quantized.Sparse24Int8Linear,
-        quantized.Sparse24Int4Linear,
-        quantized.ConvBnAct2d,
-        quantized.Int8ConvBnAct2d,
-        quantized.Sparse24ConvBnAct2d,
-    )
-}
+from tilewright.nn.kinds import registered_kinds
 
 
 def save_model(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_bytes: int = 4 * 2**30) -> None:
@@ -115,12 +97,13 @@ def _describe(
 
 def _check_storable(model: nn.Module, places: dict[str, Slot]) -> dict[str, str]:
     """Names of tensors that are another one: alias -> first name. Raises ValueError for what cannot be stored."""
+    kinds = registered_kinds()
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(
                 f"{display_name(name)!r} ({type(module).__name__}) has extra state, which may not be a tensor"
             )
-        if isinstance(module, layers.CONVERTED) and type(module).__name__ not in MODULES:
+        if isinstance(module, layers.CONVERTED) and kinds.get(type(module).__name__) is not type(module):
             raise ValueError(f"{display_name(name)!r} is a {type(module).__name__}, which load_model does not know")
     tied: dict[str, str] = {}
     first: dict[object, str] = {}
@@ -272,11 +255,11 @@ def _swap_in(model: nn.Module, manifest: Manifest, path: Path) -> nn.Module:
 
 
 def _build_empty(layer: Layer, where: str) -> QuantizedLinear | ConvLayer:
-    kind = MODULES.get(layer.module)
-    if kind is None:
-        raise CheckpointError(f"{where}: module {layer.module!r} is unknown; known: {', '.join(MODULES)}")
+    kinds = registered_kinds()
+    if layer.module not in kinds:
+        raise CheckpointError(f"{where}: module {layer.module!r} is unknown; known: {', '.join(kinds)}")
     try:
-        module = kind(**layer.config, device="meta")
+        module: QuantizedLinear | ConvLayer = kinds[layer.module](**layer.config, device="meta")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{where}: {layer.module} cannot be built from its config: {error}") from error
     if module.config() != layer.config:

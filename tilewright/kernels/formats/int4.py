@@ -49,6 +49,11 @@ def resolve_group_size(k: int, group_size: int | None) -> int:
     return whole if group_size in (None, -1) else min(group_size, whole)
 
 
+def default_scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """16-bit layers keep their dtype; others get bfloat16, whose range no weight exceeds."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
 def pack(values: torch.Tensor) -> torch.Tensor:
     """Integers 0..15 [R, C] -> int32 [R, ceil(C / 8)]."""
     rows, columns = values.shape
@@ -218,6 +223,11 @@ class Int4(WeightFormat):
             )
         if zero is not None:
             check_operand(op, "weight_zero", zero, Spec((group_count(n, 8), groups), torch.int32))
+
+    def for_layer(self, k: int, dtype: torch.dtype, options: Mapping[str, Any]) -> Int4:
+        """group_size, symmetric, scale_dtype: by default the layer's dtype if it has 16 bits, else bfloat16."""
+        group_size = resolve_group_size(k, options["group_size"])
+        return Int4(group_size, options["symmetric"], options["scale_dtype"] or default_scale_dtype(dtype))
 
     def options(self, k: int) -> dict[str, Any]:
         """The group size, of which the number of groups says only so much."""

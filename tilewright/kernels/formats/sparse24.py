@@ -235,6 +235,13 @@ class Sparse24(WeightFormat):
                 f"not {list(value.shape)}"
             )
 
+    def for_layer(self, k: int, dtype: torch.dtype, options: Mapping[str, Any]) -> Sparse24:
+        """Those of the values; group_size in columns, a multiple of 4, None or -1: the whole row."""
+        inner = dict(options)
+        if "group_size" in inner:
+            inner["group_size"] = kept_group_size(k, int4.resolve_group_size(k, inner["group_size"]))
+        return Sparse24(self.values.for_layer(kept_count(k), dtype, inner))
+
     @property
     def names(self) -> tuple[str, ...]:
         """Values, places, then what the values' format has beside them."""

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
+from tilewright.kernels.formats.ranges import all_finite
+
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INPUT_DTYPES = (*SCALE_DTYPES, torch.float64)
 
@@ -83,6 +85,12 @@ class WeightFormat(ABC):
         Raises TypeError or ValueError, which name operator and argument. Values are not looked at: that would wait for
         the device.
         """
+
+    def for_layer(self, k: int, dtype: torch.dtype, options: Mapping[str, Any]) -> WeightFormat:
+        """This format for a layer of ``k`` columns and ``dtype``, with those of the options of its module that say how
+        the weight is stored.
+        """
+        return self
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -204,6 +212,15 @@ class Float(WeightFormat):
         if values.dtype not in INPUT_DTYPES:
             raise TypeError(f"{op}: {name} must be a float tensor of 16, 32 or 64 bits, not {values.dtype}")
 
+    def for_layer(self, k: int, dtype: torch.dtype, options: Mapping[str, Any]) -> Float:
+        """values_dtype: by default that of the layer. Raises ValueError for a dtype that is no float of 16 bits or
+        more.
+        """
+        values_dtype = options["values_dtype"] or dtype
+        if values_dtype not in INPUT_DTYPES:
+            raise ValueError(f"values_dtype must have 16, 32 or 64 bits, not {values_dtype}")
+        return Float(values_dtype)
+
     def operands(self, n: int, k: int) -> dict[str, Spec]:
         """``weight`` alone."""
         return {"weight": Spec((n, k), self.dtype)}
@@ -213,7 +230,7 @@ class Float(WeightFormat):
     ) -> Operands:
         """Rounded to ``dtype``. Raises ValueError for a weight that overflows it."""
         rounded = weight.detach().to(self.dtype)
-        if not torch.isfinite(rounded).all():
+        if not all_finite(rounded):
             raise ValueError(f"the weight overflows {self.dtype}")
         return {"weight": rounded}
 

@@ -44,9 +44,9 @@ def prepare_native(
     bias: torch.Tensor | None,
     activation: str,
     compute_dtype: torch.dtype | None,
-    k: int,
 ) -> Callable[..., torch.Tensor]:
-    """``native_int8_weight_only_linear`` of ``k`` columns as a function of x and the residual: see ``cpu.linear``."""
+    """``native_int8_weight_only_linear`` as a function of x and the residual: see ``cpu.linear``."""
+    k = weight.shape[1]
     return linear.prepare_weight_only(weight, weight_scale, None, bias, k, activation, compute_dtype, k)
 
 
