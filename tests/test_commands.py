@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,25 @@ def test_this_cpu_is_measured():
     found = measure_cpu(256)
     assert found.name == "this CPU" and found.bytes > 1e8 and found.float32 > 1e9 and found.int8 > 1e9
     assert 0 < found.overhead < 1e-2
+
+
+# ---- report
+def test_the_report_of_a_folder_is_that_of_the_model(tmp_path: Path, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    converted = tw.convert_model(model, {"2": "int4-g32", "4": None, "*": "int8"})
+    tw.save_model(converted, tmp_path / "model")
+    status, out, _ = run(capsys, "report", tmp_path / "model", "--json")
+    found, expected = json.loads(out), tw.report(converted).to_json()
+    assert status == 0 and found["totals"] == expected["totals"]
+    same = ("name", "scheme", "bytes_before", "bytes_after", "weight_error", "output_error", "smoothing", "reason")
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert all(layers[layer["name"]][field] == layer[field] for layer in expected["layers"] for field in same)
+    out = run(capsys, "report", tmp_path / "model")[1]
+    assert out.startswith("model: 5 layers converted, 1 left alone\n") and "{0-1,3,5}  x4" in out
+    out = run(capsys, "report", tmp_path / "model", "--all")[1]
+    assert all(any(line.startswith(f"{name}  ") for line in out.splitlines()) for name in "01235")
+    assert run(capsys, "report", tmp_path)[0] == 2
 
 
 # ---- what appears by itself

@@ -190,8 +190,8 @@ class Report:
             del columns[1]
         kernels: dict[tuple[str, ...], list[int]] = {}
         for m in BATCHES:
-            kernels.setdefault(tuple(group.layers[0].implementations[m] for group in groups), []).append(m)
-        for number, (cells, batches) in enumerate(kernels.items()):
+            kernels.setdefault(tuple(group.layers[0].implementations.get(m, "") for group in groups), []).append(m)
+        for number, (cells, batches) in enumerate(kernels.items() if any(map(any, kernels)) else ()):
             columns.append(Column(f"M={', '.join(map(str, batches))}", list(cells), "words", rank=2 + 3 * number))
         for state, rank in (("before", 6), ("after", 1)):
             columns.append(Column(state, [size(group.total(f"bytes_{state}") or 0) for group in groups], rank=rank))
@@ -355,21 +355,24 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
         return ReportedLayer(
             name, kind, device, module.scheme_name, implementations, declined, float_bytes + bias, held
         )
+    error = errors.get(name, made.output_error)
+    return from_record(name, kind, made, device, implementations, declined, bytes_after=held, output_error=error)
+
+
+def from_record(
+    name: str,
+    kind: str,
+    made: LayerRecord,
+    device: str = "",
+    implementations: dict[int, str] | None = None,
+    declined: dict[int, list[str]] | None = None,
+    **measured: Any,
+) -> ReportedLayer:
+    """A converted layer by its record. measured: what is known better than the record knows it."""
+    same = ("bytes_before", "bytes_after", "weight_error", "output_error", "smoothing")
+    fields = {each: getattr(made, each) for each in (*same, "microseconds_before", "microseconds_after")} | measured
     return ReportedLayer(
-        name,
-        kind,
-        device,
-        _label(made),
-        implementations,
-        declined,
-        made.bytes_before,
-        held,
-        made.weight_error,
-        errors.get(name, made.output_error),
-        made.smoothing,
-        made.note,
-        made.microseconds_before,
-        made.microseconds_after,
+        name, kind, device, _label(made), implementations or {}, declined or {}, reason=made.note, **fields
     )
 
 
