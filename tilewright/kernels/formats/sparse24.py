@@ -148,7 +148,8 @@ def unpack(values: torch.Tensor, meta: torch.Tensor, k: int, background: torch.T
     places = unpack_places(meta, k)
     rows, groups = len(values), group_count(k)
     dense = values.new_zeros(rows, groups, GROUP) if background is None else _grouped(background).clone()
-    dense.scatter_(-1, places, values.reshape(rows, groups, KEPT))
+    # Not in place: programs are exported through here.
+    dense = dense.scatter(-1, places, values.reshape(rows, groups, KEPT))
     return dense.reshape(rows, groups * GROUP)[:, :k].contiguous()
 
 
