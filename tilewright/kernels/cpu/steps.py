@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from tilewright.kernels.activation import TABLE
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.packed import packed
+from tilewright.kernels.dispatch.same import TensorCache
 
 FLOAT32, INT8, UINT8, NONNEGATIVE = range(4)
 CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD = range(9)
@@ -37,8 +37,9 @@ Window = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 
 class Description(ctypes.Structure):
-    """``tw_step`` of conv.h."""
+    """``tw_step`` of conv.h. kept: what it points to."""
 
+    kept: tuple[torch.Tensor, ...]
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("kind", "x_type", "y_type", "r_type", "activation", "gather")),
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels")),
@@ -105,7 +106,7 @@ class PackedWeight:
     compensation: torch.Tensor | None
     kind: int
     gather: bool
-    descriptions: dict[Any, tuple[Description, tuple[torch.Tensor, ...]]]
+    descriptions: TensorCache[Description]
     plain: int | None = None
 
 
@@ -123,7 +124,9 @@ def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
     total = weight.sum((1, 2, 3), dtype=torch.int32) * -128 if integer else None
     if groups > 1 and groups == out_channels and channels == 1:
         packed_taps = _pack_depthwise(weight.reshape(out_channels, taps))
-        return PackedWeight(packed_taps, None if total is None else padded_vector(total, 1), DEPTHWISE, False, {})
+        return PackedWeight(
+            packed_taps, None if total is None else padded_vector(total, 1), DEPTHWISE, False, _descriptions()
+        )
     step = 4 if integer else 1
     depth, group_out = taps * channels, out_channels // groups
     rows = F.pad(weight.reshape(out_channels, depth), (0, -depth % step)).view(groups, group_out, -1)
@@ -138,7 +141,7 @@ def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
             blocks.append(block.reshape(wide * lanes(), -1, step).transpose(0, 1).reshape(-1))
             first += wide
     compensation = None if total is None else padded_vector(total, groups)
-    return PackedWeight(torch.cat(blocks), compensation, CONV, gathers(channels, taps, integer), {})
+    return PackedWeight(torch.cat(blocks), compensation, CONV, gathers(channels, taps, integer), _descriptions())
 
 
 def _pack_depthwise(flat: torch.Tensor) -> torch.Tensor:
@@ -162,7 +165,7 @@ def pack_winograd(weight: torch.Tensor) -> PackedWeight:
     points = torch.einsum("ai,bj,oijc->abco", factors, factors, weight.detach().double()).float().flatten(0, 1)
     points = F.pad(points, (0, -points.shape[-1] % lanes()))
     panels = [panel.reshape(-1) for panel in points.split(2 * lanes(), -1)]
-    return PackedWeight(torch.cat(panels), None, WINOGRAD, False, {}, weight.data_ptr())
+    return PackedWeight(torch.cat(panels), None, WINOGRAD, False, _descriptions(), weight.data_ptr())
 
 
 #: Fewer channels than that are transformed for longer than they are multiplied; for more a block would be too small.
@@ -331,27 +334,22 @@ def description_of(
 ) -> Description:
     """``describe_conv``, or what it returned for the last call that looked like this one."""
     numbers = (activation, negative_slope, x_scale, out_scale, x_nonnegative)
-    vectors = tuple(None if v is None else (v.data_ptr(), _version(v)) for v in (bias, weight_scale))
-    key = (x.shape, x.stride(), x.dtype, y.dtype, window, numbers, vectors)
-    known = weight.descriptions.get(key)
-    if known is None:
-        scale = None if weight_scale is None else weight_scale * torch.full((), x_scale)
-        arguments = (kernel, window, bias, activation, negative_slope, scale, out_scale, x_nonnegative)
-        description, kept = describe_conv(x, y, weight, *arguments)
-        # The vectors are kept too: no other can then take their place in memory and be mistaken for them.
-        known = description, (*kept, *(v for v in (bias, weight_scale) if v is not None))
-        if len(weight.descriptions) >= _REMEMBERED:
-            weight.descriptions.clear()
-        weight.descriptions[key] = known
-    return known[0]
+    vectors = (bias, weight_scale)
+    key = (x.shape, x.stride(), x.dtype, y.dtype, window, numbers, *map(id, vectors))
+    known = weight.descriptions.get(key, vectors)
+    if known is not None:
+        return known
+    scale = None if weight_scale is None else weight_scale * torch.full((), x_scale)
+    arguments = (kernel, window, bias, activation, negative_slope, scale, out_scale, x_nonnegative)
+    description, kept = describe_conv(x, y, weight, *arguments)
+    description.kept = kept
+    if not any(v is not None and v.is_inference() for v in vectors):  # writes into them leave no trace
+        weight.descriptions.put(key, vectors, description)
+    return description
 
 
-_REMEMBERED = 64
-
-
-def _version(tensor: torch.Tensor) -> object:
-    # A write into an inference tensor leaves no trace, so what was made of it is not found again.
-    return object() if tensor.is_inference() else tensor._version
+def _descriptions() -> TensorCache[Description]:
+    return TensorCache(64)
 
 
 def run_with(

@@ -28,6 +28,13 @@ def storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def _state(tensor: torch.Tensor | None) -> Any:
+    """All that a change of ``tensor`` may change; the device is in the address."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), version_of(tensor), tensor.dtype, tensor.shape, tensor.stride()
+
+
 class SameTensors:
     """Remembers tensors (or None) as they are now, and keeps none of them alive.
 
@@ -35,7 +42,7 @@ class SameTensors:
     such as ``detach`` returns, is as good.
     """
 
-    __slots__ = ("_expired", "_seen", "_watched")
+    __slots__ = ("_expired", "_seen", "_states", "_watched")
 
     def __init__(
         self,
@@ -44,14 +51,17 @@ class SameTensors:
         *,
         objects: bool = True,
     ):
-        self._seen = tuple(
-            None
-            if t is None
-            else (id(t) if objects else None, t.data_ptr(), version_of(t), t.shape, t.stride(), t.dtype)
-            for t in tensors
-        )
-        self._expired: list[Any] = []
-        gone = self._expired
+        self._states = [_state(t) for t in tensors]
+        #: The same for ``match``, which layers call each time. Asking for strides takes longer than whether there are
+        #: any but the usual ones.
+        self._seen: list[Any] | None = None
+        if objects and not any(t is not None and t.is_inference() for t in tensors):
+            self._seen = [
+                None if t is None else (id(t), *state[:4], None if t.is_contiguous() else state[4])
+                for t, state in zip(tensors, self._states, strict=True)
+            ]
+        gone: list[Any] = []
+        self._expired = gone
 
         def expire(storage: Any) -> None:
             gone.append(storage)
@@ -62,22 +72,23 @@ class SameTensors:
 
     def match(self, tensors: Sequence[torch.Tensor | None]) -> bool:
         """Whether these are the tensors remembered, unwritten, in the same memory and of the same layout."""
-        if self._expired or len(tensors) != len(self._seen):
+        if self._expired or len(tensors) != len(self._states):
             return False
+        if self._seen is None:
+            return [_state(t) for t in tensors] == self._states
         for tensor, seen in zip(tensors, self._seen):  # noqa: B905  (counted above: strict takes longer)
             if tensor is None or seen is None:
                 if tensor is not None or seen is not None:
                     return False
                 continue
-            number, address, version, shape, stride, dtype = seen
-            # What costs most comes last; the device is in the address.
+            number, address, version, dtype, shape, stride = seen
             if (
-                (number is not None and id(tensor) != number)
+                id(tensor) != number
                 or tensor.data_ptr() != address
-                or (tensor._version if version >= 0 else version_of(tensor)) != version
+                or tensor._version != version
                 or tensor.dtype is not dtype
                 or tensor.shape != shape
-                or tensor.stride() != stride
+                or (not tensor.is_contiguous() if stride is None else tensor.stride() != stride)
             ):
                 return False
         return True
