@@ -77,6 +77,7 @@ def _reorder(weight: torch.Tensor) -> torch.Tensor:
 def _call(weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> Callable[..., torch.Tensor]:
     """The layer as a function of x and the residual."""
     once = activation == "none" and (bias is None or bias.dtype == torch.bfloat16)
+    bias = None if bias is None else bias.contiguous()  # oneDNN looks at no strides
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
