@@ -9,6 +9,7 @@ Each class has a number. ``TESTS`` says where each is tested; every place named 
      6  launched on the wrong device                  12  hostile checkpoints
      7  results that depend on the batch or the run   14  int8 dots on targets that get them wrong
                                                       15  tolerances that pass anything
+                                                      28  memory of replaced storage
 """
 
 from __future__ import annotations
@@ -73,6 +74,12 @@ TESTS = {
     12: ("tests/convert/",),
     14: ("tests/kernels/test_router.py::test_problems_of_absent_gpus_can_be_asked_about", "tests/interpreter/"),
     15: ("tests/contracts/test_known_bugs.py::test_the_bar_does_not_pass_a_wrong_result",),
+    28: (
+        "tests/contracts/test_replaced_storage.py::test_a_tensor_of_a_layer",
+        "tests/contracts/test_replaced_storage.py::test_a_layer",
+        "tests/contracts/test_replaced_storage.py::test_a_model",
+        "tests/kernels/dispatch/test_layers.py::test_a_call_reads_no_memory_that_is_freed",
+    ),
 }
 
 

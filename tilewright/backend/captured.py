@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from tilewright.backend.record import GraphReport
 from tilewright.convert.graph import added_to
-from tilewright.kernels.dispatch.same import TensorCache
+from tilewright.kernels.dispatch.same import TensorCache, version_of
 
 Make = Callable[..., Sequence[torch.Tensor]]
 _ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
@@ -78,7 +78,7 @@ class AllPrepared:
         made = self._last.get(None, tensors)
         if made is None:
             made = [tensor for each in self.prepared for tensor in each(inputs)]
-            if not any(tensor.is_inference() for tensor in tensors):  # writes into them leave no trace
+            if all(version_of(tensor) >= 0 for tensor in tensors):  # writes into them leave no trace
                 self._last.put(None, tensors, made)
         return made
 

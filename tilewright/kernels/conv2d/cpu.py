@@ -133,7 +133,7 @@ def onednn_conv2d_fused(
             oihw(weight.detach()).contiguous(memory_format=torch.channels_last), *window, groups, list(x.shape)
         ),
     )
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()  # oneDNN looks at no strides
     name, scalars, algorithm = _ONEDNN_ACTIVATIONS[activation]
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(x, fused, bias, *window, groups, name, scalars, algorithm)

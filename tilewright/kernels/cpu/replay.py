@@ -26,7 +26,7 @@ from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.replay_steps import NATIVE, Lowering, NotNative
 from tilewright.kernels.cpu.steps import Description
-from tilewright.kernels.dispatch.same import SameTensors
+from tilewright.kernels.dispatch.same import SameTensors, version_of
 
 _local = threading.local()
 #: Replays kept for one function: one for each combination of input shapes.
@@ -171,7 +171,7 @@ class Replay:
             if _storage(tensor) not in born:
                 raise CannotReplay("it returns an input or a constant")
             dies[_storage(tensor)] = len(calls)
-        others = [t for t in constants.values() if not t.is_inference() and _storage(t) not in self.watched]
+        others = [t for t in constants.values() if version_of(t) >= 0 and _storage(t) not in self.watched]
         self.constants, self.same = list(map(weakref.ref, others)), SameTensors(others)
         live: list[tuple[int, int, int]] = []  # begin, end, last use
         self.places: dict[int, int] = {}

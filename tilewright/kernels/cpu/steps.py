@@ -17,7 +17,7 @@ from tilewright.kernels.activation import TABLE
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.packed import packed
-from tilewright.kernels.dispatch.same import TensorCache
+from tilewright.kernels.dispatch.same import TensorCache, version_of
 
 FLOAT32, INT8, UINT8, NONNEGATIVE = range(4)
 CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD = range(9)
@@ -343,7 +343,7 @@ def description_of(
     arguments = (kernel, window, bias, activation, negative_slope, scale, out_scale, x_nonnegative)
     description, kept = describe_conv(x, y, weight, *arguments)
     description.kept = kept
-    if not any(v is not None and v.is_inference() for v in vectors):  # writes into them leave no trace
+    if all(v is None or version_of(v) >= 0 for v in vectors):  # writes into them leave no trace
         weight.descriptions.put(key, vectors, description)
     return description
 

@@ -17,7 +17,7 @@ import torch
 
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.same import SameTensors, TensorCache
+from tilewright.kernels.dispatch.same import SameTensors, TensorCache, version_of
 
 Call = Callable[..., torch.Tensor]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -75,7 +75,7 @@ def _leave_traces(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether a change of ``tensors`` can be seen: writes into inference tensors cannot, and subclasses dispatch for
     themselves.
     """
-    return all(t is None or (type(t) in _PLAIN and t.is_cpu and not t.is_inference()) for t in tensors)
+    return all(t is None or (type(t) in _PLAIN and t.is_cpu and version_of(t) >= 0) for t in tensors)
 
 
 def _find(calls: dict[Any, Call | None], key: Any, prepare: Callable[[], Call | None]) -> Call | None:

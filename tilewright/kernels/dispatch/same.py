@@ -19,8 +19,15 @@ T = TypeVar("T")
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often ``tensor`` was written to in place; -1 for tensors made in inference mode, which do not count it."""
-    return -1 if tensor.is_inference() else tensor._version
+    """How often ``tensor`` was written to in place; -1 for those that do not count it: tensors made in inference mode,
+    whatever their ``.data`` is now.
+    """
+    if tensor.is_inference():
+        return -1
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -55,7 +62,7 @@ class SameTensors:
         #: The same for ``match``, which layers call each time. Asking for strides takes longer than whether there are
         #: any but the usual ones.
         self._seen: list[Any] | None = None
-        if objects and not any(t is not None and t.is_inference() for t in tensors):
+        if objects and all(state is None or state[1] >= 0 for state in self._states):
             self._seen = [
                 None if t is None else (id(t), *state[:4], None if t.is_contiguous() else state[4])
                 for t, state in zip(tensors, self._states, strict=True)
