@@ -26,6 +26,18 @@ quick = settings(
 )
 
 
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    channel_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    return linear.prepare_int8(weight, weight_scale, bias, activation, channel_scale, x.shape[-1])(x, residual)
+
+
 def int8_weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
     weight[:, : k // 2] = 127  # sums of pairs beyond 16 bits
@@ -93,7 +105,7 @@ def test_linear_agrees_with_float64(
     residual = torch.randn(m, n).to(dtype) if "residual" in extras else None
     channel_scale = torch.rand(k) + 0.5 if "channel_scale" in extras else None
     arguments = (weight, weight_scale, bias, residual, activation, channel_scale)
-    actual = linear.int8_linear(x, *arguments)
+    actual = int8_linear(x, *arguments)
     plain = reference.int8_linear(x, *arguments)
     q, scale = quantize_reference.quantize_per_row(x, channel_scale)
     exact = q.double() @ weight.double().t() * scale.double()[:, None] * weight_scale.double()
@@ -106,7 +118,7 @@ def test_integer_sums_are_exact(isa: str):
     weight, _ = int8_weight(n, k)
     x = torch.randint(-127, 128, (m, k)).float()
     x[:, 0] = 127  # so that the scale is 1 and the rows are already what they are quantised to
-    y = linear.int8_linear(x, weight, torch.ones(n), None, None, "none", None)
+    y = int8_linear(x, weight, torch.ones(n), None, None, "none", None)
     assert torch.equal(y.double(), (x.double() @ weight.double().t()).float().double())
 
 
@@ -117,7 +129,7 @@ def test_integer_sums_are_exact_at_the_edges_of_tiles(isa: str, m: int, n: int, 
     x = torch.randint(-127, 128, (m, k)).float()
     x[:, 0] = 127
     bias, residual = torch.randint(-9, 10, (n,)).float(), torch.randint(-9, 10, (m, n)).float()
-    y = linear.int8_linear(x, weight, torch.ones(n), bias, residual, "relu", None)
+    y = int8_linear(x, weight, torch.ones(n), bias, residual, "relu", None)
     exact = (x.double() @ weight.double().t() + bias).clamp_min(0) + residual
     assert exact.abs().max() < 2**24
     assert torch.equal(y.double(), exact)
@@ -128,14 +140,14 @@ def test_others_may_use_tiles_in_between(isa: str):
     weight, weight_scale = int8_weight(96, 200)
     x, low = torch.randn(150, 200), torch.randn(128, 128, dtype=torch.bfloat16)
     arguments = (weight, weight_scale, None, None, "none", None)
-    expected, product = linear.int8_linear(x, *arguments), low @ low
+    expected, product = int8_linear(x, *arguments), low @ low
     wrong: list[str] = []
 
     def work() -> None:
         for _ in range(20):
             if not torch.equal(low @ low, product):
                 wrong.append("bfloat16")
-            if not torch.equal(linear.int8_linear(x, *arguments), expected):
+            if not torch.equal(int8_linear(x, *arguments), expected):
                 wrong.append("int8")
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -149,9 +161,9 @@ def test_others_may_use_tiles_in_between(isa: str):
 def test_a_bad_row_stays_alone(isa: str):
     weight, weight_scale = int8_weight(70, 64)
     x = torch.randn(9, 64)
-    clean = linear.int8_linear(x, weight, weight_scale, None, None, "gelu", None)
+    clean = int8_linear(x, weight, weight_scale, None, None, "gelu", None)
     x[3, 7], x[5, 0] = math.nan, math.inf
-    y = linear.int8_linear(x, weight, weight_scale, None, None, "gelu", None)
+    y = int8_linear(x, weight, weight_scale, None, None, "gelu", None)
     good = [0, 1, 2, 4, 6, 7, 8]
     assert torch.equal(y[good], clean[good])
     assert y[[3, 5]].isnan().all()
@@ -160,16 +172,16 @@ def test_a_bad_row_stays_alone(isa: str):
 def test_result_depends_neither_on_the_batch_nor_on_threads(isa: str):
     weight, weight_scale = int8_weight(200, 160)
     x = torch.randn(123, 160)
-    whole = linear.int8_linear(x, weight, weight_scale, None, None, "silu", None)
-    few = torch.cat([linear.int8_linear(part, weight, weight_scale, None, None, "silu", None) for part in x.split(7)])
+    whole = int8_linear(x, weight, weight_scale, None, None, "silu", None)
+    few = torch.cat([int8_linear(part, weight, weight_scale, None, None, "silu", None) for part in x.split(7)])
     assert torch.equal(whole, few)
-    alone = torch.cat([linear.int8_linear(row[None], weight, weight_scale, None, None, "silu", None) for row in x])
+    alone = torch.cat([int8_linear(row[None], weight, weight_scale, None, None, "silu", None) for row in x])
     assert torch.equal(whole, alone)
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert torch.equal(linear.int8_linear(x, weight, weight_scale, None, None, "silu", None), whole)
+            assert torch.equal(int8_linear(x, weight, weight_scale, None, None, "silu", None), whole)
     finally:
         torch.set_num_threads(threads)
 
@@ -177,9 +189,9 @@ def test_result_depends_neither_on_the_batch_nor_on_threads(isa: str):
 def test_rows_in_several_blocks(isa: str, monkeypatch: pytest.MonkeyPatch):
     weight, weight_scale = int8_weight(70, 100)
     x = torch.randn(50, 100)
-    whole = linear.int8_linear(x, weight, weight_scale, None, None, "none", None)
+    whole = int8_linear(x, weight, weight_scale, None, None, "none", None)
     monkeypatch.setattr(linear, "_BLOCK_BYTES", 700)
-    assert torch.equal(linear.int8_linear(x, weight, weight_scale, None, None, "none", None), whole)
+    assert torch.equal(int8_linear(x, weight, weight_scale, None, None, "none", None), whole)
 
 
 @pytest.mark.parametrize("m", [100, 289])
@@ -189,7 +201,7 @@ def test_however_the_threads_share_the_work(isa: str, m: int, monkeypatch: pytes
     x[m - 1, 3] = math.nan
 
     def run() -> torch.Tensor:
-        return linear.int8_linear(x, weight, weight_scale, None, residual, "gelu", None).nan_to_num(-1.0)
+        return int8_linear(x, weight, weight_scale, None, residual, "gelu", None).nan_to_num(-1.0)
 
     by_rows = run()
     monkeypatch.setattr(linear, "_CACHED_WEIGHT", 0)
@@ -201,14 +213,12 @@ def test_however_the_threads_share_the_work(isa: str, m: int, monkeypatch: pytes
 def test_several_python_threads_at_once(isa: str):
     weight, weight_scale = int8_weight(200, 256)
     inputs = [torch.randn(64, 256) for _ in range(4)]
-    expected = [linear.int8_linear(x, weight, weight_scale, None, None, "none", None) for x in inputs]
+    expected = [int8_linear(x, weight, weight_scale, None, None, "none", None) for x in inputs]
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(30):
-            if not torch.equal(
-                linear.int8_linear(inputs[i], weight, weight_scale, None, None, "none", None), expected[i]
-            ):
+            if not torch.equal(int8_linear(inputs[i], weight, weight_scale, None, None, "none", None), expected[i]):
                 wrong.append(i)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -228,14 +238,14 @@ def test_other_python_threads_run_while_a_kernel_does(isa: str):
         while not stop.is_set():
             steps[0] += 1
 
-    linear.int8_linear(x, weight, weight_scale, None, None, "none", None)
+    int8_linear(x, weight, weight_scale, None, None, "none", None)
     counter = threading.Thread(target=count)
     counter.start()
     try:
         moved = 0
         for _ in range(20):
             before = steps[0]
-            linear.int8_linear(x, weight, weight_scale, None, None, "none", None)
+            int8_linear(x, weight, weight_scale, None, None, "none", None)
             moved += steps[0] > before
     finally:
         stop.set()
@@ -255,7 +265,7 @@ before = len(os.listdir("/proc/self/task")), runtimes()
 from tilewright.kernels.cpu import linear, native
 weight = torch.ones(512, 512, dtype=torch.int8)
 for _ in range(3):
-    linear.int8_linear(torch.randn(256, 512), weight, torch.ones(512), None, None, "none", None)
+    int8_linear(torch.randn(256, 512), weight, torch.ones(512), None, None, "none", None)
 assert native.why_no_native() is None
 assert before == (len(os.listdir("/proc/self/task")), runtimes()), "other threads, or another OpenMP runtime"
 """
@@ -266,9 +276,9 @@ assert before == (len(os.listdir("/proc/self/task")), runtimes()), "other thread
 def test_writing_into_the_weight_is_noticed(isa: str):
     weight, weight_scale = int8_weight(20, 32)
     x = torch.randn(3, 32)
-    linear.int8_linear(x, weight, weight_scale, None, None, "none", None)
+    int8_linear(x, weight, weight_scale, None, None, "none", None)
     weight.zero_()
-    assert not linear.int8_linear(x, weight, weight_scale, None, None, "none", None).any()
+    assert not int8_linear(x, weight, weight_scale, None, None, "none", None).any()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,18 @@ quick = settings(
 )
 
 
+def sparse24_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    meta: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return compressed.prepare_float(values, meta, bias, activation, compute_dtype, x.shape[-1])(x, residual)
+
+
 @pytest.fixture
 def built(isa: str) -> str:
     """The instruction set, of those that the kernel is built for."""
@@ -78,7 +90,7 @@ def test_agrees_with_float64(
     bias = torch.randn(n) if "bias" in extras else None
     residual = torch.randn(m, n) if "residual" in extras else None
     arguments = (values, meta, bias, residual, activation, compute_dtype)
-    actual = compressed.sparse24_linear(x, *arguments)
+    actual = sparse24_linear(x, *arguments)
     plain = reference.sparse24_linear(x, *arguments)
     weight = sparse24.unpack(values, meta, k).to(compute_dtype or torch.float32).double()
     exact = apply_activation(x.double() @ weight.t() + (0 if bias is None else bias.double()), activation)
@@ -95,7 +107,7 @@ def test_every_pair_of_places_is_read(built: str, dtype: torch.dtype):
     meta = picked[:, ::2] | picked[:, 1::2] << 4
     values = torch.randint(-9, 10, (n, 2 * 23)).to(dtype)
     x = torch.randint(-9, 10, (5, k)).float()
-    assert torch.equal(compressed.sparse24_linear(x, values, meta), x @ sparse24.unpack(values, meta, k).float().t())
+    assert torch.equal(sparse24_linear(x, values, meta), x @ sparse24.unpack(values, meta, k).float().t())
 
 
 def test_long_sums_are_as_exact_as_short_ones(built: str):
@@ -104,7 +116,7 @@ def test_long_sums_are_as_exact_as_short_ones(built: str):
         values, meta = sparse_weight(64, k)
         values, x = values.abs(), torch.rand(4, k)
         exact = x.double() @ sparse24.unpack(values, meta, k).double().t()
-        errors.append(((compressed.sparse24_linear(x, values, meta) - exact) / exact).norm())
+        errors.append(((sparse24_linear(x, values, meta) - exact) / exact).norm())
     assert errors[1] < 2 * errors[0]
 
 
@@ -112,11 +124,11 @@ def test_long_sums_are_as_exact_as_short_ones(built: str):
 def test_a_bad_row_stays_alone_and_is_bad_throughout(built: str, bad: float):
     values, meta = sparse_weight(70, 70)
     x = torch.randn(9, 70)
-    clean = compressed.sparse24_linear(x, values, meta, activation="gelu")
+    clean = sparse24_linear(x, values, meta, activation="gelu")
     x[3, 7], x[5, 69] = bad, bad
-    y = compressed.sparse24_linear(x, values, meta, activation="none")
+    y = sparse24_linear(x, values, meta, activation="none")
     assert not y[[3, 5]].isfinite().any()
-    y = compressed.sparse24_linear(x, values, meta, activation="gelu")
+    y = sparse24_linear(x, values, meta, activation="gelu")
     good = [0, 1, 2, 4, 6, 7, 8]
     assert torch.equal(y[good], clean[good])
 
@@ -125,14 +137,14 @@ def test_a_bad_row_stays_alone_and_is_bad_throughout(built: str, bad: float):
 def test_result_depends_neither_on_the_batch_nor_on_threads(built: str, k: int):
     values, meta = sparse_weight(1037, k, torch.bfloat16)  # enough for several threads even at one row and k = 1100
     x = torch.randn(compressed.MOST_ROWS, k)
-    whole = compressed.sparse24_linear(x, values, meta, activation="silu")
-    alone = torch.cat([compressed.sparse24_linear(row[None], values, meta, activation="silu") for row in x])
+    whole = sparse24_linear(x, values, meta, activation="silu")
+    alone = torch.cat([sparse24_linear(row[None], values, meta, activation="silu") for row in x])
     assert torch.equal(whole, alone)
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert torch.equal(compressed.sparse24_linear(x, values, meta, activation="silu"), whole)
+            assert torch.equal(sparse24_linear(x, values, meta, activation="silu"), whole)
     finally:
         torch.set_num_threads(threads)
 
@@ -159,8 +171,8 @@ def test_a_layer_calls_it_and_notices_what_is_written(built: str):
 def test_a_residual_of_another_shape_and_leading_dimensions(built: str):
     values, meta = sparse_weight(40, 48)
     x, residual = torch.randn(2, 3, 48), torch.randn(3, 2, 40).transpose(0, 1)
-    y = compressed.sparse24_linear(x, values, meta, None, residual)
-    torch.testing.assert_close(y, compressed.sparse24_linear(x, values, meta) + residual)
+    y = sparse24_linear(x, values, meta, None, residual)
+    torch.testing.assert_close(y, sparse24_linear(x, values, meta) + residual)
 
 
 @pytest.mark.parametrize(
@@ -189,4 +201,4 @@ def test_is_declined_where_it_is_not_built(isa: str):
     assert f"is not built for {isa}" in dict(router.route(problem).declined)[NAME]
     values, meta = sparse_weight(8, 16)
     with pytest.raises(RuntimeError, match="not built"):
-        compressed.sparse24_linear(torch.randn(2, 16), values, meta)
+        sparse24_linear(torch.randn(2, 16), values, meta)

@@ -14,16 +14,13 @@ from tests.kernels.problems import Case, float64, make, plain
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.cpu import linear, native
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.router import route
+from tilewright.kernels.dispatch.router import implementations, route
 from tilewright.kernels.int4_int8_linear import cpu as int4_int8
-from tilewright.kernels.int4_linear import cpu as int4
-from tilewright.kernels.int8_weight_only_linear import cpu as int8
 
 DTYPES = tuple(native.DTYPES)
 KERNELS = {
-    "int4_int8_linear": int4_int8.native_int4_int8_linear,
-    "int4_linear": int4.native_int4_linear,
-    "int8_weight_only_linear": int8.native_int8_weight_only_linear,
+    op: next(one.function for one in implementations(op) if one.name == "C kernel")
+    for op in ("int4_int8_linear", "int4_linear", "int8_weight_only_linear")
 }
 quick = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

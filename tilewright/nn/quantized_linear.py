@@ -303,11 +303,9 @@ class QuantizedLinear(nn.Module):
         return prepared_call(self, x, tensors, self.activation, self.problem, self._arguments)
 
     def _arguments(self) -> dict[str, Any]:
-        """Of the operator, without x and the residual."""
+        """Of the operator, without x and the residual, and the columns of x."""
         names = (*self._placed, *self._named)
-        arguments = {name: getattr(self, name) for name in names if name != "residual"}
-        # A weight that is packed does not say how many columns it has.
-        return arguments if "weight" in arguments else {**arguments, "k": self.in_features}
+        return {**{name: getattr(self, name) for name in names if name != "residual"}, "k": self.in_features}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
         before = dict(self.named_buffers(recurse=False))

@@ -92,29 +92,18 @@ def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, correction
 
 
-def int8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    channel_scale: torch.Tensor | None,
-) -> torch.Tensor:
-    """See ``int8_linear.reference``."""
-    return prepare_int8(weight, weight_scale, bias, activation, channel_scale)(x, residual)
-
-
 def prepare_int8(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str,
     channel_scale: torch.Tensor | None,
+    k: int,
 ) -> Callable[..., torch.Tensor]:
-    """``int8_linear`` as a function of x and the residual, for as long as nobody writes into the tensors given here."""
-    function = _kernel("int8_linear")
-    n, k = weight.shape
+    """``int8_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into the
+    tensors given here.
+    """
+    function, n = _kernel("int8_linear"), len(weight)
     values, correction = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
     weight_scale, bias, channel_scale = weight_scale.contiguous(), _floats(bias), _floats(channel_scale)
     fixed = (values.data_ptr(), correction.data_ptr(), n, k, weight_scale.data_ptr(), _address(bias))
@@ -183,25 +172,6 @@ def why_no_int4_groups(k: int, group_size: int) -> str | None:
     return (
         f"takes groups of a multiple of 8 columns, not of {group_size}" if group_size < k and group_size % 8 else None
     )
-
-
-def int4_int8_linear(
-    x: torch.Tensor,
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    group_size: int,
-    activation: str,
-    channel_scale: torch.Tensor | None,
-) -> torch.Tensor:
-    """See ``int4_int8_linear.reference``; ``why_no_int4_groups`` has nothing against the groups."""
-    k = x.shape[-1]
-    prepared = prepare_int4_int8(
-        weight_packed, weight_scale, weight_zero, bias, group_size, activation, channel_scale, k
-    )
-    return prepared(x, residual)
 
 
 def prepare_int4_int8(
@@ -295,26 +265,32 @@ def _pack_weight_only(
 
 
 def prepare_weight_only(
-    weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
-    group_size: int,
     activation: str,
     compute_dtype: torch.dtype | None,
     k: int,
+    weight: torch.Tensor | None = None,
+    weight_packed: torch.Tensor | None = None,
+    weight_zero: torch.Tensor | None = None,
+    group_size: int | None = None,
 ) -> Callable[..., torch.Tensor]:
-    """``weight_only_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into
-    the tensors given here.
+    """``int8_weight_only_linear`` (of ``weight``) or ``int4_linear`` (of ``weight_packed``) of ``k`` columns as a
+    function of x and the residual, for as long as nobody writes into the tensors given here. Scales are applied to the
+    sums of each group, in float32.
     """
+    stored = weight_packed if weight is None else weight
+    if stored is None:
+        raise ValueError("a weight is missing")
+    group_size = group_size or k
     function, row_bytes_of = _kernel("weight_only_linear"), _kernel("weight_only_row_bytes")
-    bits = 8 if weight.dtype == torch.int8 else 4
-    n = weight.shape[0]
+    bits = 8 if stored.dtype == torch.int8 else 4
+    n = len(stored)
     groups = weight_scale.numel() // n
     values, scale, zero = packed(
-        weight,
+        stored,
         native.layout(f"weight only {k}"),
-        lambda: _pack_weight_only(weight, weight_scale, weight_zero, bits, k),
+        lambda: _pack_weight_only(stored, weight_scale, weight_zero, bits, k),
         weight_scale,
         weight_zero,
     )
@@ -348,21 +324,3 @@ def prepare_weight_only(
         return y
 
     return call
-
-
-def weight_only_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    group_size: int,
-    activation: str,
-    compute_dtype: torch.dtype | None,
-) -> torch.Tensor:
-    """See ``int4_linear.reference`` (weight int32) and ``int8_weight_only_linear.reference`` (weight int8, no zero
-    points, one group); scales are applied to the sums, in float32.
-    """
-    weights, options = (weight, weight_scale, weight_zero, bias), (group_size, activation, compute_dtype)
-    return prepare_weight_only(*weights, *options, x.shape[-1])(x, residual)

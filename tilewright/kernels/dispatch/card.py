@@ -14,7 +14,7 @@ neither Triton nor a kernel:
         ...
         implementations=(
             on_gpu("Triton, tiles", ".triton_tile"),
-            on_cpu("C kernel", ".cpu:native_int8_linear", ".cpu:why_not_native", prepare=".cpu:prepare_int8"),
+            prepared_on_cpu("C kernel", "..cpu.linear:prepare_int8", ".cpu:why_not_native"),
             everywhere("reference", ".reference"),
         ),
     )
@@ -58,7 +58,8 @@ class Way:
         absolute = functools.partial(_absolute, card)
         prepare = None if self.prepare is None else absolute(self.prepare)
         handed_on = None if self.handed_on is None else _late(absolute(self.handed_on))
-        return Implementation(self.name, card.name, self._declining(card), absolute(self.target), prepare, handed_on)
+        target = absolute(self.target) if self.target else ""
+        return Implementation(self.name, card.name, self._declining(card), target, prepare, handed_on)
 
     def _declining(self, card: Card) -> Callable[[Problem], str | None]:
         own = None if self.why_not is None else _late(_absolute(card, self.why_not))
@@ -75,11 +76,14 @@ class Way:
         return why_not
 
 
-def on_cpu(name: str, target: str, why_not: str | None = None, prepare: str | None = None) -> Way:
-    """An implementation on a CPU. why_not: by default the function of that name beside ``target``. prepare: see
-    ``Implementation``.
-    """
-    return Way(name, target, "cpu", why_not or _beside(target), prepare)
+def on_cpu(name: str, target: str, why_not: str | None = None) -> Way:
+    """An implementation on a CPU. why_not: by default the function of that name beside ``target``."""
+    return Way(name, target, "cpu", why_not or _beside(target))
+
+
+def prepared_on_cpu(name: str, prepare: str, why_not: str | None = None) -> Way:
+    """An implementation on a CPU that is a function of x and the residual once the other arguments are known."""
+    return Way(name, "", "cpu", why_not or _beside(prepare), prepare)
 
 
 def on_gpu(name: str, module: str) -> Way:

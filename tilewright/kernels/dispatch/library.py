@@ -100,8 +100,7 @@ def _prepare(card: Card, arguments: Arguments) -> Callable[..., Any] | None:
     if prepare is None:
         return None
     given = {name: value for name, value in arguments.items() if name not in ("x", "residual")}
-    # An int4 weight does not say how many of the nibbles in its last words are columns.
-    return prepare(**given, **({"k": arguments["x"].shape[-1]} if "weight_packed" in given else {}))
+    return prepare(**given, k=arguments["x"].shape[-1])
 
 
 def _autograd_kernel(

@@ -30,10 +30,11 @@ class Implementation:
     """One way to compute an operator.
 
     name: as the report prints it. op: the operator. why_not: the reason why it does not take a problem, or None if it
-    does. target: "module:function" of a function with the operator's signature, imported when it first serves a call.
-    prepare: likewise, of a function of the operator's arguments but x and the residual, which returns one of x alone.
-    Layers call that in eager inference, for inputs of one shape and dtype. handed_on: the problem of another operator
-    that it has solved for a problem, or None where it multiplies itself.
+    does. target: "module:function" of a function with the operator's signature, imported when it first serves a call;
+    "" where ``prepare`` says all. prepare: likewise, of a function of the operator's arguments but x and the residual,
+    and of ``k``, the columns of x, which returns one of x and the residual. Layers call that in eager inference, for
+    inputs of one shape and dtype. handed_on: the problem of another operator that it has solved for a problem, or None
+    where it multiplies itself.
     """
 
     name: str
@@ -51,7 +52,14 @@ class Implementation:
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
         """The function behind ``target``."""
-        return _imported(self.target)
+        prepare = self.prepared
+        if self.target or prepare is None:
+            return _imported(self.target)
+
+        def call(x: torch.Tensor, residual: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
+            return prepare(**arguments, k=x.shape[-1])(x, residual)
+
+        return call
 
 
 def _imported(target: str) -> Callable[..., Any]:

@@ -40,24 +40,6 @@ def why_not_native(problem: Problem) -> str | None:
     return linear.why_no_int4_groups(problem.k, group_size) or linear.why_not(problem)
 
 
-def native_int4_int8_linear(
-    x: torch.Tensor,
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    *,
-    group_size: int,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See ``reference.int4_int8_linear``."""
-    return linear.int4_int8_linear(
-        x, weight_packed, weight_scale, weight_zero, bias, residual, group_size, activation, channel_scale
-    )
-
-
 def _prepack(
     weight_packed: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, group_size: int, k: int
 ) -> _Groups:

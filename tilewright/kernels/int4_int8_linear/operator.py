@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.dispatch.card import Kernel, everywhere, on_cpu, on_gpu
+from tilewright.kernels.dispatch.card import Kernel, everywhere, on_cpu, on_gpu, prepared_on_cpu
 from tilewright.kernels.formats.int4 import Int4
 from tilewright.kernels.linear import ACTIVATION, END, QUANTIZE, int4_weight, linear_card
 
@@ -17,7 +17,7 @@ CARDS = (
         (
             on_gpu("Triton, dequantise and multiply", ".triton_dequantize"),
             on_gpu("Triton, fused", ".triton_fused"),
-            on_cpu("C kernel", ".cpu:native_int4_int8_linear", ".cpu:why_not_native", "..cpu.linear:prepare_int4_int8"),
+            prepared_on_cpu("C kernel", "..cpu.linear:prepare_int4_int8", ".cpu:why_not_native"),
             on_cpu("oneDNN by group", ".cpu"),
             everywhere("reference", ".reference"),
         ),

@@ -9,8 +9,6 @@ x whose columns are reordered, evens first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
@@ -31,39 +29,6 @@ _KERNEL_GROUPS = (256, 128, 64, 32)
 def why_not_native(problem: Problem) -> str | None:
     """Why the C kernel does not take the problem, or None."""
     return linear.why_no_int4_groups(problem.k, problem.group_size or problem.k) or linear.why_not_weight_only(problem)
-
-
-def native_int4_linear(
-    x: torch.Tensor,
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    *,
-    group_size: int,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See ``reference.int4_linear``; the scales are applied to the sums of each group, in float32."""
-    return linear.weight_only_linear(
-        x, weight_packed, weight_scale, weight_zero, bias, residual, group_size, activation, compute_dtype
-    )
-
-
-def prepare_native(
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group_size: int,
-    activation: str,
-    compute_dtype: torch.dtype | None,
-    k: int,
-) -> Callable[..., torch.Tensor]:
-    """``native_int4_linear`` of ``k`` columns as a function of x and the residual: see ``cpu.linear``."""
-    weights, options = (weight_packed, weight_scale, weight_zero, bias), (group_size, activation, compute_dtype)
-    return linear.prepare_weight_only(*weights, *options, k)
 
 
 def _kernel_group(k: int, group_size: int) -> int | None:

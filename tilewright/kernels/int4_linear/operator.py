@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.dispatch.card import Kernel, everywhere, on_cpu, on_gpu
+from tilewright.kernels.dispatch.card import Kernel, everywhere, on_cpu, on_gpu, prepared_on_cpu
 from tilewright.kernels.formats.int4 import Int4
 from tilewright.kernels.linear import ACTIVATION, END, int4_weight, linear_card
 
@@ -18,7 +18,7 @@ CARDS = (
             on_gpu("Triton, mma.sync", ".triton_fragments"),
             on_gpu("Triton, fused", ".triton_fused"),
             on_gpu("Triton, dequantise and multiply", ".triton_dequantize"),
-            on_cpu("C kernel", ".cpu:native_int4_linear", ".cpu:why_not_native", ".cpu:prepare_native"),
+            prepared_on_cpu("C kernel", "..cpu.linear:prepare_weight_only", ".cpu:why_not_native"),
             on_cpu("ATen int4pack", ".cpu"),
             on_cpu("dequantised blocks", ".cpu:dequantized_blocks", ".cpu:why_not_blocks"),
             everywhere("dequantise and multiply", ".dequantize"),

@@ -32,19 +32,6 @@ def why_not_native(problem: Problem) -> str | None:
     return linear.why_not(problem)
 
 
-def native_int8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See ``reference.int8_linear``."""
-    return linear.int8_linear(x, weight, weight_scale, bias, residual, activation, channel_scale)
-
-
 def _prepack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), torch.zeros(len(weight), dtype=torch.int32)
 

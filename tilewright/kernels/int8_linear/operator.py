@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.dispatch.card import Kernel, everywhere, on_cpu, on_gpu
+from tilewright.kernels.dispatch.card import Kernel, everywhere, on_cpu, on_gpu, prepared_on_cpu
 from tilewright.kernels.formats.int8 import Int8
 from tilewright.kernels.linear import ACTIVATION, END, QUANTIZE, int8_rows, linear_card
 
@@ -19,7 +19,7 @@ CARDS = (
         (
             _SWAPPED,
             _TILES,
-            on_cpu("C kernel", ".cpu:native_int8_linear", ".cpu:why_not_native", "..cpu.linear:prepare_int8"),
+            prepared_on_cpu("C kernel", "..cpu.linear:prepare_int8", ".cpu:why_not_native"),
             on_cpu("oneDNN", ".cpu"),
             on_cpu("exact float32", ".cpu:float_int8_linear", ".cpu:why_not_float"),
             everywhere("reference", ".reference"),

@@ -8,11 +8,8 @@ in cache, and to multiply it with all rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from tilewright.kernels.cpu import linear
 from tilewright.kernels.cpu.memory import WEIGHT_BLOCK_ELEMENTS, scratch
 from tilewright.kernels.cpu.probes import why_no_int8pack
 from tilewright.kernels.dispatch.packed import packed
@@ -21,38 +18,6 @@ from tilewright.kernels.epilogue import finish_rows
 
 #: Rows up to which ATen's product is faster (4096 x 4096, two threads).
 SMALL_BATCH = 32
-
-
-def native_int8_weight_only_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See ``reference.int8_weight_only_linear``; the scale is applied to the sums, in float32."""
-    return linear.weight_only_linear(
-        x, weight, weight_scale, None, bias, residual, x.shape[-1], activation, compute_dtype
-    )
-
-
-def prepare_native(
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    compute_dtype: torch.dtype | None,
-) -> Callable[..., torch.Tensor]:
-    """``native_int8_weight_only_linear`` as a function of x and the residual: see ``cpu.linear``."""
-    k = weight.shape[1]
-    return linear.prepare_weight_only(weight, weight_scale, None, bias, k, activation, compute_dtype, k)
-
-
-def why_not_native(problem: Problem) -> str | None:
-    """Why the C kernel does not take the problem, or None."""
-    return linear.why_not_weight_only(problem)
 
 
 def why_not(problem: Problem) -> str | None:

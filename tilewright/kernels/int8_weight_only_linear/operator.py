@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tilewright.kernels.dispatch.card import Kernel, everywhere, on_cpu, on_gpu
+from tilewright.kernels.dispatch.card import Kernel, everywhere, on_cpu, on_gpu, prepared_on_cpu
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.int8 import Int8
 from tilewright.kernels.linear import ACTIVATION, END, linear_card
@@ -29,7 +29,7 @@ CARDS = (
             on_gpu("Triton, operands swapped", ".triton_swapped"),
             on_gpu("Triton, dequantise and multiply", ".triton_dequantize"),
             on_gpu("dequantise and multiply", ".dequantize"),
-            on_cpu("C kernel", ".cpu:native_int8_weight_only_linear", ".cpu:why_not_native", ".cpu:prepare_native"),
+            prepared_on_cpu("C kernel", "..cpu.linear:prepare_weight_only", "..cpu.linear:why_not_weight_only"),
             on_cpu("ATen int8pack", ".cpu"),
             on_cpu("dequantised blocks", ".cpu:dequantized_blocks", ".cpu:why_not_blocks"),
             everywhere("reference", ".reference"),

@@ -134,16 +134,3 @@ def prepare_float(
         return y
 
     return call
-
-
-def sparse24_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_linear``; x is not rounded."""
-    return prepare_float(weight_values, weight_meta, bias, activation, compute_dtype, x.shape[-1])(x, residual)

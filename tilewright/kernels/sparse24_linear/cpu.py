@@ -133,34 +133,3 @@ def prepare_int4(
     layout = f"2:4 int4 dequantised for oneDNN, {k} columns in groups of {group_size}"
     weight = packed(weight_values, layout, make, weight_meta, weight_scale, weight_zero)
     return _call(weight, bias, activation)
-
-
-def sparse24_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_linear``."""
-    return prepare_float(weight_values, weight_meta, bias, activation, compute_dtype, x.shape[-1])(x, residual)
-
-
-def sparse24_int4_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    *,
-    group_size: int,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_int4_linear``."""
-    weights = (weight_values, weight_meta, weight_scale, weight_zero)
-    return prepare_int4(*weights, bias, group_size, activation, compute_dtype, x.shape[-1])(x, residual)

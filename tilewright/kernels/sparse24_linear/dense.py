@@ -7,7 +7,7 @@ On a GPU this serves the shapes that 2:4 does not pay for.
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tilewright.kernels.dispatch.card import card_of
 from tilewright.kernels.dispatch.packed import packed
-from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.dispatch.router import resolve, route_call
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import route_call
 from tilewright.kernels.epilogue import finish, finish_rows
 from tilewright.kernels.formats import sparse24
 from tilewright.kernels.matrices import as_matrix, wide_product
@@ -59,7 +60,7 @@ def _unpacked_int4(
     )
 
 
-# ---- on a CPU: what layers call again and again
+# ---- once the weight is known
 def prepare_float(
     weight_values: torch.Tensor,
     weight_meta: torch.Tensor,
@@ -107,8 +108,8 @@ def prepare_int8(
     activation: str,
     channel_scale: torch.Tensor | None,
     k: int,
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``sparse24_int8_linear`` of ``k`` columns as a function of x, likewise; for inputs of one shape and dtype."""
+) -> Callable[..., torch.Tensor]:
+    """``sparse24_int8_linear``, likewise; for inputs of one shape and dtype."""
     arguments = {
         "weight": unpacked(weight_values, weight_meta, k, torch.int8),
         "weight_scale": weight_scale,
@@ -116,7 +117,7 @@ def prepare_int8(
         "activation": activation,
         "channel_scale": channel_scale,
     }
-    return _handing_on("int8_linear", len(weight_values), arguments, {})
+    return _handing_on("int8_linear", len(weight_values), arguments, k)
 
 
 def prepare_int4(
@@ -129,7 +130,7 @@ def prepare_int4(
     activation: str,
     compute_dtype: torch.dtype | None,
     k: int,
-) -> Callable[[torch.Tensor], torch.Tensor]:
+) -> Callable[..., torch.Tensor]:
     """``sparse24_int4_linear``, likewise."""
     arguments = {
         "weight_packed": _unpacked_int4(weight_values, weight_meta, weight_zero, group_size, k),
@@ -140,44 +141,29 @@ def prepare_int4(
         "activation": activation,
         "compute_dtype": compute_dtype,
     }
-    facts = _int4_facts(weight_scale, weight_zero, group_size, compute_dtype)
-    return _handing_on("int4_linear", len(weight_values), arguments, {"k": k}, **facts)
+    return _handing_on("int4_linear", len(weight_values), arguments, k)
 
 
-def _handing_on(
-    op: str, n: int, arguments: dict[str, Any], sizes: dict[str, int], **facts: Any
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of x that the implementation of the dense operator serves which the router names at its first call.
-
-    arguments: of the operator, without x; sizes: what preparing it needs beside them.
+def _handing_on(op: str, n: int, arguments: dict[str, Any], k: int) -> Callable[..., torch.Tensor]:
+    """A function of x and the residual that the implementation of the dense operator serves which the router names at
+    its first call. arguments: of the operator, without x and the residual.
     """
-    found: list[Callable[[torch.Tensor], torch.Tensor]] = []
+    found: list[Callable[..., torch.Tensor]] = []
 
-    def call(x: torch.Tensor) -> torch.Tensor:
+    def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not found:
-            known = {**_ends(arguments["bias"], None, arguments["activation"]), **facts, **device_facts(x.device)}
-            problem = Problem(op, x.numel() // x.shape[-1], n, x.shape[-1], x.dtype, **known)
+            card = card_of(op)
+            if card is None:
+                raise ValueError(f"there is no operator {op!r}")
+            problem = card.problem(op, {**arguments, "x": x, "residual": residual}, n)
             implementation = route_call(problem).implementation
-            prepare, function = implementation.prepared, implementation.function
-            found.append(prepare(**arguments, **sizes) if prepare else lambda x: function(x, **arguments))
-        return found[0](x)
+            prepare = implementation.prepared
+            found.append(
+                prepare(**arguments, k=k) if prepare else functools.partial(implementation.function, **arguments)
+            )
+        return found[0](x=x, residual=residual)
 
     return call
-
-
-def _ends(bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str) -> dict[str, Any]:
-    return {"bias": bias is not None, "residual": residual is not None, "activation": activation}
-
-
-def _int4_facts(
-    weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, group_size: int, compute_dtype: torch.dtype | None
-) -> dict[str, Any]:
-    return {
-        "compute_dtype": compute_dtype,
-        "group_size": group_size,
-        "symmetric": weight_zero is None,
-        "scale_dtype": weight_scale.dtype,
-    }
 
 
 # ---- operators
@@ -200,47 +186,3 @@ def sparse24_linear(
         return F.linear(x, weight, bias)  # the library adds the bias and rounds once
     y = wide_product(as_matrix(x).to(narrow), weight).view(*x.shape[:-1], len(weight))
     return finish(y, bias, residual, activation, x.dtype)
-
-
-def sparse24_int8_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_int8_linear``."""
-    weight = unpacked(weight_values, weight_meta, x.shape[-1], torch.int8)
-    function = _server("int8_linear", x, len(weight), **_ends(bias, residual, activation))
-    return function(x, weight, weight_scale, bias, residual, activation, channel_scale)
-
-
-def sparse24_int4_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    *,
-    group_size: int,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_int4_linear``."""
-    weight = _unpacked_int4(weight_values, weight_meta, weight_zero, group_size, x.shape[-1])
-    facts = {
-        **_ends(bias, residual, activation),
-        **_int4_facts(weight_scale, weight_zero, group_size, compute_dtype),
-    }
-    function = _server("int4_linear", x, len(weight), **facts)
-    options = {"group_size": group_size, "activation": activation, "compute_dtype": compute_dtype}
-    return function(x, weight, weight_scale, weight_zero, bias, residual, **options)
-
-
-def _server(op: str, x: torch.Tensor, n: int, **facts: Any) -> Callable[..., torch.Tensor]:
-    return resolve(op, math.prod(x.shape[:-1]), n, x.shape[-1], x.dtype, x.device, **facts)

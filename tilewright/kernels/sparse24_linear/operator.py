@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tilewright.kernels.dispatch.card import Way, everywhere, on_cpu, on_gpu
+from tilewright.kernels.dispatch.card import Way, everywhere, on_gpu, prepared_on_cpu
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.int8 import Int8
 from tilewright.kernels.formats.sparse24 import Sparse24, kept_group_size
@@ -16,14 +16,9 @@ _FRAGMENTS = on_gpu("Triton, mma.sp", ".triton_fragments")
 _LIBRARY = on_gpu("cuSPARSELt", ".cusparselt")
 
 
-def _unpacked(kind: str) -> Way:
-    return everywhere(
-        "unpacked once, then dense",
-        ".dense",
-        ".dense:why_not",
-        prepare=f".dense:prepare_{kind}",
-        handed_on=".dense:handed_on",
-    )
+def _unpacked(kind: str, target: str = "") -> Way:
+    prepare, handed_on = f".dense:prepare_{kind}", ".dense:handed_on"
+    return everywhere("unpacked once, then dense", target, ".dense:why_not", prepare, handed_on)
 
 
 def _int4_values(problem: Problem) -> Sparse24:
@@ -43,9 +38,9 @@ CARDS = (
             _FRAGMENTS,
             _UNPACK,
             _LIBRARY,
-            on_cpu("C kernel, 2:4", ".compressed", prepare=".compressed:prepare_float"),
-            on_cpu("unpacked once for oneDNN", ".cpu", prepare=".cpu:prepare_float"),
-            _unpacked("float"),
+            prepared_on_cpu("C kernel, 2:4", ".compressed:prepare_float"),
+            prepared_on_cpu("unpacked once for oneDNN", ".cpu:prepare_float"),
+            _unpacked("float", ".dense"),
             everywhere("reference", ".reference"),
         ),
     ),
@@ -67,7 +62,7 @@ CARDS = (
         _int4_values,
         (
             _UNPACK,
-            on_cpu("unpacked once for oneDNN", ".cpu", prepare=".cpu:prepare_int4"),
+            prepared_on_cpu("unpacked once for oneDNN", ".cpu:prepare_int4"),
             _unpacked("int4"),
             everywhere("reference", ".reference"),
         ),
