@@ -263,9 +263,9 @@ torch.randn(1 << 20).exp_()
 runtimes = lambda: {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split()[-1]}
 before = len(os.listdir("/proc/self/task")), runtimes()
 from tilewright.kernels.cpu import linear, native
-weight = torch.ones(512, 512, dtype=torch.int8)
+call = linear.prepare_int8(torch.ones(512, 512, dtype=torch.int8), torch.ones(512), None, "none", None, 512)
 for _ in range(3):
-    int8_linear(torch.randn(256, 512), weight, torch.ones(512), None, None, "none", None)
+    call(torch.randn(256, 512))
 assert native.why_no_native() is None
 assert before == (len(os.listdir("/proc/self/task")), runtimes()), "other threads, or another OpenMP runtime"
 """
