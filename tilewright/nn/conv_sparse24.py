@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.kernels.formats import sparse24
+from tilewright.kernels.formats.sparse24 import Sparse24
+from tilewright.kernels.formats.weight import Float
 from tilewright.nn.conv import FloatConv
 from tilewright.nn.conv_layer import Padding, check_conv, common_options, folded
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
@@ -39,12 +40,9 @@ class Sparse24ConvBnAct2d(Sparse24Places, FloatConv):
         super().__init__(in_channels, out_channels, *sizes, **options)
         device, channels = options.get("device"), self._columns()
         rows = out_channels * math.prod(self._window)
-        values = torch.empty(
-            rows, sparse24.kept_count(channels), dtype=parse_dtype(values_dtype) or self.dtype, device=device
-        )
-        self.register_buffer("weight_values", values)
-        meta = torch.empty(rows, sparse24.meta_count(channels), dtype=torch.uint8, device=device)
-        self.register_buffer("weight_meta", meta)
+        stored = Sparse24(Float(parse_dtype(values_dtype) or self.dtype))
+        for name, spec in stored.operands(rows, channels).items():
+            self.register_buffer(name, spec.empty(device))
 
     @classmethod
     def from_float(
@@ -69,14 +67,14 @@ class Sparse24ConvBnAct2d(Sparse24Places, FloatConv):
             allow_tf32=allow_tf32,
         )
         rows = weight.reshape(-1, weight.shape[-1])
-        mask = sparse24.best_mask(rows.abs()) if sparse24.why_not_24(rows) else None
-        module.weight_values, module.weight_meta = sparse24.pack(rows, mask)
+        for name, operand in Sparse24(Float(rows.dtype)).quantize(rows).items():
+            setattr(module, name, operand)
         module._take_bias(conv, bias)
         return module.train(conv.training)
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
-        rows = sparse24.unpack(self.weight_values.float(), self.weight_meta, self._columns())
+        rows = Sparse24(Float(self.weight_values.dtype)).dequantize(self._buffers, self._columns())
         return rows.reshape(self.weight_shape)
 
     @property

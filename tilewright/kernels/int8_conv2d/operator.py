@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from tilewright.kernels import convolution
-from tilewright.kernels.checks import SCALE_DTYPES, check_input, check_vector
+from tilewright.kernels.checks import check_input, check_vector
 from tilewright.kernels.conv_geometry import ConvGeometry, empty_channels_last
 from tilewright.kernels.convolution import INTEGERS
 from tilewright.kernels.dispatch.card import Arguments, Card, everywhere, on_cpu, on_gpu
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.formats.weight import Draw
+from tilewright.kernels.formats.weight import SCALE_DTYPES, Draw
 
 
 def _check_scale(op: str, name: str, value: float | None) -> None:
