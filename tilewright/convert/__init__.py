@@ -1,6 +1,6 @@
 """From a model to a smaller, faster one: recipes, the converter, calibration, the report, save and load."""
 
-from tilewright.convert.checkpoint import CheckpointError, load_model, save_model
+from tilewright.convert.checkpoint import CheckpointError, load_model, register_checkpoint_format, save_model
 from tilewright.convert.compress.pruning import Pruned, prune_magnitude, prune_sparsegpt, prune_wanda
 from tilewright.convert.conversion import Conversion, register_conversion
 from tilewright.convert.converter import convert_model, revert_model
@@ -57,6 +57,7 @@ __all__ = [
     "prune_model",
     "prune_sparsegpt",
     "prune_wanda",
+    "register_checkpoint_format",
     "register_conversion",
     "register_scheme",
     "report",

@@ -22,6 +22,7 @@ from torch import nn
 
 from tilewright.convert import layers, structure
 from tilewright.convert.checkpoint import restore
+from tilewright.convert.checkpoint.formats import format_of
 from tilewright.convert.checkpoint.manifest import FILE_NAME, Layer, Manifest, Stored, read_manifest
 from tilewright.convert.checkpoint.safetensors_file import (
     DTYPE_NAMES,
@@ -175,9 +176,12 @@ def load_model(
     factory: makes the *unconverted* model, as in ``lambda: AutoModel.from_config(config)``. It runs on the meta
     device, so that no float weight is made; its layers are then replaced as the manifest says and the tensors put in,
     on ``device``. Training modes, ties and ``requires_grad`` are those of the saved model. Raises CheckpointError,
-    which names file and tensor, if anything in the folder is missing, damaged, hostile or of another model.
+    which names file and tensor, if anything in the folder is missing, damaged, hostile or of another model. Where there
+    is no manifest, a format that ``register_checkpoint_format`` added may read the folder.
     """
     folder = Path(directory)
+    if not (folder / FILE_NAME).exists() and (other := format_of(folder)) is not None:
+        return other.load(folder, factory, torch.device(device))
     manifest = read_manifest(folder)
     with ExitStack() as stack:
         shards = {
