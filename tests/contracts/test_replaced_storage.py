@@ -57,7 +57,7 @@ def short_collections() -> Iterator[None]:
 
 def check(module: nn.Module, x: torch.Tensor, change: Change, call: Any = None, exact: bool = True) -> None:
     """``module``, or ``call`` that runs it, answers after ``change`` as a copy does that never ran."""
-    call = call or module
+    call = module if call is None else call
     for _ in range(3):
         call(x)
     sizes = [tensor.untyped_storage().nbytes() for tensor in tensors_of(module).values()]
@@ -227,3 +227,18 @@ def test_a_network_is_recorded_meanwhile() -> None:
     with torch.no_grad():
         check(module, x, changes.load, exact=False)
     assert any(isinstance(each, Replay) for each in vars(module)["forward"]._replays._replays.values())
+
+
+@pytest.mark.parametrize("backend", ["eager", "tilewright"])
+@pytest.mark.parametrize("name", ["int8", "int8-activation-int4-weight"])
+def test_a_compiled_graph(name: str, backend: str) -> None:
+    """Its calls are remembered by weight, as those of a layer are by layer."""
+    module, x = linear(name)
+    torch._dynamo.reset()
+    options = {"options": {"inner": "eager"}} if backend == "tilewright" else {}
+    call = torch.compile(module, backend=backend, **options)  # type: ignore[call-overload]
+    with torch.no_grad():
+        for change in (changes.load, changes.vector_to_parameters, changes.share, changes.optimizer_step):
+            check(module, x, change, call)
+        for change in changes_of(module, changes.data).values():
+            check(module, x, change, call)

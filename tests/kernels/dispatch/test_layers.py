@@ -243,3 +243,17 @@ def test_a_call_reads_no_memory_that_is_freed(kind: str):
             y = layer(x)
         del garbage
         assert torch.equal(y, operator_of(layer, x)), name
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_the_operator_refused_is_not_prepared(kind: str):
+    """The first call after a change is checked, and ends in an error; the second must not pass by the check."""
+    layer, x = LAYERS[kind](nn.Linear(32, 16)), torch.randn(5, 32)
+    name = next(name for name in ("weight", "weight_packed", "weight_values") if name in layer._buffers)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        getattr(layer, name).data = getattr(layer, name).data[:-1]
+        for _ in range(4):
+            with pytest.raises((ValueError, RuntimeError)):
+                layer(x)
