@@ -6,6 +6,7 @@ name, the definition computes it, a converter recognises it, and kernels that do
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,18 +91,18 @@ def _gelu(x: torch.Tensor, inplace: bool, approximate: str) -> torch.Tensor:
 
 
 # ---- the table
+# What Triton has, as do the C kernels of both families.
+_ours = functools.partial(Activation, triton=True, native=("linear", "convolution"))
 _ROWS = (
-    Activation(
+    _ours(
         "none",
         forward=lambda x, inplace, slope: x,
         backward=lambda grad, z, slope: grad,
-        triton=True,
-        native=("linear", "convolution"),
         number=0,
         onednn=("none", (), ""),
         onnx=lambda write, y, slope: y,
     ),
-    Activation(
+    _ours(
         "relu",
         forward=lambda x, inplace, slope: F.relu(x, inplace=inplace),
         backward=lambda grad, z, slope: aten.threshold_backward(grad, z, 0),
@@ -110,14 +111,12 @@ _ROWS = (
             **_clamping(math.inf),
         },
         nonnegative=True,
-        triton=True,
-        native=("linear", "convolution"),
         number=1,
         aten=("relu", ()),
         onednn=("relu", (), ""),
         onnx=lambda write, y, slope: write("Relu", y),
     ),
-    Activation(
+    _ours(
         "gelu",
         forward=lambda x, inplace, slope: _gelu(x, inplace, "none"),
         backward=lambda grad, z, slope: aten.gelu_backward(grad, z, approximate="none"),
@@ -125,13 +124,12 @@ _ROWS = (
             **_approximate("none"),
             "transformers.activations.GELUActivation": lambda module: 0.0 if module.act is F.gelu else None,
         },
-        triton=True,
         native=("linear",),
         number=7,
         onednn=("gelu", (), "none"),
         onnx=lambda write, y, slope: write("Gelu", y, approximate="none"),
     ),
-    Activation(
+    _ours(
         "gelu_tanh",
         forward=lambda x, inplace, slope: _gelu(x, inplace, "tanh"),
         backward=lambda grad, z, slope: aten.gelu_backward(grad, z, approximate="tanh"),
@@ -140,50 +138,43 @@ _ROWS = (
             "transformers.activations.NewGELUActivation": _always,
             "transformers.activations.GELUTanh": _always,
         },
-        triton=True,
         native=("linear",),
         number=8,
         onednn=("gelu", (), "tanh"),
         onnx=lambda write, y, slope: write("Gelu", y, approximate="tanh"),
     ),
-    Activation(
+    _ours(
         "silu",
         forward=lambda x, inplace, slope: F.silu(x, inplace=inplace),
         backward=lambda grad, z, slope: aten.silu_backward(grad, z),
         forms=dict.fromkeys((nn.SiLU, F.silu, "transformers.activations.SiLUActivation"), _always),
-        triton=True,
-        native=("linear", "convolution"),
         number=4,
         aten=("silu", ()),
         onednn=("swish", (), ""),
         onnx=lambda write, y, slope: write("Mul", y, write("Sigmoid", y)),
     ),
-    Activation(
+    _ours(
         "relu6",
         forward=lambda x, inplace, slope: F.hardtanh(x, 0.0, 6.0, inplace=inplace),
         backward=lambda grad, z, slope: aten.hardtanh_backward(grad, z, 0.0, 6.0),
         forms={**dict.fromkeys((nn.ReLU6, F.relu6), _always), **_clamping(6.0)},
         nonnegative=True,
-        triton=True,
-        native=("linear", "convolution"),
         number=2,
         aten=("hardtanh", (0.0, 6.0)),
         onednn=("hardtanh", (0.0, 6.0), ""),
         onnx=lambda write, y, slope: write("Clip", y, 0.0, 6.0),
     ),
-    Activation(
+    _ours(
         "hardswish",
         forward=lambda x, inplace, slope: F.hardswish(x, inplace=inplace),
         backward=lambda grad, z, slope: aten.hardswish_backward(grad, z),
         forms=dict.fromkeys((nn.Hardswish, F.hardswish), _always),
-        triton=True,
-        native=("linear", "convolution"),
         number=3,
         aten=("hardswish", ()),
         onednn=("hardswish", (), ""),
         onnx=lambda write, y, slope: write("HardSwish", y),
     ),
-    Activation(
+    _ours(
         "leaky_relu",
         forward=lambda x, inplace, slope: F.leaky_relu(x, slope, inplace=inplace),
         backward=lambda grad, z, slope: aten.leaky_relu_backward(grad, z, slope, False),
@@ -192,7 +183,6 @@ _ROWS = (
             nn.LeakyReLU: lambda module: float(module.negative_slope),
             **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky),
         },
-        triton=True,
         native=("convolution",),
         number=5,
         onnx=lambda write, y, slope: write("LeakyRelu", y, alpha=slope),
