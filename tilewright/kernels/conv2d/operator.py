@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tilewright.kernels import convolution
-from tilewright.kernels.conv2d.gradients import conv_gradients
+from tilewright.kernels.conv_gradients import conv_gradients
 from tilewright.kernels.dispatch.card import Card, everywhere, on_cpu, on_gpu
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.weight import Draw

@@ -10,8 +10,8 @@ import torch
 
 from tilewright.kernels import convolution
 from tilewright.kernels.checks import check_input
-from tilewright.kernels.conv2d.gradients import conv_gradients
 from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.conv_gradients import conv_gradients
 from tilewright.kernels.dispatch.card import Arguments, Card, everywhere
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import sparse24
