@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -17,12 +18,31 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom of the house to the top. A layer may import those before it, and never one after it.
 LAYERS = ("aot", "autotune", "kernels", "nn", "convert")
-ABOVE_CONVERT = (
-    "backend",
-    "monitor",
-    "deploy",
-)  # they may import every layer, and nothing but the face may import them
+# They may import every layer; of these, only the commands may import the others.
+ABOVE_CONVERT = ("backend", "monitor", "deploy", "commands")
+# Rooms of one storey: which others each may enter, beside the files that lie in the storey itself. "*" stands for the
+# folders of operators.
+ROOMS = {
+    "kernels": {
+        "formats": (),
+        "dispatch": ("formats",),
+        "cpu": ("dispatch", "formats"),
+        "triton": ("dispatch", "formats"),
+        "*": ("cpu", "dispatch", "formats", "triton", "*"),
+    },
+    "convert": {
+        "calibrate": (),
+        "compress": (),
+        "graph": (),
+        "schemes": ("calibrate", "compress"),
+        "network": ("calibrate", "graph", "schemes"),
+        "checkpoint": ("graph", "network"),
+        "search": ("calibrate", "compress", "schemes"),
+    },
+    "deploy": {"onnx": (), "package": ("onnx",)},
+}
 LAZY_IMPORT = re.compile(r"tilewright(\.\w+)+:\w+")  # "module:function", by which the router loads an implementation
+CARD_PATH = re.compile(r"\.{1,4}[a-z]\w*(\.\w+)*(:\w+)?")  # ".module:function", by which a card names one
 LONGEST_FILE = 450
 
 TEXT_FILES = [
@@ -38,10 +58,11 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def imported_modules(source: str, module: str) -> Iterator[str]:
+def imported_modules(source: str, module: str, lazy: bool = True) -> Iterator[str]:
     """Absolute names of everything that ``module`` imports anywhere in its source, inside functions too.
 
     A relative import is resolved against ``module``; ``from a import b`` yields ``a.b`` since ``b`` may be a module.
+    lazy: also what strings name, "module:function".
     """
     parts = module.split(".")
     for node in ast.walk(ast.parse(source)):
@@ -51,8 +72,11 @@ def imported_modules(source: str, module: str) -> Iterator[str]:
             base = parts[: len(parts) - node.level] if node.level else []
             base = base + (node.module.split(".") if node.module else [])
             yield from (".".join([*base, alias.name]) for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and LAZY_IMPORT.fullmatch(node.value):
-            yield node.value.split(":")[0]
+        elif lazy and isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if LAZY_IMPORT.fullmatch(node.value):
+                yield node.value.split(":")[0]
+            elif CARD_PATH.fullmatch(node.value):
+                yield importlib.util.resolve_name(node.value.partition(":")[0], module.rpartition(".")[0])
 
 
 def layer_of(module: str) -> str | None:
@@ -61,13 +85,55 @@ def layer_of(module: str) -> str | None:
 
 
 def forbidden_imports(source: str, module: str) -> list[str]:
-    """What ``module`` imports against the direction convert -> nn -> kernels -> autotune -> aot."""
+    """What ``module`` imports against the direction convert -> nn -> kernels -> autotune -> aot, or from beside it."""
     layer = layer_of(module)
-    if layer not in LAYERS:
+    if layer in LAYERS:
+        allowed = set(LAYERS[: LAYERS.index(layer) + 1])
+    elif layer in ABOVE_CONVERT:
+        allowed = {*LAYERS, layer, *(ABOVE_CONVERT if layer == "commands" else ())}
+    else:
         return []
-    allowed = LAYERS[: LAYERS.index(layer) + 1]
     found = {name for name in imported_modules(source, module) if layer_of(name) in (*LAYERS, *ABOVE_CONVERT)}
     return sorted(name for name in found if layer_of(name) not in allowed)
+
+
+def room_of(module: str) -> tuple[str, str] | None:
+    """The storey and the room of a module that lies in one; all folders of operators are one room."""
+    parts = module.split(".")
+    if len(parts) < 4 or parts[1] not in ROOMS or not (PACKAGE / parts[1] / parts[2]).is_dir():
+        return None
+    return parts[1], "*" if (PACKAGE / parts[1] / parts[2] / "operator.py").is_file() else parts[2]
+
+
+def forbidden_rooms(source: str, module: str) -> list[str]:
+    """What ``module`` imports from rooms of its storey that its own must not enter."""
+    here = room_of(module)
+    if here is None:
+        return []
+    storey, room = here
+    found = {name: room_of(f"{name}.x") for name in imported_modules(source, module)}
+    allowed = (room, *ROOMS[storey].get(room, ("no such room",)))
+    return sorted(name for name, there in found.items() if there and there[0] == storey and there[1] not in allowed)
+
+
+def circles() -> list[list[str]]:
+    """Modules that need each other to be imported, imports inside functions included; what is imported for type
+    checkers alone needs nothing.
+    """
+    known = {module_name(path).removesuffix(".__init__"): path for path in SOURCES}
+    needs: dict[str, set[str]] = {}
+    for name, path in known.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = [ast.Pass()]
+        found = imported_modules(ast.unparse(tree), module_name(path), lazy=False)
+        needs[name] = {each if each in known else each.rpartition(".")[0] for each in found} & known.keys() - {name}
+    left = dict(needs)
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted([name, *sorted(others & left.keys())] for name, others in left.items())
 
 
 def module_name(path: Path) -> str:
@@ -78,20 +144,28 @@ def module_name(path: Path) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_imports_point_one_way(path: Path) -> None:
     assert forbidden_imports(path.read_text(encoding="utf-8"), module_name(path)) == []
+    assert forbidden_rooms(path.read_text(encoding="utf-8"), module_name(path)) == []
+
+
+def test_no_module_needs_one_that_needs_it() -> None:
+    assert circles() == []
 
 
 @pytest.mark.parametrize(
     "source, module",
     [
-        ("import tilewright.nn", "tilewright.kernels.ops"),
+        ("import tilewright.nn", "tilewright.kernels.router"),
         ("from tilewright import convert", "tilewright.nn.linear"),
         ("from tilewright.kernels.dispatch.router import route", "tilewright.aot.compiler"),
-        ("from ..nn import linear", "tilewright.kernels.ops"),
+        ("from ..nn import linear", "tilewright.kernels.router"),
         ("from ... import nn", "tilewright.kernels.int8_linear.cpu"),
         ("from .. import convert", "tilewright.nn.__init__"),
         ("def f():\n    from tilewright.autotune import cache", "tilewright.aot.launch"),
         ("load = 'tilewright.nn.linear:Int8Linear'", "tilewright.kernels.int8_linear.__init__"),
         ("from tilewright.monitor import watch", "tilewright.convert.report"),
+        ("from tilewright.deploy import export_onnx", "tilewright.backend.compiler"),
+        ("from tilewright.commands import doctor", "tilewright.deploy.inputs"),
+        ('way = "...nn.linear:Int8Linear"', "tilewright.kernels.int8_linear.operator"),
     ],
 )
 def test_an_import_against_the_direction_is_found(source: str, module: str) -> None:
@@ -101,10 +175,10 @@ def test_an_import_against_the_direction_is_found(source: str, module: str) -> N
 @pytest.mark.parametrize(
     "source, module",
     [
-        ("from tilewright.kernels import ops", "tilewright.nn.linear"),
+        ("from tilewright.kernels import tuning", "tilewright.nn.linear"),
         ("from . import reference", "tilewright.kernels.int8_linear.cpu"),
         ("from .nn import linear", "tilewright.__init__"),
-        ("from torch import nn", "tilewright.kernels.ops"),
+        ("from torch import nn", "tilewright.kernels.router"),
     ],
 )
 def test_an_import_along_the_direction_is_allowed(source: str, module: str) -> None:
@@ -151,6 +225,29 @@ def test_a_private_part_of_another_operator_is_found() -> None:
         "tilewright.kernels.int8_linear.triton_tile.slice_of"
     ]
     assert private_imports(source, "tilewright.kernels.int8_linear.triton_swapped") == []
+
+
+@pytest.mark.parametrize(
+    "source, module",
+    [
+        ("from tilewright.kernels.cpu import native", "tilewright.kernels.formats.int8"),
+        ("from tilewright.kernels.triton import common", "tilewright.kernels.cpu.native"),
+        ("from tilewright.kernels.int8_linear import cpu", "tilewright.kernels.dispatch.card"),
+        ("from tilewright.convert.network import match", "tilewright.convert.graph.chain"),
+        ("from tilewright.convert.schemes import base", "tilewright.convert.compress.pruning"),
+        ("from tilewright.deploy.package import plain", "tilewright.deploy.onnx.lower"),
+    ],
+)
+def test_a_door_that_is_shut_is_found(source: str, module: str) -> None:
+    assert forbidden_rooms(source, module)
+
+
+def test_every_room_has_its_doors() -> None:
+    for storey, rooms in ROOMS.items():
+        folders = {
+            room_of(f"tilewright.{storey}.{path.parent.name}.x") for path in PACKAGE.glob(f"{storey}/*/__init__.py")
+        }
+        assert {room for _, room in folders} == set(rooms)
 
 
 def modules_after(statements: str) -> set[str]:

@@ -216,17 +216,24 @@ class Tunable:
         raise ValueError(f"{self.name}: no configuration with {asked} serves {problem}: {'; '.join(reasons[:5])}")
 
     def _tune_now(self, problem: Any, reasons: tuple[str, ...]) -> Choice:
-        from tilewright.autotune.tuner import FIRST_USE_SECONDS, tune
-
         with self._tuning:
             # Another thread may have tuned it while this one waited.
             found, _ = self.tuned(problem)
             if found is not None:
                 return found
-            outcome = tune(self, problem, budget=FIRST_USE_SECONDS)
+            outcome = _tuner[0](self, problem)
         if outcome.config is None or self.why_not(outcome.config, problem) is not None:
             return self._picked(problem, (*reasons, *outcome.words()))
         return Choice(outcome.config, "tuned", reasons)
+
+
+#: What tunes on first use, from which this file is imported.
+_tuner: list[Callable[[Tunable, Any], Any]] = []
+
+
+def tune_with(tune: Callable[[Tunable, Any], Any]) -> None:
+    """Have ``tune`` find the configuration for a problem where the user asked for tuning on first use."""
+    _tuner[:] = [tune]
 
 
 #: Everything that has been registered, by name.

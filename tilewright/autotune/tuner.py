@@ -12,7 +12,7 @@ from typing import Any
 from tilewright.autotune import modes, tables
 from tilewright.autotune.racing import Race, race
 from tilewright.autotune.shortlist import shipped
-from tilewright.autotune.space import Trials, Tunable
+from tilewright.autotune.space import Trials, Tunable, tune_with
 
 logger = logging.getLogger("tilewright")
 #: What a first use may cost, beside compiling the first candidate.
@@ -130,3 +130,6 @@ def _entry(tunable: Tunable, outcome: Outcome) -> dict[str, Any]:
         ][:20],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+tune_with(lambda tunable, problem: tune(tunable, problem, budget=FIRST_USE_SECONDS))
