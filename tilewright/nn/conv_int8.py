@@ -37,7 +37,6 @@ class Int8ConvBnAct2d(ConvLayer):
 
     scheme_name = "w8a8-static"
     op_name = "int8_conv2d_fused"
-    _integer_buffers = ("weight",)
     _accepts_int8 = True
     _scale_buffers = ("weight_scale", "input_scale", "residual_scale", "output_scale")
     _kept_in_dtype = ("bias", *_scale_buffers)

@@ -47,11 +47,8 @@ class ConvLayer(nn.Module):
 
     scheme_name: ClassVar[str]
     op_name: ClassVar[str]
-    #: Buffers that must arrive with just this dtype when a state dict is loaded.
-    _integer_buffers: ClassVar[tuple[str, ...]] = ()
     #: Parameters and buffers that keep their dtype under ``.to(dtype)``.
     _kept_in_dtype: ClassVar[tuple[str, ...]] = ("bias",)
-
     _accepts_int8: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -352,7 +349,8 @@ class ConvLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in (*self._integer_buffers, *self._kept_in_dtype):
+        integers = [name for name, buffer in self.named_buffers(recurse=False) if not buffer.is_floating_point()]
+        for name in (*integers, *self._kept_in_dtype):
             given, own = state_dict.get(prefix + name), getattr(self, name, None)
             if given is not None and own is not None and given.dtype != own.dtype:
                 # copy_ would truncate a float weight to integers, or assign=True take a bias in another dtype.

@@ -25,7 +25,6 @@ class Sparse24ConvBnAct2d(Sparse24Places, FloatConv):
 
     scheme_name = "sparse24-conv"
     op_name = "sparse24_conv2d_fused"
-    _integer_buffers = ("weight_meta",)
     _kept_in_dtype = ("bias", "weight_values")
     weight_values: torch.Tensor
 
