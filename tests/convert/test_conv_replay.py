@@ -14,7 +14,7 @@ import tilewright as tw
 from tests.convert.networks import SmallMobileNet, SmallResNet, settled
 from tilewright.convert.network.program import Program
 from tilewright.kernels.cpu import steps as conv_steps
-from tilewright.kernels.cpu.replay import Replay
+from tilewright.kernels.cpu.replay import Replay, Replays, recorded
 
 reason = conv_steps.why_no_kernels()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -157,3 +157,16 @@ def test_inference_mode_and_hooks(network: nn.Module) -> None:
     handle.remove()
     assert len(seen) == 3, "a recording would pass the hook by"
     agrees(network, x)
+
+
+def test_a_function_is_a_step_by_its_mark_and_not_by_its_name() -> None:
+    def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a - b
+
+    with pytest.raises(ValueError, match="there is no step 'subtract'"):
+        recorded("subtract")(add)
+    replays = Replays(lambda x: add(torch.relu(x), x))
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+            assert torch.equal(replays(x), torch.relu(x) - x)

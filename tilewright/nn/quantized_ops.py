@@ -12,13 +12,13 @@ def quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
     return torch.ops.tilewright.quantize_per_tensor(x, scale)
 
 
-@recorded
+@recorded("dequantize")
 def dequantize(q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """int8 ``q`` of any shape -> ``dtype``; the product is taken in float32."""
     return (q.to(torch.float32) * scale).to(dtype)
 
 
-@recorded
+@recorded("mean")
 def mean(
     q: torch.Tensor, scale: float, dtype: torch.dtype, dim: int | tuple[int, ...], keepdim: bool = False
 ) -> torch.Tensor:
@@ -26,7 +26,7 @@ def mean(
     return (q.mean(dim, keepdim=keepdim, dtype=torch.float32) * scale).to(dtype)
 
 
-@recorded
+@recorded("add")
 def add(a: torch.Tensor, a_scale: float, b: torch.Tensor, b_scale: float, out_scale: float) -> torch.Tensor:
     """a + b as int8 with ``out_scale``; each of a and b is float (its scale is not read) or int8. Shapes broadcast."""
     wide = [
@@ -40,7 +40,7 @@ def _pair(value: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-@recorded
+@recorded("max_pool")
 def max_pool2d(
     q: torch.Tensor,
     kernel_size: int | tuple[int, ...],

@@ -36,7 +36,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
 class Call(NamedTuple):
-    """One recorded call. name: of the operator, or of a function marked with ``recorded``."""
+    """One recorded call. name: of the operator, or of the step of a function marked with ``recorded``."""
 
     name: str
     function: Callable[..., Any]
@@ -59,23 +59,30 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a recording see a call of ``function`` (of tensors, without side effects) as one step of that name."""
+def recorded(step: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a recording see a call of a function (of tensors, without side effects) as one ``step`` of ``NATIVE``, which
+    computes the same from the same arguments. What a function is called says nothing of what it computes.
+    """
+    if f"step {step}" not in NATIVE:
+        raise ValueError(f"there is no step {step!r}")
 
-    @functools.wraps(function)  # its name too, by which it is pickled
-    def run(*args: Any, **kwargs: Any) -> Any:
-        recorder: _Recorder | None = getattr(_local, "recorder", None)
-        if recorder is None or recorder.suspended:
-            return function(*args, **kwargs)
-        recorder.suspended = True
-        try:
-            result = function(*args, **kwargs)
-        finally:
-            recorder.suspended = False
-        recorder.calls.append(Call(function.__name__, function, args, kwargs, result))
-        return result
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # its name too, by which it is pickled
+        def run(*args: Any, **kwargs: Any) -> Any:
+            recorder: _Recorder | None = getattr(_local, "recorder", None)
+            if recorder is None or recorder.suspended:
+                return function(*args, **kwargs)
+            recorder.suspended = True
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                recorder.suspended = False
+            recorder.calls.append(Call(f"step {step}", function, args, kwargs, result))
+            return result
 
-    return run
+        return run
+
+    return mark
 
 
 class CannotReplay(Exception):

@@ -254,23 +254,6 @@ def _multiply(plan: Lowering, a: Any, b: Any, *, result: torch.Tensor) -> list[D
     return _combine(plan, conv_steps.MULTIPLY, a, 1.0, b, 1.0, result, 1.0)
 
 
-def _quantized_multiply(
-    plan: Lowering,
-    a: torch.Tensor,
-    a_scale: float,
-    b: torch.Tensor,
-    b_scale: float,
-    out_scale: float,
-    *,
-    result: torch.Tensor,
-) -> list[Description]:
-    if a.dim() == 4 and b.dim() == 4 and a.shape[2:] == (1, 1) != b.shape[2:]:
-        a, a_scale, b, b_scale = b, b_scale, a, a_scale
-    if a.dim() != 4 or b.shape != (*a.shape[:2], 1, 1):
-        raise NotNative
-    return _combine(plan, conv_steps.MULTIPLY, a, a_scale, b, b_scale, result, out_scale)
-
-
 def _dequantize(
     plan: Lowering, q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32, *, result: torch.Tensor
 ) -> list[Description]:
@@ -334,10 +317,9 @@ NATIVE: dict[str, Callable[..., list[Description]]] = {
         if row.aten is not None
         for in_place in ("", "_")
     },
-    # functions marked with ``recorded``
-    "max_pool2d": _max_pool,
-    "mean": _quantized_mean,
-    "add": _quantized_add,
-    "multiply": _quantized_multiply,
-    "dequantize": _dequantize,
+    # functions that ``replay.recorded`` marks as these steps
+    "step max_pool": _max_pool,
+    "step mean": _quantized_mean,
+    "step add": _quantized_add,
+    "step dequantize": _dequantize,
 }
