@@ -311,3 +311,10 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype
     values.view(-1)[at] = value
     assert not ranges.all_finite(values)
     assert not ranges.all_finite(values.t())
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (300, 5000)])
+def test_what_is_stored_is_contiguous_whatever_the_float_weight_was(shape: tuple[int, int]):
+    weight = torch.randn(shape[::-1]).t()
+    for stored in (*int8.quantize(weight), *int4.quantize(weight, 32, symmetric=False)):
+        assert stored.is_contiguous()

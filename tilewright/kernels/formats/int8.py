@@ -49,10 +49,8 @@ def quantize(
     check_weight(weight)
     importance = check_importance(importance, weight)
     blocks = [_quantize_rows(block, range_search, importance) for block in row_blocks(weight.detach())]
-    if len(blocks) == 1:
-        return blocks[0]
-    q, scale = zip(*blocks, strict=True)
-    return torch.cat(q), torch.cat(scale)
+    q, scale = blocks[0] if len(blocks) == 1 else map(torch.cat, zip(*blocks, strict=True))
+    return q.contiguous(), scale
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
