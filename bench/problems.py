@@ -11,27 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.activation import apply_activation
-from tilewright.kernels.formats import int4, sparse24
+from tilewright.kernels.dispatch import card
+from tilewright.kernels.dispatch.card import Card, card_of, cards
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.formats import int4
 from tilewright.kernels.formats.sparse24 import Sparse24
 from tilewright.kernels.linear import dequantized_weight
 from tilewright.kernels.quantize.reference import quantize_per_row
 
-FOLDERS = {
-    "quantize_per_row": "quantize",
-    "rms_norm_quantize": "norm_quantize",
-    "layer_norm_quantize": "norm_quantize",
-    "int8_linear": "int8_linear",
-    "int8_linear_quantized": "int8_linear",
-    "int8_weight_only_linear": "int8_weight_only_linear",
-    "int4_linear": "int4_linear",
-    "int4_int8_linear": "int4_int8_linear",
-    "sparse24_linear": "sparse24_linear",
-    "sparse24_int8_linear": "sparse24_linear",
-    "sparse24_int4_linear": "sparse24_linear",
-}
-QUANTIZERS = ("quantize_per_row", "rms_norm_quantize", "layer_norm_quantize")
-SPARSE = ("sparse24_linear", "sparse24_int8_linear", "sparse24_int4_linear")
-LINEAR = tuple(op for op in FOLDERS if op not in QUANTIZERS)
+#: Operators on rows: what makes int8 rows of float ones, and linear layers, of which some have 2:4 weights.
+QUANTIZERS = tuple(each.name for each in cards() if each.schema.endswith("-> (Tensor, Tensor)"))
+LINEAR = tuple(each.name for each in cards() if each.weight_of is not None)
+SPARSE = tuple(op for op in LINEAR if op.startswith("sparse24_"))
+OPS = (*QUANTIZERS, *LINEAR)
 
 
 @dataclass(frozen=True)
@@ -53,104 +45,42 @@ class Shape:
     compute_dtype: torch.dtype | None = None
 
 
+def _card(op: str) -> Card:
+    found = card_of(op)
+    if found is None:
+        raise ValueError(f"{op!r} has no card")
+    return found
+
+
 def reference(op: str) -> Callable[..., Any]:
     """The definition of ``op``."""
-    return getattr(importlib.import_module(f"tilewright.kernels.{FOLDERS[op]}.reference"), op)
+    return getattr(importlib.import_module(f"{_card(op).package}.reference"), op)
+
+
+def problem_of(op: str, shape: Shape) -> Problem:
+    """What the operator's card draws arguments for. Scales of int4 weights have the dtype of the result."""
+    rows_are_int8 = "x_scale" in _card(op).schema
+    return Problem(
+        op,
+        shape.m,
+        shape.n,
+        shape.k,
+        torch.int8 if rows_are_int8 else shape.dtype,
+        group_size=shape.group_size,
+        symmetric=shape.symmetric,
+        scale_dtype=shape.dtype,
+        compute_dtype=shape.compute_dtype,
+        activation=shape.activation,
+        bias=shape.bias,
+        residual=shape.residual,
+        out_dtype=shape.dtype if rows_are_int8 else None,
+    )
 
 
 def make_arguments(op: str, shape: Shape, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Arguments of ``op`` by name, random and from ``seed`` alone, so alike on every device. Sums are of order 1."""
-    if device == "meta":
-        with torch.device("meta"):
-            return _arguments(op, shape, None)
-    arguments = _arguments(op, shape, torch.Generator().manual_seed(seed))
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-
-
-def _arguments(op: str, shape: Shape, generator: torch.Generator | None) -> dict[str, Any]:
-    def normal(*size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
-
-    def positive(*size: int) -> torch.Tensor:
-        return torch.rand(*size, generator=generator) + 0.5
-
-    def integers(low: int, high: int, *size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randint(low, high, size, generator=generator, dtype=dtype)
-
-    m, n, k = shape.m, shape.n, shape.k
-    x = normal(m, k, dtype=shape.dtype)
-    if op == "quantize_per_row":
-        return {"x": x, "channel_scale": positive(k) if shape.bias else None}
-    if op in QUANTIZERS:
-        affine = {"weight": normal(k, dtype=shape.dtype), "bias": normal(k, dtype=shape.dtype)}
-        return {"x": x, **{name: affine[name] for name in affine if name == "weight" or op == "layer_norm_quantize"}}
-    end = {
-        "bias": normal(n, dtype=shape.dtype) if shape.bias else None,
-        "residual": normal(m, n, dtype=shape.dtype) if shape.residual else None,
-        "activation": shape.activation,
-    }
-    spread = max(k, 1) ** -0.5
-    if op in ("int4_linear", "int4_int8_linear"):
-        group_size = shape.group_size or max(k, 1)
-        groups = int4.group_count(k, group_size)
-        zero = None
-        if not shape.symmetric:
-            zero = integers(-(2**31), 2**31, -(-n // 8), groups, dtype=torch.int32)
-        packed = integers(-(2**31), 2**31, n, -(-k // 8), dtype=torch.int32)
-        weight = {
-            "weight_packed": packed,
-            "weight_scale": (positive(n, groups) * (spread / 5)).to(shape.dtype),
-            "weight_zero": zero,
-            "group_size": group_size,
-        }
-        if op == "int4_linear":
-            weight["compute_dtype"] = shape.compute_dtype
-        return {"x": x, **weight, **end}
-    if op in SPARSE:
-        return {"x": x, **_sparse_weight(op, shape, normal, positive, integers), **end}
-    weight = {
-        "weight": integers(-127, 128, n, k, dtype=torch.int8),
-        "weight_scale": positive(n) * (spread / 73),
-    }
-    if op == "int8_linear_quantized":
-        x_q = integers(-127, 128, m, k, dtype=torch.int8)
-        return {"x": x_q, "x_scale": positive(m) / 73, **weight, **end, "out_dtype": shape.dtype}
-    if op == "int8_weight_only_linear":
-        weight["compute_dtype"] = shape.compute_dtype
-    return {"x": x, **weight, **end}
-
-
-def _sparse_weight(
-    op: str,
-    shape: Shape,
-    normal: Callable[..., torch.Tensor],
-    positive: Callable[..., torch.Tensor],
-    integers: Callable[..., torch.Tensor],
-) -> dict[str, Any]:
-    """Random places and values: sums are of order 1 with half the weights."""
-    n, k = shape.n, shape.k
-    kept, groups = sparse24.kept_count(k), sparse24.group_count(k)
-    spread = max(k / 2, 1) ** -0.5
-    nibbles = torch.tensor(sparse24.VALID, dtype=torch.uint8)[integers(0, 6, n, groups, dtype=torch.int64)]
-    pairs = F.pad(nibbles, (0, groups % 2))
-    weight: dict[str, Any] = {"weight_meta": pairs[:, ::2] | pairs[:, 1::2] << 4}
-    if op == "sparse24_linear":
-        values = normal(n, kept, dtype=torch.float32) * spread
-        dtype = shape.compute_dtype or shape.dtype
-        return {"weight_values": values.to(dtype), **weight, "compute_dtype": shape.compute_dtype}
-    if op == "sparse24_int8_linear":
-        values = integers(-127, 128, n, kept, dtype=torch.int8)
-        return {"weight_values": values, **weight, "weight_scale": positive(n) * (spread / 73)}
-    group_size = min(shape.group_size or k, k) or 1
-    scales = int4.group_count(k, group_size)
-    return {
-        "weight_values": integers(-(2**31), 2**31, n, -(-kept // 8), dtype=torch.int32),
-        **weight,
-        "weight_scale": (positive(n, scales) * (spread / 5)).to(shape.dtype),
-        "weight_zero": None if shape.symmetric else integers(-(2**31), 2**31, -(-n // 8), scales, dtype=torch.int32),
-        "group_size": group_size,
-        "compute_dtype": shape.compute_dtype,
-    }
+    drawn = card.make_arguments(problem_of(op, shape), "meta" if device == "meta" else "cpu", seed)
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in drawn.items()}
 
 
 def dense_weight(op: str, arguments: dict[str, Any]) -> torch.Tensor:

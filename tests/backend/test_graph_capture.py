@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.problems import FOLDERS, SPARSE, Shape, make_arguments
+from bench.problems import OPS, SPARSE, Shape, make_arguments
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch import problem as problems
 from tilewright.kernels.dispatch import router
@@ -98,7 +98,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[
 
 @pytest.mark.parametrize("capability", SERVED)
 @pytest.mark.parametrize("m", [1, 64, 512])
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_second_call_launches_the_same_without_asking_the_device(
     op: str, m: int, capability: tuple[int, int], launches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.problems import FOLDERS, LINEAR, QUANTIZERS, Shape, make_arguments, reference
+from bench.problems import LINEAR, OPS, QUANTIZERS, Shape, make_arguments, reference
 from tests.gpu.compare import check, check_dense_weight
 from tilewright.kernels.formats import int4
 
 SHAPE = Shape(9, 40, 70, torch.float16, group_size=32, symmetric=False, residual=True, activation="silu")
 
 
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 def test_the_definition_passes(op: str) -> None:
     arguments = make_arguments(op, SHAPE)
     check(op, reference(op)(**arguments), arguments)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.problems import FOLDERS, LINEAR, QUANTIZERS, Shape, make_arguments
+from bench.problems import LINEAR, OPS, QUANTIZERS, Shape, make_arguments
 from tests.gpu.compare import check, check_dense_weight
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.dispatch.router import Implementation, implementations
@@ -59,7 +59,7 @@ def name_of(shape: Shape) -> str:
     return f"{shape.m}x{shape.n}x{shape.k}-{str(shape.dtype)[6:]}{group}-{shape.activation}"
 
 
-CASES = [pytest.param(op, shape, id=f"{op}-{name_of(shape)}") for op in FOLDERS for shape in shapes(op)]
+CASES = [pytest.param(op, shape, id=f"{op}-{name_of(shape)}") for op in OPS for shape in shapes(op)]
 
 
 def problem_of(op: str, shape: Shape) -> Problem:
@@ -147,7 +147,7 @@ def test_every_config(family: Any, config: Any) -> None:
             check(family.op, outputs if family.op in QUANTIZERS else outputs[0], arguments)
 
 
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 def test_strides(op: str) -> None:
     """Transposed, sliced, broadcast and offset inputs give what their contiguous copies give."""
     shape = Shape(24, 48, 96, torch.bfloat16, group_size=32, residual=True)
@@ -179,7 +179,7 @@ def test_strides(op: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("op", [op for op in FOLDERS if op != "int8_linear_quantized"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "int8_linear_quantized"])
 @pytest.mark.parametrize("m", [4, 40, 300])
 def test_a_bad_value_poisons_its_row_and_no_other(op: str, m: int, bad: float) -> None:
     arguments = on_gpu(make_arguments(op, Shape(m, 64, 256, torch.bfloat16, group_size=32)))
@@ -194,7 +194,7 @@ def test_a_bad_value_poisons_its_row_and_no_other(op: str, m: int, bad: float) -
     assert not torch.isfinite(dirty[-1][2]).any()
 
 
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 def test_empty_and_one_element(op: str) -> None:
     for m, n, k in ((0, 8, 16), (3, 8, 0), (1, 1, 1)) + (((3, 0, 16),) if op in LINEAR else ()):
         arguments = make_arguments(op, Shape(m, n, k, torch.float16))
@@ -205,7 +205,7 @@ def test_empty_and_one_element(op: str) -> None:
             torch.testing.assert_close(a.cpu(), b)
 
 
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("m", [1, 16, 100, 513])
 def test_a_second_run_repeats_every_bit(op: str, m: int) -> None:
     arguments = on_gpu(make_arguments(op, Shape(m, 1000, 2048, torch.bfloat16, group_size=128)))
@@ -214,7 +214,7 @@ def test_a_second_run_repeats_every_bit(op: str, m: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, tensors(call(op, arguments)), strict=True))
 
 
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("m", [1, 300])
 def test_a_cuda_graph_replays_the_operator(op: str, m: int) -> None:
     arguments = on_gpu(make_arguments(op, Shape(m, 256, 512, torch.float16, group_size=128)))
@@ -235,7 +235,7 @@ def test_a_cuda_graph_replays_the_operator(op: str, m: int) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 def test_tensors_on_another_device_than_the_current_one(op: str) -> None:
     shape = Shape(17, 130, 300, torch.bfloat16)
     arguments = make_arguments(op, shape)

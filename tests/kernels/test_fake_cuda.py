@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bench.problems import FOLDERS, QUANTIZERS, Shape, make_arguments
+from bench.problems import OPS, QUANTIZERS, Shape, make_arguments
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import route
 from tilewright.nn import Int4Linear, Int8ActInt4WeightLinear, Int8Linear, Int8WeightOnlyLinear
@@ -30,7 +30,7 @@ def fake_on_cuda(arguments: dict) -> dict:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 def test_operators_on_cuda_have_the_shapes_and_dtypes_of_the_definition(op: str, dtype: torch.dtype) -> None:
     arguments = make_arguments(op, Shape(5, 24, 64, dtype, group_size=32, residual=True))
     run = getattr(torch.ops.tilewright, op)
@@ -42,7 +42,7 @@ def test_operators_on_cuda_have_the_shapes_and_dtypes_of_the_definition(op: str,
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 def test_operators_on_cuda_are_one_node_of_a_trace(op: str) -> None:
     arguments = make_arguments(op, Shape(5, 24, 64, torch.float16, group_size=32))
     with FakeTensorMode(), torch.no_grad():
@@ -80,7 +80,7 @@ def test_modules_on_cuda_export_with_any_batch(cls: type[nn.Module]) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: it publishes wheels for Linux alone"
 )
-@pytest.mark.parametrize("op", FOLDERS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("m", [1, 64, 4096])
 def test_on_a_gpu_the_router_chooses_more_than_the_definition(op: str, m: int) -> None:
     """Asked without a GPU: what serves a call there is not the reference."""
