@@ -2,14 +2,14 @@
 
     python -m bench.same --base REV [--check] [--only TEXT ...] [--rounds 24] [--threads N] [--conversion 0.8]
 
-Both packages are copied into a temporary folder and their C kernels compiled there by the same compiler. Each side is a
-process of its own, and the two take turns with a block of one call: first one side, then the other, the next round the
-other way round. A block counts by the fastest tenth of its calls, since what else a machine does only ever adds to
-their time, and the figure is the median, over the rounds, of the ratio of two adjacent blocks: above 1 the working tree
-is faster. A call that seems slower than wanted is measured up to three times as long. Where others use most of the
-cores, threads wait for each other, and only ``--threads 1`` tells much. Before a call is timed its results are
-compared. ``--check`` ends with status 1 where a ratio is below 0.97; ``--conversion`` asks more of converting MiniLM,
-namely that it takes at most that share of the old time.
+Both packages are copied into a temporary folder, and their C kernels compiled there where they are not up to date:
+minutes on two cores. Each side is a process of its own, and the two take turns with a block of one call: first one
+side, then the other, the next round the other way round. A block counts by the fastest tenth of its calls, since what
+else a machine does only ever adds to their time, and the figure is the median, over the rounds, of the ratio of two
+adjacent blocks: above 1 the working tree is faster. A call that seems slower than wanted is measured up to three times
+as long. Where others use most of the cores, threads wait for each other, and only ``--threads 1`` tells much. Before a
+call is timed its results are compared. ``--check`` ends with status 1 where a ratio is below 0.97; ``--conversion``
+asks more of converting MiniLM, namely that it takes at most that share of the old time.
 """
 
 from __future__ import annotations
@@ -42,11 +42,18 @@ LAYER_ERROR, NETWORK_ERROR = 1e-3, 0.02
 REST = 0.02
 ATTEMPTS = 3
 BUILD = """
-import importlib.util, sys
+import ctypes, importlib.util, sys
 spec = importlib.util.spec_from_file_location("build_kernels", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-module.build()
+try:
+    library = ctypes.CDLL(str(module.LIBRARY))
+    library.tw_source_hash.restype = ctypes.c_char_p
+    up_to_date = library.tw_source_hash().decode() == module.source_hash()
+except (OSError, AttributeError):
+    up_to_date = False
+if not up_to_date:
+    module.build()
 """
 
 
@@ -187,7 +194,7 @@ def extract(revision: str, folder: Path) -> None:
 
 
 def build(folder: Path) -> None:
-    """Compile the C kernels of the package in ``folder`` with its own rules."""
+    """Compile the C kernels of the package in ``folder`` by its own rules, unless they are up to date."""
     (rules,) = (folder / "tilewright").glob("**/cpu/build.py")
     subprocess.run([sys.executable, "-c", BUILD, str(rules)], check=True)
 
@@ -198,8 +205,8 @@ def workers(revision: str, seconds: float, threads: int = 0) -> Iterator[dict[st
     with tempfile.TemporaryDirectory(prefix="tilewright-same-") as temporary, contextlib.ExitStack() as stack:
         folders = {side: Path(temporary) / side for side in ("old", "new")}
         extract(revision, folders["old"])
-        unwanted = shutil.ignore_patterns("__pycache__", "*.so")
-        shutil.copytree(ROOT / "tilewright", folders["new"] / "tilewright", ignore=unwanted)
+        without = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "tilewright", folders["new"] / "tilewright", ignore=without)
         sides = {}
         for side, folder in folders.items():
             build(folder)

@@ -12,6 +12,7 @@ import torch
 
 from bench import same, same_worker
 from bench.same import Comparison, Worker, compare, fastest_tenth
+from tilewright.kernels.cpu import build, native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,3 +133,18 @@ def test_the_worker_imports_nothing_of_its_own_revision():
     command = [sys.executable, "-c", code, str(ROOT / "bench" / "same_worker.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("up_to_date", [True, False])
+def test_kernels_are_compiled_where_they_are_of_other_sources(up_to_date: bool, tmp_path: Path):
+    if native.why_no_native():
+        pytest.skip(str(native.why_no_native()))
+    rules = tmp_path / "tilewright" / "kernels" / "cpu" / "build.py"
+    rules.parent.mkdir(parents=True)
+    rules.write_text(
+        f"from pathlib import Path\nLIBRARY = {str(build.LIBRARY)!r}\n"
+        f"def source_hash(): return {build.source_hash() if up_to_date else 'another'!r}\n"
+        "def build(): Path(__file__).with_name('built').touch()\n"
+    )
+    same.build(tmp_path)
+    assert rules.with_name("built").exists() != up_to_date
