@@ -197,10 +197,11 @@ def functions_of(path: Path) -> set[str]:
 def private_imports(source: str, module: str) -> list[str]:
     """What ``module`` takes from the folder of another operator, but for its reference, its CPU side and functions
     that the reference has too: those are implementations of the operator. The room they share takes nothing.
+    What a card names in strings are implementations as well.
     """
     room = module.split(".")[2]
     found = []
-    for name in imported_modules(source, module):
+    for name in imported_modules(source, module, lazy=False):
         parts = name.split(".")
         if parts[:2] != ["tilewright", "kernels"] or len(parts) < 4 or parts[2] not in OPERATOR_FOLDERS:
             continue
