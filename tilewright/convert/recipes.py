@@ -40,47 +40,30 @@ RecipeLike = Union["Recipe", Scheme, str, Mapping[Pattern, Scheme | str | None]]
 
 FORMAT_VERSION = 1
 
-#: What a string stands for. A name says the bits of weights (w) and of activations (a); "-g32" is a size of groups.
+#: What a string stands for: a name, another one for every day, and the schemes, the further ones for layers of other
+#: kinds. A name says the bits of weights (w) and of activations (a); "-g32" is a size of groups.
 #: int4 weights get zero points where that costs no time: on a sentence encoder they lower the error as much as a group
 #: half the size does. Multiplied with int8 activations they cost a GPU time, so there they are symmetric.
-PRESETS: dict[str, Scheme] = {
-    "w8a8": Int8Dynamic(),
-    "w8a8-static": Int8Static(),
-    "w8a16": Int8WeightOnly(),
-    "w4a16": Int4WeightOnly(),
-    "w4a16-g64": Int4WeightOnly(group_size=64),
-    "w4a16-g32": Int4WeightOnly(group_size=32),
-    "w4a16-symmetric": Int4WeightOnly(symmetric=True),
-    "w4a8": Int8ActInt4Weight(),
-    "w4a8-g32": Int8ActInt4Weight(group_size=32),
-    "sparse24-w16a16": Sparse24(),
-    "sparse24-w8a8": Sparse24Int8(),
-    "sparse24-w4a16": Sparse24Int4(),
-    "sparse24-conv": Sparse24Conv(pruning="magnitude"),
-    "fuse": Fuse(),
-}
-#: What a string stands for beyond its first scheme, for layers of other kinds.
-FURTHER: dict[str, tuple[Scheme, ...]] = {
-    "w8a8": (Int8Static(),),
-    "w8a8-static": (Int8StaticInputs(),),
-    "sparse24-w16a16": (Sparse24Conv(),),
-}
-#: Other names of presets, for every day.
-ALIASES: dict[str, str] = {
-    "int8": "w8a8",
-    "int8-static": "w8a8-static",
-    "int8-weight-only": "w8a16",
-    "int4": "w4a16",
-    "int4-g64": "w4a16-g64",
-    "int4-g32": "w4a16-g32",
-    "int4-symmetric": "w4a16-symmetric",
-    "int8-int4": "w4a8",
-    "int8-int4-g32": "w4a8-g32",
-    "sparse24": "sparse24-w16a16",
-    "sparse24-int8": "sparse24-w8a8",
-    "sparse24-int4": "sparse24-w4a16",
-}
+_TABLE: tuple[tuple[Any, ...], ...] = (
+    ("w8a8", "int8", Int8Dynamic(), Int8Static()),
+    ("w8a8-static", "int8-static", Int8Static(), Int8StaticInputs()),
+    ("w8a16", "int8-weight-only", Int8WeightOnly()),
+    ("w4a16", "int4", Int4WeightOnly()),
+    ("w4a16-g64", "int4-g64", Int4WeightOnly(group_size=64)),
+    ("w4a16-g32", "int4-g32", Int4WeightOnly(group_size=32)),
+    ("w4a16-symmetric", "int4-symmetric", Int4WeightOnly(symmetric=True)),
+    ("w4a8", "int8-int4", Int8ActInt4Weight()),
+    ("w4a8-g32", "int8-int4-g32", Int8ActInt4Weight(group_size=32)),
+    ("sparse24-w16a16", "sparse24", Sparse24(), Sparse24Conv()),
+    ("sparse24-w8a8", "sparse24-int8", Sparse24Int8()),
+    ("sparse24-w4a16", "sparse24-int4", Sparse24Int4()),
+    ("sparse24-conv", "", Sparse24Conv(pruning="magnitude")),
+    ("fuse", "", Fuse()),
+)
+ALIASES: dict[str, str] = {alias: name for name, alias, *_ in _TABLE if alias}
+PRESETS: dict[str, Scheme] = {name: scheme for name, _, scheme, *_ in _TABLE}
 PRESETS |= {alias: PRESETS[name] for alias, name in ALIASES.items()}
+_FURTHER: dict[str, tuple[Scheme, ...]] = {row[0]: row[3:] for row in _TABLE}
 
 
 def preset(name: str) -> Scheme:
@@ -140,7 +123,7 @@ def _pattern(pattern: object) -> str:
 
 def _schemes(scheme: object) -> tuple[Scheme | None, ...]:
     if isinstance(scheme, str):
-        return preset(scheme), *FURTHER.get(ALIASES.get(scheme, scheme), ())
+        return preset(scheme), *_FURTHER.get(ALIASES.get(scheme, scheme), ())
     if scheme is not None and not isinstance(scheme, Scheme):
         raise TypeError(f"a rule gives a scheme, the name of a preset or None, not {scheme!r}")
     return (scheme,)

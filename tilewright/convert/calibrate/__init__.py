@@ -13,24 +13,3 @@ from tilewright.convert.calibrate.rows import (
 )
 from tilewright.convert.calibrate.running import call, evaluation, first_input, first_of, listening, run
 from tilewright.convert.calibrate.smoothing import search_smoothing, smoothing_scale
-
-__all__ = [
-    "MAX_ROWS",
-    "Found",
-    "Observer",
-    "RowSample",
-    "call",
-    "check_observer",
-    "evaluation",
-    "first_input",
-    "first_of",
-    "listening",
-    "observe",
-    "output_error",
-    "relative_error",
-    "run",
-    "sampling",
-    "search_importance",
-    "search_smoothing",
-    "smoothing_scale",
-]

@@ -6,8 +6,8 @@ has no values for those either, so a checkpoint that is to give back the same mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,48 +19,35 @@ KINDS = ("parameter", "buffer", "non_persistent", "attribute")
 
 @dataclass(frozen=True)
 class Slot:
-    """One place. module: its owner. attribute: the name there. kind: one of ``KINDS``."""
+    """One place. module: its owner. attribute: the name there. kind: one of ``KINDS``. table: holds it by that name."""
 
     module: nn.Module
     attribute: str
     kind: str
+    table: dict[str, Any]
 
     @property
     def tensor(self) -> torch.Tensor:
         """What the place holds now."""
-        if self.kind == "parameter":
-            return self.module._parameters[self.attribute]  # type: ignore[return-value]
-        if self.kind == "attribute":
-            return vars(self.module)[self.attribute]
-        return self.module._buffers[self.attribute]  # type: ignore[return-value]
+        return self.table[self.attribute]
 
     def put(self, tensor: torch.Tensor) -> None:
         """Put a tensor there; a parameter must be an ``nn.Parameter``."""
-        if self.kind == "parameter":
-            self.module._parameters[self.attribute] = tensor  # type: ignore[assignment]
-        elif self.kind == "attribute":
-            vars(self.module)[self.attribute] = tensor
-        else:
-            self.module._buffers[self.attribute] = tensor
+        self.table[self.attribute] = tensor
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:
     """All places by name, in the model's order. A module that is registered twice counts under its first name."""
-    return dict(_slots(model))
-
-
-def _slots(model: nn.Module) -> Iterator[tuple[str, Slot]]:
+    found = {}
     for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield join(prefix, name), Slot(module, name, "parameter")
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                kind = "non_persistent" if name in module._non_persistent_buffers_set else "buffer"
-                yield join(prefix, name), Slot(module, name, kind)
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                yield join(prefix, name), Slot(module, name, "attribute")
+        hidden = module._non_persistent_buffers_set
+        tables = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", vars(module)))
+        for kind, table in tables:
+            for name, value in table.items():
+                if isinstance(value, torch.Tensor):
+                    shown = "non_persistent" if kind == "buffer" and name in hidden else kind
+                    found[join(prefix, name)] = Slot(module, name, shown, table)
+    return found
 
 
 def hidden_meta_tensors(model: nn.Module) -> list[str]:

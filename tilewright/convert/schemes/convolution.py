@@ -109,17 +109,13 @@ class Int8Static(ConvScheme):
     max_error: float | None = None
 
     module: ClassVar[Any] = Int8ConvBnAct2d
+    calibrated = True  # there is no scale without
 
     def __post_init__(self) -> None:
         check_observer(self.observer, self.percentile)
         check_range_search(self.range_search)
         if self.max_error is not None and not self.max_error > 0:
             raise ValueError(f"max_error must be positive or None, not {self.max_error!r}")
-
-    @property
-    def calibrated(self) -> bool:
-        """Always: there is no scale without."""
-        return True
 
     def build(self, module: nn.Module, **calibration: Any) -> nn.Module:
         """The quantised layer. calibration: ``input_scale`` and, for an int8 residual, ``residual_scale``."""

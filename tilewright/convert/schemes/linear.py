@@ -89,19 +89,28 @@ class LinearScheme(Scheme):
         return relative_error(replacement.dequantize_weight(), weight)  # type: ignore[operator]
 
 
-def check_compute_dtype(name: object) -> None:
-    """Raise ValueError unless ``name`` is one that a weight-only scheme can be asked for."""
-    if name is not None and name != "auto" and name not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype must be 'auto', None, {' or '.join(map(repr, COMPUTE_DTYPES))}, not {name!r}")
+@dataclass(frozen=True)
+class FloatProducts(LinearScheme):
+    """What the schemes have in common whose weights are multiplied in a float type.
+
+    compute_dtype: what weight and activation are rounded to for the product: "bfloat16", "float16", None (the dtype of
+    the activation) or "auto": bfloat16 for a float32 weight, else None.
+    """
+
+    compute_dtype: str | None = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compute_dtype not in (None, "auto", *COMPUTE_DTYPES):
+            known = " or ".join(map(repr, COMPUTE_DTYPES))
+            raise ValueError(f"compute_dtype must be 'auto', None, {known}, not {self.compute_dtype!r}")
+
+    def options(self, weight: torch.Tensor) -> dict[str, Any]:
+        """Keyword arguments of ``from_float``."""
+        return {**super().options(weight), "compute_dtype": self.compute_dtype}
 
 
-def _check_group_size(group_size: object) -> None:
-    if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool)):
-        raise ValueError(f"group_size must be an int or None (whole row), not {group_size!r}")
-    resolve_group_size(1, group_size)
-
-
-class _ImportanceSearch(LinearScheme):
+class _WeightOnly(FloatProducts):
     """What the weight-only schemes do with calibration data: see ``calibrate.search_importance``."""
 
     @property
@@ -126,33 +135,15 @@ class Int8Dynamic(LinearScheme):
     """
 
     module: ClassVar[Any] = Int8Linear
-
-    @property
-    def calibrated(self) -> bool:
-        """Always: for the input scales."""
-        return True
+    calibrated = True  # for the input scales
 
 
 @register_scheme
 @dataclass(frozen=True)
-class Int8WeightOnly(_ImportanceSearch):
-    """W8A16: int8 weights with a scale per output channel, multiplied in a 16-bit float type.
-
-    compute_dtype: what weight and activation are rounded to for the product: "bfloat16", "float16", None (the dtype of
-    the activation) or "auto": bfloat16 for a float32 weight, else None.
-    """
-
-    compute_dtype: str | None = "auto"
+class Int8WeightOnly(_WeightOnly):
+    """W8A16: int8 weights with a scale per output channel, multiplied in a 16-bit float type."""
 
     module: ClassVar[Any] = Int8WeightOnlyLinear
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_compute_dtype(self.compute_dtype)
-
-    def options(self, weight: torch.Tensor) -> dict[str, Any]:
-        """Keyword arguments of ``from_float``."""
-        return {**super().options(weight), "compute_dtype": self.compute_dtype}
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,9 @@ class Int4Scheme(LinearScheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_group_size(self.group_size)
+        if self.group_size is not None and (not isinstance(self.group_size, int) or isinstance(self.group_size, bool)):
+            raise ValueError(f"group_size must be an int or None (whole row), not {self.group_size!r}")
+        resolve_group_size(1, self.group_size)
         if not isinstance(self.symmetric, bool):
             raise ValueError(f"symmetric must be True or False, not {self.symmetric!r}")
 
@@ -178,25 +171,13 @@ class Int4Scheme(LinearScheme):
 
 @register_scheme
 @dataclass(frozen=True)
-class Int4WeightOnly(Int4Scheme, _ImportanceSearch):
-    """W4A16: int4 weights with a scale (and zero point) for each group of columns, multiplied in a 16-bit float type.
-
-    compute_dtype: as of ``Int8WeightOnly``.
-    """
+class Int4WeightOnly(_WeightOnly, Int4Scheme):
+    """W4A16: int4 weights, a scale (and zero point) for each group of columns, multiplied in a 16-bit float type."""
 
     range_search: str = "mse"
     symmetric: bool = False
-    compute_dtype: str | None = "auto"
 
     module: ClassVar[Any] = Int4Linear
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_compute_dtype(self.compute_dtype)
-
-    def options(self, weight: torch.Tensor) -> dict[str, Any]:
-        """Keyword arguments of ``from_float``."""
-        return {**super().options(weight), "compute_dtype": self.compute_dtype}
 
 
 @register_scheme
@@ -207,11 +188,7 @@ class Int8ActInt4Weight(Int4Scheme):
     range_search: str = "mse"
 
     module: ClassVar[Any] = Int8ActInt4WeightLinear
-
-    @property
-    def calibrated(self) -> bool:
-        """Always: for the input scales."""
-        return True
+    calibrated = True  # for the input scales
 
 
 @register_scheme
@@ -227,20 +204,11 @@ class Int8StaticInputs(LinearScheme):
     percentile: float = 99.99
 
     module: ClassVar[Any] = Int8StaticLinear
+    calibrated = needs_data = True  # there is no scale without
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_observer(self.observer, self.percentile)
-
-    @property
-    def calibrated(self) -> bool:
-        """Always: there is no scale without."""
-        return True
-
-    @property
-    def needs_data(self) -> bool:
-        """Always."""
-        return True
 
     def search(self, module: nn.Module, sample: RowSample) -> Found:
         """The scale of the inputs; that of nothing is 1."""

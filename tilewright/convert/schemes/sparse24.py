@@ -13,7 +13,7 @@ from tilewright.convert import layers
 from tilewright.convert.calibrate import Found, RowSample, search_smoothing
 from tilewright.convert.compress.pruning import CALIBRATED, PRUNINGS, check_pruning, prune
 from tilewright.convert.schemes.base import register_scheme
-from tilewright.convert.schemes.linear import Int4Scheme, LinearScheme, check_compute_dtype
+from tilewright.convert.schemes.linear import FloatProducts, Int4Scheme, LinearScheme
 from tilewright.kernels.formats.sparse24 import why_not_24
 from tilewright.nn import Sparse24Int4Linear, Sparse24Int8Linear, Sparse24Linear
 
@@ -61,20 +61,17 @@ class _Sparse24Scheme(LinearScheme):
 
 @register_scheme
 @dataclass(frozen=True)
-class Sparse24(_Sparse24Scheme):
+class Sparse24(FloatProducts, _Sparse24Scheme):
     """2:4 weights with float values: two of every four consecutive input columns are kept.
 
-    compute_dtype: as of ``Int8WeightOnly``; values are stored in it (None: in the dtype of the weight). There is
-    nothing to quantise, so ``range_search`` must be "minmax".
+    Values are stored in ``compute_dtype`` (None: in the dtype of the weight). There is nothing to quantise, so
+    ``range_search`` must be "minmax".
     """
-
-    compute_dtype: str | None = "auto"
 
     module: ClassVar[Any] = Sparse24Linear
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_compute_dtype(self.compute_dtype)
         if self.range_search != "minmax":
             raise ValueError(f"Sparse24 quantises nothing: range_search must be 'minmax', not {self.range_search!r}")
 
@@ -89,11 +86,7 @@ class Sparse24Int8(_Sparse24Scheme):
     """2:4 weights with int8 values, activations quantised per row; calibrated as ``Int8Dynamic`` is, after pruning."""
 
     module: ClassVar[Any] = Sparse24Int8Linear
-
-    @property
-    def calibrated(self) -> bool:
-        """Always: for the input scales."""
-        return True
+    calibrated = True  # for the input scales
 
     def search(self, module: nn.Module, sample: RowSample) -> Found:
         """What to keep, then the input scales that lose least."""
@@ -109,23 +102,17 @@ class Sparse24Int8(_Sparse24Scheme):
 
 @register_scheme
 @dataclass(frozen=True)
-class Sparse24Int4(Int4Scheme, _Sparse24Scheme):
+class Sparse24Int4(FloatProducts, Int4Scheme, _Sparse24Scheme):
     """2:4 weights with int4 values and a scale for each group of columns, multiplied in a 16-bit float type.
 
-    group_size: columns, of which half are kept; a multiple of four. compute_dtype: as of ``Int8WeightOnly``.
+    group_size: columns, of which half are kept; a multiple of four.
     """
 
     range_search: str = "mse"
-    compute_dtype: str | None = "auto"
 
     module: ClassVar[Any] = Sparse24Int4Linear
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_compute_dtype(self.compute_dtype)
         if self.group_size is not None and self.group_size > 0 and self.group_size % 4:
             raise ValueError(f"groups of columns are made of groups of four: group_size must not be {self.group_size}")
-
-    def options(self, weight: torch.Tensor) -> dict[str, Any]:
-        """Keyword arguments of ``from_float``."""
-        return {**super().options(weight), "compute_dtype": self.compute_dtype}
