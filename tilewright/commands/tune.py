@@ -215,7 +215,12 @@ def _outcome(tuned: autotune.Tunable, outcome: autotune.Outcome) -> str:
         return "nothing could be timed: " + "; ".join(outcome.words())
     chosen = " ".join(f"{name}={value}" for name, value in tuned.encode(outcome.config).items())
     took = f"{1e6 * outcome.seconds[outcome.config]:.1f} us"
-    against = "as the heuristic has it" if outcome.config == outcome.heuristic else f"{outcome.speedup:.2f}x faster"
+    if outcome.config == outcome.heuristic:
+        against = "as the heuristic has it"
+    elif outcome.speedup is None:
+        against = "which the heuristic's could not be timed against"
+    else:
+        against = f"{outcome.speedup:.2f}x faster"
     notes = [f"{len(outcome.seconds)} timed"]
     notes += [f"{len(outcome.failed)} failed"] if outcome.failed else []
     notes += [f"{len(outcome.left_out)} left out for want of time"] if outcome.left_out else []

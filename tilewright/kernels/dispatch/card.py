@@ -189,8 +189,8 @@ def card_of(op: str) -> Card | None:
 
 
 def make_arguments(problem: Problem, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Any]:
-    """Random arguments of ``problem.op`` by name, drawn from ``seed`` on ``device``; "meta" gives tensors without
-    memory.
+    """All arguments of ``problem.op`` by name, random ones drawn from ``seed`` on ``device``; "meta" gives tensors
+    without memory.
 
     ``problem.aligned`` false: the rows of x begin where no 16-byte load can. Raises ValueError for an operator without
     a card.
@@ -198,7 +198,9 @@ def make_arguments(problem: Problem, device: str | torch.device = "cpu", seed: i
     card = card_of(problem.op)
     if card is None:
         raise ValueError(f"there are no sample arguments for the operator {problem.op!r}")
-    found = card.sample(problem, Draw(device, seed))
+    declared = torch._C.parse_schema(card.name + card.schema).arguments
+    found = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+    found |= card.sample(problem, Draw(device, seed))
     if not problem.aligned:
         x = found["x"]
         found["x"] = x.new_empty(len(x), problem.k + 1)[:, 1:].copy_(x)
