@@ -28,7 +28,7 @@ def until_idle(patience: float = 1.0) -> None:
 
 
 @contextlib.contextmanager
-def split_registers() -> Iterator[Callable[[], None]]:
+def separate_cores() -> Iterator[Callable[[], None]]:
     """Inside, each call of what it gives keeps this thread on one core and all others of the process off it.
 
     A worker that rested while another pool ran may wake up on the core of the thread that waits for it, and stay there

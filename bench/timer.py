@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.idle import split_registers, until_idle
+from bench.idle import separate_cores, until_idle
 
 Call = Callable[[], Any]
 #: Written before each round where weights are to come from memory: more than a last-level cache holds.
@@ -105,7 +105,7 @@ def interleaved(
     for name in names:
         one_turn(name)
     begun, busy = clock(), Busy()
-    with split_registers() if rest else contextlib.nullcontext(lambda: None) as bind:
+    with separate_cores() if rest else contextlib.nullcontext(lambda: None) as bind:
         while len(times[names[0]]) < rounds or clock() - begun < seconds:
             evicted.add_(1)
             bind()

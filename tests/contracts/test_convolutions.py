@@ -163,12 +163,12 @@ def test_int8_in_and_out() -> None:
     convolution = Convolution("", Int8ConvBnAct2d, {"padding": 1}, scales)
     conv, norm = convolution.plain()
     module = convolution.fuse(conv, norm, activation="relu")
-    split_registers = convolution.fuse(conv, norm, activation="relu", output_scale=None)
+    unfused = convolution.fuse(conv, norm, activation="relu", output_scale=None)
     q = torch.randint(-127, 128, (2, CHANNELS, 7, 5), dtype=torch.int8)
     r = torch.randint(-127, 128, (2, OUT, 7, 5), dtype=torch.int8)
     y = module(q, r)
     assert y.dtype == torch.int8
-    expected = (split_registers(q * torch.tensor(0.03), r * torch.tensor(0.02)) / 0.05).round().clamp(-127, 127)
+    expected = (unfused(q * torch.tensor(0.03), r * torch.tensor(0.02)) / 0.05).round().clamp(-127, 127)
     assert (y - expected).abs().max() <= 1
     assert (y != expected).float().mean() < 0.01  # ties, which the rounding of r * 0.02 decides
     assert torch.equal(y, module(q * torch.tensor(0.03), r))

@@ -97,10 +97,10 @@ class DataDependent(nn.Module):
 @pytest.mark.parametrize("recipe", ["int8", "int8-weight-only", "int4-g32", "int8-int4-g32"])
 def test_fused_and_unfused_agree(activation: nn.Module, name: str, recipe: str, x: torch.Tensor) -> None:
     model = mlp(activation)
-    fused, split_registers = tw.convert_model(model, recipe), tw.convert_model(model, recipe, fuse=False)
+    fused, unfused = tw.convert_model(model, recipe), tw.convert_model(model, recipe, fuse=False)
     assert fused_activations(fused) == {"1": "0"} and fused[0].activation == name
-    assert not fused_activations(split_registers) and split_registers[0].activation == "none"
-    torch.testing.assert_close(fused(x), split_registers(x), rtol=1e-5, atol=1e-5)
+    assert not fused_activations(unfused) and unfused[0].activation == "none"
+    torch.testing.assert_close(fused(x), unfused(x), rtol=1e-5, atol=1e-5)
     assert type(model[1]) is type(activation)
     assert tw.report(fused).layers[0].scheme.endswith(f" + {name}")
 
@@ -126,9 +126,9 @@ def test_left_alone(kind: type[nn.Module], x: torch.Tensor) -> None:
 
 def test_an_activation_that_is_registered_is_fused(softplus: str, x: torch.Tensor) -> None:
     model = mlp(nn.Softplus())
-    fused, apart = tw.convert_model(model, "int8"), tw.convert_model(model, "int8", fuse=False)
+    fused, unfused = tw.convert_model(model, "int8"), tw.convert_model(model, "int8", fuse=False)
     assert fused_activations(fused) == {"1": "0"} and fused[0].activation == softplus
-    torch.testing.assert_close(fused(x), apart(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused(x), unfused(x), rtol=1e-5, atol=1e-5)
     assert not fused_activations(tw.convert_model(mlp(nn.Softplus(beta=2)), "int8"))
     image, network = torch.randn(2, 3, 12, 12), nn.Sequential(nn.Conv2d(3, 16, 3), nn.Softplus()).eval()
     converted = tw.convert_model(network, "fuse")

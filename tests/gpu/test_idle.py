@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import idle
-from bench.idle import split_registers, until_idle
+from bench.idle import separate_cores, until_idle
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_threads_are_kept_apart_and_let_go():
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
-    with split_registers() as bind:
+    with separate_cores() as bind:
         bind()
         own, other = os.sched_getaffinity(0), os.sched_getaffinity(thread.native_id)
         assert len(own) == 1 and other == cores - own

@@ -158,28 +158,28 @@ class Int8ConvBnAct2d(ConvLayer):
             dtype = self.dtype
         r_scale = self.r_scale if residual is not None and residual.dtype == torch.int8 else 1.0
         pads = padding or self._padding or self.same_padding_for(x.shape[2], x.shape[3])
-        split_registers = residual is not None and not self._residual_fits(x, residual, pads)
-        quantized = out_scale is not None and not split_registers
-        out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) and not split_registers else torch.float32
+        separate = residual is not None and not self._residual_fits(x, residual, pads)
+        quantized = out_scale is not None and not separate
+        out_dtype = dtype if dtype in (torch.float16, torch.bfloat16) and not separate else torch.float32
         y = torch.ops.tilewright.int8_conv2d_fused(
             x,
             self.x_scale,
             self.weight,
             self.weight_scale,
             self.bias,
-            None if split_registers else residual,
+            None if separate else residual,
             r_scale,
             self._stride,
             pads,
             self._dilation,
             self.groups,
-            "none" if split_registers else activation,
+            "none" if separate else activation,
             negative_slope,
             out_scale if quantized else None,
             None if quantized else out_dtype,
             x_nonnegative,
         )
-        if residual is None or not split_registers:
+        if residual is None or not separate:
             return y if quantized or y.dtype == dtype else y.to(dtype)
         y = apply_activation(y + residual.to(y.dtype) * r_scale, activation, negative_slope=negative_slope)
         return y.to(dtype) if out_scale is None else torch.ops.tilewright.quantize_per_tensor(y, out_scale)

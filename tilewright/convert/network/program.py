@@ -142,8 +142,8 @@ class Program(ReplacedForward):
         for leaf, path in self.leaves.items():
             setattr(bound, leaf, owner.get_submodule(path))
         called = {getattr(bound, leaf) for leaf in self.called}
-        split_registers = {part for module in called for part in module.modules()}
-        inlined = [module for module in owner.modules() if module not in split_registers]
+        inside_called = {part for module in called for part in module.modules()}
+        inlined = [module for module in owner.modules() if module not in inside_called]
         places = [(module._modules, name) for module in inlined for name in module._modules]
         self._tables, self._keys = [table for table, _ in places], [name for _, name in places]
         self._expected = [table[name] for table, name in places]

@@ -90,26 +90,26 @@ def export_onnx(
     for tidy in (common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass()):
         tidy(exported.model)
     weights = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values())
-    split_registers = weights > LARGEST_FILE if external_data is None else external_data
-    if not split_registers and weights > LARGEST_FILE:
+    external = weights > LARGEST_FILE if external_data is None else external_data
+    if not external and weights > LARGEST_FILE:
         raise ValueError(f"{size(weights)} of weights do not fit into one ONNX file: leave external_data at None")
-    return _write(exported, Path(path), split_registers)
+    return _write(exported, Path(path), external)
 
 
-def _write(exported: Any, path: Path, split_registers: bool) -> OnnxFile:
+def _write(exported: Any, path: Path, external: bool) -> OnnxFile:
     """To a temporary folder first, so that no half-written file takes the place of one that was there."""
     data_name = f"{path.name}.data"
     folder = Path(tempfile.mkdtemp(prefix=".onnx-", dir=path.parent))
     try:
-        exported.save(folder / path.name, external_data=split_registers)
+        exported.save(folder / path.name, external_data=external)
         written = sum(each.stat().st_size for each in folder.iterdir())
-        if split_registers:
+        if external:
             os.replace(folder / data_name, path.with_name(data_name))
         os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if not split_registers:
+    if not external:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(data_name).unlink()  # of an earlier export, which nothing refers to any more
     counts = Counter(node.op_type for node in exported.model.graph)
-    return OnnxFile(path, path.with_name(data_name) if split_registers else None, written, dict(counts.most_common()))
+    return OnnxFile(path, path.with_name(data_name) if external else None, written, dict(counts.most_common()))

@@ -199,7 +199,9 @@ def make_arguments(problem: Problem, device: str | torch.device = "cpu", seed: i
     if card is None:
         raise ValueError(f"there are no sample arguments for the operator {problem.op!r}")
     declared = torch._C.parse_schema(card.name + card.schema).arguments
-    found = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+    found: dict[str, Any] = {
+        argument.name: argument.default_value for argument in declared if argument.has_default_value()
+    }
     found |= card.sample(problem, Draw(device, seed))
     if not problem.aligned:
         x = found["x"]
