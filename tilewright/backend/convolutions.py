@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tilewright.backend.captured import Captured, Order, call_operator, holding
-from tilewright.convert.graph import Match, Part, activates, argument, follow, functionalize, reshape_views
+from tilewright.convert.graph import Match, Part, activates, argument, calls, follow, functionalize, reshape_views
 from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
 from tilewright.convert.schemes.convolution import Fuse
@@ -30,7 +30,7 @@ _NEEDS_DATA = "static int8 needs calibration data, which convert_model takes: fu
 
 def rewrite(captured: Captured, recipe: Recipe | None, exclude: tuple[str, ...]) -> None:
     """Fuse every convolution that can be."""
-    nodes = [n for n in captured.graph.nodes if n.op == "call_function" and n.target in CONVOLUTIONS]
+    nodes = [node for node in captured.graph.nodes if calls(node, *CONVOLUTIONS)]
     if not nodes:
         return
     functionalize(captured.graph, {})
@@ -168,7 +168,7 @@ class _Convolution:
 
     def _is_norm(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether it is a batch-norm with running statistics of ``source``."""
-        if node.op != "call_function" or node.target is not F.batch_norm or argument(node, 0, "input") is not source:
+        if not calls(node, F.batch_norm) or argument(node, 0, "input") is not source:
             return False
         if argument(node, 5, "training", False) is not False:
             return False

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from tilewright.backend.captured import Captured, call_operator, holding, plain_arithmetic
 from tilewright.convert import structure
-from tilewright.convert.graph import argument
+from tilewright.convert.graph import argument, calls
 from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
 from tilewright.convert.schemes.convolution import ConvScheme
@@ -48,10 +48,10 @@ def rewrite(captured: Captured, recipe: Recipe | None, heads: bool) -> None:
     """Replace every linear layer that ``recipe`` has a scheme for."""
     made: dict[fx.Node, tuple[QuantizedLinear, dict[str, fx.Node]]] = {}
     for node in list(captured.graph.nodes):
-        if node.op == "call_function" and node.target is F.multi_head_attention_forward:
+        if calls(node, F.multi_head_attention_forward):
             name = captured.layer_of(argument(node, 11, "out_proj_weight", node)).removesuffix(".out_proj")
             captured.report.left[name] = "nn.MultiheadAttention reads the weights of its layers instead of calling them"
-        if node.op != "call_function" or node.target not in (F.linear, torch.addmm):
+        if not calls(node, F.linear, torch.addmm):
             continue
         call = _Call(node)
         weight = captured.weight(call.weight)

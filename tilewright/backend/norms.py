@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from tilewright.backend.captured import Captured, Order, bound, call_operator, operator_of
-from tilewright.convert.graph import argument
+from tilewright.convert.graph import argument, calls
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.dispatch.router import route
 
@@ -128,7 +128,7 @@ def _one_dimension(captured: Captured, x: Any, shape: Any) -> bool:
 
 
 def _layer_norm(captured: Captured, node: fx.Node) -> _Norm | None:
-    if node.op != "call_function" or node.target is not F.layer_norm:
+    if not calls(node, F.layer_norm):
         return None
     x, shape, weight, bias = (argument(node, i, n) for i, n in enumerate(("input", "normalized_shape", *_AFFINE)))
     eps = captured.number(argument(node, 4, "eps", 1e-5))
@@ -138,7 +138,7 @@ def _layer_norm(captured: Captured, node: fx.Node) -> _Norm | None:
 
 
 def _rms_norm(captured: Captured, node: fx.Node) -> _Norm | None:
-    if node.op != "call_function" or node.target not in (F.rms_norm, torch.rms_norm):
+    if not calls(node, F.rms_norm, torch.rms_norm):
         return None
     x, shape, weight = (argument(node, i, n) for i, n in enumerate(("input", "normalized_shape", "weight")))
     eps = argument(node, 3, "eps")
@@ -154,14 +154,10 @@ _AFFINE = ("weight", "bias")
 
 def _written_out(captured: Captured, node: fx.Node) -> _Norm | None:
     """weight * (x * rsqrt(mean(x^2) + eps)), with casts to float32 and back, as transformers writes RMS norm."""
-    pair = _operands(node, operator.mul, torch.mul, "mul")
-    if pair is None:
-        return None
-    for weight, normalised in (pair, pair[::-1]):
+    for weight, normalised in _factors(node):
         if captured.weight(weight) is None:
             continue
-        product = _operands(_uncast(normalised), operator.mul, torch.mul, "mul")
-        for x, factor in () if product is None else (product, product[::-1]):
+        for x, factor in _factors(_uncast(normalised)):
             eps = _mean_square(captured, factor, x)
             if eps is not None:
                 value = captured.value(node)
@@ -174,51 +170,32 @@ def _written_out(captured: Captured, node: fx.Node) -> _Norm | None:
 
 def _mean_square(captured: Captured, factor: Any, x: Any) -> float | None:
     """eps, if ``factor`` is rsqrt(mean(x^2, -1) + eps)."""
-    if not isinstance(factor, fx.Node) or not _is_call(factor, torch.rsqrt, "rsqrt"):
+    if not calls(factor, torch.rsqrt, "rsqrt"):
         return None
     total = factor.args[0]
-    if not isinstance(total, fx.Node) or not _is_call(total, (operator.add, torch.add), "add"):
+    if not calls(total, operator.add, torch.add, "add"):
         return None
     mean, eps = total.args[:2]
     number = captured.number(eps)
-    if number is None or not isinstance(mean, fx.Node) or not _is_call(mean, torch.mean, "mean"):
+    if number is None or not calls(mean, torch.mean, "mean"):
         return None
-    dim = argument(mean, 1, "dim")
+    if argument(mean, 1, "dim") not in (-1, [-1], (-1,)) or argument(mean, 2, "keepdim") is not True:
+        return None
     square = mean.args[0]
-    if dim not in (-1, [-1], (-1,)) or argument(mean, 2, "keepdim") is not True or not isinstance(square, fx.Node):
-        return None
-    squares = _is_call(square, (torch.pow, operator.pow), "pow") and square.args[1] == 2
-    same = square.args[0] is x or (_is_call(square, (torch.square,), "square") and square.args[0] is x)
-    return number if squares and same else None
+    squares = calls(square, torch.pow, operator.pow, "pow") and tuple(square.args[:2]) == (x, 2)
+    return number if squares else None
 
 
-def _is_call(node: Any, functions: Any, method: str) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
-    functions = functions if isinstance(functions, tuple) else (functions,)
-    return (node.op == "call_function" and node.target in functions) or (
-        node.op == "call_method" and node.target == method
-    )
-
-
-def _operands(node: Any, *names: Any) -> tuple[fx.Node, fx.Node] | None:
-    *functions, method = names
-    if not _is_call(node, tuple(functions), method) or len(node.args) != 2:
-        return None
+def _factors(node: Any) -> list[tuple[fx.Node, fx.Node]]:
+    """The two values that ``node`` multiplies, in both orders; nothing if it does something else."""
+    if not calls(node, operator.mul, torch.mul, "mul") or len(node.args) != 2:
+        return []
     a, b = node.args
-    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
+    return [(a, b), (b, a)] if isinstance(a, fx.Node) and isinstance(b, fx.Node) else []
 
 
 def _uncast(node: Any) -> Any:
     """What a cast to another float dtype casts."""
-    while isinstance(node, fx.Node) and (
-        (
-            node.op == "call_method"
-            and node.target == "to"
-            and len(node.args) == 2
-            and isinstance(node.args[1], torch.dtype)
-        )
-        or (node.op == "call_method" and node.target == "float")
-    ):
+    while calls(node, "float") or (calls(node, "to") and len(node.args) == 2 and isinstance(node.args[1], torch.dtype)):
         node = node.args[0]
     return node

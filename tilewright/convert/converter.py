@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from tilewright.convert.network import remove_programs
 from tilewright.convert.plan import FilterFunction, Plan, layers_of, make_plan, nothing_to_convert
 from tilewright.convert.progress import track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
-from tilewright.convert.record import NOT_FASTER, Record, detach, record_of, remember_original
+from tilewright.convert.record import NOT_FASTER, detach, record_of, remember_original
 from tilewright.convert.text import display_name, size
 from tilewright.nn import FoldedBatchNorm
 
@@ -94,13 +95,9 @@ def convert_model(
     reached = _reached(model, plan, examples)
     if not inplace:
         model = structure.copy_structure(original)
-    record = Record(
-        [*known.recipes, recipe.to_json()],
-        dict(known.layers),
-        plan.skipped,
-        dict(known.untraced),
-        list(known.attention),
-    )
+    record = copy.deepcopy(known)
+    record.recipes.append(recipe.to_json())
+    record.skipped = plan.skipped
     first, data = calibrate.first_of(calibration_data)
     job = Job(structure.Places(model), plan, record, first is not None, reached, keep_if_faster, progress)
     conversions = [kind(job, planned) for kind, planned in conversions_of(plan).items()]

@@ -16,22 +16,9 @@ CONVERTED = (QuantizedLinear, ConvLayer)
 
 #: Dtypes of float weights that the operators work in.
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+#: Attributes of a module: hooks on its ``state_dict``, and hooks on its calls.
+_STATE_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" in name)
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name)
 _STANDARD_ATTRIBUTES = frozenset(vars(nn.Linear(1, 1, device="meta"))) | vars(nn.Conv2d(1, 1, 1, device="meta")).keys()
 
 
@@ -96,18 +83,22 @@ def to_float(module: QuantizedLinear | ConvLayer) -> nn.Module:
 def why_not_linear(module: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced by a quantised one; None if it can."""
     kind = type(module).__name__
-    plain: type[nn.Module] = nn.Linear
-    if is_conv1d(module):
-        plain = conv1d_class() or nn.Linear
+    plain = (is_conv1d(module) and conv1d_class()) or nn.Linear
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight instead of calling it"
+    if reason := _why_not_instance(module):
+        return reason
+    if type(module).forward is not plain.forward:
+        return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
+    return why_not_parameters(module)
+
+
+def _why_not_instance(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized: remove the parametrization first"
-    if type(module).forward is not plain.forward:
-        return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
-    return why_not_parameters(module)
+    return None
 
 
 def why_not_parameters(module: nn.Module) -> str | None:
@@ -130,10 +121,8 @@ def why_not_convolution(module: nn.Module) -> str | None:
         return f"{kind}: transposed convolutions have no fused kernel"
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return f"{kind}: only one- and two-dimensional convolutions have a fused kernel"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if nn.utils.parametrize.is_parametrized(module):
-        return "its weight is parametrized: remove the parametrization first"
+    if reason := _why_not_instance(module):
+        return reason
     plain = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
     if not pads_by_size(module) and (
         type(module).forward is not plain.forward or type(module)._conv_forward is not plain._conv_forward

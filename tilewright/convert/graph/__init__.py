@@ -7,7 +7,7 @@ the rest of ``convert`` asks nothing else.
     Region                  one of them: its module and graph, inputs and defaults, its calls of submodules in order,
                             whether a call asks for what the graph computes; runs the graph and shows every value
     Region.open_call        shows what is inside of a call
-    activation_of, ...      what one node computes, whichever way it was written
+    calls, activation_of, ... what one node computes, whichever way it was written
     follow, Chain.replace   what follows a node and nothing else reads; one node in its place
     source_of, compiled     the graph as Python code
     fuse_activations, ...   activations that move into the linear layer before them
@@ -24,6 +24,7 @@ from tilewright.convert.graph.patterns import (
     activation_of,
     addends,
     argument,
+    calls,
     functionalize,
     globally_pooled,
     is_identity,

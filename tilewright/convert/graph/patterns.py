@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,7 @@ Modules = dict[str, nn.Module]
 #: An epilogue's name for an activation, and the slope of a leaky ReLU.
 Activation = tuple[str, float]
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-_ADDITION_METHODS = ("add", "add_", "__add__", "__iadd__", "__radd__")
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__")
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 _INPLACE_FUNCTIONS = (F.relu_, torch.relu_, F.hardtanh_, F.leaky_relu_, operator.iadd, operator.imul, operator.isub)
@@ -30,6 +29,11 @@ def module_of(node: fx.Node, modules: Modules) -> nn.Module | None:
         return None
     module = modules.get(str(node.target))
     return None if module is None or has_hooks(module) else module
+
+
+def calls(node: object, *forms: object) -> TypeGuard[fx.Node]:
+    """Whether ``node`` calls one of ``forms``: functions, and methods by their names."""
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in forms
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -49,12 +53,7 @@ def activation_of(node: fx.Node, modules: Modules) -> Activation | None:
 
 def addends(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two values that ``node`` adds, if it adds two and nothing else."""
-    if not (
-        (node.op == "call_function" and node.target in _ADDITIONS)
-        or (node.op == "call_method" and node.target in _ADDITION_METHODS)
-    ):
-        return None
-    if node.kwargs.get("alpha", 1) != 1 or "out" in node.kwargs:
+    if not calls(node, *_ADDITIONS) or node.kwargs.get("alpha", 1) != 1 or "out" in node.kwargs:
         return None
     a, b = argument(node, 0, "input"), argument(node, 1, "other")
     return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
@@ -71,13 +70,11 @@ def is_identity(node: fx.Node, modules: Modules) -> bool:
         if isinstance(module, FoldedBatchNorm):
             return module.then is None
         return isinstance(module, (FusedActivation, *_IDENTITIES))
-    if node.op != "call_function":
-        return False
-    if node.target in _DROPOUTS:
+    if calls(node, *_DROPOUTS):
         return argument(node, 2, "training", True) is False
-    if getattr(node.target, "__name__", "") == "stochastic_depth":  # of torchvision, which wraps it for torch.fx
-        return argument(node, 3, "training", True) is False
-    return False
+    # Of torchvision, which wraps it for torch.fx.
+    drops = getattr(node.target, "__name__", "") == "stochastic_depth"
+    return drops and argument(node, 3, "training", True) is False
 
 
 def zero_padding(node: fx.Node, modules: Modules) -> tuple[int, int, int, int] | None:
@@ -87,7 +84,7 @@ def zero_padding(node: fx.Node, modules: Modules) -> tuple[int, int, int, int] |
         pads: Any = module.padding
     elif isinstance(module, (nn.ConstantPad2d, nn.ConstantPad1d)) and module.value == 0:
         pads = module.padding
-    elif node.op == "call_function" and node.target is F.pad:
+    elif calls(node, F.pad):
         if argument(node, 2, "mode", "constant") != "constant" or argument(node, 3, "value") not in (None, 0, 0.0):
             return None
         pads = argument(node, 1, "pad")
@@ -105,7 +102,7 @@ def globally_pooled(node: fx.Node, modules: Modules) -> fx.Node | None:
     module, sizes = module_of(node, modules), None
     if isinstance(module, nn.AdaptiveAvgPool2d) and type(module).forward is nn.AdaptiveAvgPool2d.forward:
         sizes = module.output_size
-    elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
+    elif calls(node, F.adaptive_avg_pool2d):
         sizes = argument(node, 1, "output_size")
     source = node.args[0] if node.args else None
     return source if sizes in (1, (1, 1), [1, 1]) and isinstance(source, fx.Node) else None
@@ -113,9 +110,8 @@ def globally_pooled(node: fx.Node, modules: Modules) -> fx.Node | None:
 
 def pads_by_input_size(node: fx.Node) -> fx.Node | None:
     """What ``node`` pads as TensorFlow's "SAME" does, for the convolution that is its second argument."""
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in SAME_PADDING_FUNCTIONS:
-        return node.args[0] if isinstance(node.args[0], fx.Node) else None
-    return None
+    pads = getattr(node.target, "__name__", "") in SAME_PADDING_FUNCTIONS
+    return node.args[0] if pads and isinstance(node.args[0], fx.Node) else None
 
 
 def writes_in_place(node: fx.Node, modules: Modules) -> bool:
@@ -146,9 +142,6 @@ def functionalize(graph: fx.Graph, modules: Modules) -> None:
 def reshape_views(graph: fx.Graph) -> None:
     """A convolution's result is channels-last, of which a view may not exist where one of a contiguous tensor did."""
     for node in graph.nodes:
-        if (
-            node.op == "call_method"
-            and node.target == "view"
-            and not any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
-        ):
+        arguments = (*node.args, *node.kwargs.values())
+        if calls(node, "view") and not any(isinstance(each, torch.dtype) for each in arguments):
             node.target = "reshape"

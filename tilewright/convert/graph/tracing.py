@@ -36,13 +36,10 @@ NORM_NAMES = ("FrozenBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d", "De
 #: Functions of other libraries that pad as TensorFlow's "SAME" does: (x, convolution) -> x.
 SAME_PADDING_FUNCTIONS = ("apply_tf_padding",)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_COMPARISONS = {
+#: Each with the usual answer.
+_COMPARISONS: dict[Any, bool] = {
     operator.eq: True,
-    operator.ne: False,
-    operator.lt: False,
-    operator.gt: False,
-    operator.le: False,
-    operator.ge: False,
+    **dict.fromkeys((operator.ne, operator.lt, operator.gt, operator.le, operator.ge), False),
 }
 _SHAPE_METHODS = ("size", "dim")
 _SHAPE_FUNCTIONS = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, len)

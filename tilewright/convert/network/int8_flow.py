@@ -22,6 +22,7 @@ from tilewright.convert.graph import (
     activation_of,
     addends,
     argument,
+    calls,
     is_identity,
     module_of,
     zero_padding,
@@ -31,28 +32,12 @@ from tilewright.kernels.activation import TABLE
 from tilewright.nn import Int8ConvBnAct2d, quantized_ops
 
 _PASSING_MODULES = (nn.MaxPool2d, nn.ReLU, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle)
-_PASSING_FUNCTIONS = (
-    F.max_pool2d,
-    torch.max_pool2d,
-    F.relu,
-    torch.relu,
-    torch.flatten,
-    torch.reshape,
-    torch.permute,
-    torch.transpose,
-    torch.squeeze,
-    torch.unsqueeze,
-    torch.chunk,
-    torch.split,
-    F.channel_shuffle,
-    F.pixel_shuffle,
-    operator.getitem,
+_MAX_POOLS = (F.max_pool2d, torch.max_pool2d)
+_RESHAPES = ("reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split")
+_PASSING = (
+    *(*_MAX_POOLS, F.relu, torch.relu, "relu", "relu_", F.channel_shuffle, F.pixel_shuffle, "view", "contiguous"),
+    *(form for name in _RESHAPES for form in (name, getattr(torch, name))),
 )
-_PASSING_METHODS = (
-    *("relu", "relu_", "reshape", "view", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"),
-    *("chunk", "split"),
-)
-_SIZE_METHODS = ("size", "dim", "numel")
 
 
 @dataclass(frozen=True)
@@ -85,59 +70,40 @@ class Flow:
         if is_identity(node, self.modules) or zero_padding(node, self.modules) is not None:
             return True
         module = module_of(node, self.modules)
-        if isinstance(module, nn.MaxPool2d) and module.return_indices:
-            return False
         if module is not None:
-            return type(module) in _PASSING_MODULES
-        if node.op == "call_function":
-            if node.target in (F.max_pool2d, torch.max_pool2d) and node.kwargs.get("return_indices"):
-                return False
-            if node.target is operator.getitem:
-                return isinstance(node.args[1], (int, slice, tuple)) and not self.asks_size(node.args[0])
-            return node.target in _PASSING_FUNCTIONS
-        return node.op == "call_method" and node.target in _PASSING_METHODS
+            return type(module) in _PASSING_MODULES and not getattr(module, "return_indices", False)
+        if calls(node, operator.getitem):
+            return isinstance(node.args[1], (int, slice, tuple)) and not self.asks_size(node.args[0])
+        return calls(node, *_PASSING) and not node.kwargs.get("return_indices")
 
     def max_window(self, node: fx.Node) -> tuple[Any, ...] | None:
         """Kernel size, stride, padding, dilation and ceil_mode of a pooling with a maximum, or None."""
         module = module_of(node, self.modules)
         if isinstance(module, nn.MaxPool2d):
             return module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
-        if node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
-            names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-            defaults = (None, None, 0, 1, False)
-            return tuple(
-                argument(node, i + 1, name, default)
-                for i, (name, default) in enumerate(zip(names, defaults, strict=True))
-            )
-        return None
+        if not calls(node, *_MAX_POOLS):
+            return None
+        defaults = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+        return tuple(argument(node, i, name, default) for i, (name, default) in enumerate(defaults.items(), 1))
 
     def joins(self, node: fx.Node) -> list[fx.Node]:
         """What ``node`` concatenates."""
-        if node.op == "call_function" and node.target in (torch.cat, torch.concat):
-            parts = argument(node, 0, "tensors")
-            if isinstance(parts, (list, tuple)) and all(isinstance(part, fx.Node) for part in parts):
-                return list(parts)
-        return []
+        parts = argument(node, 0, "tensors") if calls(node, torch.cat, torch.concat) else ()
+        return list(parts) if isinstance(parts, (list, tuple)) and all(isinstance(p, fx.Node) for p in parts) else []
 
     def averages(self, node: fx.Node) -> tuple[Any, bool] | None:
         """Dimensions that ``node`` takes the mean over, and whether they stay; None if it does no such thing."""
-        if (node.op == "call_method" and node.target == "mean") or (
-            node.op == "call_function" and node.target is torch.mean
-        ):
-            dim, keep = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
-            plain = dim is not None and not isinstance(dim, fx.Node) and "dtype" not in node.kwargs
-            return (tuple(dim) if isinstance(dim, list) else dim, keep) if plain else None
-        return None
+        if not calls(node, torch.mean, "mean"):
+            return None
+        dim, keep = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
+        plain = dim is not None and not isinstance(dim, fx.Node) and "dtype" not in node.kwargs
+        return (tuple(dim) if isinstance(dim, list) else dim, keep) if plain else None
 
     def asks_size(self, node: object) -> bool:
         """Whether ``node`` looks at the shape of its argument only."""
-        if not isinstance(node, fx.Node):
-            return False
-        if node.op == "call_method":
-            return node.target in _SIZE_METHODS
-        if node.op != "call_function":
-            return False
-        return node.target is dynamic_padding or (node.target is getattr and node.args[1] in ("shape", "ndim"))
+        if calls(node, getattr):
+            return node.args[1] in ("shape", "ndim")
+        return calls(node, dynamic_padding, "size", "dim", "numel")
 
     def on_vectors(self) -> set[str]:
         """Layers that only ever see one pixel, a pooled image: squeeze-and-excite, where int8 gains nothing."""

@@ -34,10 +34,6 @@ from tilewright.kernels.dispatch import regions
 from tilewright.nn.conv_int8 import scales_read
 
 
-class Namespace:
-    """Holds what the fast form of a program refers to, as attributes."""
-
-
 class Program(ReplacedForward):
     """A callable in place of ``owner.forward``.
 
@@ -61,7 +57,8 @@ class Program(ReplacedForward):
     def _make(self) -> None:
         self._function = compiled(self.source, self.names)
         self._flat = compiled(self.flat_source, self.names)
-        self._bound: Namespace | None = None
+        #: What the fast form refers to, as attributes.
+        self._bound: types.SimpleNamespace | None = None
         self._replays: Replays | None = None
         self._region = regions.OpaqueRegion(weakref.WeakMethod(self._eager), weakref.WeakMethod(self._traced))
         self._region_name = regions.add(self._region)
@@ -138,7 +135,7 @@ class Program(ReplacedForward):
 
     def _bind(self) -> None:
         """Look up the submodules once: ``nn.Module`` is slow to reach them, and there are many."""
-        owner, bound = self.owner, Namespace()
+        owner, bound = self.owner, types.SimpleNamespace()
         for leaf, path in self.leaves.items():
             setattr(bound, leaf, owner.get_submodule(path))
         called = {getattr(bound, leaf) for leaf in self.called}

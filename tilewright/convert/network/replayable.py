@@ -15,38 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from tilewright.convert.graph import calls
 from tilewright.nn import ConvLayer, FoldedBatchNorm, FusedActivation, QuantizedLinear
 
-_LAYERS = (
-    ConvLayer,
-    FoldedBatchNorm,
-    FusedActivation,
-    QuantizedLinear,
-    nn.Linear,
-    nn.Identity,
-    nn.Dropout,
-    nn.Flatten,
-    nn.MaxPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Hardswish,
-    nn.SiLU,
-    nn.Sigmoid,
+_OURS = (ConvLayer, FoldedBatchNorm, FusedActivation, QuantizedLinear)
+_PLAIN = (nn.Linear, nn.Identity, nn.Dropout, nn.Flatten, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.Sigmoid)
+#: Functions, and methods by their names; "run" is that of a convolution.
+_READING = (getattr, operator.getitem, operator.eq, operator.ne, "size", "dim")
+_COMPUTING = (
+    *(operator.add, operator.iadd, torch.add, "add", torch.flatten, "flatten", torch.relu, F.relu, "relu"),
+    *(F.adaptive_avg_pool2d, "mean", "run"),
 )
-#: Beside Tilewright's own. Those of the first line read attributes and shapes.
-_FUNCTIONS = {
-    *(getattr, operator.getitem, operator.eq, operator.ne),
-    operator.add,
-    operator.iadd,
-    torch.add,
-    torch.flatten,
-    torch.relu,
-    F.relu,
-    F.adaptive_avg_pool2d,
-}
-#: "run" is that of a convolution.
-_METHODS = ("run", "size", "dim", "add", "flatten", "relu", "mean")
 _RESULTS = ("call_module", "call_function", "call_method")
 
 
@@ -55,23 +35,19 @@ def runs_whole(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
 
     modules: by the names that the graph uses.
     """
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            known = not node.args
-        elif node.op == "call_module":
-            known = isinstance(modules[str(node.target)], _LAYERS)
-        elif node.op == "call_function":
-            known = node.target in _FUNCTIONS or str(getattr(node.target, "__module__", "")).startswith("tilewright.")
-        elif node.op == "call_method":
-            known = node.target in _METHODS
-        elif node.op == "output":
-            result = node.args[0]
-            known = isinstance(result, fx.Node) and result.op in _RESULTS and result.target is not getattr
-        else:
-            known = True
-        if not known:
-            return False
-    return True
+    return all(_is_known(node, modules) for node in graph.nodes)
+
+
+def _is_known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "placeholder":
+        return not node.args
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], (*_OURS, *_PLAIN, *_ACTIVATIONS))
+    if node.op == "output":
+        result = node.args[0]
+        return isinstance(result, fx.Node) and result.op in _RESULTS and result.target is not getattr
+    ours = str(getattr(node.target, "__module__", "")).startswith("tilewright.")
+    return node.op == "get_attr" or ours or calls(node, *_READING, *_COMPUTING)
 
 
 def supports(inputs: Sequence[Any]) -> bool:
