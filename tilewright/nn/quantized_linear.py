@@ -268,10 +268,10 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
-        self._check_input(x)
         call = None if residual is not None else self._prepared_call(x)
-        if call is not None:
+        if call is not None:  # for inputs of this shape and dtype, which were checked before
             return call(x)
+        self._check_input(x)
         held = self._buffers  # asked first: nn.Module takes long to find a buffer
         placed = [
             held[name] if name in held else residual if name == "residual" else getattr(self, name)
@@ -298,14 +298,11 @@ class QuantizedLinear(nn.Module):
         """What serves a call on ``x`` without a residual, or None: then the operator is to be called."""
         if torch.compiler.is_compiling():  # asked here, so that nothing of what follows is compiled
             return None
-        tensors = [self._buffers.get(name) for name in self._operands]
-        tensors.append(self._parameters["bias"])
-        return prepared_call(self, x, tensors, self.activation, self.problem, self._arguments)
+        return prepared_call(self, x, [*map(self._buffers.get, self._operands), self._parameters["bias"]])
 
     def _arguments(self) -> dict[str, Any]:
-        """Of the operator, without x and the residual, and the columns of x."""
-        names = (*self._placed, *self._named)
-        return {**{name: getattr(self, name) for name in names if name != "residual"}, "k": self.in_features}
+        """Of the operator, without x and the residual."""
+        return {name: getattr(self, name) for name in (*self._placed, *self._named) if name != "residual"}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
         before = dict(self.named_buffers(recurse=False))

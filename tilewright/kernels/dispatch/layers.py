@@ -11,12 +11,12 @@ there is no layer but the same tensors come each time, ``Repeats`` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from tilewright.kernels.dispatch import router
-from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.card import Card, card_of
 from tilewright.kernels.dispatch.same import SameTensors, TensorCache, version_of
 
 Call = Callable[..., torch.Tensor]
@@ -89,6 +89,31 @@ def _find(calls: dict[Any, Call | None], key: Any, prepare: Callable[[], Call | 
     return call
 
 
+def prepare(card: Card, arguments: Mapping[str, Any]) -> Call | None:
+    """The function of x and the residual that serves calls like this one, if its implementation has such a thing.
+
+    Raises for arguments that the operator would refuse: what is prepared checks nothing.
+    """
+    problem = card.problem(card.name, arguments, card.check(card.name, arguments))
+    make = router.route_call(problem).implementation.prepared
+    if make is None:
+        return None
+    given = {name: value for name, value in arguments.items() if name not in ("x", "residual")}
+    made: Call = make(**given, k=arguments["x"].shape[-1])
+    return made
+
+
+class Layer(Protocol):
+    """What ``prepared_call`` asks of a layer."""
+
+    activation: str
+    op_name: ClassVar[str]
+
+    def _check_input(self, x: torch.Tensor) -> None: ...
+
+    def _arguments(self) -> dict[str, Any]: ...
+
+
 class _Known:
     """What is known of one layer's calls, for as long as its tensors are the same and the router decides as it did."""
 
@@ -108,19 +133,11 @@ def invalidate(layer: torch.nn.Module) -> None:
     vars(layer).pop(_SLOT, None)
 
 
-def prepared_call(
-    layer: torch.nn.Module,
-    x: torch.Tensor,
-    tensors: Sequence[torch.Tensor | None],
-    activation: str,
-    problem: Callable[[int, torch.dtype], Problem],
-    arguments: Callable[[], dict[str, Any]],
-) -> Call | None:
+def prepared_call(layer: Layer, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> Call | None:
     """The function of ``x`` alone that serves this call of ``layer``, or None: then the operator is to be called.
 
-    tensors: all that the layer's operator reads beside x. activation: the layer's. problem: of (rows, dtype of x).
-    arguments: of the operator, without x. The first call with an input of some shape always goes to the operator, which
-    checks everything.
+    tensors: all that the layer's operator reads beside x. The first call with an input of some shape always goes to the
+    operator.
     """
     if not can_bypass_dispatcher(x):
         return None
@@ -130,23 +147,18 @@ def prepared_call(
         if not _leave_traces(tensors):
             return None
         known = slots[_SLOT] = _Known(tensors)
-    key = (x.shape, x.dtype, activation)
-    call: Call | None = known.calls.get(key)
+    call: Call | None = known.calls.get((x.shape, x.dtype, layer.activation))
     if call is not None:
         return call
-
-    def prepare() -> Call | None:
-        asked = problem(x.numel() // x.shape[-1], x.dtype) if x.numel() else None
-        make = None if asked is None else router.route(asked).implementation.prepared
-        if asked is None or make is None:
-            return None
-        given = arguments()
-        # It checks the tensors, which may be others than at the first call, and wrong: what is prepared checks nothing.
-        checked = {name: value for name, value in given.items() if name != "k"}
-        getattr(torch.ops.tilewright, asked.op)(x, residual=None, **checked)
-        return make(**given)
-
-    return _find(known.calls, key, prepare)
+    layer._check_input(x)
+    card = card_of(layer.op_name)
+    if card is None or not x.numel():
+        return None
+    return _find(
+        known.calls,
+        (x.shape, x.dtype, layer.activation),
+        lambda: prepare(card, {"x": x, "residual": None, **layer._arguments()}),
+    )
 
 
 class Repeats:

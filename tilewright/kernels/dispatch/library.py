@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.dispatch.card import Arguments, Card, add
-from tilewright.kernels.dispatch.layers import Repeats, can_bypass_dispatcher
+from tilewright.kernels.dispatch.card import Card, add
+from tilewright.kernels.dispatch.layers import Repeats, can_bypass_dispatcher, prepare
 from tilewright.kernels.dispatch.router import on_invalidate, register, route_call
 
 NAMESPACE = "tilewright"
@@ -44,7 +44,7 @@ def define(card: Card) -> None:
     dispatched: dict[tuple[Any, ...], Callable[..., Any]] = {}
     on_invalidate(dispatched.clear)
     residual = positional.index("residual") if "residual" in positional else len(positional)
-    repeats = Repeats(residual, functools.partial(_prepare, card), bind) if card.remembered else None
+    repeats = Repeats(residual, functools.partial(prepare, card), bind) if card.remembered else None
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if repeats is not None and args[0].is_cpu and (call := repeats.find(args, kwargs)) is not None:
@@ -91,16 +91,6 @@ def define(card: Card) -> None:
         return general(keyset, *args, **kwargs)
 
     _library.impl(name, before_autograd, "AutogradCPU", with_keyset=True)
-
-
-def _prepare(card: Card, arguments: Arguments) -> Callable[..., Any] | None:
-    """The function of x and the residual that serves calls like this one, if its implementation has such a thing."""
-    problem = card.problem(card.name, arguments, card.check(card.name, arguments))
-    prepare = route_call(problem).implementation.prepared
-    if prepare is None:
-        return None
-    given = {name: value for name, value in arguments.items() if name not in ("x", "residual")}
-    return prepare(**given, k=arguments["x"].shape[-1])
 
 
 def _autograd_kernel(
