@@ -22,6 +22,7 @@ from torch import nn
 import tilewright.nn as tnn
 from bench.timer import interleaved
 from tilewright.kernels.cpu import choices, native
+from tilewright.kernels.dispatch.card import make_arguments
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import implementations
 
@@ -44,29 +45,14 @@ def layers(n: int, k: int) -> Iterator[Any]:
         yield tnn.Int4Linear.from_float(linear, group_size=128, range_search="minmax", compute_dtype=dtype)
 
 
-def arguments_of(layer: Any) -> dict[str, Any]:
-    """What ``layer`` calls its operator with, beside the activations."""
-    names = (
-        ("weight_packed", "weight_scale", "weight_zero")
-        if hasattr(layer, "weight_packed")
-        else ("weight", "weight_scale")
-    )
-    found = {name: getattr(layer, name) for name in names}
-    if hasattr(layer, "group_size"):
-        found["group_size"] = layer.group_size
-    if hasattr(layer, "compute_dtype"):
-        found["compute_dtype"] = layer.compute_dtype
-    return {**found, "bias": layer.bias}
-
-
 def measure(n: int, k: int, batches: list[int], seconds: float) -> Iterator[Row]:
     """A row for each layer and batch that the C kernel and another implementation take."""
     torch.manual_seed(0)
     with torch.inference_mode():
         for layer in layers(n, k):
             for m in batches:
-                x, problem = torch.randn(m, k), layer.problem(m)
-                functions = _functions(problem, x, arguments_of(layer))
+                problem = layer.problem(m)
+                functions = _functions(problem, make_arguments(problem))
                 if C_KERNEL not in functions or len(functions) < 2:
                     continue
                 timings = interleaved(functions, seconds=seconds, rounds=4).medians()
@@ -78,9 +64,9 @@ def measure(n: int, k: int, batches: list[int], seconds: float) -> Iterator[Row]
                 yield dict(zip(choices.COLUMNS, (*values, *times), strict=True))
 
 
-def _functions(problem: Problem, x: torch.Tensor, arguments: dict[str, Any]) -> dict[str, Callable[[], object]]:
+def _functions(problem: Problem, arguments: dict[str, Any]) -> dict[str, Callable[[], object]]:
     return {
-        other.name: lambda f=other.function: f(x, **arguments)  # type: ignore[misc]
+        other.name: lambda f=other.function: f(**arguments)  # type: ignore[misc]
         for other in implementations(problem.op)
         if other.name not in LEFT_OUT and other.why_not(problem) is None
     }

@@ -349,7 +349,8 @@ def test_int8_sums_are_exact_at_the_extremes(name: str, k: int) -> None:
     case = Case("int8_linear_quantized", 2, 32, k)
     if reason := implementation(case.op, name).why_not(problem(case)):
         pytest.skip(f"{name}: {reason}")
-    y = implementation(case.op, name).function(q, ones[0], weight, ones[1])
+    end = {"bias": None, "residual": None, "activation": "none", "out_dtype": None}
+    y = implementation(case.op, name).function(x=q, x_scale=ones[0], weight=weight, weight_scale=ones[1], **end)
     exact = q.long() @ weight.long().t()
     # The one rounding is that of an integer to float32.
     assert torch.equal(y, exact.float())

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 
 from tilewright.kernels.activation import apply_activation
+
+
+class End(TypedDict):
+    """What every linear operator ends in; implementations take it as ``**end`` and hand it on to ``finish``."""
+
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    activation: str
 
 
 def finish(
@@ -26,13 +36,13 @@ def finish(
 def finish_rows(
     y: torch.Tensor,
     row_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     activation: str,
-    out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Epilogue in place: ``y`` float32 [M, N] times ``row_scale`` [M, 1], plus bias, activation, plus residual, one
-    cast.
+    """Epilogue in place: ``y`` [M, N], float32 or float64, times ``row_scale`` [M, 1], plus bias, activation, plus
+    residual, one cast.
     """
     if bias is not None and bias.dtype != y.dtype:
         bias = bias.to(y.dtype)

@@ -8,12 +8,13 @@ group's, and oneDNN's "sum" post-op adds the groups up in order without another 
 from __future__ import annotations
 
 import torch
+from typing_extensions import Unpack
 
 from tilewright.kernels.cpu import linear
 from tilewright.kernels.cpu.probes import qlinear, qlinear_add, why_no_qlinear
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.epilogue import finish_rows
+from tilewright.kernels.epilogue import End, finish_rows
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int8_linear.cpu import LARGEST_K
 from tilewright.kernels.quantize.cpu import quantize_u8
@@ -55,13 +56,10 @@ def int4_int8_linear(
     x: torch.Tensor,
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    *,
+    weight_zero: torch.Tensor | None,
+    channel_scale: torch.Tensor | None,
     group_size: int,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See ``reference.int4_int8_linear``."""
     n, k = len(weight_packed), x.shape[-1]
@@ -80,5 +78,4 @@ def int4_int8_linear(
     y = qlinear(parts[0].contiguous(), *groups[0], zeros)
     for part, group in zip(parts[1:], groups[1:], strict=True):
         y = qlinear_add(part.contiguous(), *group, zeros, y)
-    y = finish_rows(y, x_scale, bias, residual, activation, x.dtype)
-    return y.view(*x.shape[:-1], n)
+    return finish_rows(y, x_scale, x.dtype, **end).view(*x.shape[:-1], n)

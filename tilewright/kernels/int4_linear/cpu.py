@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import Unpack
 
 from tilewright.kernels.cpu import linear
 from tilewright.kernels.cpu.memory import WEIGHT_BLOCK_ELEMENTS, scratch
 from tilewright.kernels.cpu.probes import why_no_int4pack
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.epilogue import finish_rows
+from tilewright.kernels.epilogue import End, finish_rows
 from tilewright.kernels.formats import int4
 from tilewright.kernels.int8_weight_only_linear.cpu import library_dtype
 
@@ -74,13 +75,10 @@ def int4_linear(
     x: torch.Tensor,
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    *,
+    weight_zero: torch.Tensor | None,
     group_size: int,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See ``reference.int4_linear``; scales and offsets are rounded to bfloat16 in place of the dequantised weight."""
     n, k = len(weight_packed), x.shape[-1]
@@ -93,8 +91,7 @@ def int4_linear(
     )
     rows = F.pad(x.reshape(-1, k).to(torch.bfloat16), (0, -k % group)).contiguous()
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, pairs)[:, :n].float()
-    y = finish_rows(y, None, bias, residual, activation, x.dtype)
-    return y.reshape(*x.shape[:-1], n)
+    return finish_rows(y, None, x.dtype, **end).reshape(*x.shape[:-1], n)
 
 
 def why_not_blocks(problem: Problem) -> str | None:
@@ -124,13 +121,10 @@ def dequantized_blocks(
     x: torch.Tensor,
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    *,
+    weight_zero: torch.Tensor | None,
     group_size: int,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See ``reference.int4_linear``."""
     narrow = compute_dtype or x.dtype
@@ -158,5 +152,5 @@ def dequantized_blocks(
         part[:, 1, :stored] = torch.bitwise_right_shift(nibbles[i:j], 4, out=low)
         part.view(j - i, 2, groups, -1).sub_(zero[i:j]).mul_(scale[i:j])
         torch.mm(rows, part.view(j - i, -1).t(), out=y[:, i:j])
-    y = finish_rows(y if dtype == torch.float64 else y.float(), None, bias, residual, activation, x.dtype)
-    return y.view(*x.shape[:-1], n)
+    y = y if dtype == torch.float64 else y.float()
+    return finish_rows(y, None, x.dtype, **end).view(*x.shape[:-1], n)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from typing_extensions import Unpack
 
 from tilewright.kernels.cpu import linear
 from tilewright.kernels.cpu.memory import scratch
 from tilewright.kernels.cpu.probes import qlinear, why_no_qlinear
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.epilogue import finish_rows
+from tilewright.kernels.epilogue import End, finish_rows
 from tilewright.kernels.quantize.cpu import quantize_per_row, quantize_u8
 
 #: 255 * 127 * K must stay below 2^31.
@@ -39,43 +42,25 @@ def _prepack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _multiply(
     x: torch.Tensor,
     x_scale: torch.Tensor,
+    out_dtype: torch.dtype,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """x uint8 [M, K] with zero point 128, x_scale [M, 1] -> [M, N]."""
     prepacked, zeros = packed(weight, "onednn-int8", lambda: _prepack(weight))
-    y = qlinear(x, prepacked, weight_scale, zeros)
-    return finish_rows(y, x_scale, bias, residual, activation, out_dtype)
+    return finish_rows(qlinear(x, prepacked, weight_scale, zeros), x_scale, out_dtype, **end)
 
 
-def int8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
+def int8_linear(x: torch.Tensor, channel_scale: torch.Tensor | None, **weight_and_end: Any) -> torch.Tensor:
     """See ``reference.int8_linear``."""
     q, scale = quantize_u8(x.reshape(-1, x.shape[-1]), channel_scale)
-    y = _multiply(q, scale, weight, weight_scale, bias, residual, activation, x.dtype)
-    return y.view(*x.shape[:-1], len(weight))
+    y = _multiply(q, scale, x.dtype, **weight_and_end)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def int8_linear_quantized(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    out_dtype: torch.dtype | None = None,
+    x: torch.Tensor, x_scale: torch.Tensor, out_dtype: torch.dtype | None, **weight_and_end: Any
 ) -> torch.Tensor:
     """See ``reference.int8_linear_quantized``."""
     rows = x.reshape(-1, x.shape[-1])
@@ -83,10 +68,8 @@ def int8_linear_quantized(
     u8 = torch.bitwise_xor(
         rows.contiguous().view(torch.uint8), 128, out=scratch(tuple(rows.shape), torch.uint8, "quantized")
     )
-    y = _multiply(
-        u8, x_scale.reshape(-1, 1), weight, weight_scale, bias, residual, activation, out_dtype or torch.float32
-    )
-    return y.view(*x.shape[:-1], len(weight))
+    y = _multiply(u8, x_scale.reshape(-1, 1), out_dtype or torch.float32, **weight_and_end)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 #: Sums of this many products of int8 values are exact in float32: 1040 * 127 * 127 < 2^24.
@@ -103,10 +86,8 @@ def float_int8_linear_quantized(
     x_scale: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See ``reference.int8_linear_quantized``: float32 products of few enough columns to be exact, added up as int32.
 
@@ -116,20 +97,11 @@ def float_int8_linear_quantized(
     total = torch.zeros(len(rows), n, dtype=torch.int32)
     for x_part, w_part in zip(rows.split(EXACT_FLOAT_COLUMNS, 1), weight.split(EXACT_FLOAT_COLUMNS, 1), strict=True):
         total += (x_part.float() @ w_part.float().t()).to(torch.int32)
-    y = total.float().mul_(weight_scale)
-    y = finish_rows(y, x_scale.reshape(-1, 1), bias, residual, activation, out_dtype or torch.float32)
+    y = finish_rows(total.float().mul_(weight_scale), x_scale.reshape(-1, 1), out_dtype or torch.float32, **end)
     return y.view(*x.shape[:-1], n)
 
 
-def float_int8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
+def float_int8_linear(x: torch.Tensor, channel_scale: torch.Tensor | None, **weight_and_end: Any) -> torch.Tensor:
     """See ``reference.int8_linear`` and ``float_int8_linear_quantized``."""
     q, scale = quantize_per_row(x, channel_scale)
-    return float_int8_linear_quantized(q, scale, weight, weight_scale, bias, residual, activation, x.dtype)
+    return float_int8_linear_quantized(q, scale, out_dtype=x.dtype, **weight_and_end)

@@ -9,12 +9,13 @@ in cache, and to multiply it with all rows.
 from __future__ import annotations
 
 import torch
+from typing_extensions import Unpack
 
 from tilewright.kernels.cpu.memory import WEIGHT_BLOCK_ELEMENTS, scratch
 from tilewright.kernels.cpu.probes import why_no_int8pack
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.epilogue import finish_rows
+from tilewright.kernels.epilogue import End, finish_rows
 
 #: Rows up to which ATen's product is faster (4096 x 4096, two threads).
 SMALL_BATCH = 32
@@ -43,17 +44,14 @@ def int8_weight_only_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See ``reference.int8_weight_only_linear``; the scale is applied to the sums, in float32."""
     rows = _aligned(x.reshape(-1, x.shape[-1]).to(torch.bfloat16))
     ones = packed(weight, "int8pack-ones", lambda: torch.ones(len(weight), dtype=torch.bfloat16))
     y = torch._weight_int8pack_mm(rows, _aligned(weight), ones).float().mul_(weight_scale)
-    y = finish_rows(y, None, bias, residual, activation, x.dtype)
-    return y.view(*x.shape[:-1], len(weight))
+    return finish_rows(y, None, x.dtype, **end).view(*x.shape[:-1], len(weight))
 
 
 def why_not_blocks(problem: Problem) -> str | None:
@@ -65,10 +63,8 @@ def dequantized_blocks(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See ``reference.int8_weight_only_linear``. The scale is applied to the sums, so the widened weight is exact."""
     dtype = library_dtype(compute_dtype or x.dtype)
@@ -81,8 +77,7 @@ def dequantized_blocks(
         part = block[: min(step, n - i)].copy_(weight[i : i + step])
         torch.mm(rows, part.t(), out=y[:, i : i + step])
     y = (y if dtype == torch.float64 else y.float()).mul_(weight_scale)
-    y = finish_rows(y, None, bias, residual, activation, x.dtype)
-    return y.view(*x.shape[:-1], n)
+    return finish_rows(y, None, x.dtype, **end).view(*x.shape[:-1], n)
 
 
 def library_dtype(dtype: torch.dtype) -> torch.dtype:

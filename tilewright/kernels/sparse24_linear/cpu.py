@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import finish_rows
-from tilewright.kernels.formats import int4, sparse24
+from tilewright.kernels.formats.sparse24 import Sparse24
 
 #: Rows up to which a product that reads int4 is no slower than one in bfloat16 (384 x 384 to 4096 x 4096, two threads).
 SMALL_INT4_BATCH = 16
@@ -74,62 +75,29 @@ def _reorder(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16), None)
 
 
-def _call(weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> Callable[..., torch.Tensor]:
-    """The layer as a function of x and the residual."""
+def prepare(
+    bias: torch.Tensor | None, activation: str, compute_dtype: torch.dtype | None, k: int, **weight: Any
+) -> Callable[..., torch.Tensor]:
+    """``sparse24_linear`` or ``sparse24_int4_linear`` of ``k`` columns as a function of x and the residual, for as long
+    as nobody writes into the tensors given here.
+    """
+    dense = packed(
+        weight["weight_values"],
+        f"2:4 dequantised for oneDNN, {k} columns in groups of {weight.get('group_size')}",
+        lambda: _reorder(Sparse24.of_arguments(weight, k).dequantize(weight, k, torch.bfloat16)),
+        *(weight.get(name) for name in Sparse24.NAMES[1:]),
+    )
     once = activation == "none" and (bias is None or bias.dtype == torch.bfloat16)
     bias = None if bias is None else bias.contiguous()  # oneDNN looks at no strides
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
-            y = _multiply(x.to(torch.bfloat16), weight)
+            y = _multiply(x.to(torch.bfloat16), dense)
         elif once and residual is None:
-            return _multiply(x, weight, bias)  # adds the bias and rounds once
+            return _multiply(x, dense, bias)  # adds the bias and rounds once
         else:
-            y = _multiply(x, weight)
+            y = _multiply(x, dense)
         y = y.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return finish_rows(y, None, bias, residual, activation, x.dtype)
+        return finish_rows(y, None, x.dtype, bias, residual, activation)
 
     return call
-
-
-def prepare_float(
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    compute_dtype: torch.dtype | None,
-    k: int,
-) -> Callable[..., torch.Tensor]:
-    """``sparse24_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into the
-    tensors given here.
-    """
-    weight = packed(
-        weight_values,
-        f"2:4 unpacked for oneDNN, {k} columns",
-        lambda: _reorder(sparse24.unpack(weight_values, weight_meta, k)),
-        weight_meta,
-    )
-    return _call(weight, bias, activation)
-
-
-def prepare_int4(
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group_size: int,
-    activation: str,
-    compute_dtype: torch.dtype | None,
-    k: int,
-) -> Callable[..., torch.Tensor]:
-    """``sparse24_int4_linear``, likewise."""
-
-    def make() -> torch.Tensor:
-        size = sparse24.kept_group_size(k, group_size)
-        values = int4.dequantize(weight_values, weight_scale, weight_zero, size, sparse24.kept_count(k))
-        return _reorder(sparse24.unpack(values, weight_meta, k))
-
-    layout = f"2:4 int4 dequantised for oneDNN, {k} columns in groups of {group_size}"
-    weight = packed(weight_values, layout, make, weight_meta, weight_scale, weight_zero)
-    return _call(weight, bias, activation)

@@ -13,10 +13,11 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import Unpack
 
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.epilogue import finish
+from tilewright.kernels.epilogue import End, finish
 from tilewright.kernels.formats import sparse24
 from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
@@ -92,17 +93,15 @@ def sparse24_linear(
     x: torch.Tensor,
     weight_values: torch.Tensor,
     weight_meta: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See ``reference.sparse24_linear``; sums are rounded to ``compute_dtype`` before the epilogue."""
     narrow = compute_dtype or x.dtype
     weight = _compressed(weight_values, weight_meta, x.shape[-1], narrow)
     y = multiply(as_matrix(x).to(narrow), weight, narrow).view(*x.shape[:-1], len(weight_values))
     # NaN and Inf meet only the weights that are kept; the whole row must show them.
-    return finish(y + 0 * x.sum(-1, keepdim=True, dtype=torch.float32), bias, residual, activation, x.dtype)
+    return finish(y + 0 * x.sum(-1, keepdim=True, dtype=torch.float32), out_dtype=x.dtype, **end)
 
 
 def sparse24_int8_linear(
@@ -110,13 +109,11 @@ def sparse24_int8_linear(
     weight_values: torch.Tensor,
     weight_meta: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
+    channel_scale: torch.Tensor | None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See ``reference.sparse24_int8_linear``."""
     q, x_scale = quantize_per_row(x, channel_scale)
     weight = _compressed(weight_values, weight_meta, x.shape[-1], torch.int8)
     total = multiply(as_matrix(q), weight, torch.int32).view(*x.shape[:-1], len(weight_values))
-    return finish(total.float() * x_scale.unsqueeze(-1) * weight_scale, bias, residual, activation, x.dtype)
+    return finish(total.float() * x_scale.unsqueeze(-1) * weight_scale, out_dtype=x.dtype, **end)

@@ -19,7 +19,7 @@ from tilewright.kernels.dispatch.card import card_of
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import route_call
-from tilewright.kernels.epilogue import finish, finish_rows
+from tilewright.kernels.epilogue import finish_rows
 from tilewright.kernels.formats import sparse24
 from tilewright.kernels.matrices import as_matrix, wide_product
 
@@ -38,29 +38,6 @@ def handed_on(problem: Problem) -> Problem | None:
     return None if dense is None else replace(problem, op=dense)
 
 
-def unpacked(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight [N, K] in ``dtype``, made once."""
-    return packed(
-        weight_values,
-        f"2:4 unpacked, {k} columns, {dtype}",
-        lambda: sparse24.unpack(weight_values, weight_meta, k).to(dtype),
-        weight_meta,
-    )
-
-
-def _unpacked_int4(
-    weight_values: torch.Tensor, weight_meta: torch.Tensor, weight_zero: torch.Tensor | None, group_size: int, k: int
-) -> torch.Tensor:
-    return packed(
-        weight_values,
-        f"2:4 int4 unpacked, {k} columns in groups of {group_size}",
-        lambda: sparse24.unpack_int4(weight_values, weight_meta, weight_zero, group_size, k),
-        weight_meta,
-        weight_zero,
-    )
-
-
-# ---- once the weight is known
 def prepare_float(
     weight_values: torch.Tensor,
     weight_meta: torch.Tensor,
@@ -77,7 +54,8 @@ def prepare_float(
     def weight_for(dtype: torch.dtype) -> torch.Tensor:
         narrow = compute_dtype or dtype
         # A CPU's 16-bit products, where they are not oneDNN's, are slower than float32 ones, and exact there.
-        library = torch.float32 if narrow in (torch.float16, torch.bfloat16) else narrow
+        widened = weight_values.is_cpu and narrow in (torch.float16, torch.bfloat16)
+        library = torch.float32 if widened else narrow
         return packed(
             weight_values,
             f"2:4 unpacked, {k} columns, {narrow} as {library}",
@@ -93,61 +71,32 @@ def prepare_float(
         library = weight.dtype
         plain = activation == "none" and residual is None and library == dtype
         if plain and (bias is None or bias.dtype == library):
-            return F.linear(x, weight, bias)  # the very call of an nn.Linear
-        y = F.linear(x.to(library), weight)
-        return finish_rows(y if library == torch.float64 else y.float(), None, bias, residual, activation, dtype)
+            return F.linear(x, weight, bias)  # the very call of an nn.Linear, which rounds once
+        if library in (torch.float32, torch.float64):
+            y = F.linear(x.to(library), weight)
+        else:
+            y = wide_product(as_matrix(x).to(library), weight).view(*x.shape[:-1], len(weight))
+        return finish_rows(y, None, dtype, bias, residual, activation)
 
     return call
 
 
-def prepare_int8(
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    channel_scale: torch.Tensor | None,
-    k: int,
+def prepare_integers(
+    weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int, **others: Any
 ) -> Callable[..., torch.Tensor]:
-    """``sparse24_int8_linear``, likewise; for inputs of one shape and dtype."""
-    arguments = {
-        "weight": unpacked(weight_values, weight_meta, k, torch.int8),
-        "weight_scale": weight_scale,
-        "bias": bias,
-        "activation": activation,
-        "channel_scale": channel_scale,
-    }
-    return _handing_on("int8_linear", len(weight_values), arguments, k)
-
-
-def prepare_int4(
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    group_size: int,
-    activation: str,
-    compute_dtype: torch.dtype | None,
-    k: int,
-) -> Callable[..., torch.Tensor]:
-    """``sparse24_int4_linear``, likewise."""
-    arguments = {
-        "weight_packed": _unpacked_int4(weight_values, weight_meta, weight_zero, group_size, k),
-        "weight_scale": weight_scale,
-        "weight_zero": weight_zero,
-        "bias": bias,
-        "group_size": group_size,
-        "activation": activation,
-        "compute_dtype": compute_dtype,
-    }
-    return _handing_on("int4_linear", len(weight_values), arguments, k)
-
-
-def _handing_on(op: str, n: int, arguments: dict[str, Any], k: int) -> Callable[..., torch.Tensor]:
-    """A function of x and the residual that the implementation of the dense operator serves which the router names at
-    its first call. arguments: of the operator, without x and the residual.
+    """``sparse24_int8_linear`` or ``sparse24_int4_linear``, likewise; for inputs of one shape and dtype. The router
+    names what serves the dense operator at the first call.
     """
+    n, zero, group_size = len(weight_values), others.get("weight_zero"), others.get("group_size")
+
+    def unpack() -> torch.Tensor:
+        if group_size is None:
+            return sparse24.unpack(weight_values, weight_meta, k)
+        return sparse24.unpack_int4(weight_values, weight_meta, zero, group_size, k)
+
+    layout = f"2:4 unpacked, {k} columns in groups of {group_size}"
+    op, name = ("int8_linear", "weight") if group_size is None else ("int4_linear", "weight_packed")
+    arguments = {name: packed(weight_values, layout, unpack, weight_meta, zero), **others}
     found: list[Callable[..., torch.Tensor]] = []
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -164,25 +113,3 @@ def _handing_on(op: str, n: int, arguments: dict[str, Any], k: int) -> Callable[
         return found[0](x=x, residual=residual)
 
     return call
-
-
-# ---- operators
-def sparse24_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_linear``."""
-    if x.device.type == "cpu":
-        return prepare_float(weight_values, weight_meta, bias, activation, compute_dtype, x.shape[-1])(x, residual)
-    narrow = compute_dtype or x.dtype
-    weight = unpacked(weight_values, weight_meta, x.shape[-1], narrow)
-    plain = activation == "none" and residual is None and narrow == x.dtype
-    if plain and (bias is None or bias.dtype == narrow):
-        return F.linear(x, weight, bias)  # the library adds the bias and rounds once
-    y = wide_product(as_matrix(x).to(narrow), weight).view(*x.shape[:-1], len(weight))
-    return finish(y, bias, residual, activation, x.dtype)

@@ -16,9 +16,8 @@ _FRAGMENTS = on_gpu("Triton, mma.sp", ".triton_fragments")
 _LIBRARY = on_gpu("cuSPARSELt", ".cusparselt")
 
 
-def _unpacked(kind: str, target: str = "") -> Way:
-    prepare, handed_on = f".dense:prepare_{kind}", ".dense:handed_on"
-    return everywhere("unpacked once, then dense", target, ".dense:why_not", prepare, handed_on)
+def _unpacked(prepare: str) -> Way:
+    return everywhere("unpacked once, then dense", "", ".dense:why_not", prepare, ".dense:handed_on")
 
 
 def _int4_values(problem: Problem) -> Sparse24:
@@ -39,8 +38,8 @@ CARDS = (
             _UNPACK,
             _LIBRARY,
             prepared_on_cpu("C kernel, 2:4", ".compressed:prepare_float"),
-            prepared_on_cpu("unpacked once for oneDNN", ".cpu:prepare_float"),
-            _unpacked("float", ".dense"),
+            prepared_on_cpu("unpacked once for oneDNN", ".cpu:prepare"),
+            _unpacked(".dense:prepare_float"),
             everywhere("reference", ".reference"),
         ),
     ),
@@ -51,7 +50,7 @@ CARDS = (
         "Tensor? channel_scale=None) -> Tensor",
         Sparse24,
         lambda problem: Sparse24(Int8()),
-        (_FRAGMENTS, _UNPACK, _LIBRARY, _unpacked("int8"), everywhere("reference", ".reference")),
+        (_FRAGMENTS, _UNPACK, _LIBRARY, _unpacked(".dense:prepare_integers"), everywhere("reference", ".reference")),
     ),
     linear_card(
         "sparse24_int4_linear",
@@ -62,8 +61,8 @@ CARDS = (
         _int4_values,
         (
             _UNPACK,
-            prepared_on_cpu("unpacked once for oneDNN", ".cpu:prepare_int4"),
-            _unpacked("int4"),
+            prepared_on_cpu("unpacked once for oneDNN", ".cpu:prepare"),
+            _unpacked(".dense:prepare_integers"),
             everywhere("reference", ".reference"),
         ),
     ),
