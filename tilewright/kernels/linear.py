@@ -127,7 +127,8 @@ def _sample(weight_of: Callable[[Problem], WeightFormat], schema: str, problem: 
         end = {"out_dtype": dtype}
     else:
         rows, end = {"x": draw.normal(m, k, dtype=problem.x_dtype)}, {}
-    options = {"group_size": problem.group_size or max(k, 1), "compute_dtype": problem.compute_dtype}
+    group_size = problem.group_size or max(k, 1)
+    options = {"channel_scale": None, "group_size": group_size, "compute_dtype": problem.compute_dtype}
     return {
         **rows,
         **weight_of(problem).sample(draw, n, k),

@@ -31,10 +31,10 @@ class Implementation:
 
     name: as the report prints it. op: the operator. why_not: the reason why it does not take a problem, or None if it
     does. target: "module:function" of a function of the operator's arguments, all given by name, imported when it
-    first serves a call; "" where ``prepare`` says all. prepare: likewise, of a function of the operator's arguments but x and the residual,
-    and of ``k``, the columns of x, which returns one of x and the residual. Layers call that in eager inference, for
-    inputs of one shape and dtype. handed_on: the problem of another operator that it has solved for a problem, or None
-    where it multiplies itself.
+    first serves a call; "" where ``prepare`` says all. prepare: likewise, of a function of the operator's arguments but
+    x and the residual, and of ``k``, the columns of x, which returns one of x and the residual. Layers call that in
+    eager inference, for inputs of one shape and dtype. handed_on: the problem of another operator that it has solved
+    for a problem, or None where it multiplies itself.
     """
 
     name: str
