@@ -87,6 +87,19 @@ def test_sanitized(library: str, file: str):
 
 
 @pytest.mark.slow
+def test_memory_of_replaced_storage_sanitized(library: str):
+    done = run_sanitized(
+        SCRIPT,
+        library,
+        str(HERE.parent / "contracts" / "test_replaced_storage.py"),
+        "-k",
+        "no_grad and not bfloat16 and (test_a_tensor_of_a_layer and (data or share) or test_a_layer and vector)",
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
 def test_the_sanitizer_sees_a_read_beyond_the_end(library: str):
     script = """
 import ctypes, sys, torch

@@ -13,13 +13,15 @@ import torch
 
 from tests.tolerance import assert_close_as_plain
 from tilewright import autotune
+from tilewright.autotune import tables
 from tilewright.autotune.buckets import EDGES, upper_edge
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
-from tilewright.kernels.dispatch.card import make_arguments
+from tilewright.kernels.dispatch.card import cards, make_arguments
 from tilewright.kernels.dispatch.problem import Problem, rows_aligned
 from tilewright.kernels.dispatch.router import Implementation, invalidate, register, route, unregister
 from tilewright.kernels.quantize.reference import quantize_per_row
+from tilewright.nn import Sparse24Int4Linear, Sparse24Int8Linear, Sparse24Linear
 
 H200: dict[str, Any] = {"device": "cuda", "capability": (9, 0), "multiprocessors": 132, "device_name": "NVIDIA H200"}
 A10: dict[str, Any] = {"device": "cuda", "capability": (8, 6), "multiprocessors": 72, "device_name": "NVIDIA A10"}
@@ -180,14 +182,14 @@ def test_device_kinds(device: dict[str, Any]):
 
 
 # ---- CPU implementations
-LINEAR = ("int8_linear", "int8_weight_only_linear", "int4_linear", "int4_int8_linear")
+LINEAR = [card.name for card in cards() if card.weight_of is not None and "x_scale" not in card.schema]
 
 
 def cpu_problem(op: str, m: int = 4) -> Problem:
     return replace(problem(op, m, {}), n=256, k=256, x_dtype=torch.float32, compute_dtype=torch.bfloat16, bias=True)
 
 
-@pytest.mark.parametrize("op", LINEAR)
+@pytest.mark.parametrize("op", [op for op in LINEAR if not op.startswith("sparse24")])
 def test_timing_decides_between_cpu_implementations(op: str):
     asked = cpu_problem(op)
     tuned = tuning.implementation_of(op)
@@ -278,8 +280,6 @@ def test_asking_the_router_never_tunes(impostors: None, monkeypatch: pytest.Monk
 def test_a_table_cannot_route_to_what_does_not_take_the_problem():
     asked = cpu_problem("int4_linear")
     tuned = tuning.implementation_of("int4_linear")
-    from tilewright.autotune import tables
-
     device = tuning.device_kind(asked)
     before = route(asked).name
     for name in ("Triton, fused", "no such implementation", 7):
@@ -298,6 +298,25 @@ def test_results_are_right_while_tuning(op: str, m: int):
     from bench.problems import exact_result, plain_result
 
     assert_close_as_plain(y, plain_result(op, arguments), exact_result(op, arguments))
+
+
+# On a CPU the two of integers have one implementation: it hands them on to a dense operator, which has several.
+@pytest.mark.parametrize(
+    "kind, tuned",
+    [
+        (Sparse24Linear, "sparse24_linear"),
+        (Sparse24Int8Linear, "int8_linear"),
+        (Sparse24Int4Linear, "int4_linear"),
+    ],
+)
+def test_first_use_tunes_layers_with_a_sparse_weight(kind: type[Sparse24Linear], tuned: str):
+    torch.manual_seed(0)
+    layer, x = kind.from_float(torch.nn.Linear(256, 64)), torch.randn(3, 256)
+    before = layer(x)
+    with autotune.on_first_use():
+        y = layer(x)
+    torch.testing.assert_close(y, before, rtol=1e-2, atol=1e-2)
+    assert f'"{tuned}.implementation' in tables.table_path(tuning.device_kind(layer.problem(3))).read_text()
 
 
 @pytest.mark.parametrize("op", [*LINEAR, "int8_linear_quantized", "quantize_per_row", "rms_norm_quantize"])
