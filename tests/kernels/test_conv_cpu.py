@@ -188,16 +188,17 @@ ENOUGH = 5000
 
 def check_float(function: Any, sizes: dict[str, Any], residual: bool, activation: str) -> None:
     geometry = ConvGeometry(**sizes)
-    rest = (*(sizes[name] for name in ("stride", "padding", "dilation", "groups")), activation, 0.1)
+    rest = {name: sizes[name] for name in ("stride", "padding", "dilation", "groups")}
+    rest |= {"activation": activation, "negative_slope": 0.1}
     found: list[tuple[torch.Tensor, ...]] = []
     while sum(y.numel() for y, _, _ in found) < ENOUGH:
         x = image(geometry.batch, geometry.in_channels, geometry.height, geometry.width)
         weight = torch.randn(geometry.out_channels, *geometry.kernel, geometry.group_channels)
         tensors = [x, weight, torch.randn(geometry.out_channels), image(*geometry.out_shape) if residual else None]
         wide = [None if tensor is None else tensor.double() for tensor in tensors]
-        y, plain = function(*tensors, *rest), float_reference.conv2d_fused(*tensors, *rest)
+        y, plain = function(*tensors, **rest), float_reference.conv2d_fused(*tensors, **rest)
         assert y.stride() == plain.stride()
-        found.append((y, plain, float_reference.conv2d_fused(*wide, *rest)))
+        found.append((y, plain, float_reference.conv2d_fused(*wide, **rest)))
     assert_close_as_plain(*(torch.cat([part.flatten() for part in parts]) for parts in zip(*found, strict=True)))
 
 
@@ -375,7 +376,7 @@ def test_int8_stays_int8_in_a_replay() -> None:
     torch.manual_seed(0)
     weights = [torch.randint(-127, 128, (16, 3, 3, 16), dtype=torch.int8) for _ in range(2)]
     scale = torch.full((16,), 0.01)
-    pool = recorded(named("max_pool2d", lambda q: F.max_pool2d(q.float(), 2).to(torch.int8)))
+    pool = recorded("max_pool")(lambda q: F.max_pool2d(q.float(), 2).to(torch.int8))
 
     def network(x: torch.Tensor) -> torch.Tensor:
         conv = functools.partial(torch.ops.tilewright.int8_conv2d_fused, padding=[1, 1, 1, 1], activation="relu")
@@ -388,11 +389,6 @@ def test_int8_stays_int8_in_a_replay() -> None:
     other = torch.randn(2, 16, 9, 7)
     assert torch.equal(fast(other), network(other)) and replay.python_steps == []
     assert pool(network(x)).dtype == torch.int8
-
-
-def named(name: str, function: Any) -> Any:
-    function.__name__ = name
-    return function
 
 
 @pytest.mark.parametrize(

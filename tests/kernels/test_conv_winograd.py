@@ -72,9 +72,10 @@ def test_it_is_as_good_as_pytorch_on_what_a_relu_leaves(isa: str, channels: int)
     for _ in range(3):
         x, weight = image(2, channels, 14, 14).relu(), torch.rand(32, 3, 3, channels)
         assert taken(x, weight)
-        rest = (weight, None, None, *WINDOW)
-        exact = float_reference.conv2d_fused(x.double(), weight.double(), *rest[1:])
-        assert_close_as_plain(float_cpu.conv2d_fused(x, *rest), float_reference.conv2d_fused(x, *rest), exact)
+        window = dict(zip(("stride", "padding", "dilation", "groups"), WINDOW, strict=True))
+        exact = float_reference.conv2d_fused(x.double(), weight.double(), **window)
+        y, plain = (module.conv2d_fused(x, weight, **window) for module in (float_cpu, float_reference))
+        assert_close_as_plain(y, plain, exact)
 
 
 def test_when_it_is_taken() -> None:

@@ -7,7 +7,7 @@ its descriptors anew: as much as a layer of a small network. The C kernels take 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -25,15 +25,11 @@ _ONEDNN_ACTIVATIONS = {row.name: row.onednn for row in TABLE.values() if row.one
 
 def why_not(problem: Problem) -> str | None:
     """Why the C kernels do not take the problem, or None."""
-    if problem.conv is None:
-        return "no convolution"
     if problem.x_dtype != torch.float32:
         return f"the C kernels take float32, not {problem.x_dtype}"
     if problem.residual_dtype not in (None, torch.float32):
         return f"the C kernels add a float32 residual, not {problem.residual_dtype}"
-    if problem.activation not in conv_steps.ACTIVATIONS:
-        return f"the C kernels have no {problem.activation}"
-    return conv_steps.why_not_conv(problem.conv, problem.x_dtype)
+    return conv_steps.why_not_conv(problem.conv, problem.x_dtype, problem.activation)
 
 
 def conv2d_fused(
@@ -41,36 +37,24 @@ def conv2d_fused(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    activation: str = "none",
-    negative_slope: float = 0.01,
+    residual_scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
+    **rest: Any,
 ) -> torch.Tensor:
-    """See ``reference.conv2d_fused``."""
-    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    """See ``reference.conv2d_fused``, and of int8 x ``int8_conv2d.reference``. rest: of ``steps.convolution``."""
+    convolution = conv_steps.convolution(weight, bias, **rest)
+    stride, padding, dilation, groups = window = convolution.window
     prepared = conv_steps.packed_weight(weight, groups, x.shape, window)
     x = conv_steps.channels_last(x)
-    y = empty_channels_last(out_shape(x, weight, stride, padding, dilation), x.dtype, x.device)
-    description = conv_steps.description_of(prepared, x, y, weight.shape[1:3], window, bias, activation, negative_slope)
-    conv_steps.run_with(description, x, y, residual)
-    return y
-
-
-def out_shape(
-    x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int, int, int]:
-    """[N, Co, P, Q], without the checks of ``check_geometry``."""
     n, _, h, w = x.shape
     out_channels, kernel_height, kernel_width, _ = weight.shape
-    return (
-        n,
-        out_channels,
-        out_size(h, kernel_height, stride[0], padding[:2], dilation[0]),
-        out_size(w, kernel_width, stride[1], padding[2:], dilation[1]),
-    )
+    height = out_size(h, kernel_height, stride[0], padding[:2], dilation[0])
+    width = out_size(w, kernel_width, stride[1], padding[2:], dilation[1])
+    dtype = out_dtype or (torch.float32 if convolution.out_scale is None else torch.int8)
+    y = empty_channels_last((n, out_channels, height, width), dtype, x.device)
+    conv_steps.run_with(conv_steps.description_of(prepared, x, y, convolution), x, y, residual, residual_scale)
+    return y
 
 
 # ---- oneDNN
@@ -114,15 +98,12 @@ def onednn_conv2d_fused(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    activation: str = "none",
-    negative_slope: float = 0.01,
     allow_tf32: bool = False,
+    **rest: Any,
 ) -> torch.Tensor:
-    """See ``reference.conv2d_fused``."""
+    """See ``reference.conv2d_fused``. rest: of ``steps.convolution``."""
+    convolution = conv_steps.convolution(weight, bias, **rest)
+    (stride, padding, dilation, groups), activation = convolution.window, convolution.activation
     x, symmetric = pad_image(x, padding)
     x = x.contiguous(memory_format=torch.channels_last)
     window = (list(symmetric), list(stride), list(dilation))

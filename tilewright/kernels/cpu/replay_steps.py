@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tilewright.kernels.activation import TABLE
-from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry
+from tilewright.kernels.conv_geometry import check_geometry
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.steps import Description, describe, set_residual, set_window
 
@@ -59,80 +59,34 @@ class Lowering:
         self._nonnegative -= {tensor.untyped_storage().data_ptr() for tensor in results}
 
 
-def _geometry(x: torch.Tensor, weight: torch.Tensor, window: tuple[Any, ...]) -> ConvGeometry:
-    stride, padding, dilation, groups = window
-    return check_geometry("replay", x, weight, stride, padding, dilation, groups)
+def _conv(operator: str) -> Callable[..., list[Description]]:
+    """Of ``conv2d_fused`` or ``int8_conv2d_fused``."""
 
+    def lower(plan: Lowering, *args: Any, result: torch.Tensor, **kwargs: Any) -> list[Description]:
+        declared = getattr(torch.ops.tilewright, operator).default._schema.arguments
+        given = {**dict(zip([argument.name for argument in declared], args, strict=False)), **kwargs}
+        x, weight, residual = given.pop("x"), given.pop("weight"), given.pop("residual", None)
+        scale = given.pop("residual_scale", 1.0)
+        for name in ("allow_tf32", "out_dtype"):
+            given.pop(name, None)
+        convolution = conv_steps.convolution(weight, **given)
+        geometry = check_geometry("replay", x, weight, *convolution.window)
+        if x.dtype not in conv_steps.TYPES or conv_steps.why_not_conv(geometry, x.dtype, convolution.activation):
+            raise NotNative
+        convolution = convolution._replace(x_nonnegative=convolution.x_nonnegative or plan.is_nonnegative(x))
+        made: list[Description] = []
+        source, target = plan.input(x, made), plan.image(result)
+        packed = conv_steps.packed_weight(weight, geometry.groups, x.shape, convolution.window)
+        description = conv_steps.describe_conv(source, target, packed, convolution)
+        # Not the weight itself: that it is gone shows that the module has another.
+        plan.kept.append((description.kept, weight.detach()))
+        if residual is not None:
+            set_residual(description, plan.image(residual), scale)
+        if result.dtype == torch.int8 and TABLE[convolution.activation].nonnegative:
+            plan.set_nonnegative(result)
+        return [*made, description]
 
-def _conv(
-    plan: Lowering,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    allow_tf32: bool = False,
-    *,
-    result: torch.Tensor,
-) -> list[Description]:
-    window = (stride, padding, dilation, groups)
-    if x.dtype != torch.float32 or activation not in conv_steps.ACTIVATIONS:
-        raise NotNative
-    if conv_steps.why_not_conv(_geometry(x, weight, window), x.dtype):
-        raise NotNative
-    made: list[Description] = []
-    source, target = plan.input(x, made), plan.image(result)
-    packed = conv_steps.packed_weight(weight, groups, x.shape, window)
-    description, kept = conv_steps.describe_conv(
-        source, target, packed, weight.shape[1:3], window, bias, activation, negative_slope
-    )
-    # Not the weight itself: that it is gone shows that the module has another.
-    plan.kept.append((kept, weight.detach()))
-    if residual is not None:
-        set_residual(description, plan.image(residual))
-    return [*made, description]
-
-
-def _int8_conv(
-    plan: Lowering,
-    x: torch.Tensor,
-    x_scale: float,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    residual_scale: float = 1.0,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    out_scale: float | None = None,
-    out_dtype: torch.dtype | None = None,
-    x_nonnegative: bool = False,
-    *,
-    result: torch.Tensor,
-) -> list[Description]:
-    window = (stride, padding, dilation, groups)
-    if activation not in conv_steps.ACTIVATIONS or conv_steps.why_not_conv(_geometry(x, weight, window), x.dtype):
-        raise NotNative
-    scale = weight_scale * torch.full((), x_scale)
-    nonnegative = x_nonnegative or plan.is_nonnegative(x)
-    packed = conv_steps.packed_weight(weight, groups)
-    arguments = (weight.shape[1:3], window, bias, activation, negative_slope, scale, out_scale, nonnegative)
-    description, kept = conv_steps.describe_conv(plan.image(x), plan.image(result), packed, *arguments)
-    plan.kept.append(kept)
-    if residual is not None:
-        set_residual(description, plan.image(residual), residual_scale)
-    if result.dtype == torch.int8 and TABLE[activation].nonnegative:
-        plan.set_nonnegative(result)
-    return [description]
+    return lower
 
 
 def _quantize(
@@ -289,17 +243,17 @@ def _linear(
         raise NotNative
     if bias is not None and bias.shape != (n,):
         raise NotNative
-    window = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
-    packed = conv_steps.packed_weight(weight.view(n, 1, 1, k), 1)
-    description, kept = conv_steps.describe_conv(source, target, packed, (1, 1), window, bias, "none", 0.0)
-    plan.kept.append(kept)
+    weight = weight.view(n, 1, 1, k)
+    convolution = conv_steps.convolution(weight, bias)
+    description = conv_steps.describe_conv(source, target, conv_steps.packed_weight(weight, 1), convolution)
+    plan.kept.append(description.kept)
     return [description]
 
 
 #: By the name of a recorded call.
 NATIVE: dict[str, Callable[..., list[Description]]] = {
-    "tilewright.conv2d_fused.default": _conv,
-    "tilewright.int8_conv2d_fused.default": _int8_conv,
+    "tilewright.conv2d_fused.default": _conv("conv2d_fused"),
+    "tilewright.int8_conv2d_fused.default": _conv("int8_conv2d_fused"),
     "tilewright.quantize_per_tensor.default": _quantize,
     "aten.max_pool2d_with_indices.default": _max_pool,
     "aten.max_pool2d.default": _max_pool,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,40 @@ LARGEST_DEPTH = 66_000
 
 #: stride, padding (top, bottom, left, right), dilation, groups
 Window = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
+
+class Convolution(NamedTuple):
+    """What the operators ask for, beside the images and the weight; see ``convolution``. kernel: height, width."""
+
+    kernel: Sequence[int]
+    window: Window
+    activation: str
+    negative_slope: float
+    x_scale: float
+    out_scale: float | None
+    x_nonnegative: bool
+    bias: torch.Tensor | None
+    weight_scale: torch.Tensor | None
+
+
+def convolution(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    weight_scale: torch.Tensor | None = None,
+    x_scale: float = 1.0,
+    out_scale: float | None = None,
+    x_nonnegative: bool = False,
+) -> Convolution:
+    """The arguments of ``conv2d_fused`` and ``int8_conv2d_fused`` with their defaults, fit for the key of a cache."""
+    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    scales = (x_scale, out_scale, x_nonnegative)
+    return Convolution(weight.shape[1:3], window, activation, negative_slope, *scales, bias, weight_scale)
 
 
 class Description(ctypes.Structure):
@@ -68,8 +103,12 @@ def why_no_kernels() -> str | None:
     return None if lanes() else f"there are no C kernels for convolution on {native.isa()}"
 
 
-def why_not_conv(geometry: ConvGeometry, x_dtype: torch.dtype) -> str | None:
+def why_not_conv(geometry: ConvGeometry | None, x_dtype: torch.dtype, activation: str = "none") -> str | None:
     """Why the C kernels do not take a convolution of that geometry, or None."""
+    if geometry is None:
+        return "no convolution"
+    if activation not in ACTIVATIONS:
+        return f"the C kernels have no {activation}"
     integer = x_dtype != torch.float32
     reason = why_no_kernels()
     if reason:
@@ -220,7 +259,8 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     """``x`` if the C kernels can read it where it is, else a copy."""
-    return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
+    dense = x.is_contiguous(memory_format=torch.channels_last)  # asked first, because it is the quicker question
+    return x if dense or is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
 
 
 def describe(kind: int, x: torch.Tensor, y: torch.Tensor) -> Description:
@@ -245,28 +285,14 @@ def set_window(
     d.dilation_height, d.dilation_width = dilation
 
 
-def describe_conv(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    weight: PackedWeight,
-    kernel: Sequence[int],
-    window: Window,
-    bias: torch.Tensor | None,
-    activation: str,
-    negative_slope: float,
-    scale: torch.Tensor | None = None,
-    out_scale: float | None = None,
-    x_nonnegative: bool = False,
-) -> tuple[Description, tuple[torch.Tensor, ...]]:
-    """A convolution, and the tensors that the description points to beside x, y and the residual, which is not set.
-
-    window: stride, padding, dilation, groups. scale: float32 [Co], of the integer sums.
-    """
-    stride, padding, dilation, groups = window
+def describe_conv(x: torch.Tensor, y: torch.Tensor, weight: PackedWeight, convolution: Convolution) -> Description:
+    """A convolution. It keeps the tensors that it points to beside x, y and the residual, which is not set."""
+    stride, padding, dilation, groups = convolution.window
+    bias, scale = convolution.bias, convolution.weight_scale
     d = describe(weight.kind, x, y)
-    set_window(d, kernel, stride, padding, dilation)
+    set_window(d, convolution.kernel, stride, padding, dilation)
     d.groups, d.gather = groups, weight.gather
-    d.activation, d.slope = ACTIVATIONS[activation], negative_slope
+    d.activation, d.slope = ACTIVATIONS[convolution.activation], convolution.negative_slope
     d.weight, d.plain = weight.weight.data_ptr(), weight.plain
     parts = 1 if weight.kind == DEPTHWISE else groups
     kept = [weight.weight]
@@ -278,17 +304,18 @@ def describe_conv(
     if bias is not None:
         d.bias = own(bias.float())
     if scale is not None and weight.compensation is not None:
-        d.scale = own(scale)
+        d.scale = own(scale * torch.full((), convolution.x_scale))
         if bias is None:
             d.bias = own(torch.zeros_like(scale))
-        if x_nonnegative and x.dtype == torch.int8:
+        if convolution.x_nonnegative and x.dtype == torch.int8:
             d.x_type = NONNEGATIVE
         else:
             kept.append(weight.compensation)
             d.compensation = weight.compensation.data_ptr()
-    if out_scale is not None:
-        d.y_scale = out_scale
-    return d, tuple(kept)
+    if convolution.out_scale is not None:
+        d.y_scale = convolution.out_scale
+    d.kept = tuple(kept)
+    return d
 
 
 def describe_convert(x: torch.Tensor, y: torch.Tensor, scale: float = 1.0) -> Description:
@@ -318,31 +345,14 @@ def run(descriptions: ctypes.Array[Description] | Description, count: int = 1, t
 
 
 # ---- single calls
-def description_of(
-    weight: PackedWeight,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    kernel: Sequence[int],
-    window: Window,
-    bias: torch.Tensor | None,
-    activation: str,
-    negative_slope: float,
-    weight_scale: torch.Tensor | None = None,
-    x_scale: float = 1.0,
-    out_scale: float | None = None,
-    x_nonnegative: bool = False,
-) -> Description:
+def description_of(weight: PackedWeight, x: torch.Tensor, y: torch.Tensor, convolution: Convolution) -> Description:
     """``describe_conv``, or what it returned for the last call that looked like this one."""
-    numbers = (activation, negative_slope, x_scale, out_scale, x_nonnegative)
-    vectors = (bias, weight_scale)
-    key = (x.shape, x.stride(), x.dtype, y.dtype, window, numbers, *map(id, vectors))
+    numbers, vectors = convolution[:-2], convolution[-2:]
+    key = (x.shape, x.stride(), x.dtype, y.dtype, numbers, *map(id, vectors))
     known = weight.descriptions.get(key, vectors)
     if known is not None:
         return known
-    scale = None if weight_scale is None else weight_scale * torch.full((), x_scale)
-    arguments = (kernel, window, bias, activation, negative_slope, scale, out_scale, x_nonnegative)
-    description, kept = describe_conv(x, y, weight, *arguments)
-    description.kept = kept
+    description = describe_conv(x, y, weight, convolution)
     if all(v is None or version_of(v) >= 0 for v in vectors):  # writes into them leave no trace
         weight.descriptions.put(key, vectors, description)
     return description

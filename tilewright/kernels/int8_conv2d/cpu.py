@@ -8,12 +8,12 @@ to the middle between two integers, the quantised result is the other one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from tilewright.kernels.activation import apply_activation
-from tilewright.kernels.conv2d.cpu import out_shape
+from tilewright.kernels.conv2d.cpu import conv2d_fused
 from tilewright.kernels.conv_geometry import empty_channels_last, oihw, to_channels_last
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.probes import _Case, _probe, _random_int8
@@ -24,57 +24,15 @@ from tilewright.kernels.int8_conv2d import reference
 
 def why_not(problem: Problem) -> str | None:
     """Why the C kernels do not take the problem, or None."""
-    if problem.conv is None:
-        return "no convolution"
     if problem.out_dtype not in conv_steps.TYPES:
         return f"the C kernels return int8, uint8 or float32, not {problem.out_dtype}"
     if problem.residual_dtype is not None and problem.residual_dtype not in conv_steps.TYPES:
         return f"the C kernels add an int8, uint8 or float32 residual, not {problem.residual_dtype}"
-    if problem.activation not in conv_steps.ACTIVATIONS:
-        return f"the C kernels have no {problem.activation}"
-    return conv_steps.why_not_conv(problem.conv, problem.x_dtype)
+    return conv_steps.why_not_conv(problem.conv, problem.x_dtype, problem.activation)
 
 
-def int8_conv2d_fused(
-    x: torch.Tensor,
-    x_scale: float,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    residual_scale: float = 1.0,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    out_scale: float | None = None,
-    out_dtype: torch.dtype | None = None,
-    x_nonnegative: bool = False,
-) -> torch.Tensor:
-    """See ``reference.int8_conv2d_fused``."""
-    prepared = conv_steps.packed_weight(weight, groups)
-    x = conv_steps.channels_last(x)
-    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    dtype = out_dtype or (torch.float32 if out_scale is None else torch.int8)
-    y = empty_channels_last(out_shape(x, weight, stride, padding, dilation), dtype, x.device)
-    description = conv_steps.description_of(
-        prepared,
-        x,
-        y,
-        weight.shape[1:3],
-        window,
-        bias,
-        activation,
-        negative_slope,
-        weight_scale,
-        x_scale,
-        out_scale,
-        x_nonnegative,
-    )
-    conv_steps.run_with(description, x, y, residual, residual_scale)
-    return y
+#: One function does both: the dtypes of the arguments tell which kernel runs.
+int8_conv2d_fused = conv2d_fused
 
 
 # ---- quantising
@@ -96,16 +54,9 @@ def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | 
 
 
 # ---- oneDNN
-def _sums(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    x_nonnegative: bool,
-) -> torch.Tensor:
+def _sums(x: torch.Tensor, weight: torch.Tensor, window: conv_steps.Window, x_nonnegative: bool) -> torch.Tensor:
     """float32 of the integer sums, channels-last."""
+    stride, padding, dilation, groups = window
     zero_point = 0 if x_nonnegative and x.dtype == torch.int8 else 128
     u8 = x.view(torch.uint8) if x.dtype == torch.int8 else x
     if x.dtype == torch.int8 and zero_point:
@@ -117,16 +68,20 @@ def _sums(
     else:
         symmetric = (padding[0], padding[2])
     u8 = u8.contiguous(memory_format=torch.channels_last)
-    window = (list(stride), list(symmetric), list(dilation), groups)
+    symmetric_window = (list(stride), list(symmetric), list(dilation), groups)
 
     def prepack() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
         filters = oihw(weight).contiguous()
-        return torch.ops.onednn.qconv_prepack(filters, ones, 1.0, zero_point, *window, list(u8.shape)), ones, zeros
+        return (
+            torch.ops.onednn.qconv_prepack(filters, ones, 1.0, zero_point, *symmetric_window, list(u8.shape)),
+            ones,
+            zeros,
+        )
 
-    filters, ones, zeros = packed(weight, f"onednn-qconv-{window}-{zero_point}-{tuple(u8.shape)}", prepack)
+    filters, ones, zeros = packed(weight, f"onednn-qconv-{symmetric_window}-{zero_point}-{tuple(u8.shape)}", prepack)
     return torch.ops.onednn.qconv_pointwise(
-        u8, 1.0, zero_point, filters, ones, zeros, None, *window, 1.0, 0, torch.float32, "none", [], ""
+        u8, 1.0, zero_point, filters, ones, zeros, None, *symmetric_window, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
@@ -136,9 +91,9 @@ def why_no_qconv() -> str | None:
 
     def check() -> _Case:
         x, w = _random_int8(1, 14, 14, 24).permute(0, 3, 1, 2), _random_int8(40, 3, 3, 24)
-        arguments = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
-        expected = reference.int8_conv2d_fused(x, 1.0, w, torch.ones(40), None, None, 1.0, *arguments)
-        return _sums(x, w, *arguments, False), expected, lambda: _sums(x, w, *arguments, False)
+        window = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
+        expected = reference.int8_conv2d_fused(x, 1.0, w, torch.ones(40), None, None, 1.0, *window)
+        return _sums(x, w, window, False), expected, lambda: _sums(x, w, window, False)
 
     return _probe("oneDNN's quantised convolution", check, 1e-7)
 
@@ -157,33 +112,25 @@ def why_not_onednn(problem: Problem) -> str | None:
 
 def onednn_int8_conv2d_fused(
     x: torch.Tensor,
-    x_scale: float,
     weight: torch.Tensor,
-    weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     residual_scale: float = 1.0,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    out_scale: float | None = None,
     out_dtype: torch.dtype | None = None,
-    x_nonnegative: bool = False,
+    **rest: Any,
 ) -> torch.Tensor:
     """See ``reference.int8_conv2d_fused``: oneDNN gives the integer sums, PyTorch the definition's own epilogue.
 
     oneDNN's own would multiply by 1 / out_scale where the definition divides, and add the residual after rounding it.
     """
-    y = _sums(x, weight, stride, padding, dilation, groups, x_nonnegative)
-    y.mul_((weight_scale * torch.full((), x_scale)).view(-1, 1, 1))
+    convolution = conv_steps.convolution(weight, bias, **rest)
+    y = _sums(x, weight, convolution.window, convolution.x_nonnegative)
+    y.mul_((rest["weight_scale"] * torch.full((), convolution.x_scale)).view(-1, 1, 1))
     if bias is not None:
         y.add_(bias.float().view(-1, 1, 1))
     if residual is not None:
         y.add_(reference.integers(residual, torch.float32) * torch.full((), residual_scale))
-    y = apply_activation(y, activation, inplace=True, negative_slope=negative_slope)
-    if out_scale is not None:
-        return torch.ops.tilewright.quantize_per_tensor(y, out_scale, out_dtype)
+    y = apply_activation(y, convolution.activation, inplace=True, negative_slope=convolution.negative_slope)
+    if convolution.out_scale is not None:
+        return torch.ops.tilewright.quantize_per_tensor(y, convolution.out_scale, out_dtype)
     return to_channels_last(y.to(out_dtype or torch.float32))

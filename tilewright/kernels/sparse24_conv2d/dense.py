@@ -7,6 +7,7 @@ reading fewer bytes, and no library convolves with sparse tensor cores.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,16 +19,9 @@ def sparse24_conv2d_fused(
     x: torch.Tensor,
     weight_values: torch.Tensor,
     weight_meta: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    kernel_size: Sequence[int] = (1, 1),
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    allow_tf32: bool = False,
+    kernel_size: Sequence[int],
+    groups: int,
+    **rest: Any,
 ) -> torch.Tensor:
     """See ``reference.sparse24_conv2d_fused``."""
     weight = packed(
@@ -36,5 +30,4 @@ def sparse24_conv2d_fused(
         lambda: unpack_weight(x, weight_values, weight_meta, kernel_size, groups),
         weight_meta,
     )
-    rest = (stride, padding, dilation, groups, activation, negative_slope, allow_tf32)
-    return torch.ops.tilewright.conv2d_fused(x, weight, bias, residual, *rest)
+    return torch.ops.tilewright.conv2d_fused(x, weight, groups=groups, **rest)
