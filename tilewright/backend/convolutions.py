@@ -145,19 +145,10 @@ class _Convolution:
         }
         chain = follow(self.node, parts, {}, order.may_move_to(self.node))
         weight, bias = self._prepared(name, chain.norm)
-        stride, pads, dilation, groups = self._window(captured.weight(self.weight))  # type: ignore[arg-type]
-        arguments = {
-            "x": self.x,
-            "weight": weight,
-            "bias": bias,
-            "residual": chain.residual,
-            "stride": stride,
-            "padding": pads,
-            "dilation": dilation,
-            "groups": groups,
-            "activation": chain.activation[0],
-            "negative_slope": chain.activation[1],
-        }
+        arguments = {"x": self.x, "weight": weight, "bias": bias, "residual": chain.residual}
+        window = self._window(captured.weight(self.weight))  # type: ignore[arg-type]
+        arguments |= zip(("stride", "padding", "dilation", "groups"), window, strict=True)
+        arguments |= zip(("activation", "negative_slope"), chain.activation, strict=True)
         with graph.inserting_before(chain.end):
             chain.replace(call_operator(graph, "conv2d_fused", arguments, like=chain.end))
         captured.report.add("convolution", name, " + ".join(("conv", *chain.words)))

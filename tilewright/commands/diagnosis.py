@@ -167,29 +167,10 @@ def _shapes(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any) -> d
 def _problem(module: nn.Module, shape: Iterable[int] | None, batch: int, dtype: torch.dtype | None) -> Problem:
     if isinstance(module, nn.Conv2d):
         images, channels, height, width = shape or (1, 1, 1, 1)
-        padding = module.padding
-        if isinstance(padding, str):
-            half = [
-                0 if padding == "valid" else d * (k - 1)
-                for d, k in zip(module.dilation, module.kernel_size, strict=True)
-            ]
-            sides = (half[0] // 2, half[0] - half[0] // 2, half[1] // 2, half[1] - half[1] // 2)
-        else:
-            sides = (padding[0], padding[0], padding[1], padding[1])
-        pairs = ((pair[0], pair[1]) for pair in (module.kernel_size, module.stride))
-        kernel, stride = pairs
-        sizes = ConvGeometry(
-            images,
-            channels,
-            height,
-            width,
-            module.out_channels,
-            kernel,
-            stride,
-            sides,
-            (module.dilation[0], module.dilation[1]),
-            module.groups,
-        )
+        left, right, top, bottom = module._reversed_padding_repeated_twice
+        pads = (top, bottom, left, right)
+        window: Any = (module.out_channels, module.kernel_size, module.stride, pads, module.dilation, module.groups)
+        sizes = ConvGeometry(images, channels, height, width, *window)
         m = images * sizes.out_height * sizes.out_width
         k = sizes.taps * sizes.group_channels
         return Problem("conv2d", m, module.out_channels, k, dtype or module.weight.dtype, conv=sizes)

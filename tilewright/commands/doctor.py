@@ -29,6 +29,7 @@ from tilewright.autotune.device import cpu_kind
 from tilewright.autotune.shortlist import shipped
 from tilewright.autotune.store import TableError, read_table
 from tilewright.commands.diagnosis import diagnose
+from tilewright.commands.model_files import DTYPES, example_input, skeleton
 from tilewright.convert.recipes import formats
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
@@ -164,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="what to look at; without it, this machine")
     parser.add_argument("--batch", type=int, default=1, help="inputs at once; default: 1")
     parser.add_argument("--chip", help="a GPU by name, or cpu; default: the GPU that is here, else this CPU")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: each layer's")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: each layer's")
     parser.add_argument("--tokens", type=int, help="an input is so many token ids")
     parser.add_argument("--image", metavar="C,H,W", help="an input is an image")
 
@@ -177,13 +178,10 @@ def run(options: argparse.Namespace) -> int:
         findings = examine()
         print_findings(findings)
         return int(not all(finding.good for finding in findings))
-    from tilewright.commands.model_files import example_input, skeleton
-
     model = skeleton(options.model)
     inputs = example_input(options.batch, options.tokens, options.image)
     chip = options.chip or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[options.dtype]
-    diagnose(model, inputs, batch=options.batch, chip=chip, dtype=dtype).print(Console())
+    diagnose(model, inputs, batch=options.batch, chip=chip, dtype=DTYPES.get(options.dtype)).print(Console())
     return 0
 
 

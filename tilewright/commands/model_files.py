@@ -11,6 +11,8 @@ from torch import nn
 
 from tilewright.convert.checkpoint.safetensors_file import open_regular, read_header
 
+#: What the commands call dtypes of weights and activations.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: Weights of two dimensions that are looked up, not multiplied.
 _LOOKED_UP = ("embed", "wte", "wpe", "position")
 

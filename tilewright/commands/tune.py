@@ -33,7 +33,7 @@ from tilewright.autotune import tables
 from tilewright.autotune.device import triton_version
 from tilewright.autotune.shortlist import shipped
 from tilewright.commands import problems
-from tilewright.commands.model_files import skeleton
+from tilewright.commands.model_files import DTYPES, skeleton
 from tilewright.convert.recipes import formats
 from tilewright.kernels import tuning
 from tilewright.kernels.dispatch.card import make_arguments
@@ -44,7 +44,6 @@ from tilewright.nn import QuantizedLinear
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 #: Operators that can be named, and the group size of their weights, None where there are no groups.
 OPS = {s.module.op_name: getattr(s, "group_size", None) for s in formats(QuantizedLinear).values()}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Asked = tuple[autotune.Tunable, Problem]
 
 
@@ -120,7 +119,7 @@ def _short_list(path: Path | None, facts: dict[str, Any], console: Console) -> a
 
 def _problems(options: argparse.Namespace, facts: dict[str, Any], console: Console) -> list[Problem]:
     """Each problem of the model or of the operators once, for every batch, on the device of ``facts``."""
-    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    dtype = DTYPES.get(options.dtype)
     if options.folder is not None and options.model is not None:
         # What is to be compiled for another chip is asked for by a run on this CPU.
         here = torch.device("cuda" if facts["device"] == "cuda" and not options.offline else "cpu")
@@ -167,13 +166,17 @@ def _has_samples(problem: Problem) -> bool:
 
 
 @contextlib.contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[str, float], None]]:
-    """A bar where somebody is watching; called with what is done now, and how much of it is done."""
+def _watched(asked: list[Asked], console: Console) -> Iterator[Iterator[tuple[int, Asked, Callable[[int, int], None]]]]:
+    """Each with its place and what is told how much of it is done, for a bar where somebody is watching."""
     from rich.progress import Progress
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda words, done: bar.update(task, description=words, completed=done)
+        task = bar.add_task("", total=len(asked))
+
+        def show(place: int, done: int, total: int) -> None:
+            bar.update(task, description=_describe(*asked[place]), completed=place + done / total)
+
+        yield ((place, one, functools.partial(show, place)) for place, one in enumerate(asked))
 
 
 def _describe(tuned: autotune.Tunable, problem: Problem) -> str:
@@ -189,18 +192,14 @@ def _time(asked: list[Asked], short: autotune.ShortList | None, seconds: float, 
     end = time.monotonic() + seconds
     device = tuning.device_kind(asked[0][1])
     failures = 0
-    with _progress(console, len(asked)) as show:
-        for place, (tuned, problem) in enumerate(asked):
+    with _watched(asked, console) as each:
+        for place, (tuned, problem), progress in each:
             left = end - time.monotonic()
             if left <= 0:
                 console.print(f"the time is over: {len(asked) - place} of {len(asked)} were not tuned")
                 failures += 1
                 break
             candidates = None if short is None else short.candidates(tuned, problem)
-
-            def progress(done: int, total: int, tuned: Any = tuned, problem: Any = problem, place: int = place) -> None:
-                show(_describe(tuned, problem), place + done / total)
-
             # Those that end early leave their share to the others.
             budget = left / (len(asked) - place)
             outcome = autotune.tune(tuned, problem, budget, candidates=candidates, progress=progress)
@@ -241,29 +240,25 @@ def _prune(options: argparse.Namespace, console: Console) -> int:
     short = _continued(output, target.name, console)
     compiler = autotune.Compiler(target)
     end = time.monotonic() + options.seconds
-    for place, (tuned, problem) in enumerate(asked):
-        known = short.of(tuned, problem)
-        if known is not None:
-            console.print(
-                f"{_describe(tuned, problem)}: {len(known['kept'])} kept, {len(known['dropped'])} dropped before"
-            )
-            continue
-        if time.monotonic() > end:
-            console.print(
-                f"the time is over: {len(asked) - place} of {len(asked)} were not looked at; the same command "
-                "goes on from here"
-            )
-            return 1
-        with _progress(console, 1) as show:
-
-            def progress(done: int, total: int, tuned: Any = tuned, problem: Any = problem) -> None:
-                show(_describe(tuned, problem), done / total)
-
+    with _watched(asked, console) as each:
+        for place, (tuned, problem), progress in each:
+            known = short.of(tuned, problem)
+            if known is not None:
+                console.print(
+                    f"{_describe(tuned, problem)}: {len(known['kept'])} kept, {len(known['dropped'])} dropped before"
+                )
+                continue
+            if time.monotonic() > end:
+                console.print(
+                    f"the time is over: {len(asked) - place} of {len(asked)} were not looked at; the same command "
+                    "goes on from here"
+                )
+                return 1
             pruned = autotune.prune(tuned, problem, target.name, progress, compiler)
-        console.print(f"{_describe(tuned, problem)}: {len(pruned.kept)} kept, {len(pruned.dropped)} dropped")
-        # After every problem: a run that is stopped leaves what it has.
-        short.add(pruned)
-        short.write(output)
+            console.print(f"{_describe(tuned, problem)}: {len(pruned.kept)} kept, {len(pruned.dropped)} dropped")
+            # After every problem: a run that is stopped leaves what it has.
+            short.add(pruned)
+            short.write(output)
     console.print(f"written to {output}")
     return 0
 

@@ -21,7 +21,7 @@ from tilewright.convert.schemes import registered_schemes
 from tilewright.convert.structure import tensor_bytes
 from tilewright.convert.table import Column, fit, wrapped
 from tilewright.convert.text import by_reason, display_name, listed, name_patterns, size
-from tilewright.kernels.dispatch.router import Decision, describe, route
+from tilewright.kernels.dispatch.router import describe, route
 from tilewright.nn import ConvLayer, QuantizedLinear
 
 #: Batch sizes (rows of activations) that the report asks the router about.
@@ -341,12 +341,15 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
     if not isinstance(module, (QuantizedLinear, ConvLayer)):
         reason = record.skipped.get(name) or ("not converted" if record.layers else "the model was not converted")
         return ReportedLayer(name, kind, device, "", {}, {}, held, held, reason=reason)
-    decisions = {m: _decision(module, m) for m in BATCHES}
-    implementations = {m: d if isinstance(d, str) else describe(module.problem(m=m)) for m, d in decisions.items()}
-    declined = {
-        m: [] if isinstance(d, str) else [f"{other}: {reason}" for other, reason in d.declined]
-        for m, d in decisions.items()
-    }
+    implementations: dict[int, str] = {}
+    declined: dict[int, list[str]] = {}
+    for m in BATCHES:
+        try:
+            decision = route(module.problem(m=m))
+            implementations[m] = describe(module.problem(m=m))
+            declined[m] = [f"{other}: {reason}" for other, reason in decision.declined]
+        except NotImplementedError as nobody:
+            implementations[m], declined[m] = str(nobody), []
     made = record.layers.get(name)
     if made is None:
         # Built by hand or taken out of a larger model: what can be seen is reported.
@@ -369,10 +372,9 @@ def from_record(
     **measured: Any,
 ) -> ReportedLayer:
     """A converted layer by its record. measured: what is known better than the record knows it."""
-    same = ("bytes_before", "bytes_after", "weight_error", "output_error", "smoothing")
-    fields = {each: getattr(made, each) for each in (*same, "microseconds_before", "microseconds_after")} | measured
+    numbers = {key: value for key, value in vars(made).items() if key not in ("scheme", "label", "note")} | measured
     return ReportedLayer(
-        name, kind, device, _label(made), implementations or {}, declined or {}, reason=made.note, **fields
+        name, kind, device, _label(made), implementations or {}, declined or {}, reason=made.note, **numbers
     )
 
 
@@ -380,13 +382,6 @@ def _label(made: LayerRecord) -> str:
     """What was done. Older checkpoints say the class of the scheme in place of the stem of its format."""
     kind = registered_schemes().get(str(made.scheme.get("scheme")))
     return made.label.replace(kind.__name__, kind.stem(), 1) if kind else made.label
-
-
-def _decision(module: QuantizedLinear | ConvLayer, m: int) -> Decision | str:
-    try:
-        return route(module.problem(m=m))
-    except NotImplementedError as error:
-        return str(error)
 
 
 def _output_errors(model: nn.Module, original: nn.Module, example_inputs: Any) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -75,25 +76,25 @@ def compare(old: nn.Module, new: nn.Module, reached: list[Reached]) -> Times | N
     """Time both layers in turn on everything in ``reached``, in eval mode; None if nothing reached them."""
     if not reached:
         return None
-    before = after = 0.0
-    with calibrate.evaluation(old), calibrate.evaluation(new):
-        for one in reached:
-            first, second = compare_calls(lambda x=one.x: old(x), lambda x=one.x: new(x), one.x.device)  # type: ignore[misc]
-            before, after = before + one.calls * first, after + one.calls * second
     rows = max(one.x.numel() // max(one.x.shape[-1], 1) for one in reached)
-    return Times(before, after, rows)
+    return _compare(old, new, [(one.x, one.calls) for one in reached], reached[0].x.device, rows)
 
 
 def compare_models(old: nn.Module, new: nn.Module, examples: list[Any]) -> Times:
     """Time two models in turn on every example, in eval mode."""
-    before = after = 0.0
     tensor = next((t for t in [*old.parameters(), *old.buffers()]), torch.empty(0))
+    return _compare(old, new, [(item, 1) for item in examples], tensor.device, 0)
+
+
+def _compare(old: nn.Module, new: nn.Module, inputs: list[tuple[Any, int]], device: torch.device, rows: int) -> Times:
+    """inputs: each with the times that it counts."""
+    before = after = 0.0
     with calibrate.evaluation(old), calibrate.evaluation(new):
-        for item in examples:
-            runs = (lambda item=item: calibrate.call(old, item)), (lambda item=item: calibrate.call(new, item))
-            first, second = compare_calls(*runs, tensor.device)
-            before, after = before + first, after + second
-    return Times(before, after, 0)
+        for item, calls in inputs:
+            run_old, run_new = (functools.partial(calibrate.call, model, item) for model in (old, new))
+            first, second = compare_calls(run_old, run_new, device)
+            before, after = before + calls * first, after + calls * second
+    return Times(before, after, rows)
 
 
 def compare_calls(old: Callable[[], Any], new: Callable[[], Any], device: torch.device) -> tuple[float, float]:

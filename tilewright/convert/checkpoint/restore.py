@@ -17,8 +17,7 @@ from tilewright.nn.conv_layer import common_options
 
 def folded_norms(model: nn.Module) -> dict[str, str]:
     """The name of each folded batch-norm, and of the convolution that holds it."""
-    names = {module: name for name, module in model.named_modules()}
-    return {names[m]: m.source for m in model.modules() if isinstance(m, FoldedBatchNorm)}
+    return {name: module.source for name, module in model.named_modules() if isinstance(module, FoldedBatchNorm)}
 
 
 def why_not_in_place_of(old: nn.Module, new: QuantizedLinear | ConvLayer) -> str | None:

@@ -55,12 +55,9 @@ def _can_move(module: nn.Module, places: Counter[int]) -> bool:
 
 
 def _can_take(module: nn.Module | None, places: Counter[int]) -> bool:
-    return (
-        isinstance(module, QuantizedLinear)
-        and module.activation == "none"
-        and places[id(module)] == 1
-        and not has_hooks(module)
-    )
+    if not isinstance(module, QuantizedLinear) or module.activation != "none":
+        return False
+    return places[id(module)] == 1 and not has_hooks(module)
 
 
 def _fuse_in(parent: nn.Module, candidates: dict[str, nn.Module], places: Counter[int]) -> dict[str, str]:
@@ -131,8 +128,5 @@ def unfuse_activations(model: nn.Module) -> None:
 
 def fused_activations(model: nn.Module) -> dict[str, str]:
     """The name of each fused activation in ``model``, and of its layer."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, FusedActivation):
-            found[name] = join(name.rpartition(".")[0], module.source)
-    return found
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FusedActivation)}
+    return {name: join(name.rpartition(".")[0], module.source) for name, module in found.items()}

@@ -13,7 +13,7 @@ from torch import nn
 
 from tilewright.convert import calibrate, structure
 from tilewright.convert.conversion import Conversion, Job, register_conversion
-from tilewright.convert.graph import Region, find_regions, has_hooks, is_norm
+from tilewright.convert.graph import Region, find_regions, has_hooks
 from tilewright.convert.network.calibration import Calibration
 from tilewright.convert.network.int8_flow import Flow, write_int8
 from tilewright.convert.network.match import Site, call_counts, find_folds, rewrite
@@ -51,10 +51,12 @@ class Convolutions(Conversion):
     @classmethod
     def check(cls, model: nn.Module) -> None:
         """Raise ValueError if a batch-norm is in training mode."""
-        names = [name for name, module in model.named_modules() if is_norm(module) and _trains(module)]
-        if names:
+        norms = {
+            name: each for name, each in model.named_modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)
+        }
+        if names := [display_name(name) for name, norm in norms.items() if norm.training]:
             raise ValueError(
-                f"batch-norm is in training mode ({listed([display_name(name) for name in names], 3)}): "
+                f"batch-norm is in training mode ({listed(names, 3)}): "
                 "call model.eval() before converting, as its statistics become part of the convolutions"
             )
 
@@ -179,10 +181,6 @@ class Convolutions(Conversion):
         for name, made in self.records.items():
             made.label += "".join(f" + {each}" for each in sites.get(name, ()))
             record.layers[name] = made
-
-
-def _trains(norm: nn.Module) -> bool:
-    return norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm)
 
 
 def folded(norm: nn.Module, source: str) -> FoldedBatchNorm:

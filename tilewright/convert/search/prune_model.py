@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -81,12 +80,12 @@ def prune_model(
         raise ValueError(f"a mask is given for {listed(missing)}, which cannot be pruned: {reason}")
     if not inplace:
         model = copy.deepcopy(model)
-    linear = {name: model.get_submodule(name) for name in plan.convert if _is_linear(model, name)}
+    planned = {name: model.get_submodule(name) for name in plan.convert}
     samples: dict[str, calibrate.RowSample] = {}
     if pruning in CALIBRATED and calibration_data is not None:
+        linear = {name: layer for name, layer in planned.items() if layers.is_linear(layer)}
         samples = calibrate.observe(model, linear, calibration_data, Sparse24().sample_rows)
-    for name in plan.convert:
-        layer = model.get_submodule(name)
+    for name, layer in planned.items():
         sample = samples.get(name)
         rows = None if sample is None else sample.rows
         if sample is not None and rows is None:
@@ -98,10 +97,6 @@ def prune_model(
             except (TypeError, ValueError) as error:
                 raise type(error)(f"layer {display_name(name)!r}: {error}") from error
     return model
-
-
-def _is_linear(model: nn.Module, name: str) -> bool:
-    return layers.is_linear(model.get_submodule(name))
 
 
 def _prune_layer(layer: nn.Module, pruning: str, rows: torch.Tensor | None, mask: torch.Tensor | None) -> None:
@@ -144,9 +139,7 @@ class HeldMasks:
     def __enter__(self) -> HeldMasks:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
 

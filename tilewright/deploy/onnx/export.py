@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -99,15 +98,13 @@ def export_onnx(
 def _write(exported: Any, path: Path, external: bool) -> OnnxFile:
     """To a temporary folder first, so that no half-written file takes the place of one that was there."""
     data_name = f"{path.name}.data"
-    folder = Path(tempfile.mkdtemp(prefix=".onnx-", dir=path.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent, ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
         exported.save(folder / path.name, external_data=external)
         written = sum(each.stat().st_size for each in folder.iterdir())
         if external:
             os.replace(folder / data_name, path.with_name(data_name))
         os.replace(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     if not external:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(data_name).unlink()  # of an earlier export, which nothing refers to any more

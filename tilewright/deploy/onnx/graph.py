@@ -18,7 +18,7 @@ class Place:
     """
 
     def __init__(self, ir: Any, node: Any):
-        self.ir, self.node = ir, node
+        self.ir, self.node, self.types = ir, node, ir.DataType
         self.op = node.op_type
         given = list(node.inputs)
         declared = arguments_of(self.op)
@@ -86,10 +86,10 @@ class Place:
             return value
         return self.write("Cast", [value], {"to": int(dtype)}, dtype=dtype)
 
-    def name_of(self, argument: str, suffix: str) -> str:
-        """A name for what was made from a weight: ``layer.weight`` -> ``layer.suffix``."""
+    def derived(self, argument: str, suffix: str, value: torch.Tensor) -> Any:
+        """A new initializer that was made from a weight, called after it: ``layer.weight`` -> ``layer.suffix``."""
         prefix = self.arguments[argument].name.rpartition(".")[0]
-        return f"{prefix}.{suffix}" if prefix else suffix
+        return self.constant(f"{prefix}.{suffix}" if prefix else suffix, value)
 
     def replace(self, *results: Any) -> None:
         """Let whoever read the node's results read ``results``; the node goes."""

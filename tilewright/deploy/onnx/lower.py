@@ -59,18 +59,22 @@ def nbits_weight(
     return data, scales, zero[..., 0] | zero[..., 1] << 4, block
 
 
+def _float_like(place: Place, x: Any, weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` in float16 if ``x`` is, else in float32."""
+    return weight.half() if x.dtype == place.types.FLOAT16 else weight.float()
+
+
 def _matmul_nbits(place: Place, x: Any, k: int, accuracy_level: int) -> Any:
     weight_zero = None if place["weight_zero"] is None else place.tensor("weight_zero")
     packed, scale = place.tensor("weight_packed"), place.tensor("weight_scale")
     data, scales, zero, block = nbits_weight(packed, scale, weight_zero, place["group_size"], k)
-    half = x.dtype == place.ir.DataType.FLOAT16
     inputs = [
         x,
-        place.constant(place.name_of("weight_packed", "weight_nbits"), data),
-        place.constant(place.name_of("weight_packed", "scales"), scales.to(torch.float16 if half else torch.float32)),
+        place.derived("weight_packed", "weight_nbits", data),
+        place.derived("weight_packed", "scales", _float_like(place, x, scales)),
     ]
     if zero is not None:
-        inputs.append(place.constant(place.name_of("weight_packed", "zero_points"), zero))
+        inputs.append(place.derived("weight_packed", "zero_points", zero))
     attributes = {"K": k, "N": len(data), "bits": 4, "block_size": block, "accuracy_level": accuracy_level}
     return place.write("MatMulNBits", inputs, attributes, "com.microsoft", like=place.node.outputs[0], dtype=x.dtype)
 
@@ -101,7 +105,7 @@ def _finished(place: Place, y: Any) -> Any:
 
 def _rows_to_int8(place: Place, x: Any, channel_scale: Any = None) -> tuple[Any, Any]:
     """``quantize_per_row``: (int8 [..., K], float32 scale [..., 1])."""
-    types = place.ir.DataType
+    types = place.types
     v = place.cast(x, types.FLOAT)
     if channel_scale is not None:
         v = place.write("Mul", [v, channel_scale], like=v)
@@ -117,11 +121,9 @@ def _rows_to_int8(place: Place, x: Any, channel_scale: Any = None) -> tuple[Any,
 
 
 def _integer_product(place: Place, q: Any, scale: Any) -> Any:
-    types = place.ir.DataType
+    types = place.types
     transposed = place.tensor("weight").t()
-    total = place.write(
-        "MatMulInteger", [q, place.constant(place.name_of("weight", "weight_int8"), transposed)], dtype=types.INT32
-    )
+    total = place.write("MatMulInteger", [q, place.derived("weight", "weight_int8", transposed)], dtype=types.INT32)
     y = place.write("Mul", [place.cast(total, types.FLOAT), scale], dtype=types.FLOAT)
     return place.write("Mul", [y, place["weight_scale"]], dtype=types.FLOAT)
 
@@ -144,7 +146,7 @@ def _int4_linear(place: Place, accuracy_level: int) -> None:
 
 @_lowering
 def _int4_int8_linear(place: Place, accuracy_level: int) -> None:
-    types = place.ir.DataType
+    types = place.types
     q, scale = _rows_to_int8(place, place["x"], place["channel_scale"])
     rounded = place.write("Mul", [place.cast(q, types.FLOAT), scale], dtype=types.FLOAT)
     place.replace(_finished(place, _matmul_nbits(place, rounded, place["x"].shape[-1], accuracy_level)))
@@ -153,10 +155,8 @@ def _int4_int8_linear(place: Place, accuracy_level: int) -> None:
 @_lowering
 def _int8_weight_only_linear(place: Place, accuracy_level: int) -> None:
     x = place["x"]
-    weight = place.constant(place.name_of("weight", "weight_int8"), place.tensor("weight").t())
-    scale = place.tensor("weight_scale")
-    scale = scale.half() if x.dtype == place.ir.DataType.FLOAT16 else scale.float()
-    named = place.constant(place.name_of("weight", "weight_scale_1d"), scale)
+    weight = place.derived("weight", "weight_int8", place.tensor("weight").t())
+    named = place.derived("weight", "weight_scale_1d", _float_like(place, x, place.tensor("weight_scale")))
     dequantized = place.write("DequantizeLinear", [weight, named], {"axis": 1}, dtype=x.dtype)
     place.replace(_finished(place, place.write("MatMul", [x, dequantized], dtype=x.dtype)))
 
@@ -174,15 +174,14 @@ def _dense(place: Place) -> torch.Tensor:
 
 @_lowering
 def _sparse24_linear(place: Place, accuracy_level: int) -> None:
-    x, dense = place["x"], _dense(place)
-    dense = dense.half() if x.dtype == place.ir.DataType.FLOAT16 else dense.float()
-    weight = place.constant(place.name_of("weight_values", "weight"), dense.t())
+    x = place["x"]
+    weight = place.derived("weight_values", "weight", _float_like(place, x, _dense(place)).t())
     place.replace(_finished(place, place.write("MatMul", [x, weight], dtype=x.dtype)))
 
 
 @_lowering
 def _sparse24_int8_linear(place: Place, accuracy_level: int) -> None:
-    place.arguments["weight"] = place.constant(place.name_of("weight_values", "weight"), _dense(place))
+    place.arguments["weight"] = place.derived("weight_values", "weight", _dense(place))
     _int8_linear(place, accuracy_level)
 
 
@@ -191,17 +190,16 @@ def _sparse24_int4_linear(place: Place, accuracy_level: int) -> None:
     weight_zero = None if place["weight_zero"] is None else place.tensor("weight_zero")
     values, meta = place.tensor("weight_values"), place.tensor("weight_meta")
     packed = sparse24.unpack_int4(values, meta, weight_zero, place["group_size"], place["x"].shape[-1])
-    name = place.name_of("weight_values", "weight_packed")
-    place.arguments["weight_packed"] = place.constant(name, packed)
+    place.arguments["weight_packed"] = place.derived("weight_values", "weight_packed", packed)
     _int4_linear(place, accuracy_level)
 
 
 @_lowering
 def _int8_linear_quantized(place: Place, accuracy_level: int) -> None:
-    types = place.ir.DataType
+    types = place.types
     if (static := _expanded(place["x_scale"])) is not None:
         x = place.write("DequantizeLinear", [place["x"], static, _zero_point(place, types.INT8)], dtype=types.FLOAT)
-        transposed = place.constant(place.name_of("weight", "weight_int8"), place.tensor("weight").t())
+        transposed = place.derived("weight", "weight_int8", place.tensor("weight").t())
         weight = place.write("DequantizeLinear", [transposed, place["weight_scale"]], {"axis": 1}, dtype=types.FLOAT)
         place.replace(_finished(place, place.write("MatMul", [x, weight], dtype=types.FLOAT)))
         return
@@ -220,17 +218,17 @@ def _expanded(scale: Any) -> Any:
 @_lowering
 def _quantize_per_row(place: Place, accuracy_level: int) -> None:
     q, scale = _rows_to_int8(place, place["x"], place["channel_scale"])
-    last = place.constant("last_axis", [-1], place.ir.DataType.INT64)
+    last = place.constant("last_axis", [-1], place.types.INT64)
     place.replace(q, place.write("Squeeze", [scale, last], dtype=scale.dtype))
 
 
 def _number(place: Place, name: str, value: float) -> Any:
-    return place.constant(name, value, place.ir.DataType.FLOAT)
+    return place.constant(name, value, place.types.FLOAT)
 
 
 def _zero_point(place: Place, dtype: Any) -> Any:
     """Integers are int8, or uint8 that stand for value + 128."""
-    return place.constant("zero_point", 128 if dtype == place.ir.DataType.UINT8 else 0, dtype)
+    return place.constant("zero_point", 128 if dtype == place.types.UINT8 else 0, dtype)
 
 
 @_lowering
@@ -239,14 +237,14 @@ def _quantize_per_tensor(place: Place, accuracy_level: int) -> None:
 
 
 def _quantized(place: Place, value: Any, scale: float) -> Any:
-    types, dtype = place.ir.DataType, place.node.outputs[0].dtype
+    types, dtype = place.types, place.node.outputs[0].dtype
     inputs = [place.cast(value, types.FLOAT), _number(place, "scale", scale), _zero_point(place, dtype)]
     return place.write("QuantizeLinear", inputs, dtype=dtype)
 
 
 def _dequantized(place: Place, value: Any, scale: float) -> Any:
     """What a tensor stands for in float32: integers times ``scale``, and so float values if it is not 1."""
-    types = place.ir.DataType
+    types = place.types
     if value.dtype not in (types.INT8, types.UINT8):
         wide = place.cast(value, types.FLOAT)
         return wide if scale == 1.0 else place.write("Mul", [wide, _number(place, "scale", scale)], like=wide)
@@ -275,7 +273,7 @@ def _after_conv(place: Place, y: Any, residual: Any) -> Any:
 @_lowering
 def _conv2d_fused(place: Place, accuracy_level: int) -> None:
     x = place["x"]
-    oihw = place.constant(place.name_of("weight", "weight_oihw"), place.tensor("weight").permute(0, 3, 1, 2))
+    oihw = place.derived("weight", "weight_oihw", place.tensor("weight").permute(0, 3, 1, 2))
     bias = None if place["bias"] is None else place.cast(place["bias"], x.dtype)
     residual = None if place["residual"] is None else place.cast(place["residual"], x.dtype)
     place.replace(_after_conv(place, _conv(place, x, oihw, bias), residual))
@@ -285,17 +283,16 @@ def _conv2d_fused(place: Place, accuracy_level: int) -> None:
 def _sparse24_conv2d_fused(place: Place, accuracy_level: int) -> None:
     (height, width), channels = place["kernel_size"], place["x"].shape[1] // place["groups"]
     dense = sparse24.unpack(place.tensor("weight_values"), place.tensor("weight_meta"), channels)
-    dense = dense.half() if place["x"].dtype == place.ir.DataType.FLOAT16 else dense.float()
-    ohwi = dense.reshape(-1, height, width, channels)
-    place.arguments["weight"] = place.constant(place.name_of("weight_values", "weight"), ohwi)
+    ohwi = _float_like(place, place["x"], dense).reshape(-1, height, width, channels)
+    place.arguments["weight"] = place.derived("weight_values", "weight", ohwi)
     _conv2d_fused(place, accuracy_level)
 
 
 @_lowering
 def _int8_conv2d_fused(place: Place, accuracy_level: int) -> None:
-    types = place.ir.DataType
+    types = place.types
     scale = place.tensor("weight_scale")
-    oihw = place.constant(place.name_of("weight", "weight_int8"), place.tensor("weight").permute(0, 3, 1, 2))
+    oihw = place.derived("weight", "weight_int8", place.tensor("weight").permute(0, 3, 1, 2))
     weight = place.write("DequantizeLinear", [oihw, place["weight_scale"]], {"axis": 0}, dtype=types.FLOAT)
     bias = None
     if place["bias"] is not None:
@@ -303,8 +300,8 @@ def _int8_conv2d_fused(place: Place, accuracy_level: int) -> None:
         unit = scale.double() * place["x_scale"]
         steps = (place.tensor("bias").double() / unit).round().clamp(-(2.0**31) + 1, 2.0**31 - 1).to(torch.int32)
         inputs = [
-            place.constant(place.name_of("weight", "bias_int32"), steps),
-            place.constant(place.name_of("weight", "bias_scale"), unit.float()),
+            place.derived("weight", "bias_int32", steps),
+            place.derived("weight", "bias_scale", unit.float()),
         ]
         bias = place.write("DequantizeLinear", inputs, {"axis": 0}, dtype=types.FLOAT)
     residual = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +61,10 @@ def export_package(
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         if standalone:
             program = program.run_decompositions(plain.decompositions())
-        folder = Path(tempfile.mkdtemp(prefix=".package-", dir=target.parent))
-        try:
+        with tempfile.TemporaryDirectory(prefix=".package-", dir=target.parent, ignore_cleanup_errors=True) as folder:
             written = torch._inductor.aoti_compile_and_package(
-                program, package_path=str(folder / target.name), inductor_configs=options
+                program, package_path=str(Path(folder, target.name)), inductor_configs=options
             )
             count = Path(written).stat().st_size
             os.replace(written, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     return Package(target, count, standalone)
