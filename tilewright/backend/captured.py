@@ -172,7 +172,8 @@ class Captured:
         self.prepared.append(prepared)
         nodes = []
         for i, value in enumerate(values):
-            with self.graph.inserting_after(self._last_placeholder()):
+            last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
                 node = self.graph.placeholder(f"made_{re.sub(r'[^0-9a-zA-Z_]', '_', name)}_{i}")
             node._dynamo_source = None
             node.meta["tilewright_layer"] = name
@@ -182,9 +183,6 @@ class Captured:
             self.made.append(value)
             nodes.append(node)
         return nodes
-
-    def _last_placeholder(self) -> fx.Node:
-        return [node for node in self.graph.nodes if node.op == "placeholder"][-1]
 
     def finish(self) -> tuple[list[int], list[Any]]:
         """Drop what nobody reads. Returns the positions of the inputs left, and all inputs, the made ones last."""
@@ -261,12 +259,9 @@ def same_size(a: Any, b: Any) -> bool:
 
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
-    return (
-        a.dtype == b.dtype
-        and a.device == b.device
-        and a.dim() == b.dim()
-        and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
-    )
+    if (a.dtype, a.device, a.dim()) != (b.dtype, b.device, b.dim()):
+        return False
+    return all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def operator_of(node: Any) -> str | None:

@@ -42,17 +42,13 @@ def rewrite(captured: Captured) -> None:
         if not readers or not all(operator_of(user) == "int8_linear" for user in readers):
             continue
         calls = {user: bound(user) for user in readers}
-        if any(call["x"] is not norm.result or norm.result in _others(call) for call in calls.values()):
+        if any(call["x"] is not norm.result or list(call.values()).count(norm.result) > 1 for call in calls.values()):
             continue
         name = captured.layer_of(norm.weight) if norm.weight is not None else norm.result.name
         if reason := _why_not(captured, norm, calls):
             captured.report.left[name] = reason
             continue
         _fuse(captured, norm, calls, name)
-
-
-def _others(call: dict[str, Any]) -> list[Any]:
-    return [value for name, value in call.items() if name != "x"]
 
 
 def _why_not(captured: Captured, norm: _Norm, calls: dict[fx.Node, dict[str, Any]]) -> str | None:

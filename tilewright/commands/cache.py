@@ -71,11 +71,11 @@ def _show(console: Console) -> int:
             continue
         console.print(f"\n{path.name}: {len(entries)} entries", style="bold", soft_wrap=True)
         for key, entry in entries.items():
-            console.print(_in_words(key, entry), soft_wrap=True, highlight=False, markup=False)
+            console.print(_describe(key, entry), soft_wrap=True, highlight=False, markup=False)
     return status
 
 
-def _in_words(key: str, entry: Entry) -> str:
+def _describe(key: str, entry: Entry) -> str:
     """One entry in a line. Versions and hashes tell entries apart, but nobody reads them."""
     name, *facts = key.split(" | ")
     about = [fact for fact in facts if not fact.startswith(("triton=", "driver=", "source=", "op="))]

@@ -5,7 +5,7 @@ from tilewright.convert.compress.pruning import Pruned, prune_magnitude, prune_s
 from tilewright.convert.conversion import Conversion, register_conversion
 from tilewright.convert.converter import convert_model, revert_model
 from tilewright.convert.linears import Linears
-from tilewright.convert.network import Convolutions
+from tilewright.convert.network.convolutions import Convolutions
 from tilewright.convert.recipes import PRESETS, Recipe, Rule
 from tilewright.convert.report import Report, report
 from tilewright.convert.schemes import (

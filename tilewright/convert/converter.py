@@ -15,7 +15,7 @@ from torch import nn
 from tilewright.convert import calibrate, layers, structure, timing
 from tilewright.convert.conversion import Conversion, Job, conversion_of, conversions_of
 from tilewright.convert.graph import attention, fuse_activations, unfuse_activations
-from tilewright.convert.network import remove_programs
+from tilewright.convert.network.program import remove_programs
 from tilewright.convert.plan import FilterFunction, Plan, layers_of, make_plan, nothing_to_convert
 from tilewright.convert.progress import track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike

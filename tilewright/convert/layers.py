@@ -140,7 +140,8 @@ def why_not_weight(weight: torch.Tensor) -> str | None:
     if type(weight) not in (nn.Parameter, torch.Tensor) or type(weight.data) is not torch.Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
     if weight.dtype not in WEIGHT_DTYPES:
-        return f"its weight is {_dtype_name(weight.dtype)}, not float32, float16 or bfloat16"
+        kind = str(weight.dtype).removeprefix("torch.")
+        return f"its weight is {kind}, not float32, float16 or bfloat16"
     if weight.device.type == "meta":
         return "its weight is on the meta device and has no values"
     if not weight.numel():
@@ -148,10 +149,6 @@ def why_not_weight(weight: torch.Tensor) -> str | None:
     if not all_finite(weight.detach()):
         return "its weight holds NaN or Inf"
     return None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:

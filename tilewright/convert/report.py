@@ -128,8 +128,13 @@ class Report:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
         }
 
-    def groups(self) -> list[ReportedGroup]:
-        """The converted layers, those that share all but numbers in their names as one. In the model's order."""
+    def groups(self, every_layer: bool = False) -> list[ReportedGroup]:
+        """The converted layers, those that share all but numbers in their names as one. In the model's order.
+
+        every_layer: each as a group of its own.
+        """
+        if every_layer:
+            return [ReportedGroup(display_name(layer.name), (layer,)) for layer in self.converted]
         alike: dict[Any, dict[str, ReportedLayer]] = {}
         for layer in self.converted:
             key = (layer.kind, layer.device, layer.scheme, *layer.implementations.values())
@@ -231,17 +236,15 @@ class Report:
         notes += [f"{display_name(name)} does not trace: {reason}" for name, reason in self.untraced.items()]
         return notes
 
-    def _left_alone(self, grouped: bool) -> list[tuple[str, str, list[str]]]:
+    def _left_alone(self, every_layer: bool) -> list[tuple[str, str, list[str]]]:
         """(how many layers of how many bytes, the reason, their names or patterns of them)."""
         held = {display_name(layer.name): layer.bytes_after for layer in self.skipped}
         everything = [display_name(layer.name) for layer in self.layers]
         found = []
         for reason, names in by_reason({layer.name: layer.reason for layer in self.skipped}).items():
-            patterns = name_patterns(names, everything) if grouped else {name: [name] for name in names}
-            shown = [
-                pattern + (f"\N{NO-BREAK SPACE}x{len(each)}" if len(each) > 1 else "")
-                for pattern, each in patterns.items()
-            ]
+            patterns = {name: [name] for name in names} if every_layer else name_patterns(names, everything)
+            counts = {pattern: len(each) for pattern, each in patterns.items()}
+            shown = [f"{each}\N{NO-BREAK SPACE}x{count}" if count > 1 else each for each, count in counts.items()]
             found.append((f"{_layers(len(names))}, {size(sum(held[name] for name in names))}", reason, shown))
         return found
 
@@ -249,33 +252,30 @@ class Report:
         """The totals, a table of the converted layers and a table of those left alone, with reasons."""
         parts = ["\n".join(f"- {line}" for line in self.headlines())]
         if self.converted:
-            columns = self._columns(self._each() if every_layer else self.groups())
+            columns = self._columns(self.groups(every_layer))
             rows = [list(row) for row in zip(*(column.cells for column in columns), strict=True)]
             parts.append(_markdown([column.title or "layers" for column in columns], rows))
         if notes := self._notes():
             parts.append("\n".join(f"- {note}" for note in notes))
         if self.skipped:
-            rows = [[count, reason, ", ".join(names)] for count, reason, names in self._left_alone(not every_layer)]
+            rows = [[count, reason, ", ".join(names)] for count, reason, names in self._left_alone(every_layer)]
             parts.append(_markdown(["left alone", "reason", "layers"], rows))
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
         """Text as wide as the terminal; in bold and dim if stdout is one."""
-        return self._text(self.groups(), grouped=True)
+        return self._text(every_layer=False)
 
     def details(self) -> str:
         """The same with every layer in a row of its own."""
-        return self._text(self._each(), grouped=False)
+        return self._text(every_layer=True)
 
-    def _each(self) -> list[ReportedGroup]:
-        return [ReportedGroup(display_name(layer.name), (layer,)) for layer in self.converted]
-
-    def _text(self, groups: list[ReportedGroup], grouped: bool) -> str:
+    def _text(self, every_layer: bool) -> str:
         width = shutil.get_terminal_size((100, 24)).columns
         bold, dim = ("\x1b[1m{}\x1b[0m", "\x1b[2m{}\x1b[0m") if sys.stdout.isatty() else ("{}", "{}")
         lines = [bold.format(part) for line in self.headlines() for part in wrapped(line, width, "  ")]
         if self.converted:
-            table, dropped = fit(self._columns(groups), width)
+            table, dropped = fit(self._columns(self.groups(every_layer)), width)
             lines += ["", bold.format(table[0]), *table[1:]]
             if dropped:
                 note = f"no room for {', '.join(filter(None, dropped))} in {width} columns"
@@ -283,8 +283,8 @@ class Report:
         if self.skipped:
             total = sum(layer.bytes_after for layer in self.skipped)
             lines += ["", bold.format(f"left alone: {_layers(len(self.skipped))}, {size(total)}")]
-            for count, reason, names in self._left_alone(grouped):
-                named = names if not grouped or len(names) < 6 else [*names[:5], f"{len(names) - 5} more"]
+            for count, reason, names in self._left_alone(every_layer):
+                named = names if every_layer or len(names) < 6 else [*names[:5], f"{len(names) - 5} more"]
                 lines += wrapped(f"{count}: {reason}", width, "  ")
                 lines += [f"    {part}" for part in wrapped(", ".join(named), width - 4)]
         if notes := self._notes():

@@ -37,20 +37,16 @@ class RowSample:
         if not len(rows):
             return
         largest = rows.abs().amax(0).float()
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
         # Every row draws a key and the smallest keys stay: a uniform sample of the whole stream, whatever its batches.
         keys = torch.rand(len(rows), generator=self._generator)
-        if self.rows is None or self.largest is None:
-            self.largest = largest
-            candidates, all_keys = rows, keys
-        else:
-            self.largest = torch.maximum(self.largest, largest)
-            below = (
-                keys < self._keys.amax() if len(self._keys) >= self.limit else torch.ones(len(keys), dtype=torch.bool)
-            )
-            candidates = torch.cat([self.rows, rows[below.to(rows.device)]])
-            all_keys = torch.cat([self._keys, keys[below]])
-        kept = torch.argsort(all_keys)[: self.limit]
-        self.rows, self._keys = candidates[kept.to(candidates.device)], all_keys[kept]
+        if self.rows is not None:
+            if len(self._keys) >= self.limit:
+                below = keys < self._keys.amax()
+                rows, keys = rows[below.to(rows.device)], keys[below]
+            rows, keys = torch.cat([self.rows, rows]), torch.cat([self._keys, keys])
+        kept = torch.argsort(keys)[: self.limit]
+        self.rows, self._keys = rows[kept.to(rows.device)], keys[kept]
 
 
 @contextlib.contextmanager

@@ -144,12 +144,8 @@ class Program(ReplacedForward):
         places = [(module._modules, name) for module in inlined for name in module._modules]
         self._tables, self._keys = [table for table, _ in places], [name for _, name in places]
         self._expected = [table[name] for table, name in places]
-        self._hooks = [
-            table
-            for module in inlined
-            if module is not owner
-            for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        ]
+        hooked = [module for module in inlined if module is not owner]
+        self._hooks = [table for m in hooked for table in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
         self._bound = bound
         self._bind_replays(owner, called)
 
@@ -161,12 +157,8 @@ class Program(ReplacedForward):
         if not all(is_known(module) for module in called):
             return
         self._replays = Replays(lambda *given: self._flat(self._bound, *given), scales_read, self._held_tensors)
-        self._watched = [
-            table
-            for module in called
-            for part in module.modules()
-            for table in (part._forward_hooks, part._forward_pre_hooks)
-        ]
+        parts = [part for module in called for part in module.modules()]
+        self._watched = [table for part in parts for table in (part._forward_hooks, part._forward_pre_hooks)]
         held = [(t, n) for m in owner.modules() for t in (m._parameters, m._buffers) for n in t]
         self._tensor_tables, self._tensor_names = [table for table, _ in held], [name for _, name in held]
 

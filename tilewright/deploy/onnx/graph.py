@@ -15,10 +15,12 @@ class Place:
     """In front of ``node``, a node of the domain ``tilewright``, whose arguments are attributes of this object's.
 
     ir: the module ``onnx_ir``, which is an optional dependency and so is not imported at the head of a file.
+    accuracy_level: of MatMulNBits.
     """
 
-    def __init__(self, ir: Any, node: Any):
+    def __init__(self, ir: Any, node: Any, accuracy_level: int):
         self.ir, self.node, self.types = ir, node, ir.DataType
+        self.accuracy_level = accuracy_level
         self.op = node.op_type
         given = list(node.inputs)
         declared = arguments_of(self.op)

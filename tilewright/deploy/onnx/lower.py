@@ -64,7 +64,7 @@ def _float_like(place: Place, x: Any, weight: torch.Tensor) -> torch.Tensor:
     return weight.half() if x.dtype == place.types.FLOAT16 else weight.float()
 
 
-def _matmul_nbits(place: Place, x: Any, k: int, accuracy_level: int) -> Any:
+def _matmul_nbits(place: Place, x: Any, k: int) -> Any:
     weight_zero = None if place["weight_zero"] is None else place.tensor("weight_zero")
     packed, scale = place.tensor("weight_packed"), place.tensor("weight_scale")
     data, scales, zero, block = nbits_weight(packed, scale, weight_zero, place["group_size"], k)
@@ -75,7 +75,7 @@ def _matmul_nbits(place: Place, x: Any, k: int, accuracy_level: int) -> Any:
     ]
     if zero is not None:
         inputs.append(place.derived("weight_packed", "zero_points", zero))
-    attributes = {"K": k, "N": len(data), "bits": 4, "block_size": block, "accuracy_level": accuracy_level}
+    attributes = {"K": k, "N": len(data), "bits": 4, "block_size": block, "accuracy_level": place.accuracy_level}
     return place.write("MatMulNBits", inputs, attributes, "com.microsoft", like=place.node.outputs[0], dtype=x.dtype)
 
 
@@ -129,7 +129,7 @@ def _integer_product(place: Place, q: Any, scale: Any) -> Any:
 
 
 # ---- one function for each operator, named like it
-Lowering = Callable[[Place, int], None]
+Lowering = Callable[[Place], None]
 LOWERINGS: dict[str, Lowering] = {}
 
 
@@ -139,21 +139,21 @@ def _lowering(function: Lowering) -> Lowering:
 
 
 @_lowering
-def _int4_linear(place: Place, accuracy_level: int) -> None:
+def _int4_linear(place: Place) -> None:
     k = place["x"].shape[-1]
-    place.replace(_finished(place, _matmul_nbits(place, place["x"], k, accuracy_level)))
+    place.replace(_finished(place, _matmul_nbits(place, place["x"], k)))
 
 
 @_lowering
-def _int4_int8_linear(place: Place, accuracy_level: int) -> None:
+def _int4_int8_linear(place: Place) -> None:
     types = place.types
     q, scale = _rows_to_int8(place, place["x"], place["channel_scale"])
     rounded = place.write("Mul", [place.cast(q, types.FLOAT), scale], dtype=types.FLOAT)
-    place.replace(_finished(place, _matmul_nbits(place, rounded, place["x"].shape[-1], accuracy_level)))
+    place.replace(_finished(place, _matmul_nbits(place, rounded, place["x"].shape[-1])))
 
 
 @_lowering
-def _int8_weight_only_linear(place: Place, accuracy_level: int) -> None:
+def _int8_weight_only_linear(place: Place) -> None:
     x = place["x"]
     weight = place.derived("weight", "weight_int8", place.tensor("weight").t())
     named = place.derived("weight", "weight_scale_1d", _float_like(place, x, place.tensor("weight_scale")))
@@ -162,7 +162,7 @@ def _int8_weight_only_linear(place: Place, accuracy_level: int) -> None:
 
 
 @_lowering
-def _int8_linear(place: Place, accuracy_level: int) -> None:
+def _int8_linear(place: Place) -> None:
     q, scale = _rows_to_int8(place, place["x"], place["channel_scale"])
     place.replace(_finished(place, _integer_product(place, q, scale)))
 
@@ -173,29 +173,29 @@ def _dense(place: Place) -> torch.Tensor:
 
 
 @_lowering
-def _sparse24_linear(place: Place, accuracy_level: int) -> None:
+def _sparse24_linear(place: Place) -> None:
     x = place["x"]
     weight = place.derived("weight_values", "weight", _float_like(place, x, _dense(place)).t())
     place.replace(_finished(place, place.write("MatMul", [x, weight], dtype=x.dtype)))
 
 
 @_lowering
-def _sparse24_int8_linear(place: Place, accuracy_level: int) -> None:
+def _sparse24_int8_linear(place: Place) -> None:
     place.arguments["weight"] = place.derived("weight_values", "weight", _dense(place))
-    _int8_linear(place, accuracy_level)
+    _int8_linear(place)
 
 
 @_lowering
-def _sparse24_int4_linear(place: Place, accuracy_level: int) -> None:
+def _sparse24_int4_linear(place: Place) -> None:
     weight_zero = None if place["weight_zero"] is None else place.tensor("weight_zero")
     values, meta = place.tensor("weight_values"), place.tensor("weight_meta")
     packed = sparse24.unpack_int4(values, meta, weight_zero, place["group_size"], place["x"].shape[-1])
     place.arguments["weight_packed"] = place.derived("weight_values", "weight_packed", packed)
-    _int4_linear(place, accuracy_level)
+    _int4_linear(place)
 
 
 @_lowering
-def _int8_linear_quantized(place: Place, accuracy_level: int) -> None:
+def _int8_linear_quantized(place: Place) -> None:
     types = place.types
     if (static := _expanded(place["x_scale"])) is not None:
         x = place.write("DequantizeLinear", [place["x"], static, _zero_point(place, types.INT8)], dtype=types.FLOAT)
@@ -216,7 +216,7 @@ def _expanded(scale: Any) -> Any:
 
 
 @_lowering
-def _quantize_per_row(place: Place, accuracy_level: int) -> None:
+def _quantize_per_row(place: Place) -> None:
     q, scale = _rows_to_int8(place, place["x"], place["channel_scale"])
     last = place.constant("last_axis", [-1], place.types.INT64)
     place.replace(q, place.write("Squeeze", [scale, last], dtype=scale.dtype))
@@ -232,7 +232,7 @@ def _zero_point(place: Place, dtype: Any) -> Any:
 
 
 @_lowering
-def _quantize_per_tensor(place: Place, accuracy_level: int) -> None:
+def _quantize_per_tensor(place: Place) -> None:
     place.replace(_quantized(place, place["x"], place["scale"]))
 
 
@@ -271,7 +271,7 @@ def _after_conv(place: Place, y: Any, residual: Any) -> Any:
 
 
 @_lowering
-def _conv2d_fused(place: Place, accuracy_level: int) -> None:
+def _conv2d_fused(place: Place) -> None:
     x = place["x"]
     oihw = place.derived("weight", "weight_oihw", place.tensor("weight").permute(0, 3, 1, 2))
     bias = None if place["bias"] is None else place.cast(place["bias"], x.dtype)
@@ -280,16 +280,16 @@ def _conv2d_fused(place: Place, accuracy_level: int) -> None:
 
 
 @_lowering
-def _sparse24_conv2d_fused(place: Place, accuracy_level: int) -> None:
+def _sparse24_conv2d_fused(place: Place) -> None:
     (height, width), channels = place["kernel_size"], place["x"].shape[1] // place["groups"]
     dense = sparse24.unpack(place.tensor("weight_values"), place.tensor("weight_meta"), channels)
     ohwi = _float_like(place, place["x"], dense).reshape(-1, height, width, channels)
     place.arguments["weight"] = place.derived("weight_values", "weight", ohwi)
-    _conv2d_fused(place, accuracy_level)
+    _conv2d_fused(place)
 
 
 @_lowering
-def _int8_conv2d_fused(place: Place, accuracy_level: int) -> None:
+def _int8_conv2d_fused(place: Place) -> None:
     types = place.types
     scale = place.tensor("weight_scale")
     oihw = place.derived("weight", "weight_int8", place.tensor("weight").permute(0, 3, 1, 2))
@@ -321,7 +321,7 @@ def lower(ir: Any, model: Any, accuracy_level: int) -> None:
         if node.domain == "tilewright":
             if node.op_type not in LOWERINGS:
                 raise NotImplementedError(f"the operator tilewright::{node.op_type} cannot be written in ONNX yet")
-            LOWERINGS[node.op_type](Place(ir, node), accuracy_level)
+            LOWERINGS[node.op_type](Place(ir, node, accuracy_level))
     for node in list(model.graph):
         if node.op_type in ("Max", "Min") and node.inputs[0].dtype in (ir.DataType.INT8, ir.DataType.UINT8):
             _widen(ir, node)
