@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from tilewright.kernels.activation import apply_activation
-from tilewright.nn.conv_layer import ConvLayer, Padding, check_conv, common_options, folded
+from tilewright.nn.conv_layer import ConvLayer, Epilogue, check_conv, common_options, folded
+
+Layer = TypeVar("Layer", bound="FloatConv")
 
 
 class FloatConv(ConvLayer):
@@ -18,59 +19,54 @@ class FloatConv(ConvLayer):
     ``allow_tf32``: let float32 products be taken in TF32.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | str = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        allow_tf32: bool = False,
-        **options: Any,
-    ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
+    def __init__(self, *sizes: Any, allow_tf32: bool = False, **options: Any):
+        super().__init__(*sizes, **options)
         self.allow_tf32 = allow_tf32
+
+    @classmethod
+    def from_float(
+        cls: type[Layer],
+        conv: nn.Conv2d | nn.Conv1d,
+        norm: nn.Module | None = None,
+        *,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        allow_tf32: bool = False,
+    ) -> Layer:
+        """The fused twin of ``conv``, then ``norm`` (a batch-norm in eval mode), then the activation."""
+        check_conv(conv)
+        weight, bias = folded(conv, norm)
+        end: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope, "allow_tf32": allow_tf32}
+        module = cls(**common_options(conv, bias is not None), **end)
+        trained = conv.weight.requires_grad
+        module._take_weight(weight, trained)
+        if bias is not None:
+            # A bias that is float32 already would be the very tensor of the original, where training would change it.
+            own = bias.clone() if conv.bias is not None and bias.data_ptr() == conv.bias.data_ptr() else bias
+            module.bias = nn.Parameter(own, requires_grad=trained)
+        return module.train(conv.training)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""
         return {**super().config(), "allow_tf32": self.allow_tf32}
 
-    def _product(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        padding: Padding,
-        activation: str,
-        negative_slope: float,
-    ) -> torch.Tensor:
-        """The operator, with a residual of the shape of its result."""
+    # ---- what subclasses provide
+    def _take_weight(self, weight: torch.Tensor, trained: bool) -> None:
+        """Hold ``weight``, OHWI. trained: whether it has a gradient in the layer that this one stands for."""
+        raise NotImplementedError(f"{type(self).__name__}._take_weight")
+
+    def _product(self, x: torch.Tensor, residual: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+        """The operator, with a residual of the shape of its result. rest: its arguments from the stride on."""
         raise NotImplementedError(f"{type(self).__name__}._product")
 
-    def _take_bias(self, conv: nn.Conv2d | nn.Conv1d, bias: torch.Tensor | None) -> None:
-        """``bias``, what ``folded`` made of ``conv``'s, as a parameter that trains if the convolution does."""
-        if bias is not None:
-            # A bias that is float32 already would be the very tensor of the original, where training would change it.
-            own = bias.clone() if conv.bias is not None and bias.data_ptr() == conv.bias.data_ptr() else bias
-            self.bias = nn.Parameter(own, requires_grad=conv.weight.requires_grad)
-
-    def _convolve(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        activation: str,
-        negative_slope: float,
-        padding: Padding | None,
-        out_scale: float | None,
-        x_nonnegative: bool,
-    ) -> torch.Tensor:
+    # ---- internal
+    def _convolve(self, x: torch.Tensor, residual: torch.Tensor | None, end: Epilogue) -> torch.Tensor:
+        activation, negative_slope, padding, _, _ = end
         pads = padding or self._padding or self.same_padding_for(x.shape[2], x.shape[3])
+        window = (self._stride, pads, self._dilation, self.groups)
         if residual is None or self._residual_fits(x, residual, pads):
-            return self._product(x, residual, pads, activation, negative_slope)
-        y = self._product(x, None, pads, "none", negative_slope)
+            return self._product(x, residual, *window, activation, negative_slope, self.allow_tf32)
+        y = self._product(x, None, *window, "none", negative_slope, self.allow_tf32)
         return apply_activation(y + residual, activation, negative_slope=negative_slope)
 
 
@@ -83,47 +79,16 @@ class ConvBnAct2d(FloatConv):
     scheme_name = "fuse"
     op_name = "conv2d_fused"
 
-    def __init__(self, in_channels: int, out_channels: int, *sizes: Any, **options: Any):
-        super().__init__(in_channels, out_channels, *sizes, **options)
-        shape = (out_channels, *self._window, in_channels // self.groups)
-        self.weight = nn.Parameter(torch.empty(shape, device=options.get("device"), dtype=self.dtype))
-
-    @classmethod
-    def from_float(
-        cls,
-        conv: nn.Conv2d | nn.Conv1d,
-        norm: nn.Module | None = None,
-        *,
-        activation: str = "none",
-        negative_slope: float = 0.01,
-        allow_tf32: bool = False,
-    ) -> ConvBnAct2d:
-        """The fused twin of ``conv``, then ``norm`` (a batch-norm in eval mode), then the activation."""
-        check_conv(conv)
-        weight, bias = folded(conv, norm)
-        module = cls(
-            **common_options(conv, bias is not None),
-            activation=activation,
-            negative_slope=negative_slope,
-            allow_tf32=allow_tf32,
-        )
-        module.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
-        module._take_bias(conv, bias)
-        return module.train(conv.training)
+    def __init__(self, *sizes: Any, **options: Any):
+        super().__init__(*sizes, **options)
+        self.weight = nn.Parameter(torch.empty(self.weight_shape, device=options.get("device"), dtype=self.dtype))
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
         return self.weight.detach().float()
 
-    def _product(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        padding: Padding,
-        activation: str,
-        negative_slope: float,
-    ) -> torch.Tensor:
-        window = (self._stride, padding, self._dilation, self.groups)
-        return torch.ops.tilewright.conv2d_fused(
-            x, self.weight, self.bias, residual, *window, activation, negative_slope, self.allow_tf32
-        )
+    def _take_weight(self, weight: torch.Tensor, trained: bool) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=trained)
+
+    def _product(self, x: torch.Tensor, residual: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+        return torch.ops.tilewright.conv2d_fused(x, self.weight, self.bias, residual, *rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.formats import int8
 from tilewright.nn.conv import ConvBnAct2d
-from tilewright.nn.conv_layer import ConvLayer, Padding, check_conv, common_options, folded
+from tilewright.nn.conv_layer import ConvLayer, Epilogue, check_conv, common_options, folded
 
 _reads = 0
 
@@ -38,8 +38,6 @@ class Int8ConvBnAct2d(ConvLayer):
     scheme_name = "w8a8-static"
     op_name = "int8_conv2d_fused"
     _accepts_int8 = True
-    _scale_buffers = ("weight_scale", "input_scale", "residual_scale", "output_scale")
-    _kept_in_dtype = ("bias", *_scale_buffers)
 
     weight_scale: torch.Tensor
     input_scale: torch.Tensor
@@ -48,24 +46,15 @@ class Int8ConvBnAct2d(ConvLayer):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] | str = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
+        *sizes: Any,
         residual_scale: bool = False,
         output_scale: bool = False,
         **options: Any,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options)
+        super().__init__(*sizes, **options)
         device = options.get("device")
-        shape = (out_channels, *self._window, in_channels // groups)
-        self.register_buffer("weight", torch.empty(shape, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.empty(out_channels, dtype=torch.float32, device=device))
+        self.register_buffer("weight", torch.empty(self.weight_shape, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.empty(self.out_channels, dtype=torch.float32, device=device))
         for name, required in (("input", True), ("residual", residual_scale), ("output", output_scale)):
             scale = torch.ones((), dtype=torch.float32, device=device) if required else None
             self.register_buffer(f"{name}_scale", scale)
@@ -137,20 +126,12 @@ class Int8ConvBnAct2d(ConvLayer):
     def _own_out_scale(self) -> float | None:
         return None if self.output_scale is None else self.y_scale
 
-    def _convolve(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        activation: str,
-        negative_slope: float,
-        padding: Padding | None,
-        out_scale: float | None,
-        x_nonnegative: bool,
-    ) -> torch.Tensor:
+    def _convolve(self, x: torch.Tensor, residual: torch.Tensor | None, end: Epilogue) -> torch.Tensor:
         """x float, or int8 with ``input_scale`` -> int8 if there is an out_scale, else float.
 
         residual: float, or int8 with ``residual_scale``.
         """
+        activation, negative_slope, padding, out_scale, x_nonnegative = end
         dtype = x.dtype
         if dtype.is_floating_point:
             x = torch.ops.tilewright.quantize_per_tensor(x, self.x_scale)

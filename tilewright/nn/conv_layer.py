@@ -10,6 +10,7 @@ from torch import nn
 
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.convolution import convolution_problem
 from tilewright.kernels.dispatch.packed import invalidate
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.nn.kinds import register
@@ -20,6 +21,8 @@ from tilewright.nn.quantized_linear import dtype_name, parse_dtype
 PADDING_NAMES = ("same", "valid", "dynamic_same")
 
 Padding = tuple[int, int, int, int]
+#: activation, negative_slope, padding, out_scale, x_nonnegative: as of ``ConvLayer.run``.
+Epilogue = tuple[str, float, Padding | None, float | None, bool]
 
 
 def pair(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
@@ -40,15 +43,13 @@ class ConvLayer(nn.Module):
     """Base of the drop-in replacements of ``nn.Conv2d`` and ``nn.Conv1d``: y = activation(conv(x) + b + residual).
 
     The weight is OHWI, [out_channels, kh, kw, in_channels / groups]; a 1-D convolution is a 2-D one of height 1. The
-    bias, with batch-norm folded in, is float32 and stays so under ``.to(dtype)``, as scales do. ``dtype`` is that of
+    bias, with batch-norm folded in, is float32 and stays so under ``.to(dtype)``, as buffers do. ``dtype`` is that of
     the layer this one stands for; it follows ``.to(dtype)``. Results are float tensors in the memory layout of the
-    input (contiguous or channels-last), as PyTorch's are.
+    input (contiguous or channels-last), as PyTorch's are. Arguments are those of ``nn.Conv2d`` and what is fused in.
     """
 
     scheme_name: ClassVar[str]
     op_name: ClassVar[str]
-    #: Parameters and buffers that keep their dtype under ``.to(dtype)``.
-    _kept_in_dtype: ClassVar[tuple[str, ...]] = ("bias",)
     _accepts_int8: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -127,16 +128,7 @@ class ConvLayer(nn.Module):
         return vertical, vertical, horizontal, horizontal
 
     # ---- what subclasses provide
-    def _convolve(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        activation: str,
-        negative_slope: float,
-        padding: Padding | None,
-        out_scale: float | None,
-        x_nonnegative: bool,
-    ) -> torch.Tensor:
+    def _convolve(self, x: torch.Tensor, residual: torch.Tensor | None, end: Epilogue) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__}._convolve")
 
     def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
@@ -164,11 +156,11 @@ class ConvLayer(nn.Module):
         broadcasting allows, after the kernel instead of in it. padding: top, bottom, left, right, in place of the
         layer's own. out_scale: of an int8 result. x_nonnegative: an int8 x holds 0..127.
         """
-        rest = (activation, negative_slope, padding, out_scale, x_nonnegative)
+        end = (activation, negative_slope, padding, out_scale, x_nonnegative)
         if self._plain and x.dim() == 4:
-            return self._convolve(x, residual, *rest)
+            return self._convolve(x, residual, end)
         other = None if residual is None else self._as_images(residual)
-        return self._without_extra_dimensions(self._convolve(self._as_images(x), other, *rest), x)
+        return self._without_extra_dimensions(self._convolve(self._as_images(x), other, end), x)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x [N, C, H, W], or [N, C, L] where it stands for an ``nn.Conv1d``; the batch dimension may be missing.
@@ -241,18 +233,9 @@ class ConvLayer(nn.Module):
             (self._dilation[0], self._dilation[1]),
             self.groups,
         )
-        return Problem(
-            op=self.op_name,
-            m=m * geometry.out_height * geometry.out_width,
-            n=self.out_channels,
-            k=geometry.taps * geometry.group_channels,
-            x_dtype=dtype or self.dtype,
-            activation=self.activation,
-            bias=self.bias is not None,
-            conv=geometry,
-            out_dtype=dtype or self.dtype,
-            **device_facts(self.device),
-        )
+        dtype = dtype or self.dtype
+        facts = {"activation": self.activation, "bias": self.bias is not None, **device_facts(self.device)}
+        return convolution_problem(self.op_name, geometry, dtype, dtype, **facts)
 
     def padding_for(self, height: int, width: int) -> Padding:
         """Zeros at the top, bottom, left and right of an image of that size."""
@@ -327,41 +310,32 @@ class ConvLayer(nn.Module):
                 return False
         return True
 
+    def _kept_in_dtype(self) -> dict[str, torch.Tensor]:
+        """Tensors that keep their dtype under ``.to(dtype)``."""
+        return {**dict(self.named_buffers(recurse=False)), **({} if self.bias is None else {"bias": self.bias})}
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ConvLayer:
         device = self.device
-        before = {name: self._parameters.get(name, self._buffers.get(name)) for name in self._kept_in_dtype}
-        before = {name: None if tensor is None else tensor.detach() for name, tensor in before.items()}
+        before = {name: tensor.detach() for name, tensor in self._kept_in_dtype().items()}
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            after = getattr(self, name, None)
-            if old is not None and after is not None and after.dtype != old.dtype:
-                after.data = old.to(after.device)
+        for name, after in self._kept_in_dtype().items():
+            if after.dtype != before[name].dtype:
+                after.data = before[name].to(after.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        integers = [name for name, buffer in self.named_buffers(recurse=False) if not buffer.is_floating_point()]
-        for name in (*integers, *self._kept_in_dtype):
-            given, own = state_dict.get(prefix + name), getattr(self, name, None)
-            if given is not None and own is not None and given.dtype != own.dtype:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        error_msgs: list[str] = rest[-1]
+        for name, own in self._kept_in_dtype().items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dtype != own.dtype:
                 # copy_ would truncate a float weight to integers, or assign=True take a bias in another dtype.
                 error_msgs.append(
                     f"{prefix}{name} must be {own.dtype}, not {given.dtype}: "
                     f"this state dict is not of a {type(self).__name__}"
                 )
                 return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
             if tensor.is_inference():
                 invalidate(tensor)

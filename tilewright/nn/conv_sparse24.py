@@ -6,12 +6,10 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from tilewright.kernels.formats.sparse24 import Sparse24
 from tilewright.kernels.formats.weight import Float
 from tilewright.nn.conv import FloatConv
-from tilewright.nn.conv_layer import Padding, check_conv, common_options, folded
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
 from tilewright.nn.sparse24_places import Sparse24Places
 
@@ -20,56 +18,25 @@ class Sparse24ConvBnAct2d(Sparse24Places, FloatConv):
     """y = activation(conv(x) + bias + residual); see ``kernels.sparse24_conv2d``.
 
     ``weight_values`` and ``weight_meta`` have a row for each output channel and place in the window. Values keep their
-    dtype under ``.to(dtype)``; the product is taken in the dtype of the input.
+    dtype under ``.to(dtype)``; the product is taken in the dtype of the input. ``from_float`` leaves a weight that is
+    2:4 as it is; of any other it keeps the larger two of every four input channels.
     """
 
     scheme_name = "sparse24-conv"
     op_name = "sparse24_conv2d_fused"
-    _kept_in_dtype = ("bias", "weight_values")
     weight_values: torch.Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *sizes: Any,
-        values_dtype: torch.dtype | str | None = None,
-        **options: Any,
-    ):
-        super().__init__(in_channels, out_channels, *sizes, **options)
-        device, channels = options.get("device"), self._columns()
-        rows = out_channels * math.prod(self._window)
+    def __init__(self, *sizes: Any, values_dtype: torch.dtype | str | None = None, **options: Any):
+        super().__init__(*sizes, **options)
+        rows = self.out_channels * math.prod(self._window)
         stored = Sparse24(Float(parse_dtype(values_dtype) or self.dtype))
-        for name, spec in stored.operands(rows, channels).items():
-            self.register_buffer(name, spec.empty(device))
+        for name, spec in stored.operands(rows, self._columns()).items():
+            self.register_buffer(name, spec.empty(options.get("device")))
 
-    @classmethod
-    def from_float(
-        cls,
-        conv: nn.Conv2d | nn.Conv1d,
-        norm: nn.Module | None = None,
-        *,
-        activation: str = "none",
-        negative_slope: float = 0.01,
-        allow_tf32: bool = False,
-    ) -> Sparse24ConvBnAct2d:
-        """The fused, pruned twin of ``conv``, then ``norm`` (a batch-norm in eval mode), then the activation.
-
-        A weight that is 2:4 stays as it is; of any other the larger two of every four input channels are kept.
-        """
-        check_conv(conv)
-        weight, bias = folded(conv, norm)
-        module = cls(
-            **common_options(conv, bias is not None),
-            activation=activation,
-            negative_slope=negative_slope,
-            allow_tf32=allow_tf32,
-        )
+    def _take_weight(self, weight: torch.Tensor, trained: bool) -> None:
         rows = weight.reshape(-1, weight.shape[-1])
         for name, operand in Sparse24(Float(rows.dtype)).quantize(rows).items():
-            setattr(module, name, operand)
-        module._take_bias(conv, bias)
-        return module.train(conv.training)
+            setattr(self, name, operand)
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
@@ -89,16 +56,6 @@ class Sparse24ConvBnAct2d(Sparse24Places, FloatConv):
         values = dtype_name(self.weight_values.dtype)
         return {**super().config(), "values_dtype": values}
 
-    def _product(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        padding: Padding,
-        activation: str,
-        negative_slope: float,
-    ) -> torch.Tensor:
-        weight = (self.weight_values, self.weight_meta)
-        window = (self._window, self._stride, padding, self._dilation, self.groups)
-        return torch.ops.tilewright.sparse24_conv2d_fused(
-            x, *weight, self.bias, residual, *window, activation, negative_slope, self.allow_tf32
-        )
+    def _product(self, x: torch.Tensor, residual: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+        held = (self.weight_values, self.weight_meta)
+        return torch.ops.tilewright.sparse24_conv2d_fused(x, *held, self.bias, residual, self._window, *rest)
