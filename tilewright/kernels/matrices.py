@@ -9,12 +9,19 @@ from collections.abc import Iterator
 
 import torch
 
+from tilewright.kernels.dispatch.problem import Problem
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: Of a weight that is widened no more than this exists at once.
 SCRATCH_BYTES = 128 * 2**20
 #: Rows come in multiples of this many: eight share a word of zero points, and a kernel that finishes a block of
 #: columns must not reach into the next one.
 ROWS = 512
+
+
+def why_empty(problem: Problem) -> str | None:
+    """Why what takes all other problems does not take this one, or None."""
+    return "nothing to multiply" if 0 in (problem.m, problem.n, problem.k) else None
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,13 @@ Every tensor moves through memory once: what a format saves in bytes it can save
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from tilewright.kernels.cpu.probes import best_of
 from tilewright.kernels.dispatch.card import card_of
 from tilewright.kernels.dispatch.problem import Problem
 
@@ -127,16 +127,8 @@ def floor(problem: Problem, ceilings: Ceilings) -> Floor:
 
 #: Seconds that one product of ``measure_cpu`` may take, and the size of the one that says whether it would take longer.
 LONGEST_PRODUCT, SMALL_SIZE = 3.0, 256
-
-
-def _best_of(run: Callable[[], Any], count: int = 5) -> float:
-    run()
-    times = []
-    for _ in range(count):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+#: Calls of which the fastest counts.
+_CALLS = 6
 
 
 def _rate(prepare: Callable[[int], Callable[[], Any]], size: int) -> float:
@@ -144,10 +136,10 @@ def _rate(prepare: Callable[[int], Callable[[], Any]], size: int) -> float:
     take long: a dtype that the processor does not multiply may be a hundred times slower than others.
     """
     small = min(size, SMALL_SIZE)
-    rate = 2 * small**3 / _best_of(prepare(small))
+    rate = 2 * small**3 / best_of(_CALLS, prepare(small))
     if small == size or 2 * size**3 / rate > LONGEST_PRODUCT:
         return rate
-    return 2 * size**3 / _best_of(prepare(size))
+    return 2 * size**3 / best_of(_CALLS, prepare(size))
 
 
 def _float32_product(size: int) -> Callable[[], Any]:
@@ -186,9 +178,9 @@ def measure_cpu(size: int = 2048) -> Ceilings:
     source = torch.zeros(2**26, dtype=torch.int32)
     target = torch.empty_like(source)
     floats = source.view(torch.float32)
-    copied = 2 * 4 * source.numel() / _best_of(lambda: target.copy_(source), 3)
+    copied = 2 * 4 * source.numel() / best_of(4, lambda: target.copy_(source))
     # A store first reads what it overwrites, so reading alone is faster than half of copying.
-    moved = max(copied, 4 * source.numel() / _best_of(lambda: floats.sum(), 5))
+    moved = max(copied, 4 * source.numel() / best_of(_CALLS, lambda: floats.sum()))
     with torch.inference_mode():
         floats32 = _rate(_float32_product, size)
         if torch.backends.mkldnn.is_available():
@@ -196,6 +188,6 @@ def measure_cpu(size: int = 2048) -> Ceilings:
         halves = max(floats32, _rate(_bfloat16_product, size))
         integers = max(_rate(_int8_product, size), _rate(_quantised_product, size))
         one = torch.zeros(1, 64), torch.zeros(64, 64)
-        overhead = _best_of(lambda: torch.nn.functional.linear(*one), 20)
+        overhead = best_of(21, lambda: torch.nn.functional.linear(*one))
     words = f"measured here with {torch.get_num_threads()} threads"
     return Ceilings("this CPU", moved, floats32, halves, integers, overhead, words)

@@ -1,7 +1,8 @@
 """Linear layers by C kernels: weights repacked once, arguments in the order the kernels take them.
 
-Every function takes x float [..., K] of one of ``native.DTYPES`` and an activation of ``native.ACTIVATIONS``, wants all
-dimensions above 0, and raises RuntimeError with the reason where there are no C kernels.
+``prepare_...`` returns an operator of ``k`` columns as a function of x and the residual, for as long as nobody writes
+into the tensors that it was given. x is float [..., K] of one of ``native.DTYPES``, the activation one of
+``native.ACTIVATIONS``, no dimension 0. Raises RuntimeError with the reason where there are no C kernels.
 """
 
 from __future__ import annotations
@@ -56,29 +57,48 @@ def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.float().contiguous()
 
 
-def _residual(residual: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    """[M, N], contiguous, in the dtype of the result."""
-    if residual is None:
-        return None
-    return residual.reshape(like.shape).to(like.dtype).contiguous()
-
-
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """[M, K] with columns side by side, M, K."""
-    shape = x.shape
-    if len(shape) != 2:
-        x = x.reshape(-1, shape[-1])
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    return x, x.shape[0], shape[-1]
-
-
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _threads(products: int) -> int:
-    return torch.get_num_threads() if products >= _GRAIN else 1
+def _prepared(
+    name: str,
+    n: int,
+    k: int,
+    weight: tuple[torch.Tensor | int | None, ...],
+    activation: str,
+    rest: Callable[[int, int, torch.dtype], tuple[int, ...]],
+) -> Callable[..., torch.Tensor]:
+    """The C function ``name`` as one of x and the residual. weight: its arguments before x, whose tensors are kept
+    alive. rest: those after y, of (rows, threads, dtype of x).
+    """
+    function, activated = _kernel(name), native.ACTIVATIONS[activation]
+    before = tuple(each.data_ptr() if isinstance(each, torch.Tensor) else each for each in weight)
+
+    def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = weight) -> torch.Tensor:
+        rows = x if x.dim() == 2 else x.reshape(-1, k)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        m, dtype = rows.shape[0], x.dtype
+        y = torch.empty((*x.shape[:-1], n), dtype=dtype)
+        if residual is not None:
+            residual = residual.reshape(y.shape).to(dtype).contiguous()
+        threads = torch.get_num_threads() if m * n * k >= _GRAIN else 1
+        function(
+            *before,
+            rows.data_ptr(),
+            native.DTYPES[dtype],
+            m,
+            rows.stride(0),
+            None if residual is None else residual.data_ptr(),
+            activated,
+            y.data_ptr(),
+            *rest(m, threads, dtype),
+            threads,
+        )
+        return y
+
+    return call
 
 
 def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,22 +120,13 @@ def prepare_int8(
     channel_scale: torch.Tensor | None,
     k: int,
 ) -> Callable[..., torch.Tensor]:
-    """``int8_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into the
-    tensors given here.
-    """
-    function, n = _kernel("int8_linear"), len(weight)
-    values, correction = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
-    weight_scale, bias, channel_scale = weight_scale.contiguous(), _floats(bias), _floats(channel_scale)
-    fixed = (values.data_ptr(), correction.data_ptr(), n, k, weight_scale.data_ptr(), _address(bias))
-    channels, activated, stride = _address(channel_scale), native.ACTIVATIONS[activation], _kernel("int8_row_bytes")(k)
-    scratch_rows = _kernel("int8_rows")
-    kept = (values, correction, weight_scale, bias, channel_scale)
+    """``int8_linear``."""
+    n = len(weight)
+    packed_weight = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
+    fixed = (*packed_weight, n, k, weight_scale.contiguous(), _floats(bias), _floats(channel_scale))
+    stride, scratch_rows = _kernel("int8_row_bytes")(k), _kernel("int8_rows")
 
-    def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:
-        rows, m, _ = _rows(x)
-        y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-        residual = _residual(residual, y)
-        threads = _threads(m * n * k)
+    def rest(m: int, threads: int, dtype: torch.dtype) -> tuple[int, ...]:
         if m * k <= _OWN_ELEMENTS:
             sharing, block = _ALL, m
         elif n * stride <= _CACHED_WEIGHT and m >= _ROWS_FOR_EACH * threads:
@@ -123,48 +134,35 @@ def prepare_int8(
         else:
             sharing, block = _TOGETHER, min(m, max(1, _BLOCK_BYTES // stride))
         parts = 1 if sharing == _TOGETHER else threads
-        function(
-            *fixed,
-            channels,
-            rows.data_ptr(),
-            native.DTYPES[x.dtype],
-            m,
-            rows.stride(0),
-            _address(residual),
-            activated,
-            y.data_ptr(),
-            scratch((parts * scratch_rows(block) * stride,), torch.uint8, "quantized").data_ptr(),
-            scratch((parts * block,), torch.float32, "row scale").data_ptr(),
-            block,
-            sharing,
-            threads,
-        )
-        return y
+        quantized = scratch((parts * scratch_rows(block) * stride,), torch.uint8, "quantized").data_ptr()
+        return quantized, scratch((parts * block,), torch.float32, "row scale").data_ptr(), block, sharing
 
-    return call
+    return _prepared("int8_linear", n, k, fixed, activation, rest)
 
 
-def _pack_int4(
-    weight_packed: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    n, groups = weight_scale.shape
-    values = torch.empty(_kernel("int4_packed_bytes")(n, k), dtype=torch.uint8)
-    count = _kernel("int4_scales")(n, groups)
-    scale, zero = torch.empty(count), torch.empty(count, dtype=torch.uint8)
-    words, floats = weight_packed.contiguous(), weight_scale.float().contiguous()
-    zeros = None if weight_zero is None else weight_zero.contiguous()
-    _kernel("int4_pack")(
-        words.data_ptr(),
-        floats.data_ptr(),
-        _address(zeros),
-        n,
-        k,
-        groups,
-        values.data_ptr(),
-        scale.data_ptr(),
-        zero.data_ptr(),
-    )
-    return values, scale, zero
+def _packed_groups(
+    name: str,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    k: int,
+    sizes: tuple[int, int],
+    *bits: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(values, scales, zero points) of a weight with scales for groups of columns, by the C function ``name``. sizes:
+    bytes of the values, number of scales.
+    """
+
+    def pack() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        zero = torch.empty(sizes[1], dtype=torch.uint8) if weight.dtype == torch.int32 else None
+        made = torch.empty(sizes[0], dtype=torch.uint8), torch.empty(sizes[1]), zero
+        zeros = None if weight_zero is None else weight_zero.contiguous()
+        given = weight.contiguous(), weight_scale.float().contiguous(), zeros
+        n = len(weight)
+        _kernel(name)(*bits, *map(_address, given), n, k, weight_scale.numel() // n, *map(_address, made))
+        return made
+
+    return packed(weight, native.layout(f"{name} {k}"), pack, weight_scale, weight_zero)
 
 
 def why_no_int4_groups(k: int, group_size: int) -> str | None:
@@ -184,51 +182,26 @@ def prepare_int4_int8(
     channel_scale: torch.Tensor | None,
     k: int,
 ) -> Callable[..., torch.Tensor]:
-    """``int4_int8_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into the
-    tensors given here.
-    """
-    function = _kernel("int4_int8_linear")
+    """``int4_int8_linear``."""
     n, groups = weight_scale.shape
-    values, scale, zero = packed(
-        weight_packed,
-        native.layout(f"int4 {k}"),
-        lambda: _pack_int4(weight_packed, weight_scale, weight_zero, k),
-        weight_scale,
-        weight_zero,
-    )
-    bias, channel_scale = _floats(bias), _floats(channel_scale)
-    fixed = (values.data_ptr(), scale.data_ptr(), zero.data_ptr(), n, k, group_size, _address(bias))
-    channels, activated = _address(channel_scale), native.ACTIVATIONS[activation]
+    sizes = _kernel("int4_packed_bytes")(n, k), _kernel("int4_scales")(n, groups)
+    packed_weight = _packed_groups("int4_pack", weight_packed, weight_scale, weight_zero, k, sizes)
+    fixed = (*packed_weight, n, k, group_size, _floats(bias), _floats(channel_scale))
     stride = _kernel("int4_int8_row_bytes")(k)
-    kept = (values, scale, zero, bias, channel_scale)
 
-    def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:
-        rows, m, _ = _rows(x)
-        y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-        residual = _residual(residual, y)
-        threads, own = _threads(m * n * k), m * k <= _OWN_ELEMENTS
+    def rest(m: int, threads: int, dtype: torch.dtype) -> tuple[int, ...]:
+        own = m * k <= _OWN_ELEMENTS
         block = m if own else min(m, max(1, _BLOCK_BYTES // stride))
         held = block * threads if own else block
-        function(
-            *fixed,
-            channels,
-            rows.data_ptr(),
-            native.DTYPES[x.dtype],
-            m,
-            rows.stride(0),
-            _address(residual),
-            activated,
-            y.data_ptr(),
+        return (
             scratch((held * stride,), torch.int8, "quantized").data_ptr(),
             scratch((held * groups,), torch.int32, "group sums").data_ptr(),
             scratch((held,), torch.float32, "row scale").data_ptr(),
             block,
             own,
-            threads,
         )
-        return y
 
-    return call
+    return _prepared("int4_int8_linear", n, k, fixed, activation, rest)
 
 
 def why_not_weight_only(problem: Problem) -> str | None:
@@ -236,32 +209,6 @@ def why_not_weight_only(problem: Problem) -> str | None:
     if problem.multiply_dtype not in native.DTYPES:
         return f"does not multiply in {problem.multiply_dtype}"
     return why_not(problem)
-
-
-def _pack_weight_only(
-    weight: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, bits: int, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    n, groups = len(weight), weight_scale.numel() // len(weight)
-    panel = _kernel("panel")()
-    channels = -(-n // panel) * panel
-    values = torch.empty(channels * -(-k // 8) * bits, dtype=torch.uint8)
-    scale = torch.empty(channels * groups)
-    zero = torch.empty(channels * groups, dtype=torch.uint8) if bits == 4 else None
-    weight, floats = weight.contiguous(), weight_scale.float().contiguous()
-    zeros = None if weight_zero is None else weight_zero.contiguous()
-    _kernel("weight_only_pack")(
-        bits,
-        weight.data_ptr(),
-        floats.data_ptr(),
-        _address(zeros),
-        n,
-        k,
-        groups,
-        values.data_ptr(),
-        scale.data_ptr(),
-        _address(zero),
-    )
-    return values, scale, zero
 
 
 def prepare_weight_only(
@@ -275,52 +222,26 @@ def prepare_weight_only(
     weight_zero: torch.Tensor | None = None,
     group_size: int | None = None,
 ) -> Callable[..., torch.Tensor]:
-    """``int8_weight_only_linear`` (of ``weight``) or ``int4_linear`` (of ``weight_packed``) of ``k`` columns as a
-    function of x and the residual, for as long as nobody writes into the tensors given here. Scales are applied to the
+    """``int8_weight_only_linear`` (of ``weight``) or ``int4_linear`` (of ``weight_packed``). Scales are applied to the
     sums of each group, in float32.
     """
     stored = weight_packed if weight is None else weight
     if stored is None:
         raise ValueError("a weight is missing")
     group_size = group_size or k
-    function, row_bytes_of = _kernel("weight_only_linear"), _kernel("weight_only_row_bytes")
-    bits = 8 if stored.dtype == torch.int8 else 4
-    n = len(stored)
+    row_bytes_of, panel = _kernel("weight_only_row_bytes"), _kernel("panel")()
+    bits, n = 8 if stored.dtype == torch.int8 else 4, len(stored)
     groups = weight_scale.numel() // n
-    values, scale, zero = packed(
-        stored,
-        native.layout(f"weight only {k}"),
-        lambda: _pack_weight_only(stored, weight_scale, weight_zero, bits, k),
-        weight_scale,
-        weight_zero,
-    )
-    bias = _floats(bias)
-    fixed = (bits, values.data_ptr(), scale.data_ptr(), _address(zero), n, k, group_size, _address(bias))
-    activated = native.ACTIVATIONS[activation]
-    kept = (values, scale, zero, bias)
+    channels = -(-n // panel) * panel
+    sizes = channels * -(-k // 8) * bits, channels * groups
+    packed_weight = _packed_groups("weight_only_pack", stored, weight_scale, weight_zero, k, sizes, bits)
 
-    def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:
-        rows, m, _ = _rows(x)
-        y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-        residual = _residual(residual, y)
-        compute = native.DTYPES[compute_dtype or x.dtype]
+    def rest(m: int, threads: int, dtype: torch.dtype) -> tuple[int, ...]:
+        compute = native.DTYPES[compute_dtype or dtype]
         row_bytes = row_bytes_of(compute, m, k, group_size)
         block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
-        function(
-            *fixed,
-            rows.data_ptr(),
-            native.DTYPES[x.dtype],
-            compute,
-            m,
-            rows.stride(0),
-            _address(residual),
-            activated,
-            y.data_ptr(),
-            scratch(((block + _TILE_ROWS) * row_bytes,), torch.uint8, "rows").data_ptr(),
-            scratch((block * groups,), torch.float32, "group sums").data_ptr(),
-            block,
-            _threads(m * n * k),
-        )
-        return y
+        rows = scratch(((block + _TILE_ROWS) * row_bytes,), torch.uint8, "rows").data_ptr()
+        return compute, rows, scratch((block * groups,), torch.float32, "group sums").data_ptr(), block
 
-    return call
+    fixed = (bits, *packed_weight, n, k, group_size, _floats(bias))
+    return _prepared("weight_only_linear", n, k, fixed, activation, rest)

@@ -49,7 +49,7 @@ _SIGNATURES = {
     "sparse24_linear": "pp cc pp n",
     "weight_only_row_bytes": "n ccc -> c",
     "weight_only_pack": "n ppp ccc ppp",
-    "weight_only_linear": "n ppp ccc pp n n cc p n ppp c n",
+    "weight_only_linear": "n ppp ccc pp n cc p n p n pp c n",
 }
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 
 
-def _seconds(run: Callable[[], object], repeats: int = 3) -> float:
+def best_of(count: int, run: Callable[[], object]) -> float:
+    """Seconds of the fastest of ``count`` calls."""
     best = math.inf
-    for _ in range(repeats):
+    for _ in range(count):
         start = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - start)
@@ -38,8 +39,8 @@ def _probe(name: str, check: Callable[[], _Case], bound: float) -> str | None:
                 return f"{name} gives wrong results on this CPU (relative error {error:.1e})"
             dense = torch.randn(512, 512)
             x = torch.randn(32, 512)
-            plain = _seconds(lambda: torch.nn.functional.linear(x, dense))
-            ours = _seconds(run)
+            plain = best_of(3, lambda: torch.nn.functional.linear(x, dense))
+            ours = best_of(3, run)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
         words = str(error) or repr(error)
         return f"{name} is not usable in torch {torch.__version__}: {words.splitlines()[0]}"

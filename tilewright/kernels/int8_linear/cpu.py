@@ -76,11 +76,6 @@ def int8_linear_quantized(
 EXACT_FLOAT_COLUMNS = 1024
 
 
-def why_not_float(problem: Problem) -> str | None:
-    """Why exact float32 products do not take the problem, or None."""
-    return "nothing to multiply" if 0 in (problem.m, problem.n, problem.k) else None
-
-
 def float_int8_linear_quantized(
     x: torch.Tensor,
     x_scale: torch.Tensor,

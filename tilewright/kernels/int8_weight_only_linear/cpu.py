@@ -54,11 +54,6 @@ def int8_weight_only_linear(
     return finish_rows(y, None, x.dtype, **end).view(*x.shape[:-1], len(weight))
 
 
-def why_not_blocks(problem: Problem) -> str | None:
-    """Why dequantised blocks do not take the problem, or None."""
-    return "nothing to multiply" if 0 in (problem.m, problem.n, problem.k) else None
-
-
 def dequantized_blocks(
     x: torch.Tensor,
     weight: torch.Tensor,

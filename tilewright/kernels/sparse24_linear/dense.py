@@ -27,11 +27,6 @@ from tilewright.kernels.matrices import as_matrix, wide_product
 _DENSE = {"sparse24_int8_linear": "int8_linear", "sparse24_int4_linear": "int4_linear"}
 
 
-def why_not(problem: Problem) -> str | None:
-    """Why a dense product does not take the problem, or None."""
-    return "nothing to multiply" if 0 in (problem.m, problem.n, problem.k) else None
-
-
 def handed_on(problem: Problem) -> Problem | None:
     """The problem that the router is asked for the unpacked weight, or None where PyTorch multiplies."""
     dense = _DENSE.get(problem.op)

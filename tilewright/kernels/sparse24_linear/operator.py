@@ -17,7 +17,7 @@ _LIBRARY = on_gpu("cuSPARSELt", ".cusparselt")
 
 
 def _unpacked(prepare: str) -> Way:
-    return everywhere("unpacked once, then dense", "", ".dense:why_not", prepare, ".dense:handed_on")
+    return everywhere("unpacked once, then dense", "", "..matrices:why_empty", prepare, ".dense:handed_on")
 
 
 def _int4_values(problem: Problem) -> Sparse24:

@@ -110,16 +110,7 @@ static void multiply_tile(int rows, const int4_job *job, int64_t row, int64_t pa
     switch (rows) {
 #define CASE(count)                                                                                                    \
     case count: multiply_rows(count, job, row, panel, sums); return;
-        CASE(1)
-        CASE(2)
-#if defined(__AVX2__)
-        CASE(3)
-        CASE(4)
-#endif
-#if defined(__AVX512VNNI__)
-        CASE(5)
-        CASE(6)
-#endif
+        UP_TO_TILE_ROWS(CASE)
 #undef CASE
     }
 }

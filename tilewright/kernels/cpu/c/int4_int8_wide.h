@@ -68,12 +68,7 @@ static __attribute__((noinline)) void add_segment(int rows, const int8_t *x, int
     switch (rows) {
 #define CASE(count)                                                                                                    \
     case count: add_segment_rows(count, x, x_stride, wide, words, fresh, totals); return;
-        CASE(1)
-        CASE(2)
-        CASE(3)
-        CASE(4)
-        CASE(5)
-        CASE(6)
+        UP_TO_6(CASE)
 #undef CASE
     }
 }

@@ -122,16 +122,7 @@ static void multiply_tile(int rows, const uint8_t *x, int64_t x_stride, const in
     switch (rows) {
 #define CASE(count)                                                                                                    \
     case count: multiply_rows(count, x, x_stride, panel, steps, sums); return;
-        CASE(1)
-        CASE(2)
-#if defined(__AVX2__)
-        CASE(3)
-        CASE(4)
-#endif
-#if defined(__AVX512VNNI__)
-        CASE(5)
-        CASE(6)
-#endif
+        UP_TO_TILE_ROWS(CASE)
 #undef CASE
     }
 }

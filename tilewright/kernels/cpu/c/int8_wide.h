@@ -55,12 +55,7 @@ static void add_segment(int rows, const uint8_t *x, int64_t x_stride, const segm
     switch (rows) {
 #define CASE(count)                                                                                                    \
     case count: add_segment_rows(count, x, x_stride, wide, steps, fresh, sums); return;
-        CASE(1)
-        CASE(2)
-        CASE(3)
-        CASE(4)
-        CASE(5)
-        CASE(6)
+        UP_TO_6(CASE)
 #undef CASE
     }
 }

@@ -20,6 +20,8 @@ typedef uint16_t float16; /* never read: the entry points refuse the format */
 /* A symbol of this build: name_<instruction set>. */
 #define ISA_NAME(name) JOIN(name, TILEWRIGHT_ISA)
 #define EXPORT __attribute__((visibility("default")))
+/* For switches over the rows of a tile, whose loops unroll when the number is known. */
+#define UP_TO_6(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 
 static inline float from_bits(uint32_t bits) {
     float value;

@@ -125,6 +125,15 @@ static inline vector dot4(vector sum, activations x, weights w) {
 
 #endif
 
+/* CASE(rows) for each number of rows that a tile takes. */
+#if defined(__AVX512VNNI__)
+#define UP_TO_TILE_ROWS UP_TO_6
+#elif defined(__AVX2__)
+#define UP_TO_TILE_ROWS(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
+#else
+#define UP_TO_TILE_ROWS(CASE) CASE(1) CASE(2)
+#endif
+
 /* Output channels that one tile computes: weights are packed in panels of so many. */
 enum { PANEL = LANES * TILE_VECTORS };
 

@@ -113,12 +113,7 @@ static void multiply_panel(int rows, int format, const float *x, int64_t stride,
 #define CASE(count)                                                                                                    \
     case count: multiply_rows(count, FLOAT32, x, stride, values, masks, k, sums); return;                              \
     case count + ROWS: multiply_rows(count, BFLOAT16, x, stride, values, masks, k, sums); return;
-        CASE(1)
-        CASE(2)
-        CASE(3)
-        CASE(4)
-        CASE(5)
-        CASE(6)
+        UP_TO_6(CASE)
 #undef CASE
     }
 }

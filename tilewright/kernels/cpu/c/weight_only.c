@@ -229,8 +229,8 @@ EXPORT int64_t ISA_NAME(tw_weight_only_row_bytes)(int compute, int64_t m, int64_
    that this build cannot read. */
 EXPORT int ISA_NAME(tw_weight_only_linear)(int bits, const uint8_t *packed, const float *scale, const uint8_t *zero,
                                            int64_t n, int64_t k, int64_t group, const float *bias, const void *x,
-                                           int dtype, int compute, int64_t m, int64_t x_stride, const void *residual,
-                                           int activation, void *y, void *rows, float *row_sums, int64_t block,
+                                           int dtype, int64_t m, int64_t x_stride, const void *residual, int activation,
+                                           void *y, int compute, void *rows, float *row_sums, int64_t block,
                                            int threads) {
     if ((dtype == FLOAT16 || compute == FLOAT16) && !HAS_FLOAT16) return 1;
     int64_t words = divide_up(k, 8), group_words = group < k ? group / 8 : words;

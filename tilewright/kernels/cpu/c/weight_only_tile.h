@@ -107,16 +107,7 @@ INLINE int NAME(tile)(int bits, int64_t count, const NAME(job) *job, int height,
     switch (count < TILE_ROWS ? count : TILE_ROWS) {
 #define CASE(rows)                                                                                                     \
     case rows: NAME(multiply)(bits, rows, TILE_VECTORS, job, height, row, panel, 0, sums); return rows;
-        CASE(1)
-        CASE(2)
-#if defined(__AVX2__)
-        CASE(3)
-        CASE(4)
-#endif
-#if defined(__AVX512VNNI__)
-        CASE(5)
-        CASE(6)
-#endif
+        UP_TO_TILE_ROWS(CASE)
 #undef CASE
     }
     return 0;

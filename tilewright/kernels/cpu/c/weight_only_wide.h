@@ -61,12 +61,7 @@ static void add_segment(int rows, const float *x, int height, const segment *wid
     switch (rows) {
 #define CASE(count)                                                                                                    \
     case count: add_segment_rows(count, x, height, wide, words, scale, sums, next); return;
-        CASE(1)
-        CASE(2)
-        CASE(3)
-        CASE(4)
-        CASE(5)
-        CASE(6)
+        UP_TO_6(CASE)
 #undef CASE
     }
 }
