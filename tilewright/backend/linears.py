@@ -54,10 +54,10 @@ def rewrite(captured: Captured, recipe: Recipe | None, heads: bool) -> None:
         if not calls(node, F.linear, torch.addmm):
             continue
         call = _Call(node)
-        weight = captured.weight(call.weight)
-        if weight is None or not call.plain:
+        weight, bias = captured.weight(call.weight), captured.value(call.bias)
+        if weight is None or weight.dim() != 2 or not call.plain:
             continue
-        if weight.dim() != 2 or (call.bias is not None and _dims(captured, call.bias) != 1):
+        if call.bias is not None and not (isinstance(bias, torch.Tensor) and bias.dim() == 1):
             continue
         name = captured.layer_of(call.weight)
         if recipe is None:
@@ -69,11 +69,6 @@ def rewrite(captured: Captured, recipe: Recipe | None, heads: bool) -> None:
                 continue
             made[call.weight] = built
         _replace(captured, call, *made[call.weight])
-
-
-def _dims(captured: Captured, node: Any) -> int | None:
-    value = captured.value(node)
-    return value.dim() if isinstance(value, torch.Tensor) else None
 
 
 def _build(

@@ -89,10 +89,10 @@ def decide(
     explicit = names_explicitly(rule.pattern)
     if reason := rule.scheme.why_not(module):
         return reason
-    if other := next(
-        (tied[id(parameter)] for parameter in module._parameters.values() if _is_tied(parameter, tied)), None
-    ):
-        return f"its weight is tied to {other}"
+    # A shared bias is no obstacle: it stays what it is. Only matrices are replaced.
+    matrices = [each for each in module._parameters.values() if each is not None and each.dim() > 1]
+    if others := [tied[id(matrix)] for matrix in matrices if id(matrix) in tied]:
+        return f"its weight is tied to {others[0]}"
     if rule.scheme.lossless:
         return Planned(rule.scheme, explicit)
     if any(part.startswith("lora_") for part in names[0].split(".")) and not explicit:
@@ -100,11 +100,6 @@ def decide(
     if head is not None and not explicit:
         return f"output head ({head}); heads=True or a rule with its name converts it"
     return Planned(rule.scheme, explicit)
-
-
-def _is_tied(parameter: nn.Parameter | None, tied: dict[int, str]) -> bool:
-    """A shared bias is no obstacle: it stays what it is. Only matrices are replaced."""
-    return parameter is not None and parameter.dim() > 1 and id(parameter) in tied
 
 
 def _rule_for(module: nn.Module, names: list[str], recipe: Recipe) -> Rule | str:

@@ -17,22 +17,8 @@ from typing import Any, Union
 
 from torch import nn
 
-from tilewright.convert.schemes import (
-    Fuse,
-    Int4WeightOnly,
-    Int8ActInt4Weight,
-    Int8Dynamic,
-    Int8Static,
-    Int8StaticInputs,
-    Int8WeightOnly,
-    Scheme,
-    Sparse24,
-    Sparse24Conv,
-    Sparse24Int4,
-    Sparse24Int8,
-    registered_schemes,
-    scheme_from_json,
-)
+from tilewright.convert import schemes
+from tilewright.convert.schemes import Scheme, registered_schemes, scheme_from_json
 from tilewright.convert.text import closest
 
 Pattern = str | type[nn.Module]
@@ -45,20 +31,20 @@ FORMAT_VERSION = 1
 #: int4 weights get zero points where that costs no time: on a sentence encoder they lower the error as much as a group
 #: half the size does. Multiplied with int8 activations they cost a GPU time, so there they are symmetric.
 _TABLE: tuple[tuple[Any, ...], ...] = (
-    ("w8a8", "int8", Int8Dynamic(), Int8Static()),
-    ("w8a8-static", "int8-static", Int8Static(), Int8StaticInputs()),
-    ("w8a16", "int8-weight-only", Int8WeightOnly()),
-    ("w4a16", "int4", Int4WeightOnly()),
-    ("w4a16-g64", "int4-g64", Int4WeightOnly(group_size=64)),
-    ("w4a16-g32", "int4-g32", Int4WeightOnly(group_size=32)),
-    ("w4a16-symmetric", "int4-symmetric", Int4WeightOnly(symmetric=True)),
-    ("w4a8", "int8-int4", Int8ActInt4Weight()),
-    ("w4a8-g32", "int8-int4-g32", Int8ActInt4Weight(group_size=32)),
-    ("sparse24-w16a16", "sparse24", Sparse24(), Sparse24Conv()),
-    ("sparse24-w8a8", "sparse24-int8", Sparse24Int8()),
-    ("sparse24-w4a16", "sparse24-int4", Sparse24Int4()),
-    ("sparse24-conv", "", Sparse24Conv(pruning="magnitude")),
-    ("fuse", "", Fuse()),
+    ("w8a8", "int8", schemes.Int8Dynamic(), schemes.Int8Static()),
+    ("w8a8-static", "int8-static", schemes.Int8Static(), schemes.Int8StaticInputs()),
+    ("w8a16", "int8-weight-only", schemes.Int8WeightOnly()),
+    ("w4a16", "int4", schemes.Int4WeightOnly()),
+    ("w4a16-g64", "int4-g64", schemes.Int4WeightOnly(group_size=64)),
+    ("w4a16-g32", "int4-g32", schemes.Int4WeightOnly(group_size=32)),
+    ("w4a16-symmetric", "int4-symmetric", schemes.Int4WeightOnly(symmetric=True)),
+    ("w4a8", "int8-int4", schemes.Int8ActInt4Weight()),
+    ("w4a8-g32", "int8-int4-g32", schemes.Int8ActInt4Weight(group_size=32)),
+    ("sparse24-w16a16", "sparse24", schemes.Sparse24(), schemes.Sparse24Conv()),
+    ("sparse24-w8a8", "sparse24-int8", schemes.Sparse24Int8()),
+    ("sparse24-w4a16", "sparse24-int4", schemes.Sparse24Int4()),
+    ("sparse24-conv", "", schemes.Sparse24Conv(pruning="magnitude")),
+    ("fuse", "", schemes.Fuse()),
 )
 ALIASES: dict[str, str] = {alias: name for name, alias, *_ in _TABLE if alias}
 PRESETS: dict[str, Scheme] = {name: scheme for name, _, scheme, *_ in _TABLE}
@@ -151,7 +137,8 @@ class Recipe:
     rules: ``Rule``s or pairs (pattern, scheme, name of a preset or None). exclude: patterns. Raises ValueError for a
     pattern that is broken or a preset that is unknown, TypeError for anything that is neither.
 
-    >>> recipe = Recipe([("*.attn.*", "int8"), ("*.mlp.*", Int4WeightOnly(group_size=32))], exclude=["layers.0.*"])
+    >>> import tilewright as tw
+    >>> recipe = Recipe([("*.attn.*", "int8"), ("*.mlp.*", tw.Int4WeightOnly(group_size=32))], exclude="layers.0.*")
     >>> Recipe.from_json(recipe.to_json()) == recipe
     True
     """

@@ -7,6 +7,7 @@ tensor between layers. Convolutions outside of any region are watched by a hook.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -70,17 +71,10 @@ class Calibration:
 
     @contextlib.contextmanager
     def _interpreted(self, watch: Watch) -> Iterator[None]:
-        programs: list[Program] = []
-        for region, _ in self.regions:
-            program = vars(region.module).get("forward")
-            if not isinstance(program, Program):
-                continue
-
-            def run(_: Program, given: tuple[Any, ...], region: Region = region) -> Any:
-                return region.interpret(watch, given)
-
-            program.observer = run
-            programs.append(program)
+        forwards = [(region, vars(region.module).get("forward")) for region, _ in self.regions]
+        programs = {program: region for region, program in forwards if isinstance(program, Program)}
+        for program, region in programs.items():
+            program.observer = functools.partial(region.interpret, watch)
         try:
             yield
         finally:
@@ -153,18 +147,14 @@ class Calibration:
         measure: Callable[[str, tuple[Any, ...], torch.Tensor], None],
     ) -> None:
         """Run the float model and call ``measure`` for each call of a layer: its name, arguments and result."""
-        sites = {
-            site.call: join(region.name, site.name)
-            for region, each in self.regions
-            for site in each
-            if join(region.name, site.name) in candidates
-        }
+        named = [(site.call, join(region.name, site.name)) for region, sites in self.regions for site in sites]
+        layers = {call: name for call, name in named if name in candidates}
         values: dict[fx.Node, Any] = {}
 
         def watch(node: fx.Node, value: Any) -> None:
             values[node] = value
-            if node in sites:
-                measure(sites[node], fx.map_arg(node.args[1:], values.__getitem__), value)
+            if node in layers:
+                measure(layers[node], fx.map_arg(node.args[1:], values.__getitem__), value)
 
         with self._interpreted(watch):
             for sample in samples:

@@ -50,7 +50,7 @@ class Program(ReplacedForward):
         #: Whether a compiled graph calls it as one operator.
         self.whole = whole.runs_whole(region.graph, modules)
         self.flat_source, _ = source_of(flat)
-        #: Runs instead of the program while activations are observed: (program, inputs) -> outputs.
+        #: Runs instead of the program while activations are observed: inputs -> outputs.
         self.observer: Callable[..., Any] | None = None
         self._make()
 
@@ -100,7 +100,7 @@ class Program(ReplacedForward):
             return self._function(owner, *given)
         try:
             if self.observer is not None:
-                return self.observer(self, given)
+                return self.observer(given)
             if not self._is_current():
                 return type(owner).forward(owner, *args, **kwargs)
             # A recording misses hooks on what it calls.

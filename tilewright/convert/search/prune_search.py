@@ -105,18 +105,10 @@ def search_pruning(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if with_first(middle) <= budget else (low, middle - 1)
     rules = [Rule(name, scheme) for name in order[:low]]
-    return PruneSearch(
-        Recipe([*rules, Rule("*", None)]) if rules else None,
-        measured[low],
-        budget,
-        measured[len(order)],
-        tuple(
-            SearchedLayer(
-                name, errors[name], i < low, record.layers[name].bytes_before - record.layers[name].bytes_after
-            )
-            for i, name in enumerate(order)
-        ),
-    )
+    recipe = Recipe([*rules, Rule("*", None)]) if rules else None
+    saved = {name: layer.bytes_before - layer.bytes_after for name, layer in record.layers.items()}
+    searched = [SearchedLayer(name, errors[name], i < low, saved[name]) for i, name in enumerate(order)]
+    return PruneSearch(recipe, measured[low], budget, measured[len(order)], tuple(searched))
 
 
 def _mixed(model: nn.Module, converted: nn.Module, names: list[str]) -> nn.Module:
