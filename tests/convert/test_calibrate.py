@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from tilewright.convert import calibrate, convert_model, report
-from tilewright.convert.calibrate import RowSample, relative_error, search_smoothing, smoothing_scale
+from tilewright.convert.calibrate import RowSample, relative_error, search_smoothing
+from tilewright.convert.calibrate.smoothing import smoothing_scale
 from tilewright.convert.schemes import Int8Dynamic
 from tilewright.nn import Int8Linear
 

@@ -35,7 +35,7 @@ class _Norm:
 def rewrite(captured: Captured) -> None:
     """Fuse every norm that can be."""
     for node in list(captured.graph.nodes):
-        norm = _layer_norm(captured, node) or _rms_norm(captured, node) or _written_out(captured, node)
+        norm = _called(captured, node) or _written_out(captured, node)
         if norm is None:
             continue
         readers = list(norm.result.users)
@@ -118,34 +118,21 @@ def _scaled(
 
 
 # ---- what a norm looks like
-def _one_dimension(captured: Captured, x: Any, shape: Any) -> bool:
+def _called(captured: Captured, node: fx.Node) -> _Norm | None:
+    """A call of layer norm or RMS norm over the last dimension."""
+    if not calls(node, F.layer_norm, F.rms_norm, torch.rms_norm):
+        return None
+    x, shape, weight = (argument(node, i, name) for i, name in enumerate(("input", "normalized_shape", "weight")))
     value = captured.value(x)
-    return isinstance(value, torch.Tensor) and tuple(shape) == tuple(value.shape[-1:])
-
-
-def _layer_norm(captured: Captured, node: fx.Node) -> _Norm | None:
-    if not calls(node, F.layer_norm):
+    if not isinstance(x, fx.Node) or not isinstance(value, torch.Tensor) or tuple(shape) != tuple(value.shape[-1:]):
         return None
-    x, shape, weight, bias = (argument(node, i, n) for i, n in enumerate(("input", "normalized_shape", *_AFFINE)))
-    eps = captured.number(argument(node, 4, "eps", 1e-5))
-    if eps is None or not isinstance(x, fx.Node) or not _one_dimension(captured, x, shape):
-        return None
-    return _Norm("layer_norm_quantize", x, weight, bias, eps, node)
-
-
-def _rms_norm(captured: Captured, node: fx.Node) -> _Norm | None:
-    if not calls(node, F.rms_norm, torch.rms_norm):
-        return None
-    x, shape, weight = (argument(node, i, n) for i, n in enumerate(("input", "normalized_shape", "weight")))
-    eps = argument(node, 3, "eps")
-    value = captured.value(x)
-    if not isinstance(x, fx.Node) or not _one_dimension(captured, x, shape):
-        return None
-    number = torch.finfo(value.dtype).eps if eps is None else captured.number(eps)
-    return None if number is None else _Norm("rms_norm_quantize", x, weight, None, number, node)
-
-
-_AFFINE = ("weight", "bias")
+    if node.target is F.layer_norm:
+        op, bias, eps = "layer_norm_quantize", argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5)
+    else:
+        op, bias, eps = "rms_norm_quantize", None, argument(node, 3, "eps")
+        eps = torch.finfo(value.dtype).eps if eps is None else eps
+    number = captured.number(eps)
+    return None if number is None else _Norm(op, x, weight, bias, number, node)
 
 
 def _written_out(captured: Captured, node: fx.Node) -> _Norm | None:

@@ -12,4 +12,4 @@ from tilewright.convert.calibrate.rows import (
     sampling,
 )
 from tilewright.convert.calibrate.running import call, evaluation, first_input, first_of, listening, run
-from tilewright.convert.calibrate.smoothing import search_smoothing, smoothing_scale
+from tilewright.convert.calibrate.smoothing import search_smoothing

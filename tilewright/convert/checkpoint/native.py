@@ -282,15 +282,11 @@ def _check_names(places: dict[str, Slot], manifest: Manifest, path: Path, model:
         raise CheckpointError(f"{path}: does not fit {model}: of its tensors the checkpoint {'; it '.join(problems)}")
     for name, slot in places.items():
         stored, there = manifest.tensors[manifest.tied.get(name, name)], slot.tensor
-        fixed = _is_fixed(slot)
-        same_dtype = stored.dtype == there.dtype
-        # A float tensor may come back in another float dtype than the factory gives it: that of the model that was
-        # saved.
-        fits = same_dtype or (not fixed and stored.dtype.is_floating_point and there.dtype.is_floating_point)
+        # A float tensor may have another float dtype than the factory gives it: that of the model that was saved.
+        floats = stored.dtype.is_floating_point and there.dtype.is_floating_point
+        fits = stored.dtype == there.dtype or (floats and not _is_fixed(slot))
         if stored.shape != tuple(there.shape) or not fits:
-            held, needed = (
-                f"{dtype} {list(shape)}" for dtype, shape in ((stored.dtype, stored.shape), (there.dtype, there.shape))
-            )
+            held, needed = (f"{each.dtype} {list(each.shape)}" for each in (stored, there))
             raise CheckpointError(f"{path}: tensor {name!r} is {held}, {model} needs {needed}")
 
 
