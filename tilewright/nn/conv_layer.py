@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +11,8 @@ from torch import nn
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.convolution import convolution_problem
-from tilewright.kernels.dispatch.packed import invalidate
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.nn.kinds import register
+from tilewright.nn.kinds import DropIn
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
 
 #: Padding modes by name. "dynamic_same" is TensorFlow's "SAME": the output has ceil(size / stride) pixels, and what
@@ -39,7 +38,7 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[in
     return total // 2, total - total // 2
 
 
-class ConvLayer(nn.Module):
+class ConvLayer(DropIn):
     """Base of the drop-in replacements of ``nn.Conv2d`` and ``nn.Conv1d``: y = activation(conv(x) + b + residual).
 
     The weight is OHWI, [out_channels, kh, kw, in_channels / groups]; a 1-D convolution is a 2-D one of height 1. The
@@ -48,14 +47,8 @@ class ConvLayer(nn.Module):
     input (contiguous or channels-last), as PyTorch's are. Arguments are those of ``nn.Conv2d`` and what is fused in.
     """
 
-    scheme_name: ClassVar[str]
-    op_name: ClassVar[str]
     _accepts_int8: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
-        if hasattr(cls, "op_name"):
-            register(cls)
+    _loads_exactly = True
 
     weight: torch.Tensor
     bias: nn.Parameter | None
@@ -102,7 +95,7 @@ class ConvLayer(nn.Module):
         self._window = (*lead, *self.kernel_size)
         self._stride, self._dilation = (*lead, *self.stride), (*lead, *self.dilation)
         self._padding = self._fixed_padding()
-        self._plain = dims == 2
+        self._dims, self._plain = dims, dims == 2
         if bias:
             self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=torch.float32))
         else:
@@ -130,10 +123,6 @@ class ConvLayer(nn.Module):
     # ---- what subclasses provide
     def _convolve(self, x: torch.Tensor, residual: torch.Tensor | None, end: Epilogue) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__}._convolve")
-
-    def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
-        """Why ``value``, of the right shape and dtype, cannot be the buffer called ``name``, or None."""
-        return None
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
@@ -278,13 +267,6 @@ class ConvLayer(nn.Module):
         return displayed if self.activation == "none" else f"{displayed}, activation={self.activation}"
 
     # ---- internal
-    @property
-    def _dims(self) -> int:
-        return len(self.kernel_size)
-
-    def _label(self) -> str:
-        return f"{type(self).__name__} {self.layer_name!r}" if self.layer_name else type(self).__name__
-
     def _as_images(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` with the dimensions that a 2-D convolution of a batch has."""
         x = x if x.dim() == self._dims + 2 else x.unsqueeze(0)
@@ -311,34 +293,7 @@ class ConvLayer(nn.Module):
         return True
 
     def _kept_in_dtype(self) -> dict[str, torch.Tensor]:
-        """Tensors that keep their dtype under ``.to(dtype)``."""
-        return {**dict(self.named_buffers(recurse=False)), **({} if self.bias is None else {"bias": self.bias})}
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ConvLayer:
-        device = self.device
-        before = {name: tensor.detach() for name, tensor in self._kept_in_dtype().items()}
-        super()._apply(fn, recurse)
-        for name, after in self._kept_in_dtype().items():
-            if after.dtype != before[name].dtype:
-                after.data = before[name].to(after.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
-        return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        error_msgs: list[str] = rest[-1]
-        for name, own in self._kept_in_dtype().items():
-            given = state_dict.get(prefix + name)
-            if given is not None and given.dtype != own.dtype:
-                # copy_ would truncate a float weight to integers, or assign=True take a bias in another dtype.
-                error_msgs.append(
-                    f"{prefix}{name} must be {own.dtype}, not {given.dtype}: "
-                    f"this state dict is not of a {type(self).__name__}"
-                )
-                return
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
-            if tensor.is_inference():
-                invalidate(tensor)
+        return {**super()._kept_in_dtype(), **({} if self.bias is None else {"bias": self.bias})}
 
 
 def check_conv(conv: nn.Module) -> None:

@@ -1,8 +1,16 @@
-"""The classes of drop-in modules by name, as checkpoints name them: each that says which operator it calls."""
+"""Drop-in modules: their classes by name, as checkpoints name them, and how all of them are cast and loaded."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from tilewright.kernels.dispatch.packed import invalidate
+
+Module = TypeVar("Module", bound="DropIn")
 
 _KINDS: dict[str, type[Any]] = {}
 
@@ -17,3 +25,64 @@ def register(kind: type[Any]) -> None:
 def registered_kinds() -> dict[str, type[Any]]:
     """All classes by name, in the order of the names."""
     return dict(sorted(_KINDS.items()))
+
+
+class DropIn(nn.Module):
+    """A module in the place of another of PyTorch's. A class that says which operator it calls may be in checkpoints.
+
+    ``dtype`` is that of the module it stands for and follows ``.to(dtype)``; buffers keep theirs.
+    """
+
+    scheme_name: ClassVar[str]
+    op_name: ClassVar[str]
+    #: Whether a state dict must have the very dtype of what is kept in one, also where floats could be cast.
+    _loads_exactly: ClassVar[bool] = False
+
+    layer_name: str
+    dtype: torch.dtype
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if hasattr(cls, "op_name"):
+            register(cls)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        raise NotImplementedError(f"{type(self).__name__}.device")
+
+    def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
+        """Why ``value``, of the right shape and dtype, cannot be the buffer called ``name``, or None."""
+        return None
+
+    def _label(self) -> str:
+        return f"{type(self).__name__} {self.layer_name!r}" if self.layer_name else type(self).__name__
+
+    def _kept_in_dtype(self) -> dict[str, torch.Tensor]:
+        return dict(self.named_buffers(recurse=False))
+
+    def _apply(self: Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Module:
+        device = self.device
+        before = {name: tensor.detach() for name, tensor in self._kept_in_dtype().items()}
+        super()._apply(fn, recurse)
+        for name, after in self._kept_in_dtype().items():
+            if after.dtype != before[name].dtype:
+                after.data = before[name].to(after.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        error_msgs: list[str] = rest[-1]
+        for name, own in self._kept_in_dtype().items():
+            given, narrow = state_dict.get(prefix + name), own.dtype.itemsize == 1 or not own.is_floating_point()
+            if given is not None and given.dtype != own.dtype and (narrow or self._loads_exactly):
+                # copy_ would truncate a float weight to integers, or assign=True take a bias in another dtype.
+                error_msgs.append(
+                    f"{prefix}{name} must be {own.dtype}, not {given.dtype}: "
+                    f"this state dict is not of a {type(self).__name__}"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
+            if tensor.is_inference():
+                invalidate(tensor)

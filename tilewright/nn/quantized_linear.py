@@ -14,11 +14,10 @@ from tilewright.kernels.activation import check_activation
 from tilewright.kernels.checks import check_vector
 from tilewright.kernels.dispatch.layers import invalidate as invalidate_calls
 from tilewright.kernels.dispatch.layers import prepared_call
-from tilewright.kernels.dispatch.packed import invalidate
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.formats.int8 import check_weight
 from tilewright.kernels.formats.weight import Spec, WeightFormat
-from tilewright.nn.kinds import register
+from tilewright.nn.kinds import DropIn
 
 Layer = TypeVar("Layer", bound="QuantizedLinear")
 
@@ -47,7 +46,7 @@ def resolve_compute_dtype(compute_dtype: torch.dtype | str | None, weight_dtype:
     return parse_dtype(compute_dtype)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(DropIn):
     """Base of the drop-in replacements of ``nn.Linear``: y = activation(x W^T + b) + residual with a quantised W.
 
     The weight and its scales are buffers in the canonical format, the bias is a parameter. Scales keep their dtype
@@ -65,8 +64,6 @@ class QuantizedLinear(nn.Module):
     ``from_float`` makes of "auto" bfloat16 for a float32 layer, else None.
     """
 
-    scheme_name: ClassVar[str]
-    op_name: ClassVar[str]
     #: How the weight is stored, but for the options of a layer.
     base_format: ClassVar[WeightFormat | None] = None
     #: Options of the constructor beyond those of every layer, and their defaults, in the order of ``config``.
@@ -91,8 +88,6 @@ class QuantizedLinear(nn.Module):
         if cls.base_format is not None:
             cls._weight_names = cls.base_format.names
             cls._operands = (*cls._weight_names, *(["channel_scale"] if "channel_scale" in cls.options else []))
-        if hasattr(cls, "op_name"):
-            register(cls)
         if "op_name" not in vars(cls):
             return
         declared = getattr(torch.ops.tilewright, cls.op_name).default._schema.arguments[1:]
@@ -178,11 +173,6 @@ class QuantizedLinear(nn.Module):
             setattr(module, name, operand)
         module.bias = linear.bias
         return module.train(linear.training)
-
-    # ---- what subclasses provide
-    def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
-        """Why ``value``, of the right shape and dtype, cannot be the buffer called ``name``, or None."""
-        return None
 
     # ---- public
     @property
@@ -282,9 +272,6 @@ class QuantizedLinear(nn.Module):
         return y
 
     # ---- internal
-    def _label(self) -> str:
-        return f"{type(self).__name__} {self.layer_name!r}" if self.layer_name else type(self).__name__
-
     def _check_input(self, x: torch.Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(f"{self._label()} takes float input, not {x.dtype}")
@@ -305,41 +292,9 @@ class QuantizedLinear(nn.Module):
         return {name: getattr(self, name) for name in (*self._placed, *self._named) if name != "residual"}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self.get_buffer(name)
-            if after.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
         invalidate_calls(self)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        for name, own in self.named_buffers(recurse=False):
-            given, narrow = state_dict.get(prefix + name), own.dtype.itemsize == 1 or not own.is_floating_point()
-            if given is not None and narrow and given.dtype != own.dtype:
-                # copy_ would truncate a float weight to integers without a word.
-                error_msgs.append(
-                    f"{prefix}{name} must be {own.dtype}, not {given.dtype}: "
-                    f"this state dict is not of a {type(self).__name__}"
-                )
-                return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        for buffer in self.buffers(recurse=False):
-            if buffer.is_inference():
-                invalidate(buffer)
 
 
 def check_linear(linear: nn.Module) -> None:

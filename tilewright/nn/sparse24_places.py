@@ -33,20 +33,10 @@ class Sparse24Places(nn.Module):
             return None
         return sparse24.why_bad_meta(value, self._columns())
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        error_msgs: list[str] = rest[-1]
         meta = state_dict.get(prefix + "weight_meta")
         if meta is not None and meta.dtype == torch.uint8 and (reason := self.why_bad_buffer("weight_meta", meta)):
             error_msgs.append(f"{prefix}weight_meta is no 2:4 pattern: {reason}")
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)

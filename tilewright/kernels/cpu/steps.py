@@ -212,10 +212,10 @@ WINOGRAD_CHANNELS = range(32, 1025)
 
 
 def prefers_winograd(x_shape: Sequence[int], weight: torch.Tensor, window: Window) -> bool:
-    """Whether tiles of 2 x 2 results are faster than windows: float32, 3 x 3, stride 1, few half-empty tiles."""
+    """Whether tiles of 2 x 2 results are faster than windows of float32: 3 x 3, stride 1, few half-empty tiles."""
     stride, padding, dilation, groups = window
     out_channels, kernel_height, kernel_width, channels = weight.shape
-    if (kernel_height, kernel_width, groups) != (3, 3, 1) or weight.dtype != torch.float32:
+    if (kernel_height, kernel_width, groups) != (3, 3, 1):
         return False
     if tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or not weight.is_contiguous():
         return False
@@ -237,7 +237,7 @@ def packed_weight(
     """The weight in the order of the fastest kernel for a convolution of that window, made once for as long as
     ``weight`` lives unchanged.
     """
-    if window and prefers_winograd(x_shape, weight, window):
+    if window and weight.dtype == torch.float32 and prefers_winograd(x_shape, weight, window):
         return packed(weight, f"c-winograd-{lanes()}", lambda: pack_winograd(weight))
     return packed(weight, f"c-conv-{groups}-{lanes()}", lambda: pack_weight(weight, groups))
 
