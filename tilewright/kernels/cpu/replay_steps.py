@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -163,39 +163,31 @@ def _quantized_mean(
 def _add(plan: Lowering, a: Any, b: Any, alpha: float = 1, *, result: torch.Tensor) -> list[Description]:
     if not isinstance(b, torch.Tensor) or a.shape != b.shape or alpha != 1 or a.dtype != b.dtype:
         raise NotNative
-    return _combine(plan, conv_steps.ADD, a, 1.0, b, 1.0, result, 1.0)
+    return _combine(plan, conv_steps.ADD, a, b, result)
 
 
 def _combine(
     plan: Lowering,
     kind: int,
     a: torch.Tensor,
-    a_scale: float,
     b: torch.Tensor,
-    b_scale: float,
     result: torch.Tensor,
-    out_scale: float,
+    scales: Sequence[float] = (1, 1, 1),
 ) -> list[Description]:
+    """scales: of a, of b, of the result."""
     d = describe(kind, plan.image(a), plan.image(result))
-    set_residual(d, plan.image(b), b_scale)
-    d.x_scale, d.y_scale = a_scale, out_scale
+    set_residual(d, plan.image(b), scales[1])
+    d.x_scale, d.y_scale = scales[0], scales[2]
     plan.clear_signs([result])
     return [d]
 
 
 def _quantized_add(
-    plan: Lowering,
-    a: torch.Tensor,
-    a_scale: float,
-    b: torch.Tensor,
-    b_scale: float,
-    out_scale: float,
-    *,
-    result: torch.Tensor,
+    plan: Lowering, a: Any, a_scale: float, b: Any, b_scale: float, out_scale: float, *, result: torch.Tensor
 ) -> list[Description]:
     if a.shape != b.shape:
         raise NotNative
-    return _combine(plan, conv_steps.ADD, a, a_scale, b, b_scale, result, out_scale)
+    return _combine(plan, conv_steps.ADD, a, b, result, (a_scale, b_scale, out_scale))
 
 
 def _multiply(plan: Lowering, a: Any, b: Any, *, result: torch.Tensor) -> list[Description]:
@@ -205,7 +197,7 @@ def _multiply(plan: Lowering, a: Any, b: Any, *, result: torch.Tensor) -> list[D
         a, b = b, a
     if b.dtype != torch.float32 or b.shape != (*a.shape[:2], 1, 1) or a.dim() != 4:
         raise NotNative
-    return _combine(plan, conv_steps.MULTIPLY, a, 1.0, b, 1.0, result, 1.0)
+    return _combine(plan, conv_steps.MULTIPLY, a, b, result)
 
 
 def _dequantize(
