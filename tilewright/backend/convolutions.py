@@ -20,7 +20,8 @@ from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
 from tilewright.convert.schemes.convolution import Fuse
 from tilewright.kernels.conv_geometry import ConvGeometry
-from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.convolution import convolution_problem
+from tilewright.kernels.dispatch.problem import device_facts
 from tilewright.kernels.dispatch.router import route
 from tilewright.nn.conv_layer import folded, same_padding
 
@@ -106,17 +107,7 @@ class _Convolution:
         batch, channels, height, width = (size if isinstance(size, int) else 64 for size in x.shape)
         kernel = (weight.shape[2], weight.shape[3])
         geometry = ConvGeometry(batch, channels, height, width, weight.shape[0], kernel, *self._window(weight))
-        problem = Problem(
-            "conv2d_fused",
-            m=geometry.batch * geometry.out_height * geometry.out_width,
-            n=geometry.out_channels,
-            k=geometry.taps * geometry.group_channels,
-            x_dtype=x.dtype,
-            conv=geometry,
-            out_dtype=x.dtype,
-            **device_facts(x.device),
-        )
-        decision = route(problem)
+        decision = route(convolution_problem("conv2d_fused", geometry, x.dtype, x.dtype, **device_facts(x.device)))
         return f"no kernel but the definition would serve it: {decision}" if decision.name == "reference" else None
 
     def _pads(self, weight: torch.Tensor) -> tuple[int, int, int, int] | None:

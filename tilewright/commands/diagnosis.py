@@ -19,6 +19,7 @@ from torch import nn
 from tilewright.convert import calibrate, recipes
 from tilewright.convert.layers import as_linear, is_converted, is_linear
 from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.convolution import convolution_problem
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.roofline import Ceilings, ceilings_for, floor, measure_cpu
 from tilewright.nn import ConvLayer, Int4Linear, QuantizedLinear
@@ -171,9 +172,8 @@ def _problem(module: nn.Module, shape: Iterable[int] | None, batch: int, dtype: 
         pads = (top, bottom, left, right)
         window: Any = (module.out_channels, module.kernel_size, module.stride, pads, module.dilation, module.groups)
         sizes = ConvGeometry(images, channels, height, width, *window)
-        m = images * sizes.out_height * sizes.out_width
-        k = sizes.taps * sizes.group_channels
-        return Problem("conv2d", m, module.out_channels, k, dtype or module.weight.dtype, conv=sizes)
+        dtype = dtype or module.weight.dtype
+        return convolution_problem("conv2d", sizes, dtype, dtype)
     linear = as_linear(module)
     m = batch if shape is None else math.prod(tuple(shape)[:-1])
     return Problem("linear", m, linear.out_features, linear.in_features, dtype or linear.weight.dtype)

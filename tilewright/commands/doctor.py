@@ -33,8 +33,8 @@ from tilewright.commands.model_files import DTYPES, example_input, skeleton
 from tilewright.convert.recipes import formats
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
+from tilewright.kernels.convolution import convolution_problem
 from tilewright.kernels.cpu import build, native
-from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import route
 from tilewright.nn import ConvLayer, QuantizedLinear
 
@@ -138,8 +138,7 @@ def _dispatched() -> Iterator[Finding]:
     sizes = ConvGeometry(1, 64, 56, 56, 64, (3, 3), padding=(1, 1, 1, 1))
     for stem, scheme in formats(ConvLayer).items():
         dtype = torch.float32 if scheme.lossless else torch.int8
-        op = scheme.module.op_name
-        name = route(Problem(op, 3136, 64, 576, dtype, out_dtype=dtype, bias=True, conv=sizes)).name
+        name = route(convolution_problem(scheme.module.op_name, sizes, dtype, dtype, bias=True)).name
         yield Finding(f"{stem} convolutions on this CPU", name, good=name != "reference")
 
 
