@@ -203,9 +203,8 @@ def _div(instruction: Instruction, machine: Machine) -> Run:
     kind = instruction.kind
     if kind in FLOATS:
         allow(instruction, *ROUNDINGS, "ftz", "approx", "full")
-        if _directed(
-            instruction
-        ):  # a quotient of float32 that is no float32 is far from one, so float64 tells the side
+        # A quotient of float32 that is no float32 is far from one, so float64 tells the side.
+        if _directed(instruction):
             return numeric(instruction, machine, lambda a, b: a.astype(np.float64) / b, kind)
         return numeric(instruction, machine, np.divide, kind)
     allow(instruction)

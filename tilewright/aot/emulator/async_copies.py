@@ -119,11 +119,11 @@ def build_async_copy(instruction: Instruction, machine: Machine) -> Run:
         taken = None if required is None else active(required, mask)
         if taken is None or (taken == size).all():
             data = machine.memory.load(source, size, machine.cta_numbers(mask))
-            reads.count_global(machine, source, size, mask)
+            reads.count(machine, source, size, mask)
         else:  # the rest of a short copy is filled with zeros
             data = short_copy(source, taken, mask)
         machine.copies.issue(to, data, mask)
-        writes.count_shared(machine, to, size, mask)
+        writes.count(machine, to, size, mask)
 
     def short_copy(source: Array, taken: Array, mask: Mask) -> Array:
         data = np.zeros((len(source), size), np.uint8)
@@ -141,7 +141,7 @@ def build_async_copy(instruction: Instruction, machine: Machine) -> Run:
                 data[lanes, piece : piece + step] = machine.memory.load(source[lanes] + U64(piece), step, owners)
             chosen = np.zeros(machine.lanes, bool)
             chosen[threads[lanes]] = True
-            reads.count_global(machine, source[lanes], amount, chosen)
+            reads.count(machine, source[lanes], amount, chosen)
         machine.effective = mask
         return data
 

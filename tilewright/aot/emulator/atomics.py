@@ -12,8 +12,8 @@ import numpy as np
 from tilewright.aot.emulator.addresses import HINTS, active, address_of, space_of
 from tilewright.aot.emulator.errors import Unsupported
 from tilewright.aot.emulator.numerics import U64, WORD, Array, bits_of, decode, encode
-from tilewright.aot.emulator.program import SINK, Instruction
-from tilewright.aot.emulator.registry import Function, Mask, Run, builds, elements, one_of
+from tilewright.aot.emulator.program import Instruction
+from tilewright.aot.emulator.registry import Function, Mask, Run, builds, elements, one_of, slot_of
 
 if TYPE_CHECKING:
     from tilewright.aot.emulator.machine import Machine
@@ -64,7 +64,7 @@ def _atomic(instruction: Instruction, machine: Machine) -> Run:
     taken = 3 if operation == "cas" else 2  # beyond those, a cache policy
     inputs = [[machine.source(item, bits) for item in elements(op)] for op in operands[1:taken]]
     items = elements(instruction.operands[0]) if returns else []
-    outputs = [None if item == SINK else machine.target(item) for item in items]
+    outputs = [slot_of(machine, item) for item in items]
     values, word = machine.values, WORD[bits]
     site = machine.stats.site(instruction, space, "written")
 
@@ -102,12 +102,8 @@ def _atomic(instruction: Instruction, machine: Machine) -> Run:
             lanes = np.flatnonzero(turn == number)
             machine.effective = threads[lanes]
             before[lanes] = access(address[lanes], threads[lanes], [x[lanes] for x in given])
-        if space == "global":
-            site.count_global(machine, address, size, mask)
-        else:
-            site.count_shared(machine, address, size, mask)
+        site.count(machine, address, size, mask)
         for i, slot in enumerate(outputs):
-            if slot is not None:
-                machine.write_lanes(slot, before[:, i], mask)
+            machine.write_lanes(slot, before[:, i], mask)
 
     return run

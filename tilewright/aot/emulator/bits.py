@@ -30,7 +30,6 @@ def _shift(instruction: Instruction, machine: Machine) -> Run:
     kind, left = instruction.kind, instruction.parts[0] == "shl"
     bits = bits_of(kind)
     word, top = WORD[bits], U32(bits - 1)
-    sources = [machine.source(instruction.operands[1], bits), machine.source(instruction.operands[2], 32)]
 
     def function(a: Array, amount: Array) -> Array:
         inside = np.minimum(amount, top)
@@ -40,7 +39,7 @@ def _shift(instruction: Instruction, machine: Machine) -> Run:
         shifted = a << inside.astype(word) if left else a >> inside.astype(word)
         return np.where(amount > top, word(0), shifted)
 
-    return compute(machine, machine.target(instruction.operands[0]), function, sources)
+    return bitwise(instruction, machine, function, bits, 32)
 
 
 @builds("shf")
@@ -109,8 +108,6 @@ def _extract(instruction: Instruction, machine: Machine) -> Run:
     kind = instruction.kind
     bits = bits_of(kind)
     word, signed = WORD[bits], kind[0] == "s"
-    sources = [machine.source(instruction.operands[1], bits)]
-    sources += [machine.source(op, 32) for op in instruction.operands[2:]]
 
     def function(a: Array, position: Array, length: Array) -> Array:
         position, length = (position & U32(255)).astype(np.int64), (length & U32(255)).astype(np.int64)
@@ -124,7 +121,7 @@ def _extract(instruction: Instruction, machine: Machine) -> Run:
             field = np.where(position >= bits, U64(0), field)
         return np.where(length == 0, field.dtype.type(0), field).astype(word)
 
-    return compute(machine, machine.target(instruction.operands[0]), function, sources)
+    return bitwise(instruction, machine, function, bits, 32, 32)
 
 
 @builds("bfi")
@@ -132,8 +129,6 @@ def _insert(instruction: Instruction, machine: Machine) -> Run:
     allow(instruction)
     bits = bits_of(instruction.kind)
     word = WORD[bits]
-    sources = [machine.source(op, bits) for op in instruction.operands[1:3]]
-    sources += [machine.source(op, 32) for op in instruction.operands[3:]]
 
     def function(a: Array, b: Array, position: Array, length: Array) -> Array:
         position, length = (position & U32(255)).astype(U64), (length & U32(255)).astype(U64)
@@ -142,7 +137,7 @@ def _insert(instruction: Instruction, machine: Machine) -> Run:
         field = np.where(position > U64(63), U64(0), ones << at)
         return (b.astype(U64) & ~field | (a.astype(U64) << at) & field).astype(word)
 
-    return compute(machine, machine.target(instruction.operands[0]), function, sources)
+    return bitwise(instruction, machine, function, bits, bits, 32, 32)
 
 
 def _leading_zeros(a: Array, bits: int) -> Array:

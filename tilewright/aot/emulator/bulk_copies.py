@@ -103,18 +103,21 @@ class BulkCopies:
 
     def commit(self, mask: Mask) -> None:
         """Close the current group of stores of the threads in ``mask``."""
-        active = None if mask is None else set(self.machine.threads_of(mask).tolist())
-        for thread, queue in self.stores.items():
-            if active is None or thread in active:
-                queue.closed.append(queue.open)
-                queue.open = []
+        for thread in self._storing(mask):
+            queue = self.stores[thread]
+            queue.closed.append(queue.open)
+            queue.open = []
 
     def wait(self, keep: int, mask: Mask) -> None:
         """All but the ``keep`` latest groups of the threads in ``mask`` have been read from shared memory."""
-        active = None if mask is None else set(self.machine.threads_of(mask).tolist())
-        for thread, queue in self.stores.items():
-            while (active is None or thread in active) and len(queue.closed) > keep:
-                self._check_unchanged(thread, queue.closed.pop(0))
+        for thread in self._storing(mask):
+            closed = self.stores[thread].closed
+            while len(closed) > keep:
+                self._check_unchanged(thread, closed.pop(0))
+
+    def _storing(self, mask: Mask) -> list[int]:
+        """Threads in ``mask`` that have stored."""
+        return [thread for thread in self.stores if mask is None or mask[thread]]
 
     def finish(self) -> None:
         """Check the stores that were never waited for."""

@@ -8,8 +8,8 @@ import numpy as np
 
 from tilewright.aot.emulator.errors import Unsupported
 from tilewright.aot.emulator.numerics import FLOATS, Array, bits_of, decode, flush
-from tilewright.aot.emulator.program import SINK, Instruction
-from tilewright.aot.emulator.registry import Function, Mask, Run, allow, both, builds, compute, one_of
+from tilewright.aot.emulator.program import Instruction
+from tilewright.aot.emulator.registry import Function, Mask, Run, allow, bitwise, both, builds, one_of
 
 if TYPE_CHECKING:
     from tilewright.aot.emulator.machine import Machine
@@ -49,14 +49,13 @@ def _setp(instruction: Instruction, machine: Machine) -> Run:
     name, combination = instruction.parts[1], one_of(instruction, _COMBINE)
     allow(instruction, name, *_COMBINE, "ftz")
     compare = _comparison(name, kind)
-    first, second = both(instruction.operands[0])
+    targets = both(machine, instruction.operands[0])
     a, b = (machine.source(op, bits_of(kind)) for op in instruction.operands[1:3])
     other = machine.predicate(instruction.operands[3]) if combination else None
     packed = kind.endswith("x2")
-    if packed and (second is None or combination):
+    if packed and (targets[1] is None or combination):
         raise Unsupported(instruction.opcode)
     ftz = "ftz" in instruction.parts
-    targets = [None if op is None or op == SINK else machine.target(op) for op in (first, second)]
     values = machine.values
 
     def run(mask: Mask) -> None:
@@ -66,9 +65,8 @@ def _setp(instruction: Instruction, machine: Machine) -> Run:
         answer = compare(left, right)
         answers = answer.reshape(-1, 2).T if packed else (answer, ~answer)
         for target, result in zip(targets, answers, strict=True):
-            if target is not None:
-                result = np.ascontiguousarray(result)
-                machine.write(target, _COMBINE[combination](result, other()) if other else result, mask)
+            result = np.ascontiguousarray(result)
+            machine.write(target, _COMBINE[combination](result, other()) if other else result, mask)
 
     return run
 
@@ -77,11 +75,8 @@ def _setp(instruction: Instruction, machine: Machine) -> Run:
 def _selp(instruction: Instruction, machine: Machine) -> Run:
     allow(instruction)
     bits = bits_of(instruction.kind)
-    sources = [machine.source(op, bits) for op in instruction.operands[1:3]]
-    sources.append(machine.source(instruction.operands[3], "pred"))
-    target = machine.target(instruction.operands[0])
 
     def function(a: Array, b: Array, p: Array) -> Array:
         return np.where(p, a, b)
 
-    return compute(machine, target, function, sources)
+    return bitwise(instruction, machine, function, bits, bits, "pred")

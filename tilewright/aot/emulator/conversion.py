@@ -28,7 +28,7 @@ from tilewright.aot.emulator.numerics import (
     to_whole,
 )
 from tilewright.aot.emulator.program import Instruction
-from tilewright.aot.emulator.registry import ROUNDINGS, Function, Run, allow, builds, compute, one_of
+from tilewright.aot.emulator.registry import ROUNDINGS, Function, Run, allow, bitwise, builds, compute, one_of
 
 if TYPE_CHECKING:
     from tilewright.aot.emulator.machine import Machine
@@ -50,7 +50,7 @@ def _cvt(instruction: Instruction, machine: Machine) -> Run:
         if kind not in known:
             limits(kind)  # refuses what is no integer type either
     if len(instruction.operands) == 3:
-        return _pack_floats(instruction, machine, slot, source, target)
+        return _pack_floats(instruction, machine, source, target)
     if len(instruction.operands) != 2 or not isinstance(width, int):
         raise Unsupported(instruction.opcode)
     operand = instruction.operands[1]
@@ -91,8 +91,7 @@ def _pack_integers(instruction: Instruction, machine: Machine) -> Run:
         word = upper.astype(U32) << U32(bits) | lower.astype(U32)
         return word | c[0] << U32(2 * bits) if c else word
 
-    sources = [machine.source(op, 32) for op in instruction.operands[1:]]
-    return compute(machine, machine.target(instruction.operands[0]), function, sources)
+    return bitwise(instruction, machine, function, 32)
 
 
 def _clamped(instruction: Instruction, value: Array, target: str) -> Array:
@@ -104,7 +103,7 @@ def _clamped(instruction: Instruction, value: Array, target: str) -> Array:
     return value
 
 
-def _pack_floats(instruction: Instruction, machine: Machine, slot: int, source: str, target: str) -> Run:
+def _pack_floats(instruction: Instruction, machine: Machine, source: str, target: str) -> Run:
     """Two float32 into one register; the first operand is the upper half."""
     rounding = one_of(instruction, ("rn", "rz"))
     if source != "f32" or target not in ("f16x2", "bf16x2", *_FLOAT8_PAIRS) or not rounding:
@@ -119,7 +118,7 @@ def _pack_floats(instruction: Instruction, machine: Machine, slot: int, source: 
             return to_float8(pair, _FLOAT8_PAIRS[target]).view(U16)
         return encode(pair, target, rounding)
 
-    return compute(machine, slot, function, [machine.source(op, 32) for op in instruction.operands[1:]])
+    return bitwise(instruction, machine, function, 32)
 
 
 def _integer_word(value: Array, kind: str, width: int) -> Array:

@@ -9,13 +9,22 @@ import numpy as np
 from tilewright.aot.emulator.addresses import active, address_of, shape_of, space_of
 from tilewright.aot.emulator.errors import Unsupported
 from tilewright.aot.emulator.numerics import WORD, Array, bits_of
-from tilewright.aot.emulator.program import SINK, Address, Instruction, Register, Symbol
+from tilewright.aot.emulator.program import SINK, Address, Instruction, Operand, Register, Symbol
 from tilewright.aot.emulator.registry import Mask, Run, builds, elements
 
 if TYPE_CHECKING:
     from tilewright.aot.emulator.machine import Machine
 
-_SPACES = ("global", "shared", "local")
+
+def _moved(instruction: Instruction, space: str, registers: Operand) -> tuple[list[Operand], str, int]:
+    """(registers, type, bytes of one) that a load or store moves."""
+    if space not in ("global", "shared", "local"):
+        raise Unsupported(f"{instruction.opcode}: {space} address space")
+    count, kind, size = shape_of(instruction)
+    items = elements(registers)
+    if len(items) != count:
+        raise Unsupported(f"{instruction.opcode}: {len(items)} registers for {count} elements")
+    return items, kind, size
 
 
 @builds("ld", "ldu")
@@ -23,12 +32,8 @@ def _load(instruction: Instruction, machine: Machine) -> Run:
     space = space_of(instruction)
     if space == "param":
         return _load_parameter(instruction, machine)
-    if space not in _SPACES:
-        raise Unsupported(f"{instruction.opcode}: {space} address space")
-    count, kind, size = shape_of(instruction)
-    items = elements(instruction.operands[0])
-    if len(items) != count:
-        raise Unsupported(f"{instruction.opcode}: {len(items)} registers for {count} elements")
+    items, kind, size = _moved(instruction, space, instruction.operands[0])
+    count = len(items)
     slots = [(i, machine.target(item), machine.width(item)) for i, item in enumerate(items) if item != SINK]
     total = size * count
     place = address_of(machine, instruction.operands[1], 64 if space == "global" else None)
@@ -42,9 +47,10 @@ def _load(instruction: Instruction, machine: Machine) -> Run:
         if space == "global":
             data = machine.memory.load(address, total, machine.cta_numbers(mask))
         else:
-            data = machine.shared.load(*_placed(machine, address, total, mask, "read"))
+            offset, warp = machine.shared_offsets(address, total, mask, "read")
+            data = machine.shared.load(offset, total, warp)
         if site:
-            (site.count_global if space == "global" else site.count_shared)(machine, address, total, mask)
+            site.count(machine, address, total, mask)
         return data
 
     def run(mask: Mask) -> None:
@@ -57,11 +63,6 @@ def _load(instruction: Instruction, machine: Machine) -> Run:
             machine.write_lanes(slot, value, mask)
 
     return run
-
-
-def _placed(machine: Machine, address: Array, size: int, mask: Mask, verb: str) -> tuple[Array, int, Array]:
-    offset, warp = machine.shared_offsets(address, size, mask, verb)
-    return offset, size, warp
 
 
 def _load_parameter(instruction: Instruction, machine: Machine) -> Run:
@@ -78,12 +79,7 @@ def _load_parameter(instruction: Instruction, machine: Machine) -> Run:
 @builds("st")
 def _store(instruction: Instruction, machine: Machine) -> Run:
     space = space_of(instruction)
-    if space not in _SPACES:
-        raise Unsupported(f"{instruction.opcode}: {space} address space")
-    count, _, size = shape_of(instruction)
-    items = elements(instruction.operands[1])
-    if len(items) != count:
-        raise Unsupported(f"{instruction.opcode}: {len(items)} registers for {count} elements")
+    items, _, size = _moved(instruction, space, instruction.operands[1])
     slots = [machine.source(item, machine.width(item) or max(size * 8, 16)) for item in items]
     element = WORD[size * 8]
     place = address_of(machine, instruction.operands[0], 64 if space == "global" else None)
@@ -103,7 +99,7 @@ def _store(instruction: Instruction, machine: Machine) -> Run:
             offset, warp = machine.shared_offsets(address, data.shape[1], mask, "write")
             machine.shared.store(offset, data, warp)
         if site:
-            (site.count_global if space == "global" else site.count_shared)(machine, address, data.shape[1], mask)
+            site.count(machine, address, data.shape[1], mask)
 
     return run
 

@@ -199,12 +199,15 @@ class Machine:
                 return known[name]
         return special_register(self, name)
 
-    def write(self, slot: int, value: Array, mask: Mask) -> None:
-        """Set a register from an array over all threads."""
-        self.values[slot] = value if mask is None else np.where(mask, value, self.values[slot])
+    def write(self, slot: int | None, value: Array, mask: Mask) -> None:
+        """Set a register, if there is one, from an array over all threads."""
+        if slot is not None:
+            self.values[slot] = value if mask is None else np.where(mask, value, self.values[slot])
 
-    def write_lanes(self, slot: int, value: Array, mask: Mask) -> None:
-        """Set a register from an array over the threads in ``mask`` only."""
+    def write_lanes(self, slot: int | None, value: Array, mask: Mask) -> None:
+        """Set a register, if there is one, from an array over the threads in ``mask`` only."""
+        if slot is None:
+            return
         if mask is None:
             self.values[slot] = np.ascontiguousarray(value)
             return

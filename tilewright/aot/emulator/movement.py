@@ -8,8 +8,8 @@ import numpy as np
 
 from tilewright.aot.emulator.errors import Unsupported
 from tilewright.aot.emulator.numerics import U8, WORD, Array, bits_of
-from tilewright.aot.emulator.program import SINK, Instruction, Operand, Vector, Width
-from tilewright.aot.emulator.registry import Mask, Run, bitwise, builds, compute
+from tilewright.aot.emulator.program import Instruction, Operand, Vector, Width
+from tilewright.aot.emulator.registry import Mask, Run, bitwise, builds, compute, slot_of
 
 if TYPE_CHECKING:
     from tilewright.aot.emulator.machine import Machine
@@ -38,14 +38,13 @@ def _part(width: int, count: int) -> int:
 def _unpack(machine: Machine, items: list[Operand], source: Operand, width: int) -> Run:
     part = _part(width, len(items))
     register = WORD[max(part, 16)]  # an 8-bit register is held in 16 bits
-    slots = [None if item == SINK else machine.target(item) for item in items]
+    slots = [slot_of(machine, item) for item in items]
     origin, values = machine.source(source, width), machine.values
 
     def run(mask: Mask) -> None:
         pieces = values[origin].view(WORD[part]).reshape(-1, len(slots))
         for i, slot in enumerate(slots):
-            if slot is not None:
-                machine.write(slot, np.ascontiguousarray(pieces[:, i], register), mask)
+            machine.write(slot, np.ascontiguousarray(pieces[:, i], register), mask)
 
     return run
 

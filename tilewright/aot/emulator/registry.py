@@ -13,7 +13,7 @@ import numpy as np
 
 from tilewright.aot.emulator.errors import Unsupported
 from tilewright.aot.emulator.numerics import FLOATS, Array, bits_of, decode, encode, flush
-from tilewright.aot.emulator.program import Immediate, Instruction, Operand, Pair, Vector, Width
+from tilewright.aot.emulator.program import SINK, Immediate, Instruction, Operand, Pair, Vector, Width
 
 if TYPE_CHECKING:
     from tilewright.aot.emulator.machine import Machine
@@ -63,33 +63,23 @@ def literal(operand: Operand) -> int:
     return operand.value
 
 
-def both(operand: Operand) -> tuple[Operand, Operand | None]:
-    """The destinations of ``d`` or ``d|p``."""
-    return (operand.first, operand.second) if isinstance(operand, Pair) else (operand, None)
+def slot_of(machine: Machine, operand: Operand | None) -> int | None:
+    """The slot of a destination, None where there is none or its value is thrown away."""
+    return None if operand is None or operand == SINK else machine.target(operand)
+
+
+def both(machine: Machine, operand: Operand) -> tuple[int | None, int | None]:
+    """The slots of the destinations ``d`` or ``d|p``."""
+    first, second = (operand.first, operand.second) if isinstance(operand, Pair) else (operand, None)
+    return slot_of(machine, first), slot_of(machine, second)
 
 
 def compute(machine: Machine, destination: int, function: Function, sources: Sequence[int]) -> Run:
     """``destination = function(*sources)`` on register slots."""
     values = machine.values
-    if len(sources) == 1:
-        (a,) = sources
 
-        def run(mask: Mask) -> None:
-            value = function(values[a])
-            values[destination] = value if mask is None else np.where(mask, value, values[destination])
-
-    elif len(sources) == 2:
-        a, b = sources
-
-        def run(mask: Mask) -> None:
-            value = function(values[a], values[b])
-            values[destination] = value if mask is None else np.where(mask, value, values[destination])
-
-    else:
-
-        def run(mask: Mask) -> None:
-            value = function(*[values[source] for source in sources])
-            values[destination] = value if mask is None else np.where(mask, value, values[destination])
+    def run(mask: Mask) -> None:
+        machine.write(destination, function(*[values[source] for source in sources]), mask)
 
     return run
 
@@ -133,7 +123,9 @@ def numeric(
     return compute(machine, machine.target(instruction.operands[0]), on_words, sources)
 
 
-def bitwise(instruction: Instruction, machine: Machine, function: Function, width: Width) -> Run:
-    """``function`` on raw words of ``width`` bits (or "pred")."""
-    sources = [machine.source(op, width) for op in instruction.operands[1:]]
+def bitwise(instruction: Instruction, machine: Machine, function: Function, *widths: Width) -> Run:
+    """``function`` on raw words of so many bits (or "pred"): one width for all sources, or one for each."""
+    operands = instruction.operands[1:]
+    each = widths * len(operands) if len(widths) == 1 else widths
+    sources = [machine.source(op, width) for op, width in zip(operands, each, strict=True)]
     return compute(machine, machine.target(instruction.operands[0]), function, sources)

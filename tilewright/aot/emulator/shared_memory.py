@@ -181,16 +181,13 @@ class SharedMemory:
         if self.races == "off":
             return
         mine = repeated(warp + 1, size)
-        writer = rows(self.writer, size)[index]
-        if writer.any() and not ((writer == 0) | (writer == mine)).all():
-            me, before = self._bytewise(warp, size), writer.view(np.uint8)
-            wrong = (before != 0) & (before != me)
-            if wrong.any():
-                text = (
-                    "shared race: read of bytes another warp wrote since the last barrier "
-                    f"({self._who(before[wrong][0])} wrote, {self._who(me[wrong][0])} reads)"
-                )
-                self._complain(RaceError, text, wrong)
+        if (found := self._others(self.writer, index, size, warp)) is not None:
+            before, me, wrong = found
+            text = (
+                "shared race: read of bytes another warp wrote since the last barrier "
+                f"({self._who(before[wrong][0])} wrote, {self._who(me[wrong][0])} reads)"
+            )
+            self._complain(RaceError, text, wrong)
         table = rows(self.reader, size)
         old = table[index]
         if (old == mine).all():
@@ -214,22 +211,16 @@ class SharedMemory:
             self._complain(AsyncHazard, text, state.view(np.uint8) == IN_FLIGHT)
         if self.races == "off":
             return
-        mine = repeated(warp + 1, size)
-        reader = rows(self.reader, size)[index]
-        if reader.any() and not ((reader == 0) | (reader == mine)).all():
-            me, before = self._bytewise(warp, size), reader.view(np.uint8)
-            wrong = (before != 0) & (before != me)
-            if wrong.any():
-                text = (
-                    "shared race: write to bytes another warp read since the last barrier "
-                    f"({self._who(before[wrong][0])} read, {self._who(me[wrong][0])} writes)"
-                )
-                self._complain(RaceError, text, wrong)
-        writer = rows(self.writer, size)[index]
-        if writer.any() and not ((writer == 0) | (writer == mine)).all():
-            me, before = self._bytewise(warp, size), writer.view(np.uint8)
-            wrong = (before != 0) & (before != me)
-            if data is not None and wrong.any():  # the same value written twice does no harm
+        if (found := self._others(self.reader, index, size, warp)) is not None:
+            before, me, wrong = found
+            text = (
+                "shared race: write to bytes another warp read since the last barrier "
+                f"({self._who(before[wrong][0])} read, {self._who(me[wrong][0])} writes)"
+            )
+            self._complain(RaceError, text, wrong)
+        if (found := self._others(self.writer, index, size, warp)) is not None:
+            before, me, wrong = found
+            if data is not None:  # the same value written twice does no harm
                 wrong &= rows(self.data, size)[index].view(np.uint8) != data
             if wrong.any():
                 text = (
@@ -237,6 +228,15 @@ class SharedMemory:
                     f"({self._who(before[wrong][0])} and {self._who(me[wrong][0])})"
                 )
                 self._complain(RaceError, text, wrong)
+
+    def _others(self, table: Array, index: Array, size: int, warp: Array) -> tuple[Array, Array, Array] | None:
+        """(warps in ``table``, the accessing warps, where the first is another one) bytewise; None if nowhere."""
+        held = rows(table, size)[index]
+        if ((held == 0) | (held == repeated(warp + 1, size))).all():
+            return None
+        before, me = held.view(np.uint8), self._bytewise(warp, size)
+        wrong = (before != 0) & (before != me)
+        return (before, me, wrong) if wrong.any() else None
 
     @staticmethod
     def _bytewise(warp: Array, size: int) -> Array:

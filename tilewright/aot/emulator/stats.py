@@ -52,11 +52,17 @@ class Site:
     ideal_wavefronts: int = 0
     profile: bool = True
 
-    def count_global(self, machine: Machine, lanes: Array, size: int, mask: Mask) -> None:
+    def count(self, machine: Machine, lanes: Array, size: int, mask: Mask) -> None:
         """Count accesses of ``size`` bytes at addresses ``lanes`` of the active threads."""
         self.bytes += size * len(lanes)
-        if self.profile:
-            self.count_rows(_by_warp(machine, lanes, mask), size)
+        if not self.profile:
+            return
+        grid = _by_warp(machine, lanes, mask)
+        if self.space == "global":
+            self.count_rows(grid, size)
+        else:
+            self.accesses += int((grid >= 0).any(axis=1).sum())
+            self.count_phases(grid.reshape(-1, min(32, 128 // size)), size)
 
     def count_rows(self, grid: Array, size: int) -> None:
         """Count the sectors of accesses, one in each row of byte addresses (negative: inactive)."""
@@ -64,14 +70,6 @@ class Site:
         self.sectors += int(_distinct(grid >> 5).sum())
         distinct = _distinct(grid >> (size.bit_length() - 1)) * size
         self.ideal_sectors += int((-(-distinct // 32)).sum())
-
-    def count_shared(self, machine: Machine, lanes: Array, size: int, mask: Mask) -> None:
-        """Count accesses of ``size`` bytes at shared addresses ``lanes`` of the active threads."""
-        self.bytes += size * len(lanes)
-        if self.profile:
-            grid = _by_warp(machine, lanes, mask)
-            self.accesses += int((grid >= 0).any(axis=1).sum())
-            self.count_phases(grid.reshape(-1, min(32, 128 // size)), size)
 
     def count_phases(self, grid: Array, size: int) -> None:
         """Count wavefronts; a row of ``grid`` holds the byte addresses that could be served together."""

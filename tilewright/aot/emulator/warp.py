@@ -12,7 +12,7 @@ import numpy as np
 
 from tilewright.aot.emulator.errors import PTXError, Unsupported
 from tilewright.aot.emulator.numerics import U32, Array, bits_of, decode, encode, limits
-from tilewright.aot.emulator.program import SINK, Immediate, Instruction, Operand
+from tilewright.aot.emulator.program import Immediate, Instruction, Operand
 from tilewright.aot.emulator.registry import Function, Mask, Run, allow, both, builds, one_of
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def _shuffle(instruction: Instruction, machine: Machine) -> Run:
     mode = instruction.parts[2]
     if instruction.parts[1] != "sync" or instruction.kind != "b32":
         raise Unsupported(instruction.opcode)
-    destination, flag = both(instruction.operands[0])
-    slot = None if destination == SINK else machine.target(destination)
-    inside = None if flag is None or flag == SINK else machine.target(flag)
+    slot, inside = both(machine, instruction.operands[0])
     a, b, c = (machine.source(op, 32) for op in instruction.operands[1:4])
     members, values = _members(instruction, machine, instruction.operands[4]), machine.values
 
@@ -77,10 +75,8 @@ def _shuffle(instruction: Instruction, machine: Machine) -> Run:
         source = np.where(valid, source, _LANE)
         if mask is not None and (here & ~np.take_along_axis(here, source, axis=1)).any():
             raise PTXError("shfl reads from a thread that does not take part")
-        if slot is not None:
-            machine.write(slot, np.take_along_axis(value, source, axis=1).astype(U32).reshape(-1), mask)
-        if inside is not None:
-            machine.write(inside, valid.reshape(-1), mask)
+        machine.write(slot, np.take_along_axis(value, source, axis=1).astype(U32).reshape(-1), mask)
+        machine.write(inside, valid.reshape(-1), mask)
 
     return run
 
@@ -109,9 +105,7 @@ def _match(instruction: Instruction, machine: Machine) -> Run:
     """``any``: the threads with my value. ``all``: every thread if all have the same value, and whether so."""
     allow(instruction, "any", "all", "sync")
     every = "all" in instruction.parts
-    destination, flag = both(instruction.operands[0])
-    slot = None if destination == SINK else machine.target(destination)
-    agree = None if flag is None or flag == SINK else machine.target(flag)
+    slot, agree = both(machine, instruction.operands[0])
     source, values = machine.source(instruction.operands[1], bits_of(instruction.kind)), machine.values
     members = _members(instruction, machine, instruction.operands[2])
 
@@ -121,10 +115,8 @@ def _match(instruction: Instruction, machine: Machine) -> Run:
         if every:
             agreed = (same.sum(axis=2) == here.sum(axis=1)[:, None]) & here
             same = same & agreed[:, :, None]
-            if agree is not None:
-                machine.write(agree, agreed.reshape(-1), mask)
-        if slot is not None:
-            machine.write(slot, (same * _WEIGHT).sum(axis=2, dtype=U32).reshape(-1), mask)
+            machine.write(agree, agreed.reshape(-1), mask)
+        machine.write(slot, (same * _WEIGHT).sum(axis=2, dtype=U32).reshape(-1), mask)
 
     return run
 
@@ -173,17 +165,14 @@ def _reduce(instruction: Instruction, machine: Machine) -> Run:
 @builds("elect")
 def _elect(instruction: Instruction, machine: Machine) -> Run:
     """The first thread that takes part leads."""
-    destination, flag = both(instruction.operands[0])
-    if flag is None:
+    slot, chosen = both(machine, instruction.operands[0])
+    if chosen is None:
         raise Unsupported(instruction.opcode)
-    slot = None if destination == SINK else machine.target(destination)
-    chosen = machine.target(flag)
     members = _members(instruction, machine, instruction.operands[1])
 
     def run(mask: Mask) -> None:
         first = members(mask).argmax(axis=1)
-        if slot is not None:
-            machine.write(slot, np.repeat(first, 32).astype(U32), mask)
+        machine.write(slot, np.repeat(first, 32).astype(U32), mask)
         machine.write(chosen, (first[:, None] == _LANE).reshape(-1), mask)
 
     return run
