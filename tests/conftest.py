@@ -46,7 +46,8 @@ def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     """Why a test or a file was skipped, as its author wrote it."""
     longrepr = report.longrepr
     text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
-    return text.removeprefix("Skipped: ").strip() or "NO REASON GIVEN"
+    lines = text.removeprefix("Skipped: ").strip().splitlines()  # Hypothesis adds the example to the reason
+    return lines[0] if lines else "NO REASON GIVEN"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
