@@ -63,11 +63,16 @@ class DropIn(nn.Module):
 
     def _apply(self: Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Module:
         device = self.device
-        before = {name: tensor.detach() for name, tensor in self._kept_in_dtype().items()}
+        before, parameters = self._kept_in_dtype(), self._parameters
+        before |= {name: tensor.detach() for name, tensor in before.items() if name in parameters}
         super()._apply(fn, recurse)
         for name, after in self._kept_in_dtype().items():
-            if after.dtype != before[name].dtype:
+            if after.dtype == before[name].dtype:
+                continue
+            if name in parameters:
                 after.data = before[name].to(after.device)
+            else:  # the buffer itself: in inference mode, ``after`` is no tensor to put its memory into
+                self._buffers[name] = before[name].to(after.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
 
