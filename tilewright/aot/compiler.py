@@ -143,24 +143,20 @@ class Compiled:
                 raise ValueError(f"{name} was compiled as {required}, and is {found}")
         for name in self.specialization.divisible() & set(names):
             value = args[name]
-            place = (
-                value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else int(value or 0)
-            )
-            if place % 16:
+            if isinstance(value, torch.Tensor):
+                value = value.storage_offset() * value.element_size()
+            if int(value or 0) % 16:
                 raise ValueError(f"{name} was promised to be divisible by 16, and is not")
         return [args[name] for name in names]
 
     @property
     def over_limits(self) -> list[str]:
         """In words, each limit of the target that the kernel breaks: then it cannot be launched there."""
-        found = []
-        for what, used, most in (
+        limits = (
             ("bytes of shared memory", self.shared_bytes, self.target.shared_bytes),
             ("registers", self.registers, self.target.registers),
-        ):
-            if used > most:
-                found.append(f"{used} {what}, {self.target.name} has {most}")
-        return found
+        )
+        return [f"{used} {what}, {self.target.name} has {most}" for what, used, most in limits if used > most]
 
 
 def compile(

@@ -21,11 +21,10 @@ from typing import Any
 from tilewright.autotune.device import triton_version
 from tilewright.autotune.offline import ShortListed
 from tilewright.autotune.space import TUNABLES, Tunable
-from tilewright.autotune.store import MAX_BYTES, TableError
+from tilewright.autotune.store import MAX_BYTES, SCALARS, TableError
 
 FORMAT = 2
 SHIPPED = Path(__file__).parent / "shortlists"
-_SCALARS = (str, int, float, bool, type(None))
 _Found = dict[str, list[Any]]
 
 
@@ -104,9 +103,8 @@ class ShortList:
         found = self.of(tunable, problem)
         if found is None:
             return None
-        every = tunable.all_candidates(tunable.hooks.representative(problem))
-        known = {_frozen(tunable.encode(config)): config for config in every}
-        kept = (known.get(_frozen(dict(zip(found["fields"], row[0], strict=True)))) for row in found["kept"])
+        decode = tunable.decoder(tunable.hooks.representative(problem))
+        kept = (decode(dict(zip(found["fields"], row[0], strict=True))) for row in found["kept"])
         return [config for config in kept if config is not None]
 
     def outdated(self) -> list[str]:
@@ -114,16 +112,12 @@ class ShortList:
         return [key for key in self.lists if _is_current(key) is False]
 
 
-def _frozen(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, repr(value)) for name, value in config.items()))
-
-
 def _checked(found: Mapping[str, Any]) -> _Found:
     """One list in the form that ``add`` makes, or an error that ``read`` turns into words."""
     fields = [str(name) for name in found["fields"]]
     for kind in ("kept", "dropped"):
         for row in found[kind]:
-            if len(row[0]) != len(fields) or not all(isinstance(value, _SCALARS) for value in row[0]):
+            if len(row[0]) != len(fields) or not all(isinstance(value, SCALARS) for value in row[0]):
                 raise ValueError(f"{row[0]!r} is no configuration of {', '.join(fields)}"[:200])
     return {"fields": fields, "kept": list(found["kept"]), "dropped": list(found["dropped"])}
 

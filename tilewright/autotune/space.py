@@ -77,8 +77,8 @@ class Tunable:
     """One kernel, or one decision, that tables know by ``name``.
 
     heuristic: the configuration for a problem without any tuning. candidates: those worth timing. why_not: the reason
-    why a configuration cannot serve a problem, or None. modules: whose source a measurement depends on. encode, decode:
-    between a configuration and plain values in JSON; decode raises ValueError or TypeError.
+    why a configuration cannot serve a problem, or None. modules: whose source a measurement depends on. encode: from a
+    configuration to plain values in JSON.
     """
 
     name: str
@@ -139,12 +139,16 @@ class Tunable:
             return None, ()
         entry, origin = found
         # Only what the kernel itself lists: a table that somebody wrote can choose badly, but nothing else.
-        known = {_frozen(self.encode(config)): config for config in self.all_candidates(problem)}
-        config = known.get(_frozen(entry["config"]))
+        config = self.decoder(problem)(entry["config"])
         reason = "it is none of the kernel's" if config is None else self.why_not(config, problem)
         if reason is not None:
             return None, (f"the {origin} table's {entry['config']} is not used: {reason}",)
         return Choice(config, origin), ()
+
+    def decoder(self, problem: Any) -> Callable[[Mapping[str, Any]], Any]:
+        """From plain values to the candidate for ``problem`` that they encode, or None."""
+        known = {_frozen(self.encode(config)): config for config in self.all_candidates(problem)}
+        return lambda encoded: known.get(_frozen(encoded))
 
     def all_candidates(self, problem: Any) -> list[Any]:
         """The heuristic's configuration first, then the space, what differs least from it first; each once, whether or
@@ -160,8 +164,9 @@ class Tunable:
 
     def split_candidates(self, problem: Any) -> tuple[list[Any], dict[Any, str]]:
         """(those that can serve ``problem``, those that cannot with the reason)."""
-        refused = {c: reason for c in self.all_candidates(problem) if (reason := self.why_not(c, problem)) is not None}
-        return [c for c in self.all_candidates(problem) if c not in refused], refused
+        reasons = {config: self.why_not(config, problem) for config in self.all_candidates(problem)}
+        serving = [config for config, reason in reasons.items() if reason is None]
+        return serving, {config: reason for config, reason in reasons.items() if reason is not None}
 
     @property
     def is_constrained(self) -> bool:

@@ -29,7 +29,8 @@ FORMAT = 1
 #: A table with an entry for every layer of ten large models is below a megabyte.
 MAX_BYTES = 16 * 2**20
 MAX_ENTRIES = 20_000
-_SCALARS = (str, int, float, bool, type(None))
+#: What a configuration in a file may hold.
+SCALARS = (str, int, float, bool, type(None))
 Entry = dict[str, Any]
 
 
@@ -57,7 +58,7 @@ def parse_table(text: str) -> dict[str, Entry]:
         raise TableError(f"it has {len(data['entries'])} entries, more than {MAX_ENTRIES}")
     for key, entry in data["entries"].items():
         config = entry.get("config") if isinstance(entry, dict) else None
-        if not isinstance(config, dict) or not all(isinstance(value, _SCALARS) for value in config.values()):
+        if not isinstance(config, dict) or not all(isinstance(value, SCALARS) for value in config.values()):
             raise TableError(f"the entry {key[:80]!r} has no config of plain values")
     return data["entries"]
 

@@ -91,9 +91,8 @@ def tune(
     for config, words in found.failed.items():
         logger.warning("%s: %s failed in tuning: %s", tunable.name, tunable.encode(config), words)
     if winner is not None and save:
-        key_facts = (tunable.name, tunable.hooks.facts(problem))
         device = tunable.hooks.device(problem)
-        key = tables.key_of(*key_facts, device.driver, tunable.source())
+        key = tables.key_of(tunable.name, tunable.hooks.facts(problem), device.driver, tunable.source())
         tables.remember(device, {key: _entry(tunable, outcome)})
     return outcome
 

@@ -8,6 +8,7 @@ Every tensor moves through memory once: what a format saves in bytes it can save
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,12 +115,9 @@ def floor(problem: Problem, ceilings: Ceilings) -> Floor:
     out_size = (problem.out_dtype or problem.x_dtype).itemsize
     if problem.op == "int8_linear_quantized" and problem.out_dtype is None:
         out_size = 2
-    if problem.conv is None:
-        x_bytes = m * k * size
-    else:
-        sizes = problem.conv
-        x_bytes = sizes.batch * sizes.in_channels * sizes.height * sizes.width * size
-    moved = x_bytes + weight_bytes(problem) + m * n * out_size * (2 if problem.residual else 1)
+    sizes = problem.conv
+    x_elements = m * k if sizes is None else sizes.batch * sizes.in_channels * sizes.height * sizes.width
+    moved = x_elements * size + weight_bytes(problem) + m * n * out_size * (2 if problem.residual else 1)
     card = card_of(problem.op)
     multiplied = torch.int8 if card is not None and card.integer else problem.multiply_dtype
     return Floor(moved / ceilings.bytes, 2 * m * n * k / ceilings.operations(multiplied))
@@ -142,8 +140,8 @@ def _rate(prepare: Callable[[int], Callable[[], Any]], size: int) -> float:
     return 2 * size**3 / best_of(_CALLS, prepare(size))
 
 
-def _float32_product(size: int) -> Callable[[], Any]:
-    a = torch.randn(size, size)
+def _plain_product(size: int, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
+    a = torch.randn(size, size).to(dtype)
     return lambda: a @ a
 
 
@@ -151,11 +149,6 @@ def _prepacked_product(size: int) -> Callable[[], Any]:
     a = torch.randn(size, size)
     prepacked, linear = torch.ops.mkldnn._reorder_linear_weight(a), torch.ops.mkldnn._linear_pointwise
     return lambda: linear(a, prepacked, None, "none", [], "")
-
-
-def _bfloat16_product(size: int) -> Callable[[], Any]:
-    a = torch.randn(size, size).bfloat16()
-    return lambda: a @ a
 
 
 def _int8_product(size: int) -> Callable[[], Any]:
@@ -182,10 +175,10 @@ def measure_cpu(size: int = 2048) -> Ceilings:
     # A store first reads what it overwrites, so reading alone is faster than half of copying.
     moved = max(copied, 4 * source.numel() / best_of(_CALLS, lambda: floats.sum()))
     with torch.inference_mode():
-        floats32 = _rate(_float32_product, size)
+        floats32 = _rate(_plain_product, size)
         if torch.backends.mkldnn.is_available():
             floats32 = max(floats32, _rate(_prepacked_product, size))
-        halves = max(floats32, _rate(_bfloat16_product, size))
+        halves = max(floats32, _rate(functools.partial(_plain_product, dtype=torch.bfloat16), size))
         integers = max(_rate(_int8_product, size), _rate(_quantised_product, size))
         one = torch.zeros(1, 64), torch.zeros(64, 64)
         overhead = best_of(21, lambda: torch.nn.functional.linear(*one))

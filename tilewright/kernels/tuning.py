@@ -11,6 +11,7 @@ is tuned by the same machinery: ``implementation_of``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -193,13 +194,7 @@ def _copies(problem: Problem, device: torch.device) -> list[dict[str, Any]]:
         return [first]
     size = sum(v.numel() * v.element_size() for v in first.values() if isinstance(v, torch.Tensor))
     count = min(max(-(-ROTATED_BYTES // max(size, 1)), 1), MOST_COPIES)
-    return [
-        first,
-        *(
-            {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in first.items()}
-            for _ in range(count - 1)
-        ),
-    ]
+    return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
 
 
 def _trials(problem: Problem, call: Callable[[Any, dict[str, Any]], Any]) -> Trials:
@@ -303,12 +298,11 @@ def implementation_of(op: str) -> Tunable:
     """The choice between the implementations of ``op``, whose configurations are their names."""
     card = card_of(op)
     modules = ("tilewright.kernels.dispatch.router" if card is None else card.package, "tilewright.kernels.cpu")
-    hooks = Hooks(facts_of, representative, device_kind, _implementation_trials)
     return Tunable(
         f"{op}.implementation",
         heuristic=lambda problem: default_decision(problem).name,
         candidates=lambda problem: [one.name for one in implementations(problem.op) if one.name != REFERENCE],
-        hooks=hooks,
+        hooks=Hooks(facts_of, representative, device_kind, _implementation_trials),
         modules=modules,
         why_not=_why_not_implementation,
         encode=lambda name: {"implementation": name},

@@ -13,6 +13,7 @@ import numpy as np
 
 from tilewright.aot.emulator.addresses import address_of
 from tilewright.aot.emulator.async_copies import build_async_copy
+from tilewright.aot.emulator.control import Queue
 from tilewright.aot.emulator.errors import AsyncHazard, PTXError, Unsupported
 from tilewright.aot.emulator.numerics import U64, Array
 from tilewright.aot.emulator.program import SINK, Address, Instruction, TensorAddress
@@ -82,16 +83,6 @@ class Barrier:
             self.missing = self.count
 
 
-@dataclass
-class _Queue:
-    """Shared memory that the bulk stores of one thread may still read: (flat offsets, data) since the last commit, and
-    of each committed group.
-    """
-
-    open: list[tuple[Array, Array]] = field(default_factory=list)
-    closed: list[list[tuple[Array, Array]]] = field(default_factory=list)
-
-
 class BulkCopies:
     """Tensor maps, barriers and unfinished stores of one batch of CTAs."""
 
@@ -99,14 +90,13 @@ class BulkCopies:
         self.machine = machine
         self.maps: dict[MapKey, TensorMap] = {}  # in "shared" of a CTA, or in "global" (CTA 0), at an address
         self.barriers: dict[tuple[int, int], Barrier] = {}
-        self.stores: dict[int, _Queue] = {}  # by thread
+        # By thread, (flat offsets, data) of shared memory that its bulk stores may still read.
+        self.stores: dict[int, Queue[tuple[Array, Array]]] = {}
 
     def commit(self, mask: Mask) -> None:
         """Close the current group of stores of the threads in ``mask``."""
         for thread in self._storing(mask):
-            queue = self.stores[thread]
-            queue.closed.append(queue.open)
-            queue.open = []
+            self.stores[thread].commit()
 
     def wait(self, keep: int, mask: Mask) -> None:
         """All but the ``keep`` latest groups of the threads in ``mask`` have been read from shared memory."""
@@ -304,7 +294,7 @@ def _bulk_copy(instruction: Instruction, machine: Machine) -> Run:
             data = shared.load_async(flat, size)
             if chosen.any():
                 machine.memory.store(addresses[chosen], data[chosen], owner(cta, int(chosen.sum())))
-            bulk.stores.setdefault(thread, _Queue()).open.append((flat, data))
+            bulk.stores.setdefault(thread, Queue()).open.append((flat, data))
         site.bytes += int(chosen.sum()) * size
         if machine.stats.profile and chosen.any():
             site.count_rows(where.reshape(1, -1)[:, chosen], size)

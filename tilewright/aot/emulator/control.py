@@ -1,4 +1,4 @@
-"""Control flow: code cut into blocks, each a straight run of instructions with one way out."""
+"""Control flow: code cut into blocks, each a straight run of instructions with one way out; asynchronous work."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from tilewright.aot.emulator.errors import PTXError
 from tilewright.aot.emulator.program import Instruction, Kernel, Symbol
 from tilewright.aot.emulator.registry import Run
 
+Work = TypeVar("Work")
 _LEAVING = {"bra": "jump", "ret": "return", "exit": "return", "trap": "trap"}
 
 
@@ -40,6 +42,19 @@ class Block:
     target: int = -1
     runs: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Queue(Generic[Work]):
+    """Asynchronous work that was not waited for: issued since the last commit, and of each committed group."""
+
+    open: list[Work] = field(default_factory=list)
+    closed: list[list[Work]] = field(default_factory=list)
+
+    def commit(self) -> None:
+        """Close the current group."""
+        self.closed.append(self.open)
+        self.open = []
 
 
 def cut(kernel: Kernel, build: Callable[[Instruction], Step], slot_of: Callable[[str], int]) -> list[Block]:

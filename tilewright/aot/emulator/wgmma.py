@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tilewright.aot.emulator.control import Step
+from tilewright.aot.emulator.control import Queue, Step
 from tilewright.aot.emulator.errors import AsyncHazard, PTXError, Unsupported
 from tilewright.aot.emulator.fragments import (
     ACCUMULATORS,
@@ -90,20 +90,12 @@ class _Product:
     groups: set[int]
 
 
-@dataclass
-class _Queue:
-    """Products of one warp group: issued since the last commit, and those of each committed batch."""
-
-    open: list[_Product] = field(default_factory=list)
-    closed: list[list[_Product]] = field(default_factory=list)
-
-
 class AsyncProducts:
     """``wgmma`` in flight in a batch of CTAs. ``results`` and ``inputs``: register slots that they write and read."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.queues = [_Queue() for _ in range(machine.lanes // 128)]
+        self.queues: list[Queue[_Product]] = [Queue() for _ in range(machine.lanes // 128)]
         self.flying: list[_Product] = []
         self.results: set[int] = set()
         self.inputs: set[int] = set()
@@ -124,9 +116,8 @@ class AsyncProducts:
 
     def commit(self, mask: Mask) -> None:
         """Close the current batch of the warp groups in ``mask``."""
-        for queue in (self.queues[group] for group in self._groups(mask)):
-            queue.closed.append(queue.open)
-            queue.open = []
+        for group in self._groups(mask):
+            self.queues[group].commit()
 
     def wait(self, keep: int, mask: Mask) -> None:
         """Execute, in order of issue, all but the ``keep`` latest committed batches of the groups in ``mask``."""

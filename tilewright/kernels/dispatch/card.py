@@ -23,7 +23,6 @@ neither Triton nor a kernel:
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.router import Implementation
+from tilewright.kernels.dispatch.router import Implementation, imported
 from tilewright.kernels.formats.weight import Draw, WeightFormat
 
 Arguments = Mapping[str, Any]
@@ -161,11 +160,7 @@ def _beside(target: str) -> str:
 def _late(path: str) -> Callable[..., Any]:
     """The function at "module:function", imported when it is first called."""
 
-    def call(*args: Any) -> Any:
-        module, _, function = path.partition(":")
-        return getattr(importlib.import_module(module), function)(*args)
-
-    return call
+    return lambda *args: imported(path)(*args)
 
 
 _cards: dict[str, Card] = {}

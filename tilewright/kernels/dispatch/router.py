@@ -47,14 +47,14 @@ class Implementation:
     @functools.cached_property
     def prepared(self) -> Callable[..., Any] | None:
         """The function behind ``prepare``, or None."""
-        return None if self.prepare is None else _imported(self.prepare)
+        return None if self.prepare is None else imported(self.prepare)
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
         """The function behind ``target``."""
         prepare = self.prepared
         if self.target or prepare is None:
-            return _imported(self.target)
+            return imported(self.target)
 
         def call(x: torch.Tensor, residual: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
             return prepare(**arguments, k=x.shape[-1])(x, residual)
@@ -62,7 +62,8 @@ class Implementation:
         return call
 
 
-def _imported(target: str) -> Callable[..., Any]:
+def imported(target: str) -> Callable[..., Any]:
+    """The function at "module:function"."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -49,11 +49,6 @@ def resolve_group_size(k: int, group_size: int | None) -> int:
     return whole if group_size in (None, -1) else min(group_size, whole)
 
 
-def default_scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """16-bit layers keep their dtype; others get bfloat16, whose range no weight exceeds."""
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-
-
 def pack(values: torch.Tensor) -> torch.Tensor:
     """Integers 0..15 [R, C] -> int32 [R, ceil(C / 8)]."""
     rows, columns = values.shape
@@ -68,9 +63,8 @@ def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """int32 [R, ceil(columns / 8)] -> uint8 values 0..15 [R, columns]."""
     # Counted on the device: a list would be copied there, which export and CUDA graphs do not like.
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    return (
-        ((packed.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).reshape(len(packed), packed.shape[1] * 8)[:, :columns]
-    )
+    nibbles = ((packed.unsqueeze(-1) >> shifts) & 15).to(torch.uint8)
+    return nibbles.reshape(len(packed), packed.shape[1] * 8)[:, :columns]
 
 
 def pack_zero(zero: torch.Tensor) -> torch.Tensor:
@@ -225,9 +219,12 @@ class Int4(WeightFormat):
             check_operand(op, "weight_zero", zero, Spec((group_count(n, 8), groups), torch.int32))
 
     def for_layer(self, k: int, dtype: torch.dtype, options: Mapping[str, Any]) -> Int4:
-        """group_size, symmetric, scale_dtype: by default the layer's dtype if it has 16 bits, else bfloat16."""
+        """group_size, symmetric, scale_dtype: by default the layer's dtype if it has 16 bits, else bfloat16, whose
+        range no weight exceeds.
+        """
+        default = dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
         group_size = resolve_group_size(k, options["group_size"])
-        return Int4(group_size, options["symmetric"], options["scale_dtype"] or default_scale_dtype(dtype))
+        return Int4(group_size, options["symmetric"], options["scale_dtype"] or default)
 
     def options(self, k: int) -> dict[str, Any]:
         """The group size, of which the number of groups says only so much."""
