@@ -3,7 +3,9 @@
 PyTorch counts writes in ``_version``. It does not count ``p.data = other``, ``p.data.resize_``, ``share_memory_`` and
 ``swap_tensors``, which are seen in the address or the layout; and memory that was freed is handed out again under its
 old address, so storages are watched with weak references. (Tensors are not: ``swap_tensors`` refuses those that are.)
-What leaves no trace is a write into memory that stays, through ``p.data`` or NumPy.
+What leaves no trace is a write into memory that stays, through ``p.data`` or NumPy, or by an optimizer with
+``fused=True`` (torch 2.13.0, ``findings/torch_fused_optimizer_version.sh``), unless it is followed by
+``torch.autograd.graph.increment_version``.
 """
 
 from __future__ import annotations
