@@ -134,6 +134,31 @@ def test_convolutions_run_in_onnx_runtime(recipe: str, tmp_path: Path) -> None:
         torch.testing.assert_close(run(path, x), expected, rtol=slack, atol=slack * expected.abs().max().item())
 
 
+def test_a_row_with_nan_is_nan_if_that_comes_first(tmp_path: Path) -> None:
+    """ONNX Runtime's ReduceMax loses one that does not (1.32.0, microsoft/onnxruntime#10514): docs/torch_compile.md."""
+    model, path, x = tw.convert_model(layers(), tw.Int8Dynamic()), tmp_path / "model.onnx", torch.randn(3, 96)
+    tw.export_onnx(model, path, x)
+    for column in (0, 50):
+        spoilt = x.clone()
+        spoilt[1, column] = torch.nan
+        with torch.no_grad():
+            expected = model(spoilt)
+        assert expected[1].isnan().all() and not expected[::2].isnan().any()
+        found = run(path, spoilt)
+        torch.testing.assert_close(found[::2], expected[::2], rtol=0.02, atol=0.02)
+        assert column or found[1].isnan().all()
+
+
+def test_zero_points_are_even(tmp_path: Path) -> None:
+    """With odd ones tools disagree on ties: findings/odd_zero_point_ties.sh."""
+    data, path = [torch.randn(2, 3, 32, 32) for _ in range(2)], tmp_path / "model.onnx"
+    tw.export_onnx(tw.convert_model(Residual().eval(), "int8", calibration_data=data), path, data[0])
+    graph = onnx.load(path).graph
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert nodes and all(constants[node.input[2]].item() in (0, 128) for node in nodes)
+
+
 def test_static_int8_linear_layers_are_standard_qdq(tmp_path: Path) -> None:
     data = [torch.randn(64, 96) for _ in range(2)]
     model, path = tw.convert_model(layers(), "int8-static", calibration_data=data), tmp_path / "model.onnx"
