@@ -24,13 +24,16 @@ from tilewright.autotune import TUNABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/results/README.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/results/README.md", "findings/README.md")
+]
 PAGES += sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
 PACKAGE_FOLDERS = "aot|autotune|backend|commands|convert|deploy|kernels|nn"
-REPOSITORY_PATH = re.compile(rf"(?:bench|docs|examples|tests|tilewright|{PACKAGE_FOLDERS})/[\w./*]*")
+REPOSITORY_PATH = re.compile(rf"(?:bench|docs|examples|findings|tests|tilewright|{PACKAGE_FOLDERS})/[\w./*]*")
 DOTTED_NAME = re.compile(r"(?:tw|tilewright)(?:\.\w+)+")
 #: Only looked at where a C++ compiler is: Inductor needs one.
 NEED_A_COMPILER = {"torch_compile.md"}
@@ -118,6 +121,8 @@ def why_not_callable(line: str) -> str | None:
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         return next((f"{line}: no target {word}" for word in rest if word not in targets), None)
+    if program == "bash":
+        return None if rest and (ROOT / rest[0]).is_file() else f"{line}: no file"
     if program.split("/")[-1] in ("python", "python3"):
         if rest[:1] == ["-m"]:
             if rest[1] in ("pip", "pytest", "venv"):
