@@ -123,6 +123,10 @@ def _wide_weight(a: Arguments) -> Outputs:
     return (torch.full(a["weight"].shape, torch.nan, dtype=dtype, device=a["weight"].device),)
 
 
+def _end(a: Arguments) -> Arguments:
+    return {name: a[name] for name in ("bias", "residual", "activation")}
+
+
 def _plan_quantize(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
     return triton_quantize.plan_quantize_per_row(a["x"], a["channel_scale"], *out, config)
 
@@ -136,16 +140,15 @@ def _plan_norm(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> lis
 
 def _plan_int8(plan: Callable[..., list[Launch]]) -> Callable[[Arguments, Outputs, Any, bool], list[Launch]]:
     def plan_with(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
-        names = ("x", "x_scale", "weight", "weight_scale", "bias", "residual", "activation")
-        return plan(*(a[name] for name in names), *out, config)
+        return plan(*(a[name] for name in ("x", "x_scale", "weight", "weight_scale")), *out, config, **_end(a))
 
     return plan_with
 
 
 def _plan_int8_weight_only(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
-    names = ("x", "weight", "weight_scale", "bias", "residual", "activation")
+    operands = (a[name] for name in ("x", "weight", "weight_scale"))
     compute_dtype = a["compute_dtype"] or a["x"].dtype
-    return int8_weight_only_swapped.plan_swapped(*(a[name] for name in names), compute_dtype, *out, config)
+    return int8_weight_only_swapped.plan_swapped(*operands, compute_dtype, *out, config, **_end(a))
 
 
 def _plan_widen(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
@@ -165,35 +168,24 @@ def _plan_int4(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> lis
     return int4_fused.plan_int4_linear(
         a["x"],
         _span_weight(a),
-        a["bias"],
-        a["residual"],
         *out,
-        activation=a["activation"],
         compute_dtype=a["compute_dtype"] or a["x"].dtype,
         config=config,
         inline_ptx=inline_ptx,
+        **_end(a),
     )
 
 
 def _plan_int4_fragments(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
     weight = (a[name] for name in ("weight_packed", "weight_scale", "weight_zero", "group_size"))
     order = int4_fragment_order.fragment_order(*weight, a["x"].shape[1], a["compute_dtype"] or a["x"].dtype)
-    end = {"activation": a["activation"], "config": config, "inline_ptx": inline_ptx}
-    return int4_fragments.plan_fragments(a["x"], order, a["bias"], a["residual"], *out, **end)
+    return int4_fragments.plan_fragments(a["x"], order, *out, config=config, inline_ptx=inline_ptx, **_end(a))
 
 
 def _plan_int4_int8(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
     q, scale = quantize_per_row(a["x"])
     return int4_int8_fused.plan_int4_int8_linear(
-        q,
-        scale,
-        _span_weight(a),
-        a["bias"],
-        a["residual"],
-        *out,
-        activation=a["activation"],
-        config=config,
-        inline_ptx=inline_ptx,
+        q, scale, _span_weight(a), *out, config=config, inline_ptx=inline_ptx, **_end(a)
     )
 
 
@@ -225,8 +217,8 @@ def _plan_sparse24(plan: Callable[..., list[Launch]], order: Callable[[Arguments
         if a["weight_values"].dtype == torch.int8:
             x, x_scale = quantize_per_row(x)
             scales, dtype = {"x_scale": x_scale, "w_scale": a["weight_scale"]}, torch.int8
-        end = {"activation": a["activation"], "compute_dtype": dtype, "config": config, "inline_ptx": inline_ptx}
-        return plan(x, order(a), a["bias"], a["residual"], *out, **end, **scales)
+        options = {"compute_dtype": dtype, "config": config, "inline_ptx": inline_ptx, **scales}
+        return plan(x, order(a), *out, **options, **_end(a))
 
     return plan_with
 

@@ -54,7 +54,7 @@ scale, weight_scale = torch.empty(m), torch.empty(n)
 weight, out = torch.empty(n, k, dtype=torch.int8), torch.empty(m, n, dtype=torch.float16)
 launches = [
     *plan_quantize_per_row(x, None, q, scale),
-    *plan_tile(q, scale, weight, weight_scale, None, None, "gelu", out),
+    *plan_tile(q, scale, weight, weight_scale, out, bias=None, residual=None, activation="gelu"),
 ]
 for target in "sm_80", "sm_90":
     for launch in launches:

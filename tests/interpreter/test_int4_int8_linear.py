@@ -51,7 +51,7 @@ def plan(x, weight, out, config):
     tensors = (weight[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
     order = kernel_order(*tensors, group_size=weight["group_size"], k=x.shape[-1])
     return triton_fused.plan_int4_int8_linear(
-        q, x_scale, order, None, None, out, activation="none", config=config, inline_ptx=False
+        q, x_scale, order, out, bias=None, residual=None, activation="none", config=config, inline_ptx=False
     )
 
 

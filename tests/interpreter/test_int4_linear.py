@@ -56,7 +56,15 @@ def test_every_config_on_ragged_shapes(config, group_size, symmetric):
     order = kernel_order(*(weight[name] for name in ("weight_packed", "weight_scale", "weight_zero")), k=k,
                          group_size=weight["group_size"])  # fmt: skip
     launches = triton_fused.plan_int4_linear(
-        x, order, None, None, out, activation="none", compute_dtype=dtype, config=config, inline_ptx=False
+        x,
+        order,
+        out,
+        bias=None,
+        residual=None,
+        activation="none",
+        compute_dtype=dtype,
+        config=config,
+        inline_ptx=False,
     )
     assert len(launches) == config.splits
     for launch in launches:

@@ -38,8 +38,8 @@ class Case:
     activation: str = "none"
 
     @property
-    def arguments(self) -> tuple:
-        return tuple(vars(self).values())
+    def arguments(self) -> dict:
+        return vars(self)
 
     def exact(self) -> torch.Tensor:
         total = self.x.double() @ self.weight.double().t()
@@ -63,7 +63,7 @@ def make_case(m: int, n: int, k: int, dtype: torch.dtype, activation: str = "non
 
 def run_config(module, config, case: Case, dtype: torch.dtype) -> torch.Tensor:
     out = torch.full((case.x.shape[0], case.weight.shape[0]), torch.nan, dtype=dtype)
-    for launch in PLANS[module](*case.arguments, out, config):
+    for launch in PLANS[module](**case.arguments, out=out, config=config):
         launch.run()
     return out
 
@@ -76,11 +76,11 @@ def test_every_config(module, config, aligned):
     case = make_case(m, n, k, torch.float32, extras=False)
     # Without bias and activation both compute one expression in float32, so nothing may differ.
     assert torch.equal(
-        run_config(module, config, case, torch.float32), reference.int8_linear_quantized(*case.arguments)
+        run_config(module, config, case, torch.float32), reference.int8_linear_quantized(**case.arguments)
     )
     case = make_case(m, n, k, torch.float16, "silu")
     out = run_config(module, config, case, torch.float16)
-    plain = reference.int8_linear_quantized(*case.arguments, torch.float16)
+    plain = reference.int8_linear_quantized(**case.arguments, out_dtype=torch.float16)
     assert_close_as_plain(out, plain, case.exact())
 
 
@@ -88,7 +88,7 @@ def test_parts_of_k_beyond_the_end_add_nothing():
     config = replace(triton_swapped.CONFIGS[0], split_k=8)
     case = make_case(3, 20, 300, torch.float32, extras=False)
     out = run_config(triton_swapped, config, case, torch.float32)
-    assert torch.equal(out, reference.int8_linear_quantized(*case.arguments))
+    assert torch.equal(out, reference.int8_linear_quantized(**case.arguments))
 
 
 @IMPLEMENTATIONS
@@ -97,8 +97,8 @@ def test_parts_of_k_beyond_the_end_add_nothing():
 def test_every_activation(module, dtype, activation):
     case = make_case(5, 37, 50, dtype, activation)
     case.x_scale *= 30  # into the range where activations bend, and beyond
-    out = module.int8_linear_quantized(*case.arguments, out_dtype=dtype)
-    plain = reference.int8_linear_quantized(*case.arguments, dtype)
+    out = module.int8_linear_quantized(**case.arguments, out_dtype=dtype)
+    plain = reference.int8_linear_quantized(**case.arguments, out_dtype=dtype)
     assert_close_as_plain(out, plain, case.exact())
 
 
@@ -131,8 +131,8 @@ def test_a_value_that_is_not_finite_marks_its_row_and_no_other(module, bad, acti
 def test_any_shape(module, leading, n, k):
     case = make_case(1, n, k, torch.float16)
     x = torch.randn((*leading, k), generator=torch.Generator().manual_seed(0)).half()
-    out = module.int8_linear(x, case.weight, case.weight_scale, case.bias, activation="gelu")
-    expected = reference.int8_linear(x, case.weight, case.weight_scale, case.bias, activation="gelu")
+    out = module.int8_linear(x, case.weight, case.weight_scale, bias=case.bias, activation="gelu")
+    expected = reference.int8_linear(x, case.weight, case.weight_scale, bias=case.bias, activation="gelu")
     assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
     assert torch.allclose(out, expected, rtol=2e-3, atol=1e-6)  # two neighbouring float16
 
@@ -146,8 +146,8 @@ def test_any_strides(module):
     bias = torch.randn(40, generator=generator)[::2]
     residual = torch.randn(20, generator=generator).expand(6, 20)
     channel_scale = torch.rand(64, generator=generator)[::2] + 0.5
-    arguments = (x, weight, case.weight_scale, bias, residual, "none", channel_scale)
-    ours, theirs = module.int8_linear(*arguments), reference.int8_linear(*arguments)
+    options = {"bias": bias, "residual": residual, "channel_scale": channel_scale}
+    ours, theirs = (run.int8_linear(x, weight, case.weight_scale, **options) for run in (module, reference))
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     batch = x.expand(2, 6, 32)[:, ::2]
     ours = module.int8_linear(batch, weight, case.weight_scale, residual=residual[:1])
@@ -156,10 +156,10 @@ def test_any_strides(module):
 
 def test_a_row_does_not_depend_on_its_batch():
     case = make_case(40, 30, 600, torch.float32, "gelu")
-    whole = triton_swapped.int8_linear_quantized(*case.arguments)
+    whole = triton_swapped.int8_linear_quantized(**case.arguments)
     for rows in (slice(0, 1), slice(3, 20), slice(39, 40)):
         part = replace(case, x=case.x[rows], x_scale=case.x_scale[rows], residual=case.residual[rows])
-        assert torch.equal(triton_swapped.int8_linear_quantized(*part.arguments), whole[rows])
+        assert torch.equal(triton_swapped.int8_linear_quantized(**part.arguments), whole[rows])
 
 
 def test_offsets_may_pass_two_to_the_31():
@@ -170,21 +170,21 @@ def test_offsets_may_pass_two_to_the_31():
     case = make_case(3, 10, 64, torch.float32)
     x.copy_(case.x)
     case = replace(case, x=x)
-    expected = reference.int8_linear_quantized(*case.arguments)
+    expected = reference.int8_linear_quantized(**case.arguments)
     for module in PLANS:
-        assert torch.allclose(module.int8_linear_quantized(*case.arguments), expected, rtol=1e-6, atol=1e-6)
+        assert torch.allclose(module.int8_linear_quantized(**case.arguments), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("module, config", FAMILIES)
 def test_nothing_outside_the_tensors_is_touched(module, config):
     case = make_case(5, 21, 150, torch.float16)
-    case = Case(*(guarded(value) if isinstance(value, torch.Tensor) else value for value in case.arguments))
+    case = Case(*(guarded(value) if isinstance(value, torch.Tensor) else value for value in case.arguments.values()))
     out = guarded(torch.zeros(5, 21))
-    launches = PLANS[module](*case.arguments, out, config)
+    launches = PLANS[module](**case.arguments, out=out, config=config)
     assert survives(lambda: [launch.run() for launch in launches])
 
 
 def test_an_unknown_activation_is_named():
     case = make_case(1, 4, 8, torch.float32, "swish")
     with pytest.raises(ValueError, match="'swish' is unknown"):
-        triton_tile.int8_linear_quantized(*case.arguments)
+        triton_tile.int8_linear_quantized(**case.arguments)

@@ -35,6 +35,13 @@ def make_case(m: int, n: int, k: int, dtype: torch.dtype, extras: bool = True) -
     return x, weight, scale, bias.to(dtype), residual.to(dtype)
 
 
+def arguments_of(case: tuple, activation: str = "none") -> dict:
+    return {
+        **dict(zip(("x", "weight", "weight_scale", "bias", "residual"), case, strict=True)),
+        "activation": activation,
+    }
+
+
 def assert_as_good(out: torch.Tensor, case: tuple, activation: str, compute: torch.dtype) -> None:
     """Against the plain expression with a weight dequantised to the compute dtype."""
     x, weight, scale, bias, residual = case
@@ -53,7 +60,7 @@ def test_every_config(config, aligned):
     m, n, k = (config.block_m, config.block_n, 256) if aligned else (config.block_m - 3, config.block_n + 5, 99)
     case = make_case(m, n, k, dtype)
     out = torch.full((m, n), torch.nan, dtype=dtype)
-    for launch in plan_swapped(*case, "silu", compute, out, config):
+    for launch in plan_swapped(**arguments_of(case, "silu"), compute_dtype=compute, out=out, config=config):
         launch.run()
     assert_as_good(out, case, "silu", compute)
 
@@ -63,17 +70,17 @@ def test_every_config(config, aligned):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_activation(function, dtype, activation):
     case = make_case(5, 37, 50, dtype)
-    assert_as_good(function(*case, activation), case, activation, dtype)
+    assert_as_good(function(**arguments_of(case, activation)), case, activation, dtype)
 
 
 @pytest.mark.parametrize("m", [5, triton_swapped.CAST_ON_LOAD_M + 1])
 @pytest.mark.parametrize("compute", [torch.float16, torch.float32], ids=str)
 def test_a_float32_model_computes_in_the_compute_dtype(compute, m):
     case = make_case(m, 37, 50, torch.float32)
-    out = int8_weight_only_linear(*case, compute_dtype=compute)
+    out = int8_weight_only_linear(**arguments_of(case), compute_dtype=compute)
     assert out.dtype == torch.float32
     assert_as_good(out, case, "none", compute)
-    expected = reference.int8_weight_only_linear(*case, compute_dtype=compute)
+    expected = reference.int8_weight_only_linear(**arguments_of(case), compute_dtype=compute)
     assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -94,7 +101,7 @@ def test_a_value_that_is_not_finite_marks_its_row_and_no_other(function, bad):
 def test_any_shape(function, leading, n, k):
     _, weight, scale, bias, _ = make_case(1, n, k, torch.float32)
     x = torch.randn((*leading, k), generator=torch.Generator().manual_seed(0))
-    out = function(x, weight, scale, bias, activation="relu")
+    out = function(x, weight, scale, bias=bias, activation="relu")
     expected = reference.int8_weight_only_linear(x, weight, scale, bias, activation="relu")
     assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
     assert torch.allclose(out, expected, rtol=1e-5, atol=1e-6)
@@ -107,18 +114,18 @@ def test_any_strides():
     scale, bias = torch.rand(40, generator=generator)[::2], torch.randn(40, generator=generator)[::2]
     residual = torch.randn(20, generator=generator)
     for batch in (x, x.expand(2, 6, 32)[:, ::2], x[:1].expand(6, 32)):
-        ours = int8_weight_only_linear(batch, weight, scale, bias, residual)
-        theirs = reference.int8_weight_only_linear(batch, weight, scale, bias, residual)
+        ours = int8_weight_only_linear(batch, weight, scale, bias=bias, residual=residual)
+        theirs = reference.int8_weight_only_linear(batch, weight, scale, bias=bias, residual=residual)
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-3)  # sums of 32 terms of about 100
 
 
 @pytest.mark.parametrize("m", [16, 40])
 def test_a_row_does_not_depend_on_its_batch(m):
-    x, weight, scale, bias, residual = make_case(m, 30, 1100, torch.float16)
-    whole = int8_weight_only_linear(x, weight, scale, bias, residual, "gelu")
+    x, weight, scale, bias, residual = case = make_case(m, 30, 1100, torch.float16)
+    whole = int8_weight_only_linear(**arguments_of(case, "gelu"))
     first = 0 if m <= triton_swapped.SMALL_M else triton_swapped.SMALL_M + 1
     for rows in (slice(m - max(first, 1), m), slice(0, max(first, 3))):
-        part = int8_weight_only_linear(x[rows], weight, scale, bias, residual[rows], "gelu")
+        part = int8_weight_only_linear(**arguments_of((x[rows], weight, scale, bias, residual[rows]), "gelu"))
         assert torch.equal(part, whole[rows])
 
 
@@ -126,7 +133,8 @@ def test_a_row_does_not_depend_on_its_batch(m):
 def test_nothing_outside_the_tensors_is_touched(config):
     case = [guarded(tensor) for tensor in make_case(5, 21, 150, torch.float16)]
     out = guarded(torch.zeros(5, 21, dtype=torch.float16))
-    launches = plan_swapped(*case, "none", torch.float32 if config.block_k == 32 else torch.float16, out, config)
+    compute = torch.float32 if config.block_k == 32 else torch.float16
+    launches = plan_swapped(**arguments_of(case), compute_dtype=compute, out=out, config=config)
     assert survives(lambda: [launch.run() for launch in launches])
 
 

@@ -53,8 +53,8 @@ def test_a_kernel_that_is_wrong_for_one_configuration_is_found(monkeypatch: pyte
     few = tuned.split_candidates(tuning.representative(asked))[0][:3]
     plan = module.plan_tile
 
-    def broken(*args: Any) -> Any:
-        launches = plan(*args)
+    def broken(*args: Any, **end: Any) -> Any:
+        launches = plan(*args, **end)
         if tuned._forced.get() == few[1]:
             launches[0].args["K"] = 128  # half of the sum
         return launches

@@ -178,13 +178,16 @@ def test_a_row_is_the_same_in_every_batch() -> None:
     assert torch.equal(found[0], found[2][:1]) and torch.equal(found[1], found[2][:8])
 
 
+PLAIN = {"bias": None, "residual": None, "activation": "none", "config": CONFIGS[0]}
+
+
 @pytest.mark.parametrize("columns", [slice(3, 259), slice(0, 256)])
 def test_rows_that_are_not_aligned_are_copied_first(columns: slice) -> None:
     """Registers would go to other threads: the launcher must see to 16 bytes."""
     x = torch.randn(5, 300).bfloat16()[:, columns]
     weight = fragment_order(*random_weight(16, 256, 64, torch.bfloat16), 64, 256, torch.bfloat16)
     out = torch.empty(5, 16, dtype=torch.bfloat16)
-    (launch,) = plan_fragments(x, weight, None, None, out, activation="none", config=CONFIGS[0])
+    (launch,) = plan_fragments(x, weight, out, **PLAIN)
     words = launch.args["x_ptr"]
     assert words.data_ptr() % 16 == 0 and words.stride() == (128, 1)
     assert torch.equal(words.view(torch.bfloat16), x)
@@ -196,9 +199,9 @@ def test_a_weight_that_is_not_aligned_is_refused() -> None:
     moved = FragmentWeight(flat, weight.groups, 16, 128, 64, torch.float16, torch.float16)
     x, out = torch.zeros(2, 128).half(), torch.empty(2, 16)
     with pytest.raises(ValueError, match="the words of a weight in fragment order must be aligned to 16 bytes"):
-        plan_fragments(x, moved, None, None, out, activation="none", config=CONFIGS[0])
+        plan_fragments(x, moved, out, **PLAIN)
     with pytest.raises(ValueError, match="inline PTX"):
-        plan_fragments(x, weight, None, None, out, activation="none", config=CONFIGS[0], inline_ptx=False)
+        plan_fragments(x, weight, out, **PLAIN, inline_ptx=False)
 
 
 # ---- who serves, and how

@@ -148,9 +148,9 @@ def test_rows_that_are_not_aligned_are_copied_first() -> None:
     (other,) = triton_fragments.plan_fragments(
         x,
         weight,
-        arguments["bias"],
-        None,
         again,
+        bias=arguments["bias"],
+        residual=None,
         activation="none",
         compute_dtype=torch.int8,
         config=triton_fragments.CONFIGS[0],
@@ -169,13 +169,12 @@ def test_a_weight_that_is_not_aligned_is_refused() -> None:
     flat = torch.cat([weight.values.new_zeros(1), weight.values.flatten()])[1:].view_as(weight.values)
     moved = fragments.FragmentWeight(flat, weight.meta, 16, 128, False)
     out = torch.empty(2, 16)
-    options = {"activation": "none", "compute_dtype": torch.float16, "config": triton_fragments.CONFIGS[0]}
+    options = {"bias": None, "residual": None, "activation": "none", "compute_dtype": torch.float16}
+    options["config"] = triton_fragments.CONFIGS[0]
     with pytest.raises(ValueError, match="must be aligned to 16 bytes"):
-        triton_fragments.plan_fragments(torch.zeros(2, 128).half(), moved, None, None, out, **options)
+        triton_fragments.plan_fragments(torch.zeros(2, 128).half(), moved, out, **options)
     with pytest.raises(ValueError, match="inline PTX"):
-        triton_fragments.plan_fragments(
-            torch.zeros(2, 128).half(), weight, None, None, out, inline_ptx=False, **options
-        )
+        triton_fragments.plan_fragments(torch.zeros(2, 128).half(), weight, out, inline_ptx=False, **options)
 
 
 # ---- who serves

@@ -42,9 +42,9 @@ def plan_w4a16(m, n, k, config, group_size=128):
     return w4a16.plan_int4_linear(
         x,
         meta_weight(n, k, group_size),
-        None,
-        None,
         out,
+        bias=None,
+        residual=None,
         activation="none",
         compute_dtype=torch.bfloat16,
         config=config,
@@ -191,10 +191,10 @@ def test_dequantise_and_multiply_equals_the_reference_on_any_device(monkeypatch,
     n, k = matrices.ROWS + 20, 100
     weight = int4.quantize(torch.randn(n, k), group_size, symmetric=False)
     x, bias, residual = torch.randn(2, 3, k).to(dtype), torch.randn(n), torch.randn(n)
-    options = {"group_size": group_size, "activation": activation}
-    plain = reference.int4_linear(x, *weight, bias, residual, **options)
-    exact = reference.int4_linear(x.double(), *weight, bias, residual, **options)
-    assert_close_as_plain(dequantize.int4_linear(x, *weight, bias, residual, **options), plain, exact)
+    options = {"group_size": group_size, "bias": bias, "residual": residual, "activation": activation}
+    plain = reference.int4_linear(x, *weight, **options)
+    exact = reference.int4_linear(x.double(), *weight, **options)
+    assert_close_as_plain(dequantize.int4_linear(x, *weight, **options), plain, exact)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0), (64,), (1,)])

@@ -30,6 +30,7 @@ B200 = {"device": "cuda", "capability": (10, 0), "multiprocessors": 148}
 MI300 = {"device": "cuda", "gpu_arch": "gfx942", "multiprocessors": 304}
 GPUS = {"H200": H200, "A100": A100, "L4": L4, "B200": B200, "MI300": MI300}
 ON_EACH_GPU = pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+NO_END = {"bias": None, "residual": None, "activation": "none"}
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 
 
@@ -48,11 +49,9 @@ def plan_int8(plan, m: int, n: int, k: int, config=None, out_dtype: torch.dtype 
         meta(m, dtype=torch.float32),
         meta(n, k),
         scale,
-        None,
-        None,
-        "none",
         meta(m, n, dtype=out_dtype),
         config,
+        **NO_END,
     )
 
 
@@ -211,8 +210,8 @@ def test_tiles_cover_the_result_and_masks_go_only_where_k_is_even(m, n, k, index
 
 
 def test_weight_only_parts_are_float32():
-    case = meta(4, 4096, dtype=torch.bfloat16), meta(64, 4096), meta(64, dtype=torch.float32), None, None
-    product, reduce = weight_only.plan_swapped(*case, "none", torch.bfloat16, meta(4, 64, dtype=torch.bfloat16))
+    case = meta(4, 4096, dtype=torch.bfloat16), meta(64, 4096), meta(64, dtype=torch.float32)
+    product, reduce = weight_only.plan_swapped(*case, torch.bfloat16, meta(4, 64, dtype=torch.bfloat16), **NO_END)
     assert product.args["out_ptr"].dtype == torch.float32
     assert product.args["out_ptr"].shape == (8, 4, 64)
     assert reduce.args["x_scale_ptr"] is None

@@ -240,7 +240,8 @@ def _as_rows(y: torch.Tensor) -> torch.Tensor:
     return y.permute(0, 2, 3, 1).view(math.prod((y.shape[0], *y.shape[2:])), y.shape[1])
 
 
-def float_call(
+def make_call(
+    op: str,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -250,49 +251,18 @@ def float_call(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     activation: str = "none",
-    negative_slope: float = 0.01,
-    allow_tf32: bool = False,
-) -> ConvCall:
-    """What the kernels take for these arguments of ``conv2d_fused``; the result is allocated."""
-    check_activation(activation, CONV_ACTIVATIONS)
-    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    geometry = _sizes("conv2d_fused", x.shape, weight.shape, *window)
-    return ConvCall(
-        geometry,
-        nhwc(x),
-        weight.contiguous(),
-        _as_rows(empty_channels_last(geometry.out_shape, x.dtype, x.device)),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else _as_rows(residual),
-        activation,
-        negative_slope,
-        allow_tf32=allow_tf32,
-    )
-
-
-def int8_call(
-    x: torch.Tensor,
-    x_scale: float,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    residual_scale: float = 1.0,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    out_scale: float | None = None,
     out_dtype: torch.dtype | None = None,
     x_nonnegative: bool = False,
+    **rest: Any,
 ) -> ConvCall:
-    """What the kernels take for these arguments of ``int8_conv2d_fused``; the result is allocated."""
+    """What the kernels take for these arguments of ``op``; the result is allocated. rest: of ``ConvCall``."""
     check_activation(activation, CONV_ACTIVATIONS)
-    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    geometry = _sizes("int8_conv2d_fused", x.shape, weight.shape, *window)
-    dtype = out_dtype or (torch.float32 if out_scale is None else torch.int8)
+    geometry = _sizes(op, x.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups)
+    if "weight_scale" in rest:
+        rest["weight_scale"] = rest["weight_scale"].contiguous()
+        dtype = out_dtype or (torch.float32 if rest.get("out_scale") is None else torch.int8)
+    else:
+        dtype = x.dtype
     return ConvCall(
         geometry,
         nhwc(x),
@@ -301,12 +271,13 @@ def int8_call(
         None if bias is None else bias.contiguous(),
         None if residual is None else _as_rows(residual),
         activation,
-        negative_slope,
-        weight_scale.contiguous(),
-        x_scale,
-        residual_scale,
-        out_scale,
+        **rest,
     )
+
+
+#: Of the arguments of the two operators.
+float_call = functools.partial(make_call, "conv2d_fused")
+int8_call = functools.partial(make_call, "int8_conv2d_fused")
 
 
 def window_args(call: ConvCall, unit_c: int) -> dict[str, int]:
@@ -338,10 +309,9 @@ def operator(
     plan: Callable[[ConvCall], list[Launch]], make_call: Callable[..., ConvCall]
 ) -> Callable[..., torch.Tensor]:
     """``conv2d_fused`` or ``int8_conv2d_fused`` through the kernel that ``plan`` launches. make_call: ``float_call`` or
-    ``int8_call``, whose signature is that of the operator.
+    ``int8_call``.
     """
 
-    @functools.wraps(make_call)
     def run(*args: Any, **kwargs: Any) -> torch.Tensor:
         call = make_call(*args, **kwargs)
         if call.out.numel():

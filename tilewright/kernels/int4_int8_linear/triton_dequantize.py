@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import as_matrix, wide_product
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.triton.common import why_not_on_gpu
@@ -42,23 +44,21 @@ def int4_int8_linear(
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
     *,
     group_size: int,
-    activation: str = "none",
     channel_scale: torch.Tensor | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See the reference."""
     n, k = len(weight_packed), x.shape[-1]
 
-    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> Iterator[Launch]:
+    def launches(out: torch.Tensor, **end: Unpack[End]) -> Iterator[Launch]:
         x_q, x_scale = quantize_per_row(x, channel_scale)
         rows = as_matrix(x_q).to(x.dtype)
         problem = Problem("int4_linear", len(rows), n, k, x.dtype, group_size=group_size, **device_facts(x.device))
         weight = (weight_packed, weight_scale, weight_zero, k, x.dtype, group_size)
         for first, block in dequantized_blocks(*weight, DequantizeConfig.for_problem(problem)):
             sums = wide_product(rows, block).unsqueeze(0)
-            yield plan_sum_parts(sums, x_scale.reshape(-1), bias, residual, out, activation, first_column=first)
+            yield plan_sum_parts(sums, x_scale.reshape(-1), out, first, **end)
 
-    return run_linear(x, n, x.dtype, bias, residual, activation, launches)
+    return run_linear(x, n, x.dtype, launches, **end)

@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 import triton
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.triton.common import inline_ptx_by_default, why_not_on_gpu
@@ -113,17 +115,14 @@ def plan_int4_int8_linear(
     x_q: torch.Tensor,
     x_scale: torch.Tensor,
     weight: SpanWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     out: torch.Tensor,
     *,
-    activation: str,
     config: Int4Int8Config,
     inline_ptx: bool,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """See ``plan_span_product``. x_q int8 [M, K] with unit stride along K, x_scale float32 [M]."""
-    operands = (x_q, x_scale, weight, bias, residual, out)
-    return plan_span_product(int4_int8_linear_kernel, *operands, activation, torch.int8, config, inline_ptx)
+    return plan_span_product(int4_int8_linear_kernel, x_q, x_scale, weight, out, torch.int8, config, inline_ptx, **end)
 
 
 def int4_int8_linear(
@@ -131,29 +130,25 @@ def int4_int8_linear(
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
     *,
     group_size: int,
-    activation: str = "none",
     channel_scale: torch.Tensor | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See the reference. Raises ValueError for groups that are neither a multiple of 32 nor the whole row."""
     n, k = len(weight_packed), x.shape[-1]
 
-    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+    def launches(out: torch.Tensor, **end: Unpack[End]) -> list[Launch]:
         x_q, x_scale = quantize_per_row(x, channel_scale)
         facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None, **device_facts(x.device)}
         return plan_int4_int8_linear(
             as_matrix(x_q),
             x_scale.reshape(-1),
             kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
-            bias,
-            residual,
             out,
-            activation=activation,
             config=TUNED.choose(Problem("int4_int8_linear", len(out), n, k, x.dtype, **facts)),
             inline_ptx=inline_ptx_by_default(x.device),
+            **end,
         )
 
-    return run_linear(x, n, x.dtype, bias, residual, activation, launches)
+    return run_linear(x, n, x.dtype, launches, **end)

@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix, wide_product
 from tilewright.kernels.triton.common import why_not_on_gpu
 from tilewright.kernels.triton.int4_dequantize import DequantizeConfig, dequantized_blocks
@@ -47,22 +49,19 @@ def int4_linear(
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
     *,
     group_size: int,
-    activation: str = "none",
     compute_dtype: torch.dtype | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See the reference."""
     n, k = len(weight_packed), x.shape[-1]
     narrow = compute_dtype or x.dtype
-    rounds_once = (
-        activation == "none" and residual is None and narrow == x.dtype and (bias is None or bias.dtype == narrow)
-    )
 
-    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> Iterator[Launch]:
-        rows = as_matrix(x).to(narrow)
+    def launches(out: torch.Tensor, **end: Unpack[End]) -> Iterator[Launch]:
+        rows, bias = as_matrix(x).to(narrow), end["bias"]
+        plain = end["activation"] == "none" and end["residual"] is None
+        rounds_once = plain and narrow == x.dtype and (bias is None or bias.dtype == narrow)
         facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None}
         facts |= {"compute_dtype": compute_dtype, **device_facts(x.device)}
         config = TUNED.choose(Problem("int4_linear", len(rows), n, k, x.dtype, **facts))
@@ -70,7 +69,7 @@ def int4_linear(
         for first, block in dequantized_blocks(*weight):
             if not rounds_once:
                 sums = wide_product(rows, block).unsqueeze(0)
-                yield plan_sum_parts(sums, None, bias, residual, out, activation, first_column=first)
+                yield plan_sum_parts(sums, None, out, first, **end)
                 continue
             columns = slice(first, first + len(block))
             if bias is None:
@@ -78,4 +77,4 @@ def int4_linear(
             else:
                 torch.addmm(bias[columns], rows, block.t(), out=out[:, columns])
 
-    return run_linear(x, n, x.dtype, bias, residual, activation, launches)
+    return run_linear(x, n, x.dtype, launches, **end)

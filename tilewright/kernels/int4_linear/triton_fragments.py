@@ -31,9 +31,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.int4_linear.fragments import (
     TILE_M,
     TILE_N,
@@ -54,7 +56,7 @@ from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
 from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
 from tilewright.kernels.triton.registers import check_registers, split_registers, words_of
-from tilewright.kernels.triton.split_k import choose_split, with_parts
+from tilewright.kernels.triton.split_k import choose_split, cut, with_parts
 from tilewright.kernels.tuning import tunable
 
 _TILE_N = tl.constexpr(TILE_N)
@@ -280,13 +282,11 @@ def int4_fragment_kernel(
 def plan_fragments(
     x: torch.Tensor,
     weight: FragmentWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     out: torch.Tensor,
     *,
-    activation: str,
     config: FragmentConfig,
     inline_ptx: bool = True,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """The launches that fill ``out`` [M, N]: the product, and the sum over parts where K is cut into such.
 
@@ -298,9 +298,7 @@ def plan_fragments(
     m, n = len(x), weight.n
     units = step_units(weight.k, weight.group_size or weight.k)
     steps = weight.units // units
-    steps_per_part = triton.cdiv(steps, config.splits)
-    parts = triton.cdiv(steps, steps_per_part)
-    workspace = torch.empty((parts, m, n), dtype=torch.float32, device=out.device) if parts > 1 else None
+    steps_per_part, parts, workspace = cut(steps, config.splits, out, torch.float32)
     tiles_m = triton.cdiv(m, config.block_m)
     args: dict[str, Any] = {
         "x_ptr": x,
@@ -315,7 +313,7 @@ def plan_fragments(
         "groups": weight.groups.shape[1],
         "row_tiles": len(weight.words),
         "tiles_m": tiles_m,
-        **finish_arguments(bias, residual, out),
+        **finish_arguments(out, **end),
     }
     constants = {
         "DTYPE": TRITON_DTYPES[weight.dtype],
@@ -325,11 +323,11 @@ def plan_fragments(
         "THREADS": 32 * config.num_warps,
         "WARPS_PER_TILE": config.warps_per_tile,
         "DISTANCE": config.distance,
-        "ACTIVATION": activation,
+        "ACTIVATION": end["activation"],
     }
     grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
     product = Launch(int4_fragment_kernel, grid, args, constants, config.num_warps, config.num_stages)
-    return with_parts(product, workspace, bias, residual, out, activation)
+    return with_parts(product, workspace, out, **end)
 
 
 def int4_linear(
@@ -337,23 +335,20 @@ def int4_linear(
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
     *,
     group_size: int,
-    activation: str = "none",
     compute_dtype: torch.dtype | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See the reference. Raises ValueError for a weight that has no fragment order, see ``fragments``."""
     n, k = len(weight_packed), x.shape[-1]
 
-    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+    def launches(out: torch.Tensor, **end: Unpack[End]) -> list[Launch]:
         rows = rows_of(x)
         facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None}
         facts |= {"compute_dtype": compute_dtype, "scale_dtype": weight_scale.dtype, "aligned": rows_aligned(rows)}
         problem = Problem("int4_linear", len(rows), n, k, x.dtype, **facts, **device_facts(x.device))
         order = fragment_order(weight_packed, weight_scale, weight_zero, group_size, k, problem.multiply_dtype)
-        config = TUNED.choose(problem)
-        return plan_fragments(rows, order, bias, residual, out, activation=activation, config=config)
+        return plan_fragments(rows, order, out, config=TUNED.choose(problem), **end)
 
-    return run_linear(x, n, x.dtype, bias, residual, activation, launches)
+    return run_linear(x, n, x.dtype, launches, **end)

@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 import triton
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
 from tilewright.kernels.triton.common import inline_ptx_by_default, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
@@ -117,18 +119,15 @@ int4_linear_kernel = span_kernel("int4_linear_kernel")
 def plan_int4_linear(
     x: torch.Tensor,
     weight: SpanWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     out: torch.Tensor,
     *,
-    activation: str,
     compute_dtype: torch.dtype,
     config: FusedConfig,
     inline_ptx: bool,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """See ``plan_span_product``. x [M, K] with unit stride along K."""
-    operands = (x, None, weight, bias, residual, out)
-    return plan_span_product(int4_linear_kernel, *operands, activation, compute_dtype, config, inline_ptx)
+    return plan_span_product(int4_linear_kernel, x, None, weight, out, compute_dtype, config, inline_ptx, **end)
 
 
 def int4_linear(
@@ -136,17 +135,15 @@ def int4_linear(
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
     *,
     group_size: int,
-    activation: str = "none",
     compute_dtype: torch.dtype | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See the reference. Raises ValueError for groups that are neither a multiple of 32 nor the whole row."""
     n, k = len(weight_packed), x.shape[-1]
 
-    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+    def launches(out: torch.Tensor, **end: Unpack[End]) -> list[Launch]:
         rows = rows_of(x)
         facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None}
         facts |= {"compute_dtype": compute_dtype, "aligned": rows_aligned(rows), **device_facts(x.device)}
@@ -154,13 +151,11 @@ def int4_linear(
         return plan_int4_linear(
             rows,
             kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
-            bias,
-            residual,
             out,
-            activation=activation,
             compute_dtype=problem.multiply_dtype,
             config=TUNED.choose(problem),
             inline_ptx=inline_ptx_by_default(x.device),
+            **end,
         )
 
-    return run_linear(x, n, x.dtype, bias, residual, activation, launches)
+    return run_linear(x, n, x.dtype, launches, **end)

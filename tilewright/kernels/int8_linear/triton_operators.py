@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.triton.common import MAX_K, why_not_on_gpu
@@ -31,30 +33,26 @@ def operators(plan: Callable[..., list[Launch]]) -> tuple[Callable[..., torch.Te
         x_scale: torch.Tensor,
         weight: torch.Tensor,
         weight_scale: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        activation: str = "none",
         out_dtype: torch.dtype | None = None,
+        **end: Unpack[End],
     ) -> torch.Tensor:
         """x int8 [..., K], x_scale float32 [...], weight int8 [N, K], weight_scale [N] -> out_dtype [..., N]."""
 
-        def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+        def launches(out: torch.Tensor, **end: Unpack[End]) -> list[Launch]:
             scales = (x_scale.reshape(-1), weight_scale.contiguous())
-            return plan(rows_of(x), scales[0], rows_of(weight), scales[1], bias, residual, activation, out)
+            return plan(rows_of(x), scales[0], rows_of(weight), scales[1], out, **end)
 
-        return run_linear(x, len(weight), out_dtype or torch.float32, bias, residual, activation, launches)
+        return run_linear(x, len(weight), out_dtype or torch.float32, launches, **end)
 
     def int8_linear(
         x: torch.Tensor,
         weight: torch.Tensor,
         weight_scale: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        activation: str = "none",
         channel_scale: torch.Tensor | None = None,
+        **end: Unpack[End],
     ) -> torch.Tensor:
         """x float [..., K], weight int8 [N, K], weight_scale [N], bias [N], residual [..., N] -> x.dtype [..., N]."""
         q, scale = quantize_per_row(x, channel_scale)
-        return int8_linear_quantized(q, scale, weight, weight_scale, bias, residual, activation, x.dtype)
+        return int8_linear_quantized(q, scale, weight, weight_scale, x.dtype, **end)
 
     return int8_linear, int8_linear_quantized

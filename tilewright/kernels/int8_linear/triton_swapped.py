@@ -20,9 +20,11 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.int8_linear.triton_operators import operators, why_not_int8_product
 from tilewright.kernels.triton.common import finish_tile
 from tilewright.kernels.triton.split_k import choose_split
@@ -191,11 +193,9 @@ def plan_swapped(
     x_scale: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
     out: torch.Tensor,
     config: SwappedConfig | None = None,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] int8 with contiguous rows."""
     (m, k), n = x.shape, weight.shape[0]
@@ -203,9 +203,7 @@ def plan_swapped(
         facts = {"aligned": rows_aligned(x), **device_facts(x.device)}
         config = TUNED.choose(Problem("int8_linear_quantized", m=m, n=n, k=k, x_dtype=x.dtype, **facts))
     scales = {"x_scale_ptr": x_scale, "w_scale_ptr": weight_scale}
-    return plan_swapped_product(
-        swapped_kernel, x, weight, scales, bias, residual, activation, out, config, BLOCK_K, torch.int32
-    )
+    return plan_swapped_product(swapped_kernel, x, weight, scales, out, config, BLOCK_K, torch.int32, {}, **end)
 
 
 int8_linear, int8_linear_quantized = operators(plan_swapped)

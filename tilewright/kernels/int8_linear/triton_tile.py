@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.int8_linear.triton_operators import operators, why_not_int8_product
 from tilewright.kernels.triton.common import finish_arguments, finish_tile, grouped_tile, slice_of
 from tilewright.kernels.tuning import tunable, why_too_large
@@ -162,11 +164,9 @@ def plan_tile(
     x_scale: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
     out: torch.Tensor,
     config: TileConfig | None = None,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """The launch that writes ``out`` [M, N]; x [M, K] and weight [N, K] int8 with contiguous rows."""
     (m, k), n = x.shape, weight.shape[0]
@@ -178,7 +178,7 @@ def plan_tile(
         "x_scale_ptr": x_scale,
         "w_ptr": weight,
         "w_scale_ptr": weight_scale,
-        **finish_arguments(bias, residual, out),
+        **finish_arguments(out, **end),
         "M": m,
         "N": n,
         "K": k,
@@ -186,7 +186,7 @@ def plan_tile(
         "stride_wn": weight.stride(0),
     }
     constants = {
-        "ACTIVATION": activation,
+        "ACTIVATION": end["activation"],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

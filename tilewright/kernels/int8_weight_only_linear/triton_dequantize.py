@@ -15,11 +15,13 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix, wide_product
-from tilewright.kernels.triton.common import finish_arguments, why_not_on_gpu
+from tilewright.kernels.triton.common import why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
 from tilewright.kernels.triton.split_k import plan_reduce_parts
 
@@ -54,21 +56,17 @@ def int8_weight_only_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
     compute_dtype: torch.dtype | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """x float [..., K], weight int8 [N, K], weight_scale [N], bias [N], residual [..., N] -> x.dtype [..., N]."""
-    narrow, n = compute_dtype or x.dtype, len(weight)
+    narrow = compute_dtype or x.dtype
 
-    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> Iterator[Launch]:
+    def launches(out: torch.Tensor, **end: Unpack[End]) -> Iterator[Launch]:
         wide = torch.empty(weight.shape, dtype=narrow, device=weight.device)
         if wide.numel():
             yield plan_widen(weight.contiguous(), wide)
         sums = wide_product(as_matrix(x).to(narrow), wide).unsqueeze(0)
-        scales = {"x_scale_ptr": None, "w_scale_ptr": weight_scale.contiguous()}
-        sizes = {"M": len(out), "N": n}
-        yield plan_reduce_parts(sums, {**finish_arguments(bias, residual, out), **scales, **sizes}, activation)
+        yield plan_reduce_parts(sums, None, weight_scale.contiguous(), out, **end)
 
-    return run_linear(x, n, x.dtype, bias, residual, activation, launches)
+    return run_linear(x, len(weight), x.dtype, launches, **end)

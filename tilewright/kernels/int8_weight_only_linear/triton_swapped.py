@@ -21,9 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
 from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
@@ -229,38 +231,33 @@ def plan_swapped(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
     compute_dtype: torch.dtype,
     out: torch.Tensor,
     config: SwappedConfig | None = None,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] with contiguous rows."""
     (m, k), n = x.shape, weight.shape[0]
     if config is None:
         problem = Problem("int8_weight_only_linear", m=m, n=n, k=k, x_dtype=x.dtype, compute_dtype=compute_dtype)
         config = TUNED.choose(replace(problem, aligned=rows_aligned(x), **device_facts(x.device)))
-    end = (bias, residual, activation, out, config, config.block_k, torch.float32)
+    operands = (x, weight, {"w_scale_ptr": weight_scale}, out)
     constants = {"COMPUTE": TRITON_DTYPES[compute_dtype], "BLOCK_SUMS": config.block_sums}
-    return plan_swapped_product(weight_only_kernel, x, weight, {"w_scale_ptr": weight_scale}, *end, **constants)
+    return plan_swapped_product(weight_only_kernel, *operands, config, config.block_k, torch.float32, constants, **end)
 
 
 def int8_weight_only_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
     compute_dtype: torch.dtype | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """x float [..., K], weight int8 [N, K], weight_scale [N], bias [N], residual [..., N] -> x.dtype [..., N]."""
     compute = compute_dtype or x.dtype
 
-    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
+    def launches(out: torch.Tensor, **end: Unpack[End]) -> list[Launch]:
         rows = rows_of(x.to(compute) if len(out) > CAST_ON_LOAD_M else x)
-        scale = weight_scale.contiguous()
-        return plan_swapped(rows, rows_of(weight), scale, bias, residual, activation, compute, out)
+        return plan_swapped(rows, rows_of(weight), weight_scale.contiguous(), compute, out, **end)
 
-    return run_linear(x, len(weight), x.dtype, bias, residual, activation, launches)
+    return run_linear(x, len(weight), x.dtype, launches, **end)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.matrices import FLOAT_DTYPES
 from tilewright.kernels.triton.common import why_not_on_gpu
 from tilewright.kernels.triton.row_quantize import (
     ROW_CONFIGS,
@@ -26,7 +26,10 @@ from tilewright.kernels.triton.row_quantize import (
     QuantizeConfig,
     candidates,
     magnitude_bits,
+    plan_rows,
     quantize_values,
+    rows_problem,
+    run_rows,
     scale_of,
 )
 from tilewright.kernels.tuning import tunable
@@ -134,56 +137,21 @@ def plan_norm_quantize(
     config: QuantizeConfig | None = None,
 ) -> list[Launch]:
     """The launch that normalises ``x`` [M, K] and quantises it into ``q`` and ``scale``; weight and bias contiguous."""
-    m, k = x.shape
     if config is None:
-        facts = device_facts(x.device)
-        op = "layer_norm_quantize" if subtract_mean else "rms_norm_quantize"
-        config = TUNED.choose(Problem(op, m=m, n=0, k=k, x_dtype=x.dtype, **facts))
-    args = {
-        "x_ptr": x,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
-        "q_ptr": q,
-        "scale_ptr": scale,
-        "M": m,
-        "K": k,
-        "stride_xm": x.stride(0),
-        "stride_xk": x.stride(1),
-        "eps": float(eps),
-    }
-    constants = {
-        "SUBTRACT_MEAN": subtract_mean,
-        "ROWS": config.rows,
-        "BLOCK_K": config.block_k,
-        "ONE_BLOCK": config.one_block,
-    }
-    return [Launch(norm_quantize_kernel, (triton.cdiv(m, config.rows),), args, constants, num_warps=config.num_warps)]
-
-
-def _norm_quantize(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, subtract_mean: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = as_matrix(x)
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    if not q.numel():
-        return q, torch.ones(x.shape[:-1], dtype=torch.float32, device=x.device)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    for launch in plan_norm_quantize(rows, weight, bias, eps, subtract_mean, q, scale):
-        launch.run()
-    return q, scale
+        config = TUNED.choose(rows_problem("layer_norm_quantize" if subtract_mean else "rms_norm_quantize", x))
+    others = {"weight_ptr": weight, "bias_ptr": bias, "eps": float(eps), "SUBTRACT_MEAN": subtract_mean}
+    return plan_rows(norm_quantize_kernel, config, x, q, scale, **others)
 
 
 def layer_norm_quantize(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [..., K] float on a GPU; weight and bias [K] -> (int8 [..., K], float32 scale [...])."""
-    return _norm_quantize(x, weight, bias, eps, subtract_mean=True)
+    return run_rows(x, plan_norm_quantize, weight=weight, bias=bias, eps=eps, subtract_mean=True)
 
 
 def rms_norm_quantize(
     x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [..., K] float on a GPU; weight [K] -> (int8 [..., K], float32 scale [...])."""
-    return _norm_quantize(x, weight, None, eps, subtract_mean=False)
+    return run_rows(x, plan_norm_quantize, weight=weight, bias=None, eps=eps, subtract_mean=False)

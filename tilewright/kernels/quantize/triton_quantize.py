@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
+from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.matrices import FLOAT_DTYPES
 from tilewright.kernels.triton.common import why_not_on_gpu
 from tilewright.kernels.triton.row_quantize import (
     ROW_CONFIGS,
@@ -24,7 +24,10 @@ from tilewright.kernels.triton.row_quantize import (
     QuantizeConfig,
     candidates,
     magnitude_bits,
+    plan_rows,
     quantize_values,
+    rows_problem,
+    run_rows,
     scale_of,
 )
 from tilewright.kernels.tuning import tunable
@@ -95,34 +98,10 @@ def plan_quantize_per_row(
     config: QuantizeConfig | None = None,
 ) -> list[Launch]:
     """The launch that quantises ``x`` [M, K] into ``q`` and ``scale``; channel_scale [K] must be contiguous."""
-    m, k = x.shape
-    if config is None:
-        facts = device_facts(x.device)
-        config = TUNED.choose(Problem("quantize_per_row", m=m, n=0, k=k, x_dtype=x.dtype, **facts))
-    args = {
-        "x_ptr": x,
-        "channel_scale_ptr": channel_scale,
-        "q_ptr": q,
-        "scale_ptr": scale,
-        "M": m,
-        "K": k,
-        "stride_xm": x.stride(0),
-        "stride_xk": x.stride(1),
-    }
-    constants = {"ROWS": config.rows, "BLOCK_K": config.block_k, "ONE_BLOCK": config.one_block}
-    grid = (triton.cdiv(m, config.rows),)
-    return [Launch(quantize_per_row_kernel, grid, args, constants, num_warps=config.num_warps)]
+    config = config or TUNED.choose(rows_problem("quantize_per_row", x))
+    return plan_rows(quantize_per_row_kernel, config, x, q, scale, channel_scale_ptr=channel_scale)
 
 
 def quantize_per_row(x: torch.Tensor, channel_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [..., K] fp16, bf16 or fp32 on a GPU, ``channel_scale`` [K] -> (int8 [..., K], float32 scale [...])."""
-    rows = as_matrix(x)
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    if not q.numel():
-        return q, torch.ones(x.shape[:-1], dtype=torch.float32, device=x.device)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    if channel_scale is not None:
-        channel_scale = channel_scale.contiguous()
-    for launch in plan_quantize_per_row(rows, channel_scale, q, scale):
-        launch.run()
-    return q, scale
+    return run_rows(x, plan_quantize_per_row, channel_scale=channel_scale)

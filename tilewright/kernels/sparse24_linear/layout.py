@@ -132,6 +132,13 @@ def int8_order(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int) -
     return StepWeight(INT8, values, _mask(weight_meta, INT8, k), k)
 
 
+def step_order(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int, dtype: torch.dtype) -> StepWeight:
+    """A 2:4 weight in kernel order, its values int8 or floats in a 16-bit ``dtype``."""
+    if dtype == torch.int8:
+        return int8_order(weight_values, weight_meta, k)
+    return float_order(weight_values, weight_meta, k, dtype)
+
+
 def int4_order(
     weight_values: torch.Tensor,
     weight_meta: torch.Tensor,

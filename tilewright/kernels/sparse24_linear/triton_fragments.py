@@ -28,11 +28,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES
-from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate
 from tilewright.kernels.sparse24_linear.fragments import (
     TILE_M,
@@ -43,10 +44,10 @@ from tilewright.kernels.sparse24_linear.fragments import (
     unit_count,
 )
 from tilewright.kernels.sparse24_linear.triton_mma_sp import load_unit, multiply_step, poison, watch, x_registers
-from tilewright.kernels.sparse24_linear.triton_run import run
+from tilewright.kernels.sparse24_linear.triton_run import operators
 from tilewright.kernels.triton.common import MAX_K, TRITON_DTYPES, finish_arguments, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton.registers import check_registers, split_registers, words_of
-from tilewright.kernels.triton.split_k import choose_split, with_parts
+from tilewright.kernels.triton.split_k import choose_split, cut, with_parts
 
 _TILE_N = tl.constexpr(TILE_N)
 _TILE_M = tl.constexpr(TILE_M)
@@ -258,16 +259,14 @@ def sparse24_fragment_kernel(
 def plan_fragments(
     x: torch.Tensor,
     weight: FragmentWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     out: torch.Tensor,
     *,
-    activation: str,
     compute_dtype: torch.dtype,
     config: FragmentConfig,
     inline_ptx: bool = True,
     x_scale: torch.Tensor | None = None,
     w_scale: torch.Tensor | None = None,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """The launches that fill ``out`` [M, N]: the product, and the sum over parts where K is cut.
 
@@ -277,10 +276,8 @@ def plan_fragments(
     check_registers("mma.sp", inline_ptx, values=weight.values, meta=weight.meta)
     x = words_of(x.to(compute_dtype))
     m, n = len(x), weight.n
-    units_per_part = triton.cdiv(weight.units, config.splits)
-    parts = triton.cdiv(weight.units, units_per_part)
     sum_dtype = torch.int32 if weight.is_int8 else torch.float32
-    workspace = torch.empty((parts, m, n), dtype=sum_dtype, device=out.device) if parts > 1 else None
+    units_per_part, parts, workspace = cut(weight.units, config.splits, out, sum_dtype)
     tiles_m = triton.cdiv(m, config.block_m)
     args: dict[str, Any] = {
         "x_ptr": x,
@@ -296,50 +293,18 @@ def plan_fragments(
         "units_per_part": units_per_part,
         "row_tiles": len(weight.values),
         "tiles_m": tiles_m,
-        **finish_arguments(bias, residual, out),
+        **finish_arguments(out, **end),
     }
     constants = {
         "DTYPE": TRITON_DTYPES[compute_dtype],
         "THREADS": 32 * config.num_warps,
         "TWO": config.block_m == 2 * TILE_M,
-        "ACTIVATION": activation,
+        "ACTIVATION": end["activation"],
     }
     grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
     product = Launch(sparse24_fragment_kernel, grid, args, constants, config.num_warps, config.num_stages)
-    return with_parts(product, workspace, bias, residual, out, activation, x_scale, w_scale)
+    return with_parts(product, workspace, out, x_scale, w_scale, **end)
 
 
-def _run(op: str, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """See ``triton_run.run``."""
-    return run(op, plan_fragments, FragmentConfig.for_problem, x, *arguments)
-
-
-def sparse24_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_linear``. K must be a multiple of 128."""
-    narrow = compute_dtype or x.dtype
-    weight = fragment_order(weight_values, weight_meta, x.shape[-1], narrow)
-    return _run("sparse24_linear", x, weight, bias, residual, activation, narrow, x.dtype)
-
-
-def sparse24_int8_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_int8_linear``. K must be a multiple of 128."""
-    q, x_scale = quantize_per_row(x, channel_scale)
-    weight, scales = fragment_order(weight_values, weight_meta, x.shape[-1], torch.int8), (x_scale, weight_scale)
-    return _run("sparse24_int8_linear", q, weight, bias, residual, activation, torch.int8, x.dtype, *scales)
+#: K must be a multiple of 128.
+sparse24_linear, sparse24_int8_linear = operators(plan_fragments, FragmentConfig.for_problem, fragment_order)

@@ -1,4 +1,4 @@
-"""What the launchers of 2:4 kernels share: one call from tensors to result."""
+"""What the launchers of 2:4 kernels share: one call from tensors to result, and the two operators made of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import rows_of
+from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.triton.linear import run_linear
 
 
@@ -19,34 +22,66 @@ def run(
     configure: Callable[[Problem], Any],
     x: torch.Tensor,
     weight: Any,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    compute_dtype: torch.dtype,
+    *,
     out_dtype: torch.dtype,
-    x_scale: torch.Tensor | None = None,
-    w_scale: torch.Tensor | None = None,
-    **options: Any,
+    compute_dtype: torch.dtype,
+    scales: dict[str, torch.Tensor] | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """x [..., K] times ``weight``, which has n rows in the order of the kernel that ``plan`` launches -> [..., n].
 
-    configure: from a problem to the launch configuration. options: further arguments of ``plan``.
+    configure: from a problem to the launch configuration. scales: x_scale [M] and w_scale [n] of int8.
     """
 
-    def launches(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> list[Launch]:
-        problem = Problem(op, len(out), weight.n, x.shape[-1], x.dtype, **device_facts(x.device))
-        return plan(
-            rows_of(x),
+    def launches(out: torch.Tensor, **end: Unpack[End]) -> list[Launch]:
+        config = configure(Problem(op, len(out), weight.n, x.shape[-1], x.dtype, **device_facts(x.device)))
+        return plan(rows_of(x), weight, out, compute_dtype=compute_dtype, config=config, **(scales or {}), **end)
+
+    return run_linear(x, weight.n, out_dtype, launches, **end)
+
+
+def operators(
+    plan: Callable[..., list[Launch]], configure: Callable[[Problem], Any], order: Callable[..., Any]
+) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """``sparse24_linear`` and ``sparse24_int8_linear`` by the launches that ``plan`` makes for matrices.
+
+    order: from values, places, K and the dtype of the product to the weight as the kernel takes it.
+    """
+
+    def sparse24_linear(
+        x: torch.Tensor,
+        weight_values: torch.Tensor,
+        weight_meta: torch.Tensor,
+        compute_dtype: torch.dtype | None = None,
+        **end: Unpack[End],
+    ) -> torch.Tensor:
+        """See ``reference.sparse24_linear``."""
+        narrow = compute_dtype or x.dtype
+        weight = order(weight_values, weight_meta, x.shape[-1], narrow)
+        return run("sparse24_linear", plan, configure, x, weight, out_dtype=x.dtype, compute_dtype=narrow, **end)
+
+    def sparse24_int8_linear(
+        x: torch.Tensor,
+        weight_values: torch.Tensor,
+        weight_meta: torch.Tensor,
+        weight_scale: torch.Tensor,
+        channel_scale: torch.Tensor | None = None,
+        **end: Unpack[End],
+    ) -> torch.Tensor:
+        """See ``reference.sparse24_int8_linear``."""
+        q, x_scale = quantize_per_row(x, channel_scale)
+        scales = {"x_scale": x_scale.reshape(-1), "w_scale": weight_scale.contiguous()}
+        weight = order(weight_values, weight_meta, x.shape[-1], torch.int8)
+        return run(
+            "sparse24_int8_linear",
+            plan,
+            configure,
+            q,
             weight,
-            bias,
-            residual,
-            out,
-            activation=activation,
-            compute_dtype=compute_dtype,
-            config=configure(problem),
-            x_scale=None if x_scale is None else x_scale.reshape(-1),
-            w_scale=None if w_scale is None else w_scale.contiguous(),
-            **options,
+            out_dtype=x.dtype,
+            compute_dtype=torch.int8,
+            scales=scales,
+            **end,
         )
 
-    return run_linear(x, weight.n, out_dtype, bias, residual, activation, launches)
+    return sparse24_linear, sparse24_int8_linear

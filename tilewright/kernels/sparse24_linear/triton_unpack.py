@@ -23,14 +23,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES
-from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.sparse24_linear import gate, layout
 from tilewright.kernels.sparse24_linear.layout import BLOCK, GROUPS, INT8, StepWeight
-from tilewright.kernels.sparse24_linear.triton_run import run
+from tilewright.kernels.sparse24_linear.triton_run import operators, run
 from tilewright.kernels.sparse24_linear.triton_select import select_columns
 from tilewright.kernels.triton.common import (
     MAX_K,
@@ -41,7 +42,7 @@ from tilewright.kernels.triton.common import (
     why_not_on_gpu,
 )
 from tilewright.kernels.triton.nibbles import nibble_number, offset_of
-from tilewright.kernels.triton.split_k import choose_split, store_part, with_parts
+from tilewright.kernels.triton.split_k import choose_split, cut, store_part, with_parts
 
 KINDS = {"sparse24_linear": layout.FLOAT, "sparse24_int8_linear": layout.INT8, "sparse24_int4_linear": layout.INT4}
 _BLOCK = tl.constexpr(BLOCK)
@@ -240,27 +241,23 @@ def sparse24_unpack_kernel(
 def plan_unpack(
     x: torch.Tensor,
     weight: StepWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     out: torch.Tensor,
     *,
-    activation: str,
     compute_dtype: torch.dtype,
     config: UnpackConfig,
-    inline_ptx: bool,
+    inline_ptx: bool | None = None,
     x_scale: torch.Tensor | None = None,
     w_scale: torch.Tensor | None = None,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """The launches that fill ``out`` [M, N]: the product, and the sum over parts where K is cut.
 
     x [M, K] with unit stride along K, int8 with x_scale [M] and w_scale [N] for int8 values; bias [N] contiguous.
+    inline_ptx: None for what suits the device.
     """
-    steps = max(weight.steps, 1)
-    steps_per_part = triton.cdiv(steps, config.splits)
-    parts = triton.cdiv(steps, steps_per_part)
     m, n, blocks = len(x), out.shape[1], layout.blocks_per_step(weight.kind)
     sum_dtype = torch.int32 if weight.kind == INT8 else torch.float32
-    workspace = torch.empty((parts, m, n), dtype=sum_dtype, device=out.device) if parts > 1 else None
+    steps_per_part, parts, workspace = cut(weight.steps, config.splits, out, sum_dtype)
     tiles_m = triton.cdiv(m, config.block_m)
     args: dict[str, Any] = {
         "x_ptr": x,
@@ -278,7 +275,7 @@ def plan_unpack(
         "steps": weight.steps,
         "steps_per_part": steps_per_part,
         "tiles_m": tiles_m,
-        **finish_arguments(bias, residual, out),
+        **finish_arguments(out, **end),
     }
     constants = {
         "KIND": weight.kind,
@@ -288,50 +285,15 @@ def plan_unpack(
         "EVEN_K": weight.k % (blocks * BLOCK) == 0,
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
-        "ACTIVATION": activation,
-        "INLINE_PTX": inline_ptx,
+        "ACTIVATION": end["activation"],
+        "INLINE_PTX": inline_ptx_by_default(x.device) if inline_ptx is None else inline_ptx,
     }
     grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
     product = Launch(sparse24_unpack_kernel, grid, args, constants, config.num_warps, config.num_stages)
-    return with_parts(product, workspace, bias, residual, out, activation, x_scale, w_scale)
+    return with_parts(product, workspace, out, x_scale, w_scale, **end)
 
 
-def _run(op: str, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """See ``triton_run.run``."""
-    inline_ptx = inline_ptx_by_default(x.device)
-    return run(op, plan_unpack, UnpackConfig.for_problem, x, *arguments, inline_ptx=inline_ptx)
-
-
-def sparse24_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_linear``."""
-    narrow = compute_dtype or x.dtype
-    weight = layout.float_order(weight_values, weight_meta, x.shape[-1], narrow)
-    return _run("sparse24_linear", x, weight, bias, residual, activation, narrow, x.dtype)
-
-
-def sparse24_int8_linear(
-    x: torch.Tensor,
-    weight_values: torch.Tensor,
-    weight_meta: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str = "none",
-    channel_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See ``reference.sparse24_int8_linear``."""
-    q, x_scale = quantize_per_row(x, channel_scale)
-    weight = layout.int8_order(weight_values, weight_meta, x.shape[-1])
-    scales = (x_scale, weight_scale)
-    return _run("sparse24_int8_linear", q, weight, bias, residual, activation, torch.int8, x.dtype, *scales)
+sparse24_linear, sparse24_int8_linear = operators(plan_unpack, UnpackConfig.for_problem, layout.step_order)
 
 
 def sparse24_int4_linear(
@@ -340,15 +302,14 @@ def sparse24_int4_linear(
     weight_meta: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
     *,
     group_size: int,
-    activation: str = "none",
     compute_dtype: torch.dtype | None = None,
+    **end: Unpack[End],
 ) -> torch.Tensor:
     """See ``reference.sparse24_int4_linear``. Raises ValueError for groups that have no kernel order."""
     k = x.shape[-1]
     weight = layout.int4_order(weight_values, weight_meta, weight_scale, weight_zero, group_size, k)
     narrow = compute_dtype or x.dtype
-    return _run("sparse24_int4_linear", x, weight, bias, residual, activation, narrow, x.dtype)
+    op, configure = "sparse24_int4_linear", UnpackConfig.for_problem
+    return run(op, plan_unpack, configure, x, weight, compute_dtype=narrow, out_dtype=x.dtype, **end)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.kernels.activation import TRITON_ACTIVATIONS
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import End
 
 #: Longest sum of products of int8 in [-127, 127] that cannot leave int32.
 MAX_K = (2**31 - 1) // 127**2
@@ -126,10 +128,11 @@ def slice_of(acc, INDEX: tl.constexpr, PARTS: tl.constexpr):
     return acc
 
 
-def finish_arguments(bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> dict[str, Any]:
+def finish_arguments(out: torch.Tensor, **end: Unpack[End]) -> dict[str, Any]:
     """Arguments that every kernel hands on to ``finish_tile``."""
+    residual = end["residual"]
     return {
-        "bias_ptr": bias,
+        "bias_ptr": end["bias"],
         "residual_ptr": residual,
         "out_ptr": out,
         "stride_residual_m": 0 if residual is None else residual.stride(0),

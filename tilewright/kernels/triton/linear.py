@@ -8,6 +8,7 @@ import torch
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import check_activation
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import as_matrix
 
 
@@ -15,20 +16,22 @@ def run_linear(
     x: torch.Tensor,
     n: int,
     out_dtype: torch.dtype,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    plan: Callable[[torch.Tensor | None, torch.Tensor | None, torch.Tensor], Iterable[Launch]],
+    plan: Callable[..., Iterable[Launch]],
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
 ) -> torch.Tensor:
-    """The result [..., n] of ``x`` [..., K], filled by what ``plan`` launches for (bias, residual, result).
+    """The result [..., n] of ``x`` [..., K], filled by what ``plan`` launches for (result, ``**End``).
 
-    ``plan`` gets bias [n] contiguous or None, residual [M, n] or None, and the result as [M, n]. It is not called where
+    ``plan`` gets the result as [M, n], bias [n] contiguous or None, and residual [M, n] or None. It is not called where
     there is nothing to fill, and each launch runs before the next is asked for.
     """
     check_activation(activation)
     out = torch.empty((*x.shape[:-1], n), dtype=out_dtype, device=x.device)
     if out.numel():
         rows = None if residual is None else as_matrix(residual.expand(out.shape))
-        for launch in plan(None if bias is None else bias.contiguous(), rows, out.view(-1, n)):
+        end = End(bias=None if bias is None else bias.contiguous(), residual=rows, activation=activation)
+        for launch in plan(out.view(-1, n), **end):
             launch.run()
     return out

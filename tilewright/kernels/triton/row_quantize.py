@@ -9,14 +9,17 @@ numbers they stand for with NaN above infinity: a float maximum would drop the N
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from tilewright.kernels.dispatch.problem import Problem
+from tilewright.aot.launch import Launch
+from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.matrices import as_matrix
 from tilewright.kernels.triton.rounding import nearest_byte, quotient
 
 #: Modules that the speed of a kernel that quantises rows depends on.
@@ -56,6 +59,39 @@ def candidates(problem: Problem) -> Iterator[QuantizeConfig]:
     for rows, num_warps in itertools.product((1, 2, 4, 8, 16), (2, 4, 8, 16)):
         if 4 <= rows * one.block_k // (32 * num_warps) <= 64:
             yield replace(one, rows=rows, num_warps=num_warps)
+
+
+def rows_problem(op: str, x: torch.Tensor) -> Problem:
+    """The problem that the rows of ``x`` [M, K] pose."""
+    return Problem(op, m=x.shape[0], n=0, k=x.shape[1], x_dtype=x.dtype, **device_facts(x.device))
+
+
+def plan_rows(
+    kernel: Any, config: QuantizeConfig, x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, **others: Any
+) -> list[Launch]:
+    """The launch of ``kernel`` that fills ``q`` and ``scale`` from ``x`` [M, K]. others: what else the kernel takes,
+    constants in capitals.
+    """
+    args = {"x_ptr": x, "q_ptr": q, "scale_ptr": scale, "M": x.shape[0], "K": x.shape[1]}
+    args |= {"stride_xm": x.stride(0), "stride_xk": x.stride(1)}
+    args |= {name: value for name, value in others.items() if not name.isupper()}
+    constants = {name: value for name, value in others.items() if name.isupper()}
+    constants |= {"ROWS": config.rows, "BLOCK_K": config.block_k, "ONE_BLOCK": config.one_block}
+    return [Launch(kernel, (triton.cdiv(len(x), config.rows),), args, constants, num_warps=config.num_warps)]
+
+
+def run_rows(x: torch.Tensor, plan: Callable[..., list[Launch]], **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 [..., K], float32 scale [...]) of ``x`` [..., K], filled by what ``plan`` launches. others: its further
+    arguments; vectors are made contiguous.
+    """
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    if not q.numel():
+        return q, torch.ones(x.shape[:-1], dtype=torch.float32, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    others = {name: value.contiguous() if isinstance(value, torch.Tensor) else value for name, value in others.items()}
+    for launch in plan(as_matrix(x), q=q, scale=scale, **others):
+        launch.run()
+    return q, scale
 
 
 @triton.jit

@@ -10,14 +10,13 @@ repeats bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.triton.common import finish_arguments, finish_tile
 
 MAX_SPLIT = 8
@@ -38,6 +37,18 @@ def choose_split(programs: int, tiles: int, steps: int) -> int:
     while split * 2 <= most:
         split *= 2
     return split
+
+
+def cut(steps: int, splits: int, out: torch.Tensor, dtype: torch.dtype) -> tuple[int, int, torch.Tensor | None]:
+    """(steps of a part, parts, workspace of ``dtype`` [parts, *out.shape] or None) of a sum over ``steps`` steps.
+
+    No part is empty, so there may be fewer than ``splits``. One part needs no workspace.
+    """
+    steps = max(steps, 1)
+    steps_per_part = triton.cdiv(steps, splits)
+    parts = triton.cdiv(steps, steps_per_part)
+    workspace = torch.empty((parts, *out.shape), dtype=dtype, device=out.device) if parts > 1 else None
+    return steps_per_part, parts, workspace
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -70,12 +81,16 @@ def reduce_parts_kernel(
     finish_tile(y, out_ptr, bias_ptr, residual_ptr, row, column, M, N, stride_residual_m, stride_residual_n, ACTIVATION)
 
 
-def plan_reduce_parts(sums: torch.Tensor, epilogue: Mapping[str, Any], activation: str) -> Launch:
-    """The launch that finishes ``sums`` [SPLIT_K, M, N]. epilogue: the kernel's arguments but ``sums_ptr``."""
+def plan_reduce_parts(
+    sums: torch.Tensor, x_scale: torch.Tensor | None, w_scale: torch.Tensor, out: torch.Tensor, **end: Unpack[End]
+) -> Launch:
+    """The launch that finishes ``sums`` [SPLIT_K, M, N]; x_scale [M] or None, w_scale [N]."""
     split_k, m, n = sums.shape
+    scales = {"x_scale_ptr": x_scale, "w_scale_ptr": w_scale}
+    args = {"sums_ptr": sums, **scales, **finish_arguments(out, **end), "M": m, "N": n}
     block_n = WIDE_BLOCK_N if m > MANY_ROWS else BLOCK_N
-    constants = {"ACTIVATION": activation, "SPLIT_K": split_k, "BLOCK_N": block_n}
-    return Launch(reduce_parts_kernel, (triton.cdiv(n, block_n), m), {**epilogue, "sums_ptr": sums}, constants)
+    constants = {"ACTIVATION": end["activation"], "SPLIT_K": split_k, "BLOCK_N": block_n}
+    return Launch(reduce_parts_kernel, (triton.cdiv(n, block_n), m), args, constants)
 
 
 @triton.jit
@@ -134,11 +149,9 @@ def sum_parts_kernel(
 def plan_sum_parts(
     workspace: torch.Tensor,
     x_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     out: torch.Tensor,
-    activation: str,
     first_column: int = 0,
+    **end: Unpack[End],
 ) -> Launch:
     """The launch that adds up ``workspace`` float32 [parts, M, width] and finishes as many columns of ``out`` [M, N].
 
@@ -150,7 +163,7 @@ def plan_sum_parts(
     args = {
         "workspace_ptr": workspace,
         "x_scale_ptr": x_scale,
-        **finish_arguments(bias, residual, out),
+        **finish_arguments(out, **end),
         "M": m,
         "N": out.shape[1],
         "width": width,
@@ -158,18 +171,17 @@ def plan_sum_parts(
         "parts": parts,
     }
     grid = (m, triton.cdiv(width, REDUCE_BLOCK))
-    return Launch(sum_parts_kernel, grid, args, {"ACTIVATION": activation, "BLOCK": REDUCE_BLOCK}, num_warps=4)
+    constants = {"ACTIVATION": end["activation"], "BLOCK": REDUCE_BLOCK}
+    return Launch(sum_parts_kernel, grid, args, constants, num_warps=4)
 
 
 def with_parts(
     product: Launch,
     workspace: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     out: torch.Tensor,
-    activation: str,
     x_scale: torch.Tensor | None = None,
     w_scale: torch.Tensor | None = None,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """``product``, and after it the sum over the parts that it leaves in ``workspace`` [parts, M, N], if there is one.
 
@@ -178,8 +190,5 @@ def with_parts(
     if workspace is None:
         return [product]
     if w_scale is None:
-        return [product, plan_sum_parts(workspace, x_scale, bias, residual, out, activation)]
-    sizes = {"M": out.shape[0], "N": out.shape[1]}
-    scales = {"x_scale_ptr": x_scale, "w_scale_ptr": w_scale}
-    epilogue = {**finish_arguments(bias, residual, out), **scales, **sizes}
-    return [product, plan_reduce_parts(workspace, epilogue, activation)]
+        return [product, plan_sum_parts(workspace, x_scale, out, **end)]
+    return [product, plan_reduce_parts(workspace, x_scale, w_scale, out, **end)]

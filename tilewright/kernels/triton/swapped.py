@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import triton
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.triton.common import finish_arguments
 from tilewright.kernels.triton.split_k import with_parts
 
@@ -21,14 +23,12 @@ def plan_swapped_product(
     x: torch.Tensor,
     weight: torch.Tensor,
     scales: dict[str, torch.Tensor],
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
     out: torch.Tensor,
     config: Any,
     block_k: int,
     sum_dtype: torch.dtype,
-    **constants: Any,
+    constants: dict[str, Any],
+    **end: Unpack[End],
 ) -> list[Launch]:
     """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] with contiguous rows.
 
@@ -39,7 +39,7 @@ def plan_swapped_product(
     sums = None if parts == 1 else torch.empty((parts, m, n), dtype=sum_dtype, device=x.device)
     args = {
         **scales,
-        **finish_arguments(bias, residual, out if sums is None else sums),
+        **finish_arguments(out if sums is None else sums, **end),
         "x_ptr": x,
         "w_ptr": weight,
         "M": m,
@@ -49,8 +49,9 @@ def plan_swapped_product(
         "stride_xm": x.stride(0),
         "stride_wn": weight.stride(0),
     }
-    constants |= {
-        "ACTIVATION": activation,
+    constants = {
+        **constants,
+        "ACTIVATION": end["activation"],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": block_k,
@@ -60,4 +61,4 @@ def plan_swapped_product(
     tiles = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), parts)
     product = Launch(kernel, tiles, args, constants, config.num_warps, config.num_stages)
     x_scale, w_scale = scales.get("x_scale_ptr"), scales["w_scale_ptr"]
-    return with_parts(product, sums, bias, residual, out, activation, x_scale, w_scale)
+    return with_parts(product, sums, out, x_scale, w_scale, **end)

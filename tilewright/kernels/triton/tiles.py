@@ -26,13 +26,15 @@ from typing import Any, TypeVar
 import torch
 import triton
 import triton.language as tl
+from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import End
 from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile
 from tilewright.kernels.triton.nibbles import centred_nibble
 from tilewright.kernels.triton.spans import QUARTER, SPAN, SpanWeight, span_count
-from tilewright.kernels.triton.split_k import store_part, with_parts
+from tilewright.kernels.triton.split_k import cut, store_part, with_parts
 from tilewright.kernels.tuning import why_too_large
 
 WHOLE_ROW = tl.constexpr(0)  # value of QUARTERS_PER_GROUP when one group is the whole row
@@ -301,33 +303,6 @@ def span_kernel(name: str) -> Any:
     return kernel
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """Programs of a fused kernel: ``parts`` parts of K for each tile, each of ``spans_per_part`` spans."""
-
-    tiles_m: int
-    tiles_n: int
-    parts: int
-    spans_per_part: int
-
-    @classmethod
-    def of(cls, m: int, weight: SpanWeight, config: TileConfig) -> Tiling:
-        """No part is empty, so there may be fewer than ``config.splits``."""
-        spans = max(span_count(weight.k), 1)
-        spans_per_part = triton.cdiv(spans, config.splits)
-        return cls(
-            triton.cdiv(m, config.block_m),
-            triton.cdiv(len(weight.weight), config.block_n),
-            triton.cdiv(spans, spans_per_part),
-            spans_per_part,
-        )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tiles that share weights are neighbours, so that the second one finds them in the L2 cache."""
-        return self.tiles_m * self.tiles_n, self.parts
-
-
 def span_arguments(weight: SpanWeight) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run-time arguments and constants that describe ``weight`` to ``multiply_spans``."""
     args = {
@@ -353,22 +328,18 @@ def plan_span_product(
     x: torch.Tensor,
     x_scale: torch.Tensor | None,
     weight: SpanWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     out: torch.Tensor,
-    activation: str,
     multiply_dtype: torch.dtype,
     config: TileConfig,
     inline_ptx: bool,
+    **end: Unpack[End],
 ) -> list[Launch]:
     """The launches that fill ``out`` [M, N]: the product by a ``span_kernel``, and the sum over parts where K is cut.
 
     x [M, K] with unit stride along K, x_scale float32 [M] or None, bias [N] contiguous, residual [M, N].
     """
-    tiling = Tiling.of(len(x), weight, config)
-    workspace = None
-    if tiling.parts > 1:
-        workspace = torch.empty((tiling.parts, *out.shape), dtype=torch.float32, device=out.device)
+    spans_per_part, parts, workspace = cut(span_count(weight.k), config.splits, out, torch.float32)
+    tiles_m, tiles_n = triton.cdiv(len(x), config.block_m), triton.cdiv(len(weight.weight), config.block_n)
     weight_args, weight_constants = span_arguments(weight)
     args = {
         "x_ptr": x,
@@ -376,19 +347,20 @@ def plan_span_product(
         "workspace_ptr": workspace,
         "M": len(x),
         "stride_xm": x.stride(0),
-        "spans_per_part": tiling.spans_per_part,
-        "tiles_m": tiling.tiles_m,
+        "spans_per_part": spans_per_part,
+        "tiles_m": tiles_m,
         **weight_args,
-        **finish_arguments(bias, residual, out),
+        **finish_arguments(out, **end),
     }
     constants = {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "NUM_STAGES": config.num_stages,
         "DTYPE": TRITON_DTYPES[multiply_dtype],
-        "ACTIVATION": activation,
+        "ACTIVATION": end["activation"],
         "INLINE_PTX": inline_ptx,
         **weight_constants,
     }
-    product = Launch(kernel, tiling.grid, args, constants, config.num_warps, config.num_stages)
-    return with_parts(product, workspace, bias, residual, out, activation, x_scale)
+    # Tiles that share weights are neighbours, so that the second one finds them in the L2 cache.
+    product = Launch(kernel, (tiles_m * tiles_n, parts), args, constants, config.num_warps, config.num_stages)
+    return with_parts(product, workspace, out, x_scale, **end)
