@@ -7,6 +7,7 @@ import random
 import struct
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -238,16 +239,40 @@ def test_modifiers_that_are_not_known_are_refused(body: str) -> None:
         execute(body, zero, zero, zero)
 
 
-@pytest.mark.parametrize("kind,dtype", [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
-def test_eight_bit_floats_agree_with_torch(kind: str, dtype: torch.dtype) -> None:
-    codes = torch.arange(256, dtype=torch.uint8)
-    theirs = codes.view(dtype).double()
-    assert torch.equal(torch.from_numpy(FLOAT8[kind]).nan_to_num(1e9), theirs.nan_to_num(1e9))
-    finite = theirs[theirs.isfinite()]
+def defined_float8(exponent_bits: int) -> torch.Tensor:
+    """Values of the 128 positive codes, as "OCP 8-bit Floating Point Specification" has them."""
+    mantissa_bits, bias = 7 - exponent_bits, (1 << exponent_bits - 1) - 1
+    code = torch.arange(128)
+    exponent, mantissa = code >> mantissa_bits, (code & (1 << mantissa_bits) - 1).double() / (1 << mantissa_bits)
+    power = torch.where(exponent == 0, 1 - bias, exponent - bias).double()
+    value = torch.where(exponent == 0, mantissa, 1 + mantissa) * 2**power
+    if exponent_bits == 4:
+        value[127] = math.nan
+    else:
+        value[124:] = torch.tensor([math.inf, math.nan, math.nan, math.nan])
+    return value
+
+
+@pytest.mark.parametrize("kind,exponent_bits", [("e4m3", 4), ("e5m2", 5)])
+def test_eight_bit_floats_are_as_specified(kind: str, exponent_bits: int) -> None:
+    positive = defined_float8(exponent_bits)
+    every = torch.cat([positive, -positive])
+    assert torch.equal(torch.from_numpy(FLOAT8[kind]).nan_to_num(1e9), every.nan_to_num(1e9))
+    finite = every[every.isfinite()]
     ties = (finite.sort().values[1:] + finite.sort().values[:-1]) / 2
     numbers = torch.cat([finite, ties, ties * 1.001, ties * 0.999, torch.randn(4096).double() * 20]).float()
     mine = torch.from_numpy(to_float8(numbers.numpy(), kind))
-    assert torch.equal(mine, numbers.to(dtype).view(torch.uint8))
+    levels = positive[positive.isfinite()]
+    distance = (numbers.double().abs()[:, None] - levels).abs()
+    nearest = distance == distance.amin(1, keepdim=True)
+    even = torch.arange(len(levels)) % 2 == 0
+    code = (nearest.int() * (1 + even.int())).argmax(1)
+    assert torch.equal(mine.long(), code + 128 * numbers.signbit())
+    assert list(to_float8(np.array([np.nan, np.inf, -np.inf], np.float32), kind)) == [
+        127,
+        len(levels) - 1,
+        len(levels) + 127,
+    ]
 
 
 def test_eight_bit_floats_convert_in_pairs() -> None:

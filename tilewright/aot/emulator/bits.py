@@ -140,13 +140,6 @@ def _insert(instruction: Instruction, machine: Machine) -> Run:
     return bitwise(instruction, machine, function, bits, bits, 32, 32)
 
 
-def _leading_zeros(a: Array, bits: int) -> Array:
-    count = np.full(a.shape, bits, U32)
-    for bit in range(bits):
-        count[(a >> a.dtype.type(bit)) & a.dtype.type(1) == 1] = bits - 1 - bit
-    return count
-
-
 @builds("popc", "clz", "brev")
 def _whole_word(instruction: Instruction, machine: Machine) -> Run:
     allow(instruction)
@@ -162,7 +155,7 @@ def _whole_word(instruction: Instruction, machine: Machine) -> Run:
 
     function = {
         "popc": lambda a: every_bit(a).sum(axis=1, dtype=U32),
-        "clz": lambda a: _leading_zeros(a, bits),
+        "clz": lambda a: np.where(a == 0, bits, every_bit(a)[:, ::-1].argmax(axis=1)).astype(U32),
         "brev": reverse,
     }[instruction.parts[0]]
     return bitwise(instruction, machine, function, bits)

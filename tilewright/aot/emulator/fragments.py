@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from tilewright.aot.emulator.errors import PTXError
-from tilewright.aot.emulator.numerics import FLOAT8, U32, Array, bf16_to_f32, to_tf32
+from tilewright.aot.emulator.numerics import FLOAT8, U32, Array, decode, encode, to_tf32
 
 #: Elements of each type in a 32-bit register.
 ELEMENTS = {"f16": 2, "bf16": 2, "tf32": 1, "s8": 4, "u8": 4, "e4m3": 4, "e5m2": 4}
@@ -34,10 +34,8 @@ def split(raw: Array, kind: str) -> Array:
 
 def numbers(words: Array, kind: str) -> Array:
     """Elements as float64."""
-    if kind == "f16":
-        return words.view(np.float16).astype(np.float64)
-    if kind == "bf16":
-        return bf16_to_f32(words).astype(np.float64)
+    if kind in ("f16", "bf16"):
+        return decode(words, kind).astype(np.float64)
     if kind == "tf32":
         return to_tf32(words).view(np.float32).astype(np.float64)
     if kind in ("s8", "u8"):
@@ -89,20 +87,13 @@ def accumulate(a: Array, b: Array, c: Array, integer: bool, saturate: bool) -> A
 
 def read_accumulator(raw: Array, kind: str) -> Array:
     """uint32 registers [..., n] -> numbers."""
-    if kind == "f32":
-        return raw.view(np.float32).astype(np.float64)
-    if kind == "s32":
-        return raw.view(np.int32).astype(np.int64)
-    return raw.view(np.float16).astype(np.float64)
+    number = decode(raw, "f16x2" if kind == "f16" else kind)
+    return number.astype(np.int64 if kind == "s32" else np.float64)
 
 
 def write_accumulator(value: Array, kind: str) -> Array:
     """Numbers -> uint32 registers (two float16 share one)."""
-    if kind == "f32":
-        return value.astype(np.float32).view(U32)
-    if kind == "s32":
-        return (value & 0xFFFFFFFF).astype(U32)
-    return np.ascontiguousarray(value.astype(np.float16)).view(U32)
+    return encode(value, "f16x2" if kind == "f16" else kind)
 
 
 def decompress(a: Array, metadata: Array, kind: str, k: int, selector: int, ordered: bool) -> Array:

@@ -75,9 +75,8 @@ class GlobalMemory:
         if cta is not None:
             self._check_race(address, size, cta, "read")
         out = np.empty((len(address), max(size // 8, 1)), WORD[min(size, 8) * 8])
-        for segment, lanes in self._by_segment(address, size, "read"):
-            index = (address[lanes] - U64(segment.base)) // U64(size)
-            out[lanes] = rows(segment.bytes, size)[index.astype(np.int64)]
+        for segment, lanes, offset in self._by_segment(address, size, "read"):
+            out[lanes] = rows(segment.bytes, size)[offset // size]
         return out.view(np.uint8)
 
     def store(self, address: Array, data: Array, cta: Array | None = None) -> None:
@@ -86,19 +85,18 @@ class GlobalMemory:
         if cta is not None:
             self._check_race(address, size, cta, "write")
         source = as_rows(data, size)
-        for segment, lanes in self._by_segment(address, size, "write"):
-            index = (address[lanes] - U64(segment.base)) // U64(size)
-            rows(segment.bytes, size)[index.astype(np.int64)] = source[lanes]
+        for segment, lanes, offset in self._by_segment(address, size, "write"):
+            rows(segment.bytes, size)[offset // size] = source[lanes]
 
-    def _by_segment(self, address: Array, size: int, verb: str) -> Iterator[tuple[Segment, Lanes]]:
-        """(segment, lanes) such that every lane's access lies inside its segment."""
+    def _by_segment(self, address: Array, size: int, verb: str) -> Iterator[tuple[Segment, Lanes, Array]]:
+        """(segment, lanes, their offsets in it) such that every lane's access lies inside its segment."""
         check_alignment(address, size, "global")
         if not len(address):
             return
         low, high = int(address.min()), int(address.max())
         at = bisect.bisect_right(self.bases, low) - 1
         if at >= 0 and high + size <= self.segments[at].end:
-            yield self.segments[at], slice(None)
+            yield self.segments[at], slice(None), (address - U64(self.segments[at].base)).astype(np.int64)
             return
         index = np.searchsorted(np.asarray(self.bases, U64), address.astype(U64), "right") - 1
         for at in np.unique(index):
@@ -110,7 +108,7 @@ class GlobalMemory:
             if wrong.any():
                 lane = int(chosen[np.argmax(wrong)])
                 self._fail(int(address[lane]), size, lane, verb)
-            yield segment, chosen
+            yield segment, chosen, (address[chosen] - U64(segment.base)).astype(np.int64)
 
     def _fail(self, address: int, size: int, lane: int, verb: str) -> None:
         null = " (null pointer?)" if address < 4096 else ""
@@ -131,9 +129,9 @@ class GlobalMemory:
 
     def _check_race(self, address: Array, size: int, cta: Array, verb: str) -> None:
         """CTAs are unordered: a byte that one stores, no other may read or store."""
-        for segment, lanes in self._by_segment(address, size, verb):
+        for segment, lanes, offset in self._by_segment(address, size, verb):
             owner, reader = segment.access_tables()
-            index = (address[lanes] - U64(segment.base)).astype(np.int64)[:, None] + np.arange(size)
+            index = offset[:, None] + np.arange(size)
             me = np.repeat(cta[lanes].astype(np.int32)[:, None], size, axis=1)
             before = owner[index]
             bad = (before != NOBODY) & (before != me)

@@ -215,15 +215,6 @@ class Machine:
         new[mask] = value
         self.values[slot] = new
 
-    def write_warps(self, slot: int, value: Array, mask: Mask, warps: slice | Array) -> None:
-        """Set a register from [warps, 32]."""
-        if mask is None:
-            self.values[slot] = np.ascontiguousarray(value).reshape(-1)
-            return
-        new = self.values[slot].copy()
-        new.reshape(-1, 32)[warps] = value
-        self.values[slot] = new
-
     def full_groups(self, mask: Mask, size: int, name: str) -> Array:
         """Indices of the groups of ``size`` threads that run; a partly active group is an error."""
         if mask is None:

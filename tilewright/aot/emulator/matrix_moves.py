@@ -52,7 +52,7 @@ def _matrix(instruction: Instruction, machine: Machine) -> Run:
                 data = np.ascontiguousarray(data.view(U16).transpose(0, 1, 3, 2))
             fragments = data.view(U32).reshape(len(rows), count, 32)
             for i, slot in enumerate(slots):
-                machine.write_warps(slot, fragments[:, i], mask, warps)
+                machine.write_lanes(slot, fragments[:, i].reshape(-1), mask)
             return
         held = np.stack([values[slot].reshape(-1, 32)[warps] for slot in slots], axis=1)
         data = np.ascontiguousarray(held.reshape(len(rows), count, 8, 4)).view(U16)

@@ -81,7 +81,7 @@ def _mma(instruction: Instruction, machine: Machine) -> Run:
         result = accumulate(left, right, initial, integer, saturate).reshape(-1, 128)[:, flat_c].reshape(-1, 32, 4)
         packed = write_accumulator(result, d_kind)
         for i, slot in enumerate(d):
-            machine.write_warps(slot, np.ascontiguousarray(packed[:, :, i]), mask, warps)
+            machine.write_lanes(slot, packed[:, :, i].reshape(-1), mask)
         machine.stats.matrix[kind] += len(left)
         machine.stats.matrix_flops += 2 * 16 * 8 * k * len(left)
 

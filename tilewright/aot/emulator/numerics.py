@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tilewright.aot.emulator.program import Width
 
@@ -203,34 +204,16 @@ def to_integer(value: Array, kind: str, rounding: str) -> Array:
     return np.where(np.isnan(whole), target(missing), number)
 
 
-def _float8_table(exponent_bits: int, infinities: bool) -> Array:
-    """Values of the 256 codes of an 8-bit float."""
-    mantissa_bits = 7 - exponent_bits
-    code = np.arange(256)
-    exponent = (code & 0x7F) >> mantissa_bits
-    mantissa = (code & (1 << mantissa_bits) - 1) / (1 << mantissa_bits)
-    bias = (1 << exponent_bits - 1) - 1
-    value = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
-    if infinities:
-        top = exponent == (1 << exponent_bits) - 1
-        value = np.where(top, np.where(mantissa == 0, np.inf, np.nan), value)
-    else:
-        value = np.where((code & 0x7F) == 0x7F, np.nan, value)
-    return np.where(code >= 128, -value, value)
-
-
+_FLOAT8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 #: Float64 values of every code of the two 8-bit floats.
-FLOAT8 = {"e4m3": _float8_table(4, infinities=False), "e5m2": _float8_table(5, infinities=True)}
+FLOAT8: dict[str, Array] = {
+    kind: torch.arange(256, dtype=torch.uint8).view(dtype).double().numpy() for kind, dtype in _FLOAT8_DTYPES.items()
+}
 
 
 def to_float8(value: Array, kind: str) -> Array:
     """Codes (uint8) nearest to float32 numbers, ties to even; what is too large becomes the largest finite number."""
-    table = FLOAT8[kind]
-    positive = table[:128][np.isfinite(table[:128])]
-    mantissa_bits, least = (3, -6) if kind == "e4m3" else (2, -14)
-    magnitude = np.minimum(np.abs(value.astype(np.float64)), positive[-1])
-    exponent = np.maximum(np.frexp(np.where(magnitude == 0, 1.0, magnitude))[1] - 1, least)
-    quantum = np.ldexp(1.0, exponent - mantissa_bits)
-    code = np.searchsorted(positive, np.minimum(np.rint(magnitude / quantum) * quantum, positive[-1])).astype(U8)
-    code = np.where(np.signbit(value), code | U8(0x80), code)
-    return np.where(np.isnan(value), U8(0x7F), code)
+    dtype = _FLOAT8_DTYPES[kind]
+    largest = torch.finfo(dtype).max
+    number = torch.from_numpy(np.clip(value, -largest, largest)).to(dtype)
+    return np.where(np.isnan(value), U8(0x7F), number.view(torch.uint8).numpy())

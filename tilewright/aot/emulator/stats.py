@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from tilewright.aot.emulator.machine import Machine
 
 
-def _distinct(grid: Array) -> Array:
-    """Distinct non-negative values in each row."""
+def _ordered(grid: Array) -> tuple[Array, Array]:
+    """Each row sorted, and where in it a non-negative value comes for the first time."""
     ordered = np.sort(grid, axis=1)
     fresh = ordered >= 0
     fresh[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-    counts: Array = fresh.sum(axis=1)
-    return counts
+    return ordered, fresh
 
 
 @dataclass
@@ -67,8 +66,8 @@ class Site:
     def count_rows(self, grid: Array, size: int) -> None:
         """Count the sectors of accesses, one in each row of byte addresses (negative: inactive)."""
         self.accesses += int((grid >= 0).any(axis=1).sum())
-        self.sectors += int(_distinct(grid >> 5).sum())
-        distinct = _distinct(grid >> (size.bit_length() - 1)) * size
+        self.sectors += int(_ordered(grid >> 5)[1].sum())
+        distinct = _ordered(grid >> (size.bit_length() - 1))[1].sum(axis=1) * size
         self.ideal_sectors += int((-(-distinct // 32)).sum())
 
     def count_phases(self, grid: Array, size: int) -> None:
@@ -82,9 +81,7 @@ class Site:
         # An aligned access of 4, 8 or 16 bytes covers whole banks: count by units of that many bytes.
         unit = max(size, 4)
         count = 128 // unit
-        place = np.sort(grid >> (unit.bit_length() - 1), axis=1)  # inactive threads stay negative
-        fresh = place >= 0
-        fresh[:, 1:] &= place[:, 1:] != place[:, :-1]
+        place, fresh = _ordered(grid >> (unit.bit_length() - 1))  # inactive threads stay negative
         key = np.arange(len(grid))[:, None] * count + place % count
         hits = np.bincount(key[fresh], minlength=len(grid) * count).reshape(-1, count)
         self.wavefronts += int(hits.max(axis=1).sum())
@@ -92,12 +89,9 @@ class Site:
 
 
 def _by_warp(machine: Machine, lanes: Array, mask: Mask) -> Array:
-    values = lanes.astype(np.int64)
-    if mask is not None:
-        full = np.full(machine.lanes, -1, np.int64)
-        full[mask] = values
-        values = full
-    return values.reshape(-1, 32)
+    full = np.full(machine.lanes, -1, np.int64)
+    full[... if mask is None else mask] = lanes
+    return full.reshape(-1, 32)
 
 
 class Stats:
