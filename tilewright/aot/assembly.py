@@ -28,11 +28,8 @@ _PTX_ELEMENT = re.compile(r"\.[busf]f?(\d+)\b")
 _AMD_MATRIX = (("mfma", re.compile(r"\bv_mfma_\w+")), ("smfmac", re.compile(r"\bv_smfmac_\w+")))
 _AMD_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
 _AMD_BYTES = {
-    "ubyte": 1,
-    "sbyte": 1,
-    "ushort": 2,
-    "sshort": 2,
-    "short": 2,
+    **dict.fromkeys(("ubyte", "sbyte"), 1),
+    **dict.fromkeys(("ushort", "sshort", "short"), 2),
     "dword": 4,
     "dwordx2": 8,
     "dwordx3": 12,

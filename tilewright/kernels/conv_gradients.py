@@ -26,9 +26,8 @@ def conv_gradients(
     """Gradients by argument name, in the dtype of the argument. grad: of the output. wanted: those that are needed."""
     x, weight = arguments["x"].to(grad.dtype), arguments["weight"].to(grad.dtype)
     bias, residual = arguments["bias"], arguments["residual"]
-    window = (arguments["stride"], arguments["padding"], arguments["dilation"], arguments["groups"])
     if arguments["activation"] != "none":
-        z = convolve(x, weight, *window)
+        z = convolve(x, weight, *(arguments[name] for name in ("stride", "padding", "dilation", "groups")))
         if bias is not None:
             z = z + bias.to(z.dtype).view(-1, 1, 1)
         if residual is not None:
@@ -40,24 +39,18 @@ def conv_gradients(
     if "bias" in required:
         gradients["bias"] = grad.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
     if required & {"x", "weight"}:
-        found = _through_window(grad, x, weight, *window, required)
+        found = _through_window(grad, x, weight, arguments, required)
         gradients |= {name: value.to(arguments[name].dtype) for name, value in found.items() if name in required}
     return gradients
 
 
 def _through_window(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    required: frozenset[str],
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, arguments: Mapping[str, Any], required: frozenset[str]
 ) -> dict[str, torch.Tensor]:
     if 0 in (grad.shape[1], x.shape[1]):
         return {"x": torch.zeros_like(x), "weight": torch.zeros_like(weight)}
-    image, symmetric = pad_image(x, padding)
+    image, symmetric = pad_image(x, arguments["padding"])
+    stride, dilation, groups = arguments["stride"], arguments["dilation"], arguments["groups"]
     mask = ["x" in required, "weight" in required, False]
     dx, dw, _ = torch.ops.aten.convolution_backward(
         grad, image, oihw(weight), None, stride, list(symmetric), dilation, False, [0, 0], groups, mask
@@ -65,7 +58,7 @@ def _through_window(
     found = {}
     if dx is not None:
         if image is not x:
-            top, _, left, _ = padding
+            top, _, left, _ = arguments["padding"]
             dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
         found["x"] = dx
     if dw is not None:

@@ -31,7 +31,7 @@ from tilewright.autotune.device import DeviceKind, cpu_kind, driver_version
 from tilewright.autotune.space import Choice, Hooks, Trials, Tunable, accept
 from tilewright.kernels.dispatch.card import REFERENCE, card_of, cards, make_arguments
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.router import Implementation, default_decision, implementations
+from tilewright.kernels.dispatch.router import default_decision, implementations
 
 #: What one after another is timed on a CPU should exceed its last cache; copies of the operands make up for the rest.
 ROTATED_BYTES = 64 * 2**20
@@ -268,12 +268,8 @@ def tunable(
 
 
 # ---- choosing between implementations
-def _named(problem: Problem, name: str) -> Implementation | None:
-    return next((one for one in implementations(problem.op) if one.name == name), None)
-
-
 def _why_not_implementation(name: str, problem: Problem) -> str | None:
-    found = _named(problem, name)
+    found = next((one for one in implementations(problem.op) if one.name == name), None)
     return f"there is no implementation {name!r}" if found is None else found.why_not(problem)
 
 
@@ -284,13 +280,8 @@ def _serving(problem: Problem) -> list[str]:
 
 
 def _implementation_trials(tunable: Tunable, problem: Problem) -> Trials:
-    def call(name: Any, arguments: dict[str, Any]) -> Any:
-        found = _named(problem, name)
-        if found is None:
-            raise ValueError(f"there is no implementation {name!r}")
-        return found.function(**arguments)
-
-    return _trials(problem, call)
+    known = {one.name: one for one in implementations(problem.op)}
+    return _trials(problem, lambda name, arguments: known[name].function(**arguments))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import numpy as np
 from tilewright.aot.emulator.errors import Unsupported
 from tilewright.aot.emulator.numerics import (
     FLOATS,
-    U16,
+    NATIVE,
     U32,
     U64,
     WORD,
@@ -41,7 +41,6 @@ from tilewright.aot.emulator.registry import (
 if TYPE_CHECKING:
     from tilewright.aot.emulator.machine import Machine
 
-_INTEGER: dict[str, Any] = {"u16": U16, "s16": np.int16, "u32": U32, "s32": np.int32, "u64": U64, "s64": np.int64}
 _WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
 _FLOAT_MODIFIERS = (*ROUNDINGS, "ftz", "sat")
 
@@ -108,7 +107,7 @@ def _mul(instruction: Instruction, machine: Machine) -> Run:
         return numeric(instruction, machine, np.multiply, kind)
     allow(instruction, "lo", "hi", "wide")
     if "wide" in instruction.parts:
-        wide = _INTEGER[_WIDE[kind]]
+        wide = NATIVE[_WIDE[kind]]
         return numeric(instruction, machine, lambda a, b: a.astype(wide) * b.astype(wide), kind, _WIDE[kind])
     if "hi" in instruction.parts:
         return numeric(instruction, machine, _high, kind)
@@ -127,7 +126,7 @@ def _mad(instruction: Instruction, machine: Machine) -> Run:
         return _with_carry(instruction, machine)
     allow(instruction, "lo", "hi", "wide")
     if "wide" in instruction.parts:
-        wide, result = _INTEGER[_WIDE[kind]], _WIDE[kind]
+        wide, result = NATIVE[_WIDE[kind]], _WIDE[kind]
         kinds = [kind, kind, result]
         return numeric(instruction, machine, lambda a, b, c: a.astype(wide) * b.astype(wide) + c, kind, result, kinds)
     if "hi" in instruction.parts:
@@ -208,7 +207,7 @@ def _div(instruction: Instruction, machine: Machine) -> Run:
             return numeric(instruction, machine, lambda a, b: a.astype(np.float64) / b, kind)
         return numeric(instruction, machine, np.divide, kind)
     allow(instruction)
-    ones = _INTEGER[kind](-1 if kind[0] == "s" else limits(kind)[1])
+    ones = NATIVE[kind](-1 if kind[0] == "s" else limits(kind)[1])
     return numeric(instruction, machine, lambda a, b: np.where(b == 0, ones, _quotient(a, b)), kind)
 
 

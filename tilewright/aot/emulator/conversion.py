@@ -8,10 +8,9 @@ import numpy as np
 
 from tilewright.aot.emulator.errors import Unsupported
 from tilewright.aot.emulator.numerics import (
-    FLOAT8,
+    FLOAT8_PAIRS,
     FLOATS,
     LARGEST,
-    U16,
     U32,
     U64,
     WORD,
@@ -22,7 +21,6 @@ from tilewright.aot.emulator.numerics import (
     flush,
     limits,
     low_integer,
-    to_float8,
     to_integer,
     to_tf32,
     to_whole,
@@ -33,7 +31,6 @@ from tilewright.aot.emulator.registry import ROUNDINGS, Function, Run, allow, bi
 if TYPE_CHECKING:
     from tilewright.aot.emulator.machine import Machine
 
-_FLOAT8_PAIRS = {f"{name}x2": name for name in FLOAT8}
 _WHOLE = ("rni", "rzi", "rmi", "rpi")
 _MODIFIERS = (*ROUNDINGS, *_WHOLE, "rna", "ftz", "sat", "relu", "satfinite")
 
@@ -45,7 +42,7 @@ def _cvt(instruction: Instruction, machine: Machine) -> Run:
     source, target = instruction.parts[-1], instruction.parts[-2]
     allow(instruction, *_MODIFIERS, target)
     slot, width = machine.target(instruction.operands[0]), machine.width(instruction.operands[0])
-    known = FLOATS | set(_FLOAT8_PAIRS)
+    known = FLOATS | set(FLOAT8_PAIRS)
     for kind in (source, target):
         if kind not in known:
             limits(kind)  # refuses what is no integer type either
@@ -54,18 +51,16 @@ def _cvt(instruction: Instruction, machine: Machine) -> Run:
     if len(instruction.operands) != 2 or not isinstance(width, int):
         raise Unsupported(instruction.opcode)
     operand = instruction.operands[1]
-    default = 16 if source in _FLOAT8_PAIRS else max(bits_of(source), 16)
-    origin = machine.source(operand, machine.width(operand) or default)
+    origin = machine.source(operand, machine.width(operand) or max(bits_of(source), 16))
     if source in known:
         if target in known:
             function = _float_to_float(instruction, source, target)
         else:
             function = _float_to_integer(instruction, source, target, width)
-        held = 16 if source in _FLOAT8_PAIRS else bits_of(source)
-        narrowed = function
+        held, narrowed = WORD[bits_of(source)], function
 
         def function(a: Array) -> Array:
-            return narrowed(a.astype(WORD[held], copy=False))  # the register may be wider than the type
+            return narrowed(a.astype(held, copy=False))  # the register may be wider than the type
 
     elif target in known:
         function = _integer_to_float(instruction, source, target)
@@ -106,16 +101,14 @@ def _clamped(instruction: Instruction, value: Array, target: str) -> Array:
 def _pack_floats(instruction: Instruction, machine: Machine, source: str, target: str) -> Run:
     """Two float32 into one register; the first operand is the upper half."""
     rounding = one_of(instruction, ("rn", "rz"))
-    if source != "f32" or target not in ("f16x2", "bf16x2", *_FLOAT8_PAIRS) or not rounding:
+    if source != "f32" or target not in ("f16x2", "bf16x2", *FLOAT8_PAIRS) or not rounding:
         raise Unsupported(instruction.opcode)
-    if target in _FLOAT8_PAIRS and (rounding != "rn" or "satfinite" not in instruction.parts):
+    if target in FLOAT8_PAIRS and (rounding != "rn" or "satfinite" not in instruction.parts):
         raise Unsupported(instruction.opcode)
 
     def function(high: Array, low: Array) -> Array:
         pair = np.stack([decode(low, "f32"), decode(high, "f32")], axis=1).reshape(-1)
         pair = _clamped(instruction, pair, target)
-        if target in _FLOAT8_PAIRS:
-            return to_float8(pair, _FLOAT8_PAIRS[target]).view(U16)
         return encode(pair, target, rounding)
 
     return bitwise(instruction, machine, function, 32)
@@ -145,7 +138,7 @@ def _integer_to_integer(instruction: Instruction, source: str, target: str, widt
 def _float_to_integer(instruction: Instruction, source: str, target: str, width: int) -> Function:
     allow(instruction, *_WHOLE, "ftz", "sat", target)
     rounding = one_of(instruction, _WHOLE)
-    if not rounding or source in _FLOAT8_PAIRS or source.endswith("x2"):
+    if not rounding or source in FLOAT8_PAIRS or source.endswith("x2"):
         raise Unsupported(instruction.opcode)
     ftz = "ftz" in instruction.parts and source == "f32"
 
@@ -189,7 +182,7 @@ def _float_to_float(instruction: Instruction, source: str, target: str) -> Funct
         possible = source == target or (not rounding and (source, target) in exact)
     elif target == "f32" or target == "f64":
         possible = rounding in ROUNDINGS
-    elif target in _FLOAT8_PAIRS:
+    elif target in FLOAT8_PAIRS:
         possible = rounding == "rn" and source == "f16x2" and "satfinite" in instruction.parts
     else:
         possible = rounding in ("rn", "rz")
@@ -197,10 +190,7 @@ def _float_to_float(instruction: Instruction, source: str, target: str) -> Funct
         raise Unsupported(instruction.opcode)
 
     def function(a: Array) -> Array:
-        if source in _FLOAT8_PAIRS:
-            value = FLOAT8[_FLOAT8_PAIRS[source]][a.view(np.uint8)].astype(np.float32)
-        else:
-            value = decode(a, source)
+        value = decode(a, source)
         if ftz and source == "f32":
             value = flush(value)
         if rounding in _WHOLE:
@@ -214,8 +204,6 @@ def _float_to_float(instruction: Instruction, source: str, target: str) -> Funct
                 finite = np.isfinite(value) & ~np.isfinite(word.view(np.float32))
                 word = np.where(finite, (word & U32(0x80000000)) | U32(0x7F7FE000), word)
             return word
-        if target in _FLOAT8_PAIRS:
-            return to_float8(value, _FLOAT8_PAIRS[target]).view(U16)
         word = encode(value, target, rounding if rounding in ROUNDINGS else "rn")
         if ftz and target == "f32":
             word = encode(flush(decode(word, "f32")), "f32")

@@ -18,7 +18,8 @@ from tilewright.aot.emulator.program import Width
 Array = npt.NDArray[Any]
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 WORD: dict[Width, Any] = {8: U8, 16: U16, 32: U32, 64: U64, "pred": np.bool_}
-_NATIVE: dict[str, Any] = {
+#: Types that are numpy's own.
+NATIVE: dict[str, Any] = {
     **{f"{sign}{bits}": WORD[bits] for sign in "ub" for bits in (16, 32, 64)},
     "s16": np.int16,
     "s32": np.int32,
@@ -41,14 +42,21 @@ LARGEST = {
     "tf32": 2.0**127 * (2 - 2.0**-10),
 }
 FLOATS = {"f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "tf32"}
+_FLOAT8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+#: Float64 values of every code of the two 8-bit floats.
+FLOAT8: dict[str, Array] = {
+    kind: torch.arange(256, dtype=torch.uint8).view(dtype).double().numpy() for kind, dtype in _FLOAT8_DTYPES.items()
+}
+#: Two of them in 16 bits, as ``cvt`` takes them.
+FLOAT8_PAIRS = {f"{kind}x2": kind for kind in FLOAT8}
 _SIGN_EXPONENT = U32(0x7F800000)
 
 
 def bits_of(kind: str) -> int:
     """Width of a PTX type in bits (32 for a packed one)."""
-    if kind.endswith("x2"):
-        return 32
-    return 32 if kind == "tf32" else int(kind.lstrip("bfsu"))
+    if kind in FLOAT8_PAIRS:
+        return 16
+    return 32 if kind.endswith("x2") or kind == "tf32" else int(kind.lstrip("bfsu"))
 
 
 def bf16_to_f32(raw: Array) -> Array:
@@ -110,12 +118,14 @@ def to_tf32(word: Array, rounding: str = "rz") -> Array:
 
 def decode(raw: Array, kind: str) -> Array:
     """Numbers held by ``raw``; 16-bit floats come as float32, which is exact."""
-    if kind in _NATIVE:
-        return raw.view(_NATIVE[kind])
+    if kind in NATIVE:
+        return raw.view(NATIVE[kind])
     if kind in _HALF:
         return raw.view(np.float16).astype(np.float32)
     if kind in _BRAIN:
         return bf16_to_f32(raw.view(U16))
+    if kind in FLOAT8_PAIRS:
+        return FLOAT8[FLOAT8_PAIRS[kind]][raw.view(U8)].astype(np.float32)
     raise KeyError(kind)
 
 
@@ -123,12 +133,14 @@ def encode(value: Array, kind: str, rounding: str = "rn") -> Array:
     """Words holding ``value``, rounded once."""
     if kind == "f32" and rounding != "rn":
         value = to_f32(value, rounding)
-    if kind in _NATIVE:
-        return np.ascontiguousarray(value, _NATIVE[kind]).view(WORD[bits_of(kind)])
+    if kind in NATIVE:
+        return np.ascontiguousarray(value, NATIVE[kind]).view(WORD[bits_of(kind)])
     if kind in _HALF:
         return to_f16(value, rounding).view(_HALF[kind])
     if kind in _BRAIN:
         return to_bf16(value, rounding).view(_BRAIN[kind])
+    if kind in FLOAT8_PAIRS:
+        return to_float8(value, FLOAT8_PAIRS[kind]).view(U16)
     raise KeyError(kind)
 
 
@@ -202,13 +214,6 @@ def to_integer(value: Array, kind: str, rounding: str) -> Array:
     top = inside >= float(high)
     number = np.where(top, target(high), np.where(top, 0.0, inside).astype(target))
     return np.where(np.isnan(whole), target(missing), number)
-
-
-_FLOAT8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-#: Float64 values of every code of the two 8-bit floats.
-FLOAT8: dict[str, Array] = {
-    kind: torch.arange(256, dtype=torch.uint8).view(dtype).double().numpy() for kind, dtype in _FLOAT8_DTYPES.items()
-}
 
 
 def to_float8(value: Array, kind: str) -> Array:

@@ -106,13 +106,8 @@ class SharedMemory:
 
     def barrier(self, ctas: Iterable[int] | None = None) -> None:
         """A CTA-wide barrier of the CTAs listed (default: all): it orders the accesses before it and those after."""
-        if ctas is None:
-            self.writer[:] = 0
-            self.reader[:] = 0
-            return
-        for cta in ctas:
-            self.writer[cta * self.size : (cta + 1) * self.size] = 0
-            self.reader[cta * self.size : (cta + 1) * self.size] = 0
+        for table in (self.writer, self.reader):
+            table.reshape(self.ctas, self.size)[slice(None) if ctas is None else list(ctas)] = 0
 
     # ------------------------------------------------------------------------------------------- asynchronous units
     def fence_proxy(self, warps: Iterable[tuple[int, int]] | None = None) -> None:
