@@ -35,13 +35,17 @@ class DeviceKind:
         return self.arch.startswith("cpu")
 
 
+def _search(path: str, pattern: str) -> re.Match[str] | None:
+    """Where a file of the system has the pattern; None if nowhere, or it cannot be read."""
+    try:
+        return re.search(pattern, Path(path).read_text(encoding="utf-8", errors="replace"), re.M)
+    except OSError:
+        return None
+
+
 @functools.cache
 def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    found = _search("/proc/cpuinfo", r"^model name\s*:\s*(.+)$")
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
@@ -55,12 +59,7 @@ def cpu_kind() -> DeviceKind:
 def driver_version() -> str:
     """Of the GPU driver, as the kernel module says, or what CUDA knows of it."""
     for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
-        try:
-            text = Path(path).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        found = re.search(r"\d+\.\d+(?:\.\d+)?", text)
-        if found:
+        if found := _search(path, r"\d+\.\d+(?:\.\d+)?"):
             return found[0]
     try:
         return f"cuda {getattr(torch._C, '_cuda_getDriverVersion')()}"  # noqa: B009  (private, and not in its stubs)

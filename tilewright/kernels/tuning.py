@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -200,12 +201,11 @@ def _copies(problem: Problem, device: torch.device) -> list[dict[str, Any]]:
 def _trials(problem: Problem, call: Callable[[Any, dict[str, Any]], Any]) -> Trials:
     device = _device(problem)
     copies = _copies(problem, device)
-    turn = {"next": 0}
+    turns = itertools.cycle(copies)
 
     def run(config: Any) -> Any:
-        turn["next"] = (turn["next"] + 1) % len(copies)
         with torch.inference_mode():
-            return call(config, copies[turn["next"]])
+            return call(config, next(turns))
 
     return Trials(run, Checker(problem.op, copies[0]), clock_for(device, len(copies)))
 

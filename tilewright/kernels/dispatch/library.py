@@ -49,9 +49,6 @@ def define(card: Card) -> None:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if repeats is not None and args[0].is_cpu and (call := repeats.find(args, kwargs)) is not None:
             return call(args[0], args[residual] if len(args) > residual else None)
-        return resolve(args, kwargs)
-
-    def resolve(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         arguments = bind(args, kwargs)
         # Checking and routing look at nothing but what is in the key: they cost more than a small product.
         key = (*map(_signature, args), *[(name, _signature(value)) for name, value in kwargs.items()])
