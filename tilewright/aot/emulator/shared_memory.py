@@ -176,18 +176,13 @@ class SharedMemory:
         if self.races == "off":
             return
         mine = repeated(warp + 1, size)
-        if (found := self._others(self.writer, index, size, warp)) is not None:
-            before, me, wrong = found
-            text = (
-                "shared race: read of bytes another warp wrote since the last barrier "
-                f"({self._who(before[wrong][0])} wrote, {self._who(me[wrong][0])} reads)"
-            )
-            self._complain(RaceError, text, wrong)
+        if found := self._others(self.writer, index, size, warp):
+            self._race("read of bytes another warp wrote since the last barrier ({} wrote, {} reads)", *found)
         table = rows(self.reader, size)
         old = table[index]
         if (old == mine).all():
             return
-        if not old.any() or ((old == 0) | (old == mine)).all():
+        if ((old == 0) | (old == mine)).all():
             new = np.broadcast_to(mine, old.shape)
         else:
             me, before = self._bytewise(warp, size), old.view(np.uint8)
@@ -206,23 +201,14 @@ class SharedMemory:
             self._complain(AsyncHazard, text, state.view(np.uint8) == IN_FLIGHT)
         if self.races == "off":
             return
-        if (found := self._others(self.reader, index, size, warp)) is not None:
-            before, me, wrong = found
-            text = (
-                "shared race: write to bytes another warp read since the last barrier "
-                f"({self._who(before[wrong][0])} read, {self._who(me[wrong][0])} writes)"
-            )
-            self._complain(RaceError, text, wrong)
-        if (found := self._others(self.writer, index, size, warp)) is not None:
+        if found := self._others(self.reader, index, size, warp):
+            self._race("write to bytes another warp read since the last barrier ({} read, {} writes)", *found)
+        if found := self._others(self.writer, index, size, warp):
             before, me, wrong = found
             if data is not None:  # the same value written twice does no harm
                 wrong &= rows(self.data, size)[index].view(np.uint8) != data
             if wrong.any():
-                text = (
-                    "shared race: two warps wrote different values to the same bytes "
-                    f"({self._who(before[wrong][0])} and {self._who(me[wrong][0])})"
-                )
-                self._complain(RaceError, text, wrong)
+                self._race("two warps wrote different values to the same bytes ({} and {})", before, me, wrong)
 
     def _others(self, table: Array, index: Array, size: int, warp: Array) -> tuple[Array, Array, Array] | None:
         """(warps in ``table``, the accessing warps, where the first is another one) bytewise; None if nowhere."""
@@ -232,6 +218,11 @@ class SharedMemory:
         before, me = held.view(np.uint8), self._bytewise(warp, size)
         wrong = (before != 0) & (before != me)
         return (before, me, wrong) if wrong.any() else None
+
+    def _race(self, text: str, before: Array, me: Array, wrong: Array) -> None:
+        """``text`` with the first two warps that meet."""
+        first = text.format(self._who(before[wrong][0]), self._who(me[wrong][0]))
+        self._complain(RaceError, f"shared race: {first}", wrong)
 
     @staticmethod
     def _bytewise(warp: Array, size: int) -> Array:
