@@ -27,10 +27,8 @@ from tilewright.kernels.conv2d.triton_launch import (
     float_call,
     int8_call,
     operator,
-    unit,
     why_not_any_kernel,
-    window_args,
-    window_constants,
+    window_launch,
 )
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
@@ -170,20 +168,11 @@ def plan_depthwise(call: ConvCall, config: DepthwiseConfig | None = None) -> lis
     """The launch that writes ``call.out``."""
     config = config or TUNED.choose(call.problem())
     n, c = call.geometry.out_channels, call.geometry.in_channels
-    unit_c, unit_n = unit(c, *call.x.stride()[:3]), unit(n)
-    args = {
-        "x_ptr": call.x,
-        "w_ptr": taps_first(call.weight),
-        **call.epilogue(),
-        **window_args(call, unit_c),
-        "n_units": n // unit_n,
-    }
+    args, window = window_launch(call, c, n, taps_first(call.weight))
     shared = call.constants()
     constants = {
         "FACTOR": n // c,
-        **window_constants(call),
-        "UNIT_C": unit_c,
-        "UNIT_N": unit_n,
+        **window,
         **{name: shared[name] for name in ("ACTIVATION", "QUANTIZE", "INTEGER")},
         "BLOCK_M": config.block_m,
         "BLOCK_C": config.block_c,

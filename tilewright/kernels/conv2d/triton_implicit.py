@@ -31,11 +31,9 @@ from tilewright.kernels.conv2d.triton_launch import (
     int8_call,
     operator,
     tile_candidates,
-    unit,
     why_not_any_kernel,
     why_not_tile,
-    window_args,
-    window_constants,
+    window_launch,
 )
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.triton.common import grouped_tile, slice_of
@@ -220,21 +218,12 @@ def plan_implicit(call: ConvCall, config: ImplicitConfig | None = None) -> list[
     config = config or TUNED.choose(call.problem())
     tile, groups = config.tile, call.geometry.groups
     n, c = call.columns, call.geometry.group_channels
-    unit_c, unit_n = unit(c, *call.x.stride()[:3]), unit(n)
-    args = {
-        "x_ptr": call.x,
-        "w_ptr": call.weight,
-        **call.epilogue(),
-        **window_args(call, unit_c),
-        "n_units": n // unit_n,
-        "c_units": c // unit_c,
-    }
+    args, window = window_launch(call, c, n, call.weight)
+    args["c_units"] = c // window["UNIT_C"]
     constants = {
         "GROUPS": groups,
-        **window_constants(call),
+        **window,
         "FLAT": config.flat,
-        "UNIT_C": unit_c,
-        "UNIT_N": unit_n,
         "EVEN_C": c % tile.block_k == 0,
         "GROUP_M": GROUP_M,
         **call.constants(),

@@ -280,11 +280,18 @@ float_call = functools.partial(make_call, "conv2d_fused")
 int8_call = functools.partial(make_call, "int8_conv2d_fused")
 
 
-def window_args(call: ConvCall, unit_c: int) -> dict[str, int]:
-    """Run-time arguments by which a kernel finds the windows of its pixels."""
+def window_launch(call: ConvCall, channels: int, columns: int, weight: torch.Tensor) -> tuple[dict[str, Any], ...]:
+    """Run-time arguments and constants of a kernel that finds the windows of its pixels, but for its tile.
+
+    channels, columns: of x and of the result that a program's weights are for; both are counted in units.
+    """
     geometry = call.geometry
     image, row, pixel_stride, _ = call.x.stride()
-    return {
+    unit_c, unit_n = unit(channels, image, row, pixel_stride), unit(columns)
+    args = {
+        "x_ptr": call.x,
+        "w_ptr": weight,
+        **call.epilogue(),
         "M": call.rows,
         "H": geometry.height,
         "W": geometry.width,
@@ -295,14 +302,11 @@ def window_args(call: ConvCall, unit_c: int) -> dict[str, int]:
         "x_image_units": image // unit_c,
         "x_row_units": row // unit_c,
         "x_pixel_units": pixel_stride // unit_c,
+        "n_units": columns // unit_n,
     }
-
-
-def window_constants(call: ConvCall) -> dict[str, int]:
-    """Compile-time arguments: the shape of the window."""
-    geometry = call.geometry
     names = ("R", "S", "STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W")
-    return dict(zip(names, (*geometry.kernel, *geometry.stride, *geometry.dilation), strict=True))
+    window = dict(zip(names, (*geometry.kernel, *geometry.stride, *geometry.dilation), strict=True))
+    return args, {**window, "UNIT_C": unit_c, "UNIT_N": unit_n}
 
 
 def operator(

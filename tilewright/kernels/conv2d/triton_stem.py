@@ -29,11 +29,9 @@ from tilewright.kernels.conv2d.triton_launch import (
     int8_call,
     operator,
     tile_candidates,
-    unit,
     why_not_any_kernel,
     why_not_tile,
-    window_args,
-    window_constants,
+    window_launch,
 )
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
@@ -169,19 +167,10 @@ def plan_stem(call: ConvCall, config: ConvTile | None = None) -> list[Launch]:
     config = config or TUNED.choose(call.problem())
     n, c = call.columns, call.geometry.in_channels
     weight = padded_weight(call.weight)
-    unit_c, unit_n = unit(c, *call.x.stride()[:3]), unit(n)
-    args = {
-        "x_ptr": call.x,
-        "w_ptr": weight,
-        **call.epilogue(),
-        **window_args(call, unit_c),
-        "n_units": n // unit_n,
-    }
+    args, window = window_launch(call, c, n, weight)
     constants = {
         "C": c,
-        **window_constants(call),
-        "UNIT_C": unit_c,
-        "UNIT_N": unit_n,
+        **window,
         "PADDED_K": weight.shape[1],
         **call.constants(),
         **config.constants(),

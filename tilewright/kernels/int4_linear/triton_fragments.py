@@ -53,10 +53,10 @@ from tilewright.kernels.int4_linear.triton_mma import (
     scale_of,
 )
 from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
-from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
 from tilewright.kernels.triton.registers import check_registers, split_registers, words_of
-from tilewright.kernels.triton.split_k import choose_split, cut, with_parts
+from tilewright.kernels.triton.split_k import choose_split, plan_cut_product
 from tilewright.kernels.tuning import tunable
 
 _TILE_N = tl.constexpr(TILE_N)
@@ -295,25 +295,13 @@ def plan_fragments(
     """
     check_registers("mma.sync", inline_ptx, words=weight.words, groups=weight.groups)
     x = words_of(x.to(weight.dtype))
-    m, n = len(x), weight.n
     units = step_units(weight.k, weight.group_size or weight.k)
-    steps = weight.units // units
-    steps_per_part, parts, workspace = cut(steps, config.splits, out, torch.float32)
-    tiles_m = triton.cdiv(m, config.block_m)
-    args: dict[str, Any] = {
-        "x_ptr": x,
+    args = {
         "words_ptr": weight.words,
         "groups_ptr": weight.groups,
-        "workspace_ptr": workspace,
-        "M": m,
-        "N": n,
         "stride_x": x.stride(0),
-        "steps": steps,
-        "steps_per_part": steps_per_part,
         "groups": weight.groups.shape[1],
         "row_tiles": len(weight.words),
-        "tiles_m": tiles_m,
-        **finish_arguments(out, **end),
     }
     constants = {
         "DTYPE": TRITON_DTYPES[weight.dtype],
@@ -323,11 +311,9 @@ def plan_fragments(
         "THREADS": 32 * config.num_warps,
         "WARPS_PER_TILE": config.warps_per_tile,
         "DISTANCE": config.distance,
-        "ACTIVATION": end["activation"],
     }
-    grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
-    product = Launch(int4_fragment_kernel, grid, args, constants, config.num_warps, config.num_stages)
-    return with_parts(product, workspace, out, **end)
+    steps = {"steps": weight.units // units}
+    return plan_cut_product(int4_fragment_kernel, x, out, config, steps, torch.float32, args, constants, **end)
 
 
 def int4_linear(

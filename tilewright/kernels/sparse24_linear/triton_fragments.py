@@ -23,7 +23,6 @@ no fewer.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
@@ -45,9 +44,9 @@ from tilewright.kernels.sparse24_linear.fragments import (
 )
 from tilewright.kernels.sparse24_linear.triton_mma_sp import load_unit, multiply_step, poison, watch, x_registers
 from tilewright.kernels.sparse24_linear.triton_run import operators
-from tilewright.kernels.triton.common import MAX_K, TRITON_DTYPES, finish_arguments, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.common import MAX_K, TRITON_DTYPES, finish_tile, why_not_on_gpu
 from tilewright.kernels.triton.registers import check_registers, split_registers, words_of
-from tilewright.kernels.triton.split_k import choose_split, cut, with_parts
+from tilewright.kernels.triton.split_k import choose_split, plan_cut_product
 
 _TILE_N = tl.constexpr(TILE_N)
 _TILE_M = tl.constexpr(TILE_M)
@@ -275,35 +274,21 @@ def plan_fragments(
     """
     check_registers("mma.sp", inline_ptx, values=weight.values, meta=weight.meta)
     x = words_of(x.to(compute_dtype))
-    m, n = len(x), weight.n
-    sum_dtype = torch.int32 if weight.is_int8 else torch.float32
-    units_per_part, parts, workspace = cut(weight.units, config.splits, out, sum_dtype)
-    tiles_m = triton.cdiv(m, config.block_m)
-    args: dict[str, Any] = {
-        "x_ptr": x,
+    args = {
         "values_ptr": weight.values,
         "meta_ptr": weight.meta,
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,
-        "workspace_ptr": workspace,
-        "M": m,
-        "N": n,
         "stride_x": x.stride(0),
-        "units": weight.units,
-        "units_per_part": units_per_part,
         "row_tiles": len(weight.values),
-        "tiles_m": tiles_m,
-        **finish_arguments(out, **end),
     }
     constants = {
         "DTYPE": TRITON_DTYPES[compute_dtype],
         "THREADS": 32 * config.num_warps,
         "TWO": config.block_m == 2 * TILE_M,
-        "ACTIVATION": end["activation"],
     }
-    grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
-    product = Launch(sparse24_fragment_kernel, grid, args, constants, config.num_warps, config.num_stages)
-    return with_parts(product, workspace, out, x_scale, w_scale, **end)
+    units, sum_dtype = {"units": weight.units}, torch.int32 if weight.is_int8 else torch.float32
+    return plan_cut_product(sparse24_fragment_kernel, x, out, config, units, sum_dtype, args, constants, **end)
 
 
 #: K must be a multiple of 128.

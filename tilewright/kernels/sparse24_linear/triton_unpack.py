@@ -18,7 +18,6 @@ int4 values are (u - z), exact in 16 bits, and the scale of a group multiplies t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
@@ -36,13 +35,12 @@ from tilewright.kernels.sparse24_linear.triton_select import select_columns
 from tilewright.kernels.triton.common import (
     MAX_K,
     TRITON_DTYPES,
-    finish_arguments,
     finish_tile,
     inline_ptx_by_default,
     why_not_on_gpu,
 )
 from tilewright.kernels.triton.nibbles import nibble_number, offset_of
-from tilewright.kernels.triton.split_k import choose_split, cut, store_part, with_parts
+from tilewright.kernels.triton.split_k import choose_split, plan_cut_product, store_part
 
 KINDS = {"sparse24_linear": layout.FLOAT, "sparse24_int8_linear": layout.INT8, "sparse24_int4_linear": layout.INT4}
 _BLOCK = tl.constexpr(BLOCK)
@@ -255,27 +253,16 @@ def plan_unpack(
     x [M, K] with unit stride along K, int8 with x_scale [M] and w_scale [N] for int8 values; bias [N] contiguous.
     inline_ptx: None for what suits the device.
     """
-    m, n, blocks = len(x), out.shape[1], layout.blocks_per_step(weight.kind)
-    sum_dtype = torch.int32 if weight.kind == INT8 else torch.float32
-    steps_per_part, parts, workspace = cut(weight.steps, config.splits, out, sum_dtype)
-    tiles_m = triton.cdiv(m, config.block_m)
-    args: dict[str, Any] = {
-        "x_ptr": x,
+    blocks = layout.blocks_per_step(weight.kind)
+    args = {
         "values_ptr": weight.values if weight.kind == INT8 else weight.values.view(torch.int16),
         "mask_ptr": weight.mask,
         "scale_ptr": weight.scale,
         "zero_ptr": weight.zero,
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,
-        "workspace_ptr": workspace,
-        "M": m,
-        "N": n,
         "K": weight.k,
         "stride_xm": x.stride(0),
-        "steps": weight.steps,
-        "steps_per_part": steps_per_part,
-        "tiles_m": tiles_m,
-        **finish_arguments(out, **end),
     }
     constants = {
         "KIND": weight.kind,
@@ -285,12 +272,10 @@ def plan_unpack(
         "EVEN_K": weight.k % (blocks * BLOCK) == 0,
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
-        "ACTIVATION": end["activation"],
         "INLINE_PTX": inline_ptx_by_default(x.device) if inline_ptx is None else inline_ptx,
     }
-    grid = (tiles_m * triton.cdiv(n, config.block_n), parts)
-    product = Launch(sparse24_unpack_kernel, grid, args, constants, config.num_warps, config.num_stages)
-    return with_parts(product, workspace, out, x_scale, w_scale, **end)
+    steps, sum_dtype = {"steps": weight.steps}, torch.int32 if weight.kind == INT8 else torch.float32
+    return plan_cut_product(sparse24_unpack_kernel, x, out, config, steps, sum_dtype, args, constants, **end)
 
 
 sparse24_linear, sparse24_int8_linear = operators(plan_unpack, UnpackConfig.for_problem, layout.step_order)

@@ -10,6 +10,8 @@ repeats bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -37,18 +39,6 @@ def choose_split(programs: int, tiles: int, steps: int) -> int:
     while split * 2 <= most:
         split *= 2
     return split
-
-
-def cut(steps: int, splits: int, out: torch.Tensor, dtype: torch.dtype) -> tuple[int, int, torch.Tensor | None]:
-    """(steps of a part, parts, workspace of ``dtype`` [parts, *out.shape] or None) of a sum over ``steps`` steps.
-
-    No part is empty, so there may be fewer than ``splits``. One part needs no workspace.
-    """
-    steps = max(steps, 1)
-    steps_per_part = triton.cdiv(steps, splits)
-    parts = triton.cdiv(steps, steps_per_part)
-    workspace = torch.empty((parts, *out.shape), dtype=dtype, device=out.device) if parts > 1 else None
-    return steps_per_part, parts, workspace
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -192,3 +182,42 @@ def with_parts(
     if w_scale is None:
         return [product, plan_sum_parts(workspace, x_scale, out, **end)]
     return [product, plan_reduce_parts(workspace, x_scale, w_scale, out, **end)]
+
+
+def plan_cut_product(
+    kernel: Any,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    config: Any,
+    steps: dict[str, int],
+    sum_dtype: torch.dtype,
+    args: dict[str, Any],
+    constants: dict[str, Any],
+    **end: Unpack[End],
+) -> list[Launch]:
+    """The launches that fill ``out`` [M, N] from ``x`` with M rows: ``kernel``, and the sum over parts where K is cut.
+
+    config: has block_m, block_n, splits, num_warps and num_stages. steps: the kernel's name for steps of K, and how
+    many there are. No part is empty, so there may be fewer than ``config.splits``. sum_dtype: of the parts. args: the
+    kernel's further ones, maybe ``x_scale_ptr`` [M] and ``w_scale_ptr`` [N].
+    """
+    ((unit, count),) = steps.items()
+    per_part = triton.cdiv(max(count, 1), config.splits)
+    parts = triton.cdiv(max(count, 1), per_part)
+    workspace = torch.empty((parts, *out.shape), dtype=sum_dtype, device=out.device) if parts > 1 else None
+    tiles_m, tiles_n = triton.cdiv(len(x), config.block_m), triton.cdiv(out.shape[1], config.block_n)
+    args = {
+        **args,
+        "x_ptr": x,
+        "workspace_ptr": workspace,
+        "M": len(x),
+        "N": out.shape[1],
+        unit: count,
+        f"{unit}_per_part": per_part,
+        "tiles_m": tiles_m,
+        **finish_arguments(out, **end),
+    }
+    constants = {**constants, "ACTIVATION": end["activation"]}
+    # Tiles that share weights are neighbours, so that the second one finds them in the L2 cache.
+    product = Launch(kernel, (tiles_m * tiles_n, parts), args, constants, config.num_warps, config.num_stages)
+    return with_parts(product, workspace, out, args.get("x_scale_ptr"), args.get("w_scale_ptr"), **end)

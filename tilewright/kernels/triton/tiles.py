@@ -31,10 +31,10 @@ from typing_extensions import Unpack
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
-from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile
 from tilewright.kernels.triton.nibbles import centred_nibble
 from tilewright.kernels.triton.spans import QUARTER, SPAN, SpanWeight, span_count
-from tilewright.kernels.triton.split_k import cut, store_part, with_parts
+from tilewright.kernels.triton.split_k import plan_cut_product, store_part
 from tilewright.kernels.tuning import why_too_large
 
 WHOLE_ROW = tl.constexpr(0)  # value of QUARTERS_PER_GROUP when one group is the whole row
@@ -309,10 +309,8 @@ def span_arguments(weight: SpanWeight) -> tuple[dict[str, Any], dict[str, Any]]:
         "weight_ptr": weight.weight,
         "scale_ptr": weight.scale,
         "zero_ptr": weight.zero,
-        "N": len(weight.weight),
         "K": weight.k,
         "stride_weight": weight.weight.shape[1],
-        "spans": span_count(weight.k),
     }
     constants = {
         "QUARTERS_PER_GROUP": weight.quarters_per_group or WHOLE_ROW.value,
@@ -338,29 +336,15 @@ def plan_span_product(
 
     x [M, K] with unit stride along K, x_scale float32 [M] or None, bias [N] contiguous, residual [M, N].
     """
-    spans_per_part, parts, workspace = cut(span_count(weight.k), config.splits, out, torch.float32)
-    tiles_m, tiles_n = triton.cdiv(len(x), config.block_m), triton.cdiv(len(weight.weight), config.block_n)
-    weight_args, weight_constants = span_arguments(weight)
-    args = {
-        "x_ptr": x,
-        "x_scale_ptr": x_scale,
-        "workspace_ptr": workspace,
-        "M": len(x),
-        "stride_xm": x.stride(0),
-        "spans_per_part": spans_per_part,
-        "tiles_m": tiles_m,
-        **weight_args,
-        **finish_arguments(out, **end),
-    }
+    args, weight_constants = span_arguments(weight)
+    args |= {"x_scale_ptr": x_scale, "stride_xm": x.stride(0)}
     constants = {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "NUM_STAGES": config.num_stages,
         "DTYPE": TRITON_DTYPES[multiply_dtype],
-        "ACTIVATION": end["activation"],
         "INLINE_PTX": inline_ptx,
         **weight_constants,
     }
-    # Tiles that share weights are neighbours, so that the second one finds them in the L2 cache.
-    product = Launch(kernel, (tiles_m * tiles_n, parts), args, constants, config.num_warps, config.num_stages)
-    return with_parts(product, workspace, out, x_scale, **end)
+    spans = {"spans": span_count(weight.k)}
+    return plan_cut_product(kernel, x, out, config, spans, torch.float32, args, constants, **end)
