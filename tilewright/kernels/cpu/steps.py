@@ -332,10 +332,6 @@ def set_residual(d: Description, residual: torch.Tensor, scale: float = 1.0) -> 
     d.r_stride = pixel_stride(residual)
 
 
-#: Below so many products or bytes a second thread costs more than it brings.
-GRAIN = 1 << 15
-
-
 def run(descriptions: ctypes.Array[Description] | Description, count: int = 1, threads: int | None = None) -> None:
     """Execute ``count`` descriptions, on PyTorch's threads."""
     function = native._function("run_steps")
