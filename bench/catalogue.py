@@ -42,6 +42,7 @@ from tilewright.kernels.sparse24_linear.fragments import fragment_order
 from tilewright.kernels.triton import int4_dequantize
 from tilewright.kernels.triton.row_quantize import QuantizeConfig
 from tilewright.kernels.triton.spans import kernel_order
+from tilewright.kernels.triton.tiles import plan_span_product
 
 Arguments = dict[str, Any]
 Outputs = tuple[torch.Tensor, ...]
@@ -165,15 +166,8 @@ def _span_weight(a: Arguments) -> Any:
 
 
 def _plan_int4(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
-    return int4_fused.plan_int4_linear(
-        a["x"],
-        _span_weight(a),
-        *out,
-        compute_dtype=a["compute_dtype"] or a["x"].dtype,
-        config=config,
-        inline_ptx=inline_ptx,
-        **_end(a),
-    )
+    how = (a["compute_dtype"] or a["x"].dtype, config, inline_ptx)
+    return plan_span_product(int4_fused.int4_linear_kernel, a["x"], None, _span_weight(a), *out, *how, **_end(a))
 
 
 def _plan_int4_fragments(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
@@ -184,9 +178,8 @@ def _plan_int4_fragments(a: Arguments, out: Outputs, config: Any, inline_ptx: bo
 
 def _plan_int4_int8(a: Arguments, out: Outputs, config: Any, inline_ptx: bool) -> list[Launch]:
     q, scale = quantize_per_row(a["x"])
-    return int4_int8_fused.plan_int4_int8_linear(
-        q, scale, _span_weight(a), *out, config=config, inline_ptx=inline_ptx, **_end(a)
-    )
+    how = (torch.int8, config, inline_ptx)
+    return plan_span_product(int4_int8_fused.int4_int8_linear_kernel, q, scale, _span_weight(a), *out, *how, **_end(a))
 
 
 def _step_weight(a: Arguments) -> Any:

@@ -50,9 +50,9 @@ def plan(x, weight, out, config):
     q, x_scale = quantize_per_row(x)
     tensors = (weight[name] for name in ("weight_packed", "weight_scale", "weight_zero"))
     order = kernel_order(*tensors, group_size=weight["group_size"], k=x.shape[-1])
-    return triton_fused.plan_int4_int8_linear(
-        q, x_scale, order, out, bias=None, residual=None, activation="none", config=config, inline_ptx=False
-    )
+    end = {"bias": None, "residual": None, "activation": "none"}
+    kernel = triton_fused.int4_int8_linear_kernel
+    return triton_fused.plan_span_product(kernel, q, x_scale, order, out, torch.int8, config, False, **end)
 
 
 def config_id(config):
@@ -157,13 +157,15 @@ def test_the_product_reads_nothing_past_its_tensors(config, shape):
     weight = make_weight(n, k, 32, symmetric=False)
     order = kernel_order(weight["weight_packed"], weight["weight_scale"], weight["weight_zero"], 32, k)
     order = replace(order, weight=guarded(order.weight), scale=guarded(order.scale), zero=guarded(order.zero))
-    launches = triton_fused.plan_int4_int8_linear(
+    launches = triton_fused.plan_span_product(
+        triton_fused.int4_int8_linear_kernel,
         guarded(torch.ones(m, k, dtype=torch.int8)),
         guarded(torch.ones(m)),
         order,
-        guarded(torch.randn(n)),
-        guarded(torch.randn(m, n)),
         guarded(torch.empty(m, n)),
+        torch.int8,
+        bias=guarded(torch.randn(n)),
+        residual=guarded(torch.randn(m, n)),
         activation="none",
         config=config,
         inline_ptx=False,

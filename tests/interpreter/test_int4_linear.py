@@ -55,14 +55,16 @@ def test_every_config_on_ragged_shapes(config, group_size, symmetric):
     out = torch.empty(m, n, dtype=dtype)
     order = kernel_order(*(weight[name] for name in ("weight_packed", "weight_scale", "weight_zero")), k=k,
                          group_size=weight["group_size"])  # fmt: skip
-    launches = triton_fused.plan_int4_linear(
+    launches = triton_fused.plan_span_product(
+        triton_fused.int4_linear_kernel,
         x,
+        None,
         order,
         out,
         bias=None,
         residual=None,
         activation="none",
-        compute_dtype=dtype,
+        multiply_dtype=dtype,
         config=config,
         inline_ptx=False,
     )
@@ -217,14 +219,16 @@ def test_the_product_reads_nothing_past_its_tensors(config, shape):
     weight = make_weight(n, k, 32, symmetric=False)
     order = kernel_order(weight["weight_packed"], weight["weight_scale"], weight["weight_zero"], 32, k)
     order = replace(order, weight=guarded(order.weight), scale=guarded(order.scale), zero=guarded(order.zero))
-    launches = triton_fused.plan_int4_linear(
+    launches = triton_fused.plan_span_product(
+        triton_fused.int4_linear_kernel,
         guarded(torch.randn(m, k).to(dtype)),
+        None,
         order,
-        guarded(torch.randn(n)),
-        guarded(torch.randn(m, n).to(dtype)),
         guarded(torch.empty(m, n, dtype=dtype)),
+        bias=guarded(torch.randn(n)),
+        residual=guarded(torch.randn(m, n).to(dtype)),
         activation="none",
-        compute_dtype=dtype,
+        multiply_dtype=dtype,
         config=config,
         inline_ptx=False,
     )
@@ -250,11 +254,11 @@ def test_groups_without_a_kernel_order_are_refused():
 def test_a_config_with_other_parts_gives_the_same_within_float32_rounding():
     x, weight = torch.randn(4, 700).half(), make_weight(30, 700, 64, symmetric=False)
     order = kernel_order(weight["weight_packed"], weight["weight_scale"], weight["weight_zero"], 64, 700)
+    end = {"bias": None, "residual": None, "activation": "none"}
     for splits in (3, 5, 16):
         out = torch.empty(4, 30, dtype=torch.float16)
         config = replace(triton_fused.CONFIGS[0], splits=splits)
-        for launch in triton_fused.plan_int4_linear(
-            x, order, None, None, out, activation="none", compute_dtype=torch.float16, config=config, inline_ptx=False
-        ):
+        how = (torch.float16, config, False)
+        for launch in triton_fused.plan_span_product(triton_fused.int4_linear_kernel, x, None, order, out, *how, **end):
             launch.run()
         check(out, x, weight)

@@ -39,14 +39,16 @@ def meta_weight(n, k, group_size):
 
 def plan_w4a16(m, n, k, config, group_size=128):
     x, out = (torch.empty(m, columns, dtype=torch.bfloat16, device="meta") for columns in (k, n))
-    return w4a16.plan_int4_linear(
+    return w4a16.plan_span_product(
+        w4a16.int4_linear_kernel,
         x,
+        None,
         meta_weight(n, k, group_size),
         out,
         bias=None,
         residual=None,
         activation="none",
-        compute_dtype=torch.bfloat16,
+        multiply_dtype=torch.bfloat16,
         config=config,
         inline_ptx=True,
     )

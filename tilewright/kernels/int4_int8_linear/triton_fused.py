@@ -31,7 +31,7 @@ from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
 from tilewright.kernels.triton.common import inline_ptx_by_default, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
-from tilewright.kernels.triton.spans import SPAN, SpanWeight, kernel_order, span_count, why_no_spans
+from tilewright.kernels.triton.spans import SPAN, kernel_order, span_count, why_no_spans
 from tilewright.kernels.triton.split_k import choose_split
 from tilewright.kernels.triton.tiles import (
     SHARED_SOURCES,
@@ -111,20 +111,6 @@ def why_not(problem: Problem) -> str | None:
 int4_int8_linear_kernel = span_kernel("int4_int8_linear_kernel")
 
 
-def plan_int4_int8_linear(
-    x_q: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: SpanWeight,
-    out: torch.Tensor,
-    *,
-    config: Int4Int8Config,
-    inline_ptx: bool,
-    **end: Unpack[End],
-) -> list[Launch]:
-    """See ``plan_span_product``. x_q int8 [M, K] with unit stride along K, x_scale float32 [M]."""
-    return plan_span_product(int4_int8_linear_kernel, x_q, x_scale, weight, out, torch.int8, config, inline_ptx, **end)
-
-
 def int4_int8_linear(
     x: torch.Tensor,
     weight_packed: torch.Tensor,
@@ -141,14 +127,10 @@ def int4_int8_linear(
     def launches(out: torch.Tensor, **end: Unpack[End]) -> list[Launch]:
         x_q, x_scale = quantize_per_row(x, channel_scale)
         facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None, **device_facts(x.device)}
-        return plan_int4_int8_linear(
-            as_matrix(x_q),
-            x_scale.reshape(-1),
-            kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
-            out,
-            config=TUNED.choose(Problem("int4_int8_linear", len(out), n, k, x.dtype, **facts)),
-            inline_ptx=inline_ptx_by_default(x.device),
-            **end,
-        )
+        config = TUNED.choose(Problem("int4_int8_linear", len(out), n, k, x.dtype, **facts))
+        rows, scale = as_matrix(x_q), x_scale.reshape(-1)
+        weight = kernel_order(weight_packed, weight_scale, weight_zero, group_size, k)
+        inline_ptx, kernel = inline_ptx_by_default(x.device), int4_int8_linear_kernel
+        return plan_span_product(kernel, rows, scale, weight, out, torch.int8, config, inline_ptx, **end)
 
     return run_linear(x, n, x.dtype, launches, **end)

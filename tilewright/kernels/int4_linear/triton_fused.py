@@ -30,7 +30,7 @@ from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
 from tilewright.kernels.triton.common import inline_ptx_by_default, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
-from tilewright.kernels.triton.spans import SpanWeight, kernel_order, span_count, why_no_spans
+from tilewright.kernels.triton.spans import kernel_order, span_count, why_no_spans
 from tilewright.kernels.triton.split_k import choose_split
 from tilewright.kernels.triton.tiles import (
     SHARED_SOURCES,
@@ -116,20 +116,6 @@ def why_not(problem: Problem) -> str | None:
 int4_linear_kernel = span_kernel("int4_linear_kernel")
 
 
-def plan_int4_linear(
-    x: torch.Tensor,
-    weight: SpanWeight,
-    out: torch.Tensor,
-    *,
-    compute_dtype: torch.dtype,
-    config: FusedConfig,
-    inline_ptx: bool,
-    **end: Unpack[End],
-) -> list[Launch]:
-    """See ``plan_span_product``. x [M, K] with unit stride along K."""
-    return plan_span_product(int4_linear_kernel, x, None, weight, out, compute_dtype, config, inline_ptx, **end)
-
-
 def int4_linear(
     x: torch.Tensor,
     weight_packed: torch.Tensor,
@@ -148,14 +134,8 @@ def int4_linear(
         facts: dict[str, Any] = {"group_size": group_size, "symmetric": weight_zero is None}
         facts |= {"compute_dtype": compute_dtype, "aligned": rows_aligned(rows), **device_facts(x.device)}
         problem = Problem("int4_linear", len(rows), n, k, x.dtype, **facts)
-        return plan_int4_linear(
-            rows,
-            kernel_order(weight_packed, weight_scale, weight_zero, group_size, k),
-            out,
-            compute_dtype=problem.multiply_dtype,
-            config=TUNED.choose(problem),
-            inline_ptx=inline_ptx_by_default(x.device),
-            **end,
-        )
+        weight = kernel_order(weight_packed, weight_scale, weight_zero, group_size, k)
+        how = (problem.multiply_dtype, TUNED.choose(problem), inline_ptx_by_default(x.device))
+        return plan_span_product(int4_linear_kernel, rows, None, weight, out, *how, **end)
 
     return run_linear(x, n, x.dtype, launches, **end)

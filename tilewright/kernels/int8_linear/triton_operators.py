@@ -8,7 +8,7 @@ import torch
 from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
@@ -23,6 +23,12 @@ def why_not_int8_product(problem: Problem) -> str | None:
     if problem.k > MAX_K:
         return f"sums of {problem.k} products may leave int32, which holds {MAX_K}"
     return why_not_on_gpu(problem)
+
+
+def product_problem(x: torch.Tensor, n: int) -> Problem:
+    """The problem of ``x`` int8 [M, K] times n rows."""
+    m, k = x.shape
+    return Problem("int8_linear_quantized", m, n, k, x.dtype, aligned=rows_aligned(x), **device_facts(x.device))
 
 
 def operators(plan: Callable[..., list[Launch]]) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:

@@ -23,9 +23,9 @@ import triton.language as tl
 from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
-from tilewright.kernels.int8_linear.triton_operators import operators, why_not_int8_product
+from tilewright.kernels.int8_linear.triton_operators import operators, product_problem, why_not_int8_product
 from tilewright.kernels.triton.common import finish_tile
 from tilewright.kernels.triton.split_k import choose_split
 from tilewright.kernels.triton.swapped import plan_swapped_product
@@ -198,10 +198,7 @@ def plan_swapped(
     **end: Unpack[End],
 ) -> list[Launch]:
     """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] int8 with contiguous rows."""
-    (m, k), n = x.shape, weight.shape[0]
-    if config is None:
-        facts = {"aligned": rows_aligned(x), **device_facts(x.device)}
-        config = TUNED.choose(Problem("int8_linear_quantized", m=m, n=n, k=k, x_dtype=x.dtype, **facts))
+    config = config or TUNED.choose(product_problem(x, len(weight)))
     scales = {"x_scale_ptr": x_scale, "w_scale_ptr": weight_scale}
     return plan_swapped_product(swapped_kernel, x, weight, scales, out, config, BLOCK_K, torch.int32, {}, **end)
 

@@ -21,9 +21,9 @@ import triton.language as tl
 from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
-from tilewright.kernels.int8_linear.triton_operators import operators, why_not_int8_product
+from tilewright.kernels.int8_linear.triton_operators import operators, product_problem, why_not_int8_product
 from tilewright.kernels.triton.common import finish_arguments, finish_tile, grouped_tile, slice_of
 from tilewright.kernels.tuning import tunable, why_too_large
 
@@ -170,9 +170,7 @@ def plan_tile(
 ) -> list[Launch]:
     """The launch that writes ``out`` [M, N]; x [M, K] and weight [N, K] int8 with contiguous rows."""
     (m, k), n = x.shape, weight.shape[0]
-    if config is None:
-        facts = {"aligned": rows_aligned(x), **device_facts(x.device)}
-        config = TUNED.choose(Problem("int8_linear_quantized", m=m, n=n, k=k, x_dtype=x.dtype, **facts))
+    config = config or TUNED.choose(product_problem(x, n))
     args = {
         "x_ptr": x,
         "x_scale_ptr": x_scale,

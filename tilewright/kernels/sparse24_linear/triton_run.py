@@ -22,7 +22,6 @@ def run(
     configure: Callable[[Problem], Any],
     x: torch.Tensor,
     weight: Any,
-    *,
     out_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     scales: dict[str, torch.Tensor] | None = None,
@@ -58,7 +57,7 @@ def operators(
         """See ``reference.sparse24_linear``."""
         narrow = compute_dtype or x.dtype
         weight = order(weight_values, weight_meta, x.shape[-1], narrow)
-        return run("sparse24_linear", plan, configure, x, weight, out_dtype=x.dtype, compute_dtype=narrow, **end)
+        return run("sparse24_linear", plan, configure, x, weight, x.dtype, narrow, **end)
 
     def sparse24_int8_linear(
         x: torch.Tensor,
@@ -72,16 +71,6 @@ def operators(
         q, x_scale = quantize_per_row(x, channel_scale)
         scales = {"x_scale": x_scale.reshape(-1), "w_scale": weight_scale.contiguous()}
         weight = order(weight_values, weight_meta, x.shape[-1], torch.int8)
-        return run(
-            "sparse24_int8_linear",
-            plan,
-            configure,
-            q,
-            weight,
-            out_dtype=x.dtype,
-            compute_dtype=torch.int8,
-            scales=scales,
-            **end,
-        )
+        return run("sparse24_int8_linear", plan, configure, q, weight, x.dtype, torch.int8, scales, **end)
 
     return sparse24_linear, sparse24_int8_linear

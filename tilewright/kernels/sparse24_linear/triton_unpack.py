@@ -296,5 +296,5 @@ def sparse24_int4_linear(
     k = x.shape[-1]
     weight = layout.int4_order(weight_values, weight_meta, weight_scale, weight_zero, group_size, k)
     narrow = compute_dtype or x.dtype
-    op, configure = "sparse24_int4_linear", UnpackConfig.for_problem
-    return run(op, plan_unpack, configure, x, weight, compute_dtype=narrow, out_dtype=x.dtype, **end)
+    configure = UnpackConfig.for_problem
+    return run("sparse24_int4_linear", plan_unpack, configure, x, weight, x.dtype, narrow, **end)
