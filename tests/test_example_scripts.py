@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(name: str, *needs: str) -> str:
     for package in needs:
         pytest.importorskip(package, reason=f"{package} is not installed (extra: hf)")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    said = {"COLUMNS": "100", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **said}
     command = [sys.executable, str(ROOT / "examples" / name)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

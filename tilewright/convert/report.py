@@ -189,7 +189,7 @@ class Report:
         columns = [
             Column("layer", [group.pattern for group in groups], "name"),
             Column("", [f"x{len(group.layers)}" for group in groups], rank=1),
-            Column("scheme", schemes, "words", rank=1 if len(set(schemes)) > 1 else 9),
+            Column("scheme", schemes, "words", rank=1 if len(set(schemes)) > 1 else 5),
         ]
         if all(len(group.layers) == 1 for group in groups):
             del columns[1]

@@ -207,8 +207,8 @@ def plan_cut_product(
     workspace = torch.empty((parts, *out.shape), dtype=sum_dtype, device=out.device) if parts > 1 else None
     tiles_m, tiles_n = triton.cdiv(len(x), config.block_m), triton.cdiv(out.shape[1], config.block_n)
     args = {
-        **args,
         "x_ptr": x,
+        **args,
         "workspace_ptr": workspace,
         "M": len(x),
         "N": out.shape[1],
