@@ -17,7 +17,8 @@ from tilewright.autotune import tables
 from tilewright.autotune.buckets import EDGES, upper_edge
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
-from tilewright.kernels.dispatch.card import cards, make_arguments
+from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.card import Card, cards, make_arguments
 from tilewright.kernels.dispatch.problem import Problem, rows_aligned
 from tilewright.kernels.dispatch.router import Implementation, invalidate, register, route, unregister
 from tilewright.kernels.quantize.reference import quantize_per_row
@@ -298,6 +299,17 @@ def test_results_are_right_while_tuning(op: str, m: int):
     from bench.problems import exact_result, plain_result
 
     assert_close_as_plain(y, plain_result(op, arguments), exact_result(op, arguments))
+
+
+@pytest.mark.parametrize("card", cards(), ids=lambda card: card.name)
+def test_candidates_are_compared_with_the_definition(card: Card):
+    asked = card.example if card.example.conv is not None else card.example.with_rows(9)
+    arguments = make_arguments(asked)
+    result = router.implementations(card.name)[-1].function(**arguments)
+    assert tuning.Checker(card.name, arguments)(result) is None
+    first = result[0] if isinstance(result, tuple) else result
+    first[0, ..., -1] += 1000 if first.dtype == torch.float32 else 50
+    assert "against the definition" in str(tuning.Checker(card.name, arguments)(result))
 
 
 # On a CPU the two of integers have one implementation: it hands them on to a dense operator, which has several.
