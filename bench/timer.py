@@ -119,7 +119,7 @@ def interleaved(
 class Busy:
     """What other processes did since this was made: figures of a busy machine are worth less.
 
-    ours: further processes that are not other ones.
+    ours: further processes that are not other ones, nor are children that have ended.
     """
 
     def __init__(self, ours: Sequence[int] = ()) -> None:
@@ -141,8 +141,9 @@ class Busy:
             processes = [Path(f"/proc/{pid}/stat").read_text(encoding="utf-8") for pid in (os.getpid(), *self.ours)]
         except OSError:
             return None
-        # The name of a process, in parentheses, may hold anything; 11 fields after it are user and system time.
-        own = sum(int(word) for text in processes for word in text.rpartition(")")[2].split()[11:13])
+        # The name of a process, in parentheses, may hold anything; 11 fields after it are user and system time, then
+        # those of its children that have ended.
+        own = sum(int(word) for text in processes for word in text.rpartition(")")[2].split()[11:15])
         user, nice, system, idle, waiting, *interrupts = map(int, words)
         used = user + nice + system + sum(interrupts)
         ticks = os.sysconf("SC_CLK_TCK")
