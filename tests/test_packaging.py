@@ -18,7 +18,7 @@ LIBRARY = "tilewright/kernels/cpu/_native.so"
 USE = """
 import sys, torch
 import tilewright.nn as tnn
-from tilewright import doctor
+from tilewright.commands import doctor
 from tilewright.kernels.cpu import choices, native
 assert tnn.__file__.startswith(sys.argv[1]), tnn.__file__
 assert choices.TABLE.is_file()

@@ -100,7 +100,9 @@ def test_memory_of_replaced_storage_sanitized(library: str):
 
 
 @pytest.mark.slow
-def test_the_sanitizer_sees_a_read_beyond_the_end(library: str):
+def test_the_sanitizer_sees_a_read_beyond_the_end(library: str, monkeypatch: pytest.MonkeyPatch):
+    # In the build that every processor executes: gcc 12 does not watch the masked loads of AVX-512.
+    monkeypatch.setenv("TILEWRIGHT_CPU_ISA", "portable")
     script = """
 import ctypes, sys, torch
 from pathlib import Path
