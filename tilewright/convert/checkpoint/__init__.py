@@ -3,5 +3,3 @@
 from tilewright.convert.checkpoint.formats import register_checkpoint_format
 from tilewright.convert.checkpoint.native import load_model, save_model
 from tilewright.convert.checkpoint.safetensors_file import CheckpointError
-
-__all__ = ["CheckpointError", "load_model", "register_checkpoint_format", "save_model"]

@@ -10,21 +10,3 @@ from tilewright.convert.schemes.linear import (
     Int8WeightOnly,
 )
 from tilewright.convert.schemes.sparse24 import Sparse24, Sparse24Int4, Sparse24Int8
-
-__all__ = [
-    "Fuse",
-    "Int4WeightOnly",
-    "Int8ActInt4Weight",
-    "Int8Dynamic",
-    "Int8Static",
-    "Int8StaticInputs",
-    "Int8WeightOnly",
-    "Scheme",
-    "Sparse24",
-    "Sparse24Conv",
-    "Sparse24Int4",
-    "Sparse24Int8",
-    "register_scheme",
-    "registered_schemes",
-    "scheme_from_json",
-]
