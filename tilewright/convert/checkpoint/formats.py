@@ -38,12 +38,6 @@ def register_checkpoint_format(
     _formats[name] = CheckpointFormat(name, recognises, load)
 
 
-def unregister_checkpoint_format(name: str) -> None:
-    """Forget a format. Raises ValueError if there is none of that name."""
-    if _formats.pop(name, None) is None:
-        raise ValueError(f"no checkpoint format is called {name!r}")
-
-
 def format_of(folder: Path) -> CheckpointFormat | None:
     """The format of what is in ``folder``, None if nobody recognises it."""
     return next((known for known in _formats.values() if known.recognises(folder)), None)

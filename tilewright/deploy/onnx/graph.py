@@ -35,10 +35,6 @@ class Place:
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
 
-    def float_type(self, name: str = "x") -> Any:
-        """The ONNX element type of an argument."""
-        return self.arguments[name].dtype
-
     def tensor(self, name: str) -> torch.Tensor:
         """The values of a weight. Raises ValueError if the argument is computed."""
         value = self.arguments[name].const_value
