@@ -14,6 +14,11 @@ from tilewright.kernels.formats.weight import Float
 from tilewright.nn.quantized_linear import QuantizedLinear
 from tilewright.nn.sparse24_places import Sparse24Places
 
+#: Options of layers with int4 weights.
+_INT4: dict[str, Any] = {"group_size": 128, "symmetric": False, "scale_dtype": None}
+#: What ``from_float`` of layers with 2:4 weights is told of a pruning that was made before.
+_PRUNED: dict[str, Any] = {"mask": None, "weight": None}
+
 
 class Int8Linear(QuantizedLinear):
     """int8 weights and activations (W8A8), activations quantised on the fly, one scale a row; see
@@ -68,12 +73,7 @@ class Int4Linear(PackedLinear):
     scheme_name = "w4a16"
     op_name = "int4_linear"
     base_format = Int4()
-    options: ClassVar[dict[str, Any]] = {
-        "group_size": 128,
-        "symmetric": False,
-        "scale_dtype": None,
-        "compute_dtype": None,
-    }
+    options: ClassVar[dict[str, Any]] = {**_INT4, "compute_dtype": None}
     from_float_options: ClassVar[dict[str, Any]] = {"range_search": "mse", "importance": None, "compute_dtype": "auto"}
     group_size: int
     symmetric: bool
@@ -88,12 +88,7 @@ class Int8ActInt4WeightLinear(PackedLinear):
     scheme_name = "w4a8"
     op_name = "int4_int8_linear"
     base_format = Int4()
-    options: ClassVar[dict[str, Any]] = {
-        "group_size": 128,
-        "symmetric": False,
-        "scale_dtype": None,
-        "channel_scale": False,
-    }
+    options: ClassVar[dict[str, Any]] = {**_INT4, "channel_scale": False}
     from_float_options: ClassVar[dict[str, Any]] = {"range_search": "mse", "channel_scale": None}
     group_size: int
     symmetric: bool
@@ -126,12 +121,7 @@ class Sparse24Linear(_Sparse24Linear):
     op_name = "sparse24_linear"
     base_format = Sparse24(Float())
     options: ClassVar[dict[str, Any]] = {"values_dtype": None, "compute_dtype": None}
-    from_float_options: ClassVar[dict[str, Any]] = {
-        "mask": None,
-        "weight": None,
-        "values_dtype": "auto",
-        "compute_dtype": "auto",
-    }
+    from_float_options: ClassVar[dict[str, Any]] = {**_PRUNED, "values_dtype": "auto", "compute_dtype": "auto"}
 
 
 class Sparse24Int8Linear(_Sparse24Linear):
@@ -141,12 +131,7 @@ class Sparse24Int8Linear(_Sparse24Linear):
     op_name = "sparse24_int8_linear"
     base_format = Sparse24(Int8())
     options: ClassVar[dict[str, Any]] = {"channel_scale": False}
-    from_float_options: ClassVar[dict[str, Any]] = {
-        "mask": None,
-        "weight": None,
-        "range_search": "minmax",
-        "channel_scale": None,
-    }
+    from_float_options: ClassVar[dict[str, Any]] = {**_PRUNED, "range_search": "minmax", "channel_scale": None}
 
 
 class Sparse24Int4Linear(_Sparse24Linear):
@@ -158,17 +143,7 @@ class Sparse24Int4Linear(_Sparse24Linear):
     scheme_name = "sparse24-w4a16"
     op_name = "sparse24_int4_linear"
     base_format = Sparse24(Int4())
-    options: ClassVar[dict[str, Any]] = {
-        "group_size": 128,
-        "symmetric": True,
-        "scale_dtype": None,
-        "compute_dtype": None,
-    }
-    from_float_options: ClassVar[dict[str, Any]] = {
-        "mask": None,
-        "weight": None,
-        "range_search": "mse",
-        "compute_dtype": "auto",
-    }
+    options: ClassVar[dict[str, Any]] = {**_INT4, "symmetric": True, "compute_dtype": None}
+    from_float_options: ClassVar[dict[str, Any]] = {**_PRUNED, "range_search": "mse", "compute_dtype": "auto"}
     group_size: int
     symmetric: bool
