@@ -239,19 +239,9 @@ class ConvLayer(DropIn):
         return top, bottom, left, right
 
     @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.weight.device
-
-    @property
     def weight_shape(self) -> tuple[int, ...]:
         """OHWI."""
         return self.out_channels, *self._window, self.in_channels // self.groups
-
-    def weight_bytes(self) -> int:
-        """Bytes of the weight with its scales; without the bias."""
-        held = [tensor for name, tensor in [*self.named_parameters(), *self.named_buffers()] if name != "bias"]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def extra_repr(self) -> str:
         """As ``nn.Conv2d`` prints itself, then what is special."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -49,7 +49,15 @@ class DropIn(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        raise NotImplementedError(f"{type(self).__name__}.device")
+        return next(tensor.device for tensor in self._weight_tensors())
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weight with its scales and zero points; without the bias."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._weight_tensors())
+
+    def _weight_tensors(self) -> Iterator[torch.Tensor]:
+        tensors = {**self._buffers, **self._parameters}
+        return (tensor for name, tensor in tensors.items() if tensor is not None and name != "bias")
 
     def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
         """Why ``value``, of the right shape and dtype, cannot be the buffer called ``name``, or None."""

@@ -235,18 +235,9 @@ class QuantizedLinear(DropIn):
         )
 
     @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.get_buffer(self._weight_names[0]).device
-
-    @property
     def weight_shape(self) -> tuple[int, ...]:
         """[out_features, in_features], however the weight is packed."""
         return self.out_features, self.in_features
-
-    def weight_bytes(self) -> int:
-        """Bytes of the quantised weight with its scales and zero points; without the bias."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers(recurse=False))
 
     def extra_repr(self) -> str:
         """Sizes first, as ``nn.Linear`` prints them, then what is special."""

@@ -20,11 +20,6 @@ class Sparse24Places(nn.Module):
         """Columns of the dense matrix that the weight stands for."""
         raise NotImplementedError(f"{type(self).__name__}._columns")
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.weight_meta.device
-
     def why_bad_buffer(self, name: str, value: torch.Tensor) -> str | None:
         """Why ``value`` cannot be the buffer called ``name``, or None: places must ascend, or values would be lost and
         matrix instructions undefined.
