@@ -72,32 +72,19 @@ def out_size(size: int, kernel: int, stride: int, padding: Sequence[int], dilati
     return (size + padding[0] + padding[1] - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def check_geometry(
+def check_sizes(
     op: str,
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> ConvGeometry:
-    """The geometry of a convolution of ``x`` [N, C, H, W] with ``weight`` [Co, R, S, C / groups].
+    """The geometry of a convolution of x [N, C, H, W] with a weight [Co, R, S, C / groups] of these shapes.
 
     Raises ValueError that names the operator and the argument.
     """
-    return check_sizes(op, x.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
-def check_sizes(
-    op: str,
-    x_shape: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> ConvGeometry:
-    """``check_geometry`` of tensors of these shapes."""
     for name, shape, dimensions in (
         ("x", x_shape, "[N, C, H, W]"),
         ("weight", weight_shape, "[Co, kh, kw, C / groups]"),

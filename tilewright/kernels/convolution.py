@@ -15,8 +15,8 @@ import torch
 
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.checks import check_devices, check_input, check_vector
-from tilewright.kernels.conv_geometry import ConvGeometry, check_geometry, empty_channels_last
-from tilewright.kernels.dispatch.card import Arguments, Kernel
+from tilewright.kernels.conv_geometry import ConvGeometry, check_sizes, empty_channels_last
+from tilewright.kernels.dispatch.card import Arguments, Kernel, on_gpu
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.formats.weight import Draw
 
@@ -25,7 +25,11 @@ INTEGERS = (torch.int8, torch.uint8)
 WINDOW = "int[2] stride=1, int[4] padding=0, int[2] dilation=1, int groups=1"
 ACTIVATION = "str activation='none', float negative_slope=0.01"
 #: One kernel of a family serves float and int8.
-KERNELS = tuple(Kernel(f"..conv2d.triton_{kind}") for kind in ("pointwise", "depthwise", "stem", "implicit"))
+_FAMILY = {"1 x 1": "pointwise", "depthwise": "depthwise", "few channels": "stem", "implicit product": "implicit"}
+ON_GPU = tuple(on_gpu(f"Triton, {name}", f"..conv2d.triton_{kind}") for name, kind in _FAMILY.items())
+KERNELS = tuple(Kernel(f"..conv2d.triton_{kind}") for kind in _FAMILY.values())
+#: What the checks return: the sizes, and the dtype of the result.
+Checked = tuple[ConvGeometry, torch.dtype]
 _EXAMPLE = ConvGeometry(2, 16, 9, 7, 24, (3, 3), (1, 2), (1, 1, 1, 1))
 
 
@@ -50,9 +54,10 @@ def convolution_problem(
     )
 
 
-def posed(op: str, arguments: Arguments, geometry: ConvGeometry, out_dtype: torch.dtype) -> Problem:
+def posed(op: str, arguments: Arguments, checked: Checked) -> Problem:
     """The problem that a call poses."""
     x, residual = arguments["x"], arguments["residual"]
+    geometry, out_dtype = checked
     return convolution_problem(
         op,
         geometry,
@@ -71,7 +76,7 @@ def check_window(op: str, arguments: Arguments) -> ConvGeometry:
     """What all fused convolutions demand alike."""
     x, bias, residual = arguments["x"], arguments["bias"], arguments["residual"]
     window = (arguments[name] for name in ("stride", "padding", "dilation", "groups"))
-    geometry = check_geometry(op, x, arguments["weight"], *window)
+    geometry = check_sizes(op, x.shape, arguments["weight"].shape, *window)
     check_devices(op, arguments)
     check_activation(arguments["activation"], CONV_ACTIVATIONS)
     check_vector(op, "bias", bias, geometry.out_channels)
@@ -82,7 +87,7 @@ def check_window(op: str, arguments: Arguments) -> ConvGeometry:
     return geometry
 
 
-def check_float(op: str, arguments: Arguments) -> ConvGeometry:
+def check_float(op: str, arguments: Arguments) -> Checked:
     """A convolution that multiplies in the dtype of x."""
     x, weight, bias, residual = (arguments[name] for name in ("x", "weight", "bias", "residual"))
     check_input(op, x)
@@ -93,17 +98,13 @@ def check_float(op: str, arguments: Arguments) -> ConvGeometry:
         raise TypeError(f"{op}: bias must be float32 or have the dtype of x, {x.dtype}, not {bias.dtype}")
     if residual is not None and not residual.is_floating_point():
         raise TypeError(f"{op}: residual must be a float tensor, not {residual.dtype}")
-    return geometry
+    return geometry, x.dtype
 
 
-def float_problem(op: str, arguments: Arguments, geometry: ConvGeometry) -> Problem:
-    """What a convolution poses whose result has the dtype of x."""
-    return posed(op, arguments, geometry, arguments["x"].dtype)
-
-
-def fake_float(arguments: Arguments, geometry: ConvGeometry) -> torch.Tensor:
-    """Channels-last, in the dtype of x."""
-    return empty_channels_last(geometry.out_shape, arguments["x"].dtype, arguments["x"].device)
+def fake(arguments: Arguments, checked: Checked) -> torch.Tensor:
+    """The result, channels-last."""
+    geometry, dtype = checked
+    return empty_channels_last(geometry.out_shape, dtype, arguments["x"].device)
 
 
 # ---- samples

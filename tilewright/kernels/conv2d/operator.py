@@ -8,7 +8,7 @@ import torch
 
 from tilewright.kernels import convolution
 from tilewright.kernels.conv_gradients import conv_gradients
-from tilewright.kernels.dispatch.card import Card, everywhere, on_cpu, on_gpu
+from tilewright.kernels.dispatch.card import Card, everywhere, on_cpu
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.weight import Draw
 
@@ -27,15 +27,12 @@ CARDS = (
         "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, "
         f"{convolution.WINDOW}, {convolution.ACTIVATION}, bool allow_tf32=False) -> Tensor",
         convolution.check_float,
-        convolution.float_problem,
-        convolution.fake_float,
+        convolution.posed,
+        convolution.fake,
         _sample,
         convolution.example("conv2d_fused", torch.float32),
         implementations=(
-            on_gpu("Triton, 1 x 1", ".triton_pointwise"),
-            on_gpu("Triton, depthwise", ".triton_depthwise"),
-            on_gpu("Triton, few channels", ".triton_stem"),
-            on_gpu("Triton, implicit product", ".triton_implicit"),
+            *convolution.ON_GPU,
             on_cpu("C", ".cpu"),
             on_cpu("oneDNN", ".cpu:onednn_conv2d_fused", ".cpu:why_not_onednn"),
             everywhere("reference", ".reference"),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.kernels.activation import apply_activation
-from tilewright.kernels.conv_geometry import check_geometry, oihw, pad_image, to_channels_last
+from tilewright.kernels.conv_geometry import check_sizes, oihw, pad_image, to_channels_last
 
 
 def convolve(
@@ -28,7 +28,7 @@ def convolve(
     groups: int,
 ) -> torch.Tensor:
     """The sums alone: x [N, C, H, W], OHWI weight of the same float dtype -> [N, Co, P, Q]; sizes of 0 are allowed."""
-    geometry = check_geometry("convolve", x, weight, stride, padding, dilation, groups)
+    geometry = check_sizes("convolve", x.shape, weight.shape, stride, padding, dilation, groups)
     if 0 in (geometry.batch, geometry.in_channels, geometry.out_channels):
         return x.new_zeros(geometry.out_shape)
     image, symmetric = pad_image(x, padding)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tilewright.kernels.activation import TABLE
-from tilewright.kernels.conv_geometry import check_geometry
+from tilewright.kernels.conv_geometry import check_sizes
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.steps import Description, describe, set_residual, set_window
 
@@ -70,7 +70,7 @@ def _conv(operator: str) -> Callable[..., list[Description]]:
         for name in ("allow_tf32", "out_dtype"):
             given.pop(name, None)
         convolution = conv_steps.convolution(weight, **given)
-        geometry = check_geometry("replay", x, weight, *convolution.window)
+        geometry = check_sizes("replay", x.shape, weight.shape, *convolution.window)
         if x.dtype not in conv_steps.TYPES or conv_steps.why_not_conv(geometry, x.dtype, convolution.activation):
             raise NotNative
         convolution = convolution._replace(x_nonnegative=convolution.x_nonnegative or plan.is_nonnegative(x))

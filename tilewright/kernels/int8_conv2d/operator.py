@@ -9,7 +9,7 @@ import torch
 
 from tilewright.kernels import convolution
 from tilewright.kernels.checks import check_input, check_vector
-from tilewright.kernels.conv_geometry import ConvGeometry, empty_channels_last
+from tilewright.kernels.conv_geometry import empty_channels_last
 from tilewright.kernels.convolution import INTEGERS
 from tilewright.kernels.dispatch.card import Arguments, Card, everywhere, on_cpu, on_gpu
 from tilewright.kernels.dispatch.problem import Problem, device_facts
@@ -23,7 +23,7 @@ def _check_scale(op: str, name: str, value: float | None) -> None:
 
 
 # ---- int8_conv2d_fused
-def _check(op: str, arguments: Arguments) -> tuple[ConvGeometry, torch.dtype]:
+def _check(op: str, arguments: Arguments) -> convolution.Checked:
     x, weight, residual = (arguments[name] for name in ("x", "weight", "residual"))
     if x.dtype not in INTEGERS:
         raise TypeError(f"{op}: x must be int8 or uint8, not {x.dtype}")
@@ -52,15 +52,6 @@ def _out_dtype(op: str, arguments: Arguments) -> torch.dtype:
             f"{op}: out_dtype must be one of {names} {'with' if quantized else 'without'} out_scale: {dtype}"
         )
     return dtype
-
-
-def _problem(op: str, arguments: Arguments, checked: tuple[ConvGeometry, torch.dtype]) -> Problem:
-    return convolution.posed(op, arguments, *checked)
-
-
-def _fake(arguments: Arguments, checked: tuple[ConvGeometry, torch.dtype]) -> torch.Tensor:
-    geometry, dtype = checked
-    return empty_channels_last(geometry.out_shape, dtype, arguments["x"].device)
 
 
 def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
@@ -112,15 +103,12 @@ CARDS = (
         f"float residual_scale=1.0, {convolution.WINDOW}, {convolution.ACTIVATION}, float? out_scale=None, "
         "ScalarType? out_dtype=None, bool x_nonnegative=False) -> Tensor",
         _check,
-        _problem,
-        _fake,
+        convolution.posed,
+        convolution.fake,
         _sample,
         convolution.example("int8_conv2d_fused", torch.int8),
         implementations=(
-            on_gpu("Triton, 1 x 1", "..conv2d.triton_pointwise"),
-            on_gpu("Triton, depthwise", "..conv2d.triton_depthwise"),
-            on_gpu("Triton, few channels", "..conv2d.triton_stem"),
-            on_gpu("Triton, implicit product", "..conv2d.triton_implicit"),
+            *convolution.ON_GPU,
             on_cpu("C", ".cpu"),
             on_cpu("oneDNN", ".cpu:onednn_int8_conv2d_fused", ".cpu:why_not_onednn"),
             everywhere("reference", ".reference"),

@@ -10,16 +10,15 @@ import torch
 
 from tilewright.kernels import convolution
 from tilewright.kernels.checks import check_input
-from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.conv_gradients import conv_gradients
 from tilewright.kernels.dispatch.card import Arguments, Card, everywhere
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import sparse24
-from tilewright.kernels.formats.weight import Draw, Float
+from tilewright.kernels.formats.weight import Draw, Float, check_dtype
 from tilewright.kernels.sparse24_conv2d.reference import unpack_weight
 
 
-def _check(op: str, arguments: Arguments) -> ConvGeometry:
+def _check(op: str, arguments: Arguments) -> convolution.Checked:
     """As of ``conv2d_fused``, of the shape that the 2:4 weight stands for."""
     x, values, meta = arguments["x"], arguments["weight_values"], arguments["weight_meta"]
     check_input(op, x)
@@ -34,8 +33,7 @@ def _check(op: str, arguments: Arguments) -> ConvGeometry:
             raise ValueError(f"{op}: {name} must be a matrix, not of shape {list(value.shape)}")
     if not values.is_floating_point():
         raise TypeError(f"{op}: weight_values must be a float tensor, not {values.dtype}")
-    if meta.dtype != torch.uint8:
-        raise TypeError(f"{op}: weight_meta must be uint8, not {meta.dtype}")
+    check_dtype(op, "weight_meta", meta, torch.uint8)
     channels, window = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
     rows, columns = values.shape[0], (sparse24.kept_count(channels), sparse24.meta_count(channels))
     if rows % window or meta.shape[0] != rows or (values.shape[1], meta.shape[1]) != columns:
@@ -70,8 +68,8 @@ CARDS = (
         "(Tensor x, Tensor weight_values, Tensor weight_meta, Tensor? bias=None, Tensor? residual=None, "
         f"int[2] kernel_size=1, {convolution.WINDOW}, {convolution.ACTIVATION}, bool allow_tf32=False) -> Tensor",
         _check,
-        convolution.float_problem,
-        convolution.fake_float,
+        convolution.posed,
+        convolution.fake,
         _sample,
         convolution.example("sparse24_conv2d_fused", torch.float32),
         implementations=(
