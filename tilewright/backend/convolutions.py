@@ -23,7 +23,7 @@ from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.convolution import convolution_problem
 from tilewright.kernels.dispatch.problem import device_facts
 from tilewright.kernels.dispatch.router import route
-from tilewright.nn.conv_layer import folded, same_padding
+from tilewright.nn.conv_layer import ANY_IMAGE, folded, same_padding
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _NEEDS_DATA = "static int8 needs calibration data, which convert_model takes: fused in float"
@@ -115,9 +115,7 @@ class _Convolution:
         if self.padding == "valid":
             return 0, 0, 0, 0
         if self.padding == "same":
-            spans = zip(weight.shape[2:], _pair(self.dilation) or (0, 0), strict=True)
-            top, left = (same_padding(1 << 20, kernel, 1, dilation) for kernel, dilation in spans)
-            return (*top, *left)
+            return same_padding(ANY_IMAGE, weight.shape[2:], (1, 1), _pair(self.dilation) or (0, 0))
         pair = _pair(self.padding)
         return None if pair is None else (pair[0], pair[0], pair[1], pair[1])
 

@@ -18,8 +18,12 @@ from tilewright.nn.quantized_linear import dtype_name, parse_dtype
 #: Padding modes by name. "dynamic_same" is TensorFlow's "SAME": the output has ceil(size / stride) pixels, and what
 #: cannot be split evenly is padded at the end.
 PADDING_NAMES = ("same", "valid", "dynamic_same")
+#: What ``nn.Conv2d`` calls its sizes.
+SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 
 Padding = tuple[int, int, int, int]
+#: Where nothing is strided, "same" does not depend on the size.
+ANY_IMAGE = (1 << 20, 1 << 20)
 #: activation, negative_slope, padding, out_scale, x_nonnegative: as of ``ConvLayer.run``.
 Epilogue = tuple[str, float, Padding | None, float | None, bool]
 
@@ -32,10 +36,21 @@ def pair(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return values
 
 
-def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """Zeros before and after one dimension of ``size`` pixels, for ceil(size / stride) pixels of output."""
-    total = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
-    return total // 2, total - total // 2
+def _as_2d(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Of a convolution of one dimension or two: height and width."""
+    height, width = (1, *sizes)[-2:]
+    return height, width
+
+
+def same_padding(
+    image: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Padding:
+    """Zeros at the top, bottom, left and right of an image [H, W], for ceil(size / stride) pixels of output."""
+    height, width = (
+        max((-(-size // step) - 1) * step + gap * (taps - 1) + 1 - size, 0)
+        for size, taps, step, gap in zip(image, kernel, stride, dilation, strict=True)
+    )
+    return height // 2, height - height // 2, width // 2, width - width // 2
 
 
 class ConvLayer(DropIn):
@@ -91,9 +106,7 @@ class ConvLayer(DropIn):
         self.origin = origin
         self.layer_name = ""
         self.dtype = parse_dtype(dtype) or torch.get_default_dtype()
-        lead = (1,) * (2 - dims)
-        self._window = (*lead, *self.kernel_size)
-        self._stride, self._dilation = (*lead, *self.stride), (*lead, *self.dilation)
+        self._window, self._stride, self._dilation = map(_as_2d, (self.kernel_size, self.stride, self.dilation))
         self._padding = self._fixed_padding()
         self._dims, self._plain = dims, dims == 2
         if bias:
@@ -112,11 +125,7 @@ class ConvLayer(DropIn):
                 return 0, 0, 0, 0
             if self.padding == "dynamic_same" and any(stride != 1 for stride in self.stride):
                 return None
-            (top, bottom), (left, right) = (
-                same_padding(1 << 20, kernel, 1, dilation)
-                for kernel, dilation in zip(self._window, self._dilation, strict=True)
-            )
-            return top, bottom, left, right
+            return same_padding(ANY_IMAGE, self._window, (1, 1), self._dilation)
         vertical, horizontal = (0, *self.padding)[-2:]
         return vertical, vertical, horizontal, horizontal
 
@@ -172,20 +181,9 @@ class ConvLayer(DropIn):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""
-        return {
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "kernel_size": list(self.kernel_size),
-            "stride": list(self.stride),
-            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
-            "dilation": list(self.dilation),
-            "groups": self.groups,
-            "bias": self.bias is not None,
-            "activation": self.activation,
-            "negative_slope": self.negative_slope,
-            "origin": self.origin,
-            "dtype": dtype_name(self.dtype),
-        }
+        own = {name: getattr(self, name) for name in (*SIZES, "activation", "negative_slope", "origin")}
+        own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+        return {**own, "bias": self.bias is not None, "dtype": dtype_name(self.dtype)}
 
     def to_float(self) -> nn.Conv2d | nn.Conv1d:
         """A plain convolution with the same weight (dequantised) and bias in ``dtype``; batch-norm stays folded in.
@@ -210,18 +208,8 @@ class ConvLayer(DropIn):
     def problem(self, m: int = 1, dtype: torch.dtype | None = None, size: int = 56) -> Problem:
         """What the router is asked for ``m`` images of ``size`` x ``size`` pixels; dtype: the layer's by default."""
         height = 1 if self.origin == "Conv1d" else size
-        geometry = ConvGeometry(
-            m,
-            self.in_channels,
-            height,
-            size,
-            self.out_channels,
-            (self._window[0], self._window[1]),
-            (self._stride[0], self._stride[1]),
-            self.padding_for(height, size),
-            (self._dilation[0], self._dilation[1]),
-            self.groups,
-        )
+        window = (self._window, self._stride, self.padding_for(height, size), self._dilation, self.groups)
+        geometry = ConvGeometry(m, self.in_channels, height, size, self.out_channels, *window)
         dtype = dtype or self.dtype
         facts = {"activation": self.activation, "bias": self.bias is not None, **device_facts(self.device)}
         return convolution_problem(self.op_name, geometry, dtype, dtype, **facts)
@@ -232,11 +220,7 @@ class ConvLayer(DropIn):
 
     def same_padding_for(self, height: int, width: int) -> Padding:
         """The same as TensorFlow's "SAME" has it, whatever ``padding`` says."""
-        (top, bottom), (left, right) = (
-            same_padding(*sizes)
-            for sizes in zip((height, width), self._window, self._stride, self._dilation, strict=True)
-        )
-        return top, bottom, left, right
+        return same_padding((height, width), self._window, self._stride, self._dilation)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -296,15 +280,9 @@ def check_conv(conv: nn.Module) -> None:
 
 def common_options(conv: nn.Conv2d | nn.Conv1d, bias: bool) -> dict[str, Any]:
     """Constructor arguments that every replacement of ``conv`` shares, for construction without memory."""
-    padding = "dynamic_same" if pads_by_size(conv) else conv.padding
     return {
-        "in_channels": conv.in_channels,
-        "out_channels": conv.out_channels,
-        "kernel_size": conv.kernel_size,
-        "stride": conv.stride,
-        "padding": padding,
-        "dilation": conv.dilation,
-        "groups": conv.groups,
+        **{name: getattr(conv, name) for name in SIZES},
+        **({"padding": "dynamic_same"} if pads_by_size(conv) else {}),
         "bias": bias,
         "origin": "Conv1d" if isinstance(conv, nn.Conv1d) else "Conv2d",
         "device": "meta",
@@ -317,8 +295,7 @@ class Conv2dSame(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [N, C, H, W] -> [N, Co, ceil(H / stride), ceil(W / stride)]."""
-        sizes = zip(input.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
-        (top, bottom), (left, right) = (same_padding(*each) for each in sizes)
+        top, bottom, left, right = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
         return super().forward(nn.functional.pad(input, (left, right, top, bottom)))
 
 

@@ -152,7 +152,8 @@ class QuantizedLinear(DropIn):
         finite.
         """
         options = _completed(f"{cls.__name__}.from_float", options, {**cls.options, **cls.from_float_options})
-        check_linear(linear)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"from_float takes an nn.Linear, not {type(linear).__name__}")
         weight, channel_scale = linear.weight, options.get("channel_scale")
         check_vector(cls.__name__, "channel_scale", channel_scale, linear.in_features)
         if options.get("weight") is not None:
@@ -163,7 +164,8 @@ class QuantizedLinear(DropIn):
             own[name] = resolve_compute_dtype(own[name], linear.weight.dtype)
         if "channel_scale" in own:
             own["channel_scale"] = channel_scale is not None
-        module = cls(**common_options(linear), activation=activation, **own)
+        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+        module = cls(*sizes, activation=activation, device="meta", dtype=linear.weight.dtype, **own)
         weight = weight.detach()
         if channel_scale is not None:
             module.channel_scale = channel_scale.detach().to(weight.device, torch.float32)
@@ -286,23 +288,6 @@ class QuantizedLinear(DropIn):
         super()._apply(fn, recurse)
         invalidate_calls(self)
         return self
-
-
-def check_linear(linear: nn.Module) -> None:
-    """Raise TypeError unless ``linear`` has what ``nn.Linear`` has."""
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"from_float takes an nn.Linear, not {type(linear).__name__}")
-
-
-def common_options(linear: nn.Linear) -> dict[str, Any]:
-    """Constructor arguments that every replacement of ``linear`` shares, for construction without memory."""
-    return {
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bias": linear.bias is not None,
-        "device": "meta",
-        "dtype": linear.weight.dtype,
-    }
 
 
 def _completed(function: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tilewright.convert.layers import as_linear, is_conv1d, is_linear, why_not_c
 from tilewright.convert.network.convolutions import folded, install_programs
 from tilewright.convert.structure import Places
 from tilewright.nn import ConvLayer, FoldedBatchNorm, Int8ConvBnAct2d, Int8StaticLinear, QuantizedLinear
-from tilewright.nn.conv_layer import common_options
+from tilewright.nn.conv_layer import SIZES, common_options
 
 
 def folded_norms(model: nn.Module) -> dict[str, str]:
@@ -39,7 +39,7 @@ def _why_not_convolution(old: nn.Module, new: ConvLayer) -> str | None:
     if reason := why_not_convolution(old):
         return reason
     required = common_options(old, True)  # type: ignore[arg-type]
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "origin"):
+    for name in (*SIZES, "origin"):
         there, expected = getattr(new, name), required[name]
         if there != expected:
             return f"has {name}={there}, the factory's {expected}"
