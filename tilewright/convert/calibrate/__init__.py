@@ -1,6 +1,5 @@
 """What sample inputs tell about a layer before it is replaced."""
 
-from tilewright.convert.calibrate.importance import search_importance
 from tilewright.convert.calibrate.observers import Observer, check_observer
 from tilewright.convert.calibrate.rows import (
     MAX_ROWS,

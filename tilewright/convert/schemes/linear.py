@@ -17,7 +17,6 @@ from tilewright.convert.calibrate import (
     check_observer,
     output_error,
     relative_error,
-    search_importance,
     search_smoothing,
 )
 from tilewright.convert.schemes.base import Scheme, register_scheme
@@ -78,10 +77,12 @@ class LinearScheme(Scheme):
         # The search needs the order of its candidates, not the last digit of each: the cheap range search will do.
         quick = dataclasses.replace(self, range_search="minmax")
         found = search_smoothing(layers.as_linear(module), sample, lambda **options: quick.build(module, **options))
-        if quick == self or not found.options:
-            return found
-        plain, smoothed = (output_error(module, self.build(module, **o), sample) for o in ({}, found.options))
-        return found if plain is None or (smoothed is not None and smoothed < plain) else Found()
+        return found if quick == self or not found.options else self._where_better(module, sample, found)
+
+    def _where_better(self, module: nn.Module, sample: RowSample, found: Found) -> Found:
+        """``found`` if it lowers the error of the output on the sampled rows."""
+        plain, error = (output_error(module, self.build(module, **o), sample) for o in ({}, found.options))
+        return found if error is not None and (plain is None or error < plain) else Found()
 
     def weight_error(self, module: nn.Module, replacement: nn.Module) -> float | None:
         """See ``Scheme``."""
@@ -111,7 +112,9 @@ class FloatProducts(LinearScheme):
 
 
 class _WeightOnly(FloatProducts):
-    """What the weight-only schemes do with calibration data: see ``calibrate.search_importance``."""
+    """What the weight-only schemes do with calibration data: weigh the errors of a weight by the mean square of the
+    input channel it multiplies.
+    """
 
     @property
     def calibrated(self) -> bool:
@@ -120,9 +123,9 @@ class _WeightOnly(FloatProducts):
 
     def search(self, module: nn.Module, sample: RowSample) -> Found:
         """Weigh the errors of the weight by its inputs, if the range is searched at all and the output gains."""
-        if not self.calibrated:
+        if not self.calibrated or sample.rows is None:
             return Found()
-        return search_importance(module, sample, lambda **options: self.build(module, **options))
+        return self._where_better(module, sample, Found({"importance": sample.rows.float().square().mean(0)}))
 
 
 @register_scheme
