@@ -21,6 +21,7 @@ from tilewright.convert.schemes import registered_schemes
 from tilewright.convert.structure import tensor_bytes
 from tilewright.convert.table import Column, fit, wrapped
 from tilewright.convert.text import by_reason, display_name, listed, name_patterns, size
+from tilewright.convert.timing import single_or_many
 from tilewright.kernels.dispatch.router import describe, route
 from tilewright.nn import ConvLayer, QuantizedLinear
 
@@ -355,27 +356,17 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
         # Built by hand or taken out of a larger model: what can be seen is reported.
         float_bytes = math.prod(module.weight_shape) * module.dtype.itemsize
         bias = module.bias.numel() * module.bias.element_size() if module.bias is not None else 0
-        return ReportedLayer(
-            name, kind, device, module.scheme_name, implementations, declined, float_bytes + bias, held
-        )
+        made = LayerRecord({}, module.scheme_name, float_bytes + bias, held)
+    served = {"device": device, "implementations": implementations, "declined": declined}
     error = errors.get(name, made.output_error)
-    return from_record(name, kind, made, device, implementations, declined, bytes_after=held, output_error=error)
+    return from_record(name, kind, made, **served, bytes_after=held, output_error=error)
 
 
-def from_record(
-    name: str,
-    kind: str,
-    made: LayerRecord,
-    device: str = "",
-    implementations: dict[int, str] | None = None,
-    declined: dict[int, list[str]] | None = None,
-    **measured: Any,
-) -> ReportedLayer:
-    """A converted layer by its record. measured: what is known better than the record knows it."""
-    numbers = {key: value for key, value in vars(made).items() if key not in ("scheme", "label", "note")} | measured
-    return ReportedLayer(
-        name, kind, device, _label(made), implementations or {}, declined or {}, reason=made.note, **numbers
-    )
+def from_record(name: str, kind: str, made: LayerRecord, **seen: Any) -> ReportedLayer:
+    """A converted layer by its record. seen: what only the layer itself tells, or tells better than the record."""
+    numbers = {key: value for key, value in vars(made).items() if key not in ("scheme", "label", "note")}
+    known = {"device": "", "implementations": {}, "declined": {}, **numbers, **seen}
+    return ReportedLayer(name, kind, scheme=_label(made), reason=made.note, **known)
 
 
 def _label(made: LayerRecord) -> str:
@@ -386,12 +377,10 @@ def _label(made: LayerRecord) -> str:
 
 def _output_errors(model: nn.Module, original: nn.Module, example_inputs: Any) -> dict[str, float | None]:
     """Relative output error of every converted layer, on the inputs that reach the same layer of the original."""
-    if isinstance(example_inputs, (Mapping, torch.Tensor)):
-        example_inputs = [example_inputs]  # a single one
     converted = {names[0]: module for module, names in layers_of(model).items() if isinstance(module, QuantizedLinear)}
     modules = dict(original.named_modules(remove_duplicate=False))
     if missing := [display_name(name) for name in converted if name not in modules]:
         raise ValueError(f"original ({type(original).__name__}) has no layer called {listed(missing)}")
     plain = {name: modules[name] for name in converted}
-    samples = calibrate.observe(original, plain, example_inputs)
+    samples = calibrate.observe(original, plain, single_or_many(example_inputs))
     return {name: calibrate.output_error(plain[name], converted[name], samples[name]) for name in converted}
