@@ -1,8 +1,8 @@
-"""The problems that ``tilewright tune`` is asked to tune for: of a model's layers, of a run of it, or of operators."""
+"""The problems that ``tilewright tune`` is asked to tune for: of a model's layers, or of a run of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -62,15 +62,3 @@ def of_run(
             calibrate.call(model, inputs)
         found += problems
     return found
-
-
-def of_operators(
-    group_sizes: Mapping[str, int | None], shapes: Sequence[tuple[int, int]], batches: Sequence[int], dtype: torch.dtype
-) -> list[Problem]:
-    """Each operator, with the group size of its weights, with each shape (n, k) and batch."""
-    return [
-        Problem(op, m, n, k, dtype, group_size=group_size)
-        for op, group_size in group_sizes.items()
-        for n, k in shapes
-        for m in batches
-    ]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -135,9 +136,9 @@ def _problems(options: argparse.Namespace, facts: dict[str, Any], console: Conso
                 "--image 3,224,224"
             )
     elif options.op is not None:
-        shapes = options.shape or [(4096, 4096)]
+        asked = itertools.product(options.op, options.shape or [(4096, 4096)], options.m)
         groups = {op: options.group_size if OPS[op] else None for op in options.op}
-        found = problems.of_operators(groups, shapes, options.m, dtype or torch.bfloat16)
+        found = [Problem(op, m, n, k, dtype or torch.bfloat16, group_size=groups[op]) for op, (n, k), m in asked]
     else:
         raise ValueError("name a folder that save_model wrote, or operators with --op")
     return list(dict.fromkeys(replace(problem, **facts) for problem in found))

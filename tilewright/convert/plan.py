@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from tilewright.convert import structure
 from tilewright.convert.layers import is_converted
 from tilewright.convert.recipes import Recipe, Rule, matches, names_explicitly
 from tilewright.convert.schemes.base import Scheme, registered_schemes
-from tilewright.convert.text import by_reason, display_name, listed, nearest
+from tilewright.convert.text import by_reason, display_name, listed
 
 FilterFunction = Callable[[nn.Module, str], bool]
 
@@ -127,7 +128,8 @@ def _check_patterns(model: nn.Module, layers: dict[nn.Module, list[str]], recipe
             message += f"; it names a module that holds layers: did you mean {pattern + '.*'!r}?"
         else:
             layer_names = [display_name(name) for names in layers.values() for name in names]
-            message += f"; the nearest layer names are {listed(nearest(pattern, layer_names))}"
+            nearest = difflib.get_close_matches(pattern, layer_names, cutoff=0.0)
+            message += f"; the nearest layer names are {listed(nearest)}"
         raise ValueError(message)
 
 

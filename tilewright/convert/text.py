@@ -12,11 +12,6 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def nearest(name: str, known: Sequence[str], count: int = 3) -> list[str]:
-    """Up to ``count`` known names, nearest first. Never empty unless ``known`` is."""
-    return difflib.get_close_matches(name, known, n=count, cutoff=0.0)
-
-
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """``'a', 'b' and 7 more``."""
     displayed = ", ".join(repr(name) for name in names[:limit])
