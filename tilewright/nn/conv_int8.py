@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -164,10 +163,6 @@ class Int8ConvBnAct2d(ConvLayer):
             return y if quantized or y.dtype == dtype else y.to(dtype)
         y = apply_activation(y + residual.to(y.dtype) * r_scale, activation, negative_slope=negative_slope)
         return y.to(dtype) if out_scale is None else torch.ops.tilewright.quantize_per_tensor(y, out_scale)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        self.refresh()
 
     def extra_repr(self) -> str:
         """As of ``ConvLayer``, then the scales."""

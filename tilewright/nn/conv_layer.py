@@ -158,7 +158,9 @@ class ConvLayer(DropIn):
         if self._plain and x.dim() == 4:
             return self._convolve(x, residual, end)
         other = None if residual is None else self._as_images(residual)
-        return self._without_extra_dimensions(self._convolve(self._as_images(x), other, end), x)
+        y = self._convolve(self._as_images(x), other, end)
+        y = y if self._plain else y.squeeze(2)
+        return y if x.dim() == self._dims + 2 else y.squeeze(0)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x [N, C, H, W], or [N, C, L] where it stands for an ``nn.Conv1d``; the batch dimension may be missing.
@@ -173,11 +175,6 @@ class ConvLayer(DropIn):
 
     def _own_out_scale(self) -> float | None:
         return None
-
-    def _without_extra_dimensions(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``y`` with the dimensions that the input had."""
-        y = y if self._plain else y.squeeze(2)
-        return y if x.dim() == self._dims + 2 else y.squeeze(0)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -101,10 +100,6 @@ class Int8StaticLinear(QuantizedLinear):
         y = F.linear(wide, self.dequantize_weight(), None if self.bias is None else self.bias.float())
         y = apply_activation(y, self.activation)
         return (y if residual is None else y + residual).to(x.dtype)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        self.refresh()
 
     def extra_repr(self) -> str:
         """As of ``QuantizedLinear``, then the scale."""

@@ -63,6 +63,10 @@ class DropIn(nn.Module):
         """Why ``value``, of the right shape and dtype, cannot be the buffer called ``name``, or None."""
         return None
 
+    def refresh(self) -> None:
+        """Read anew from the buffers what the kernels take as numbers, if there is such a thing."""
+        return
+
     def _label(self) -> str:
         return f"{type(self).__name__} {self.layer_name!r}" if self.layer_name else type(self).__name__
 
@@ -99,3 +103,4 @@ class DropIn(nn.Module):
         for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
             if tensor.is_inference():
                 invalidate(tensor)
+        self.refresh()

@@ -11,8 +11,9 @@ from tilewright.convert.graph import is_norm
 from tilewright.convert.layers import as_linear, is_conv1d, is_linear, why_not_convolution
 from tilewright.convert.network.convolutions import folded, install_programs
 from tilewright.convert.structure import Places
-from tilewright.nn import ConvLayer, FoldedBatchNorm, Int8ConvBnAct2d, Int8StaticLinear, QuantizedLinear
+from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
 from tilewright.nn.conv_layer import SIZES, common_options
+from tilewright.nn.kinds import DropIn
 
 
 def folded_norms(model: nn.Module) -> dict[str, str]:
@@ -65,7 +66,7 @@ def finish(model: nn.Module, untraced: dict[str, str]) -> None:
     untraced: what was found not to trace when the model was converted, name -> reason.
     """
     for module in model.modules():
-        if isinstance(module, (Int8ConvBnAct2d, Int8StaticLinear)):
+        if isinstance(module, DropIn):
             module.refresh()
     if any(isinstance(module, ConvLayer) for module in model.modules()):
         install_programs(model, untraced)
