@@ -20,6 +20,8 @@ from tilewright.convert.graph import added_to
 from tilewright.kernels.dispatch.same import TensorCache, version_of
 
 Make = Callable[..., Sequence[torch.Tensor]]
+#: Operators that write into their first operand, as methods too.
+_WRITING = ("setitem", "iadd", "isub", "imul", "itruediv")
 _ATTRIBUTE = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
 
 
@@ -220,20 +222,15 @@ def holding(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> La
 
 def mutates(node: fx.Node) -> bool:
     """Whether ``node`` may write into one of its arguments."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name in ("__setitem__", "__iadd__", "__imul__") or (name.endswith("_") and not name.endswith("__"))
-    if node.op != "call_function":
+    if node.op not in ("call_method", "call_function"):
         return node.op == "call_module"
     if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
-    name = getattr(node.target, "__name__", "")
-    return name in ("setitem", "iadd", "isub", "imul", "itruediv", "copy_") or (
-        name.endswith("_") and not name.endswith("__")
-    )
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name.strip("_") in _WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
 class Order:

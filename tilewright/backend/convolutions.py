@@ -192,15 +192,9 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 
 def _conv_around(weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> nn.Conv2d:
-    conv = nn.Conv2d(
-        weight.shape[1] * groups,
-        weight.shape[0],
-        tuple(weight.shape[2:]),  # type: ignore[arg-type]
-        groups=groups,
-        bias=bias is not None,
-        device="meta",
-    )
-    return holding(conv, weight, bias)
+    out_channels, channels, *window = weight.shape
+    options: dict[str, Any] = {"kernel_size": tuple(window), "groups": groups, "bias": bias is not None}
+    return holding(nn.Conv2d(channels * groups, out_channels, **options, device="meta"), weight, bias)
 
 
 def _restore_layouts(captured: Captured) -> None:

@@ -95,9 +95,8 @@ class Diagnosis:
         for line in self.headlines():
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         table = Table(box=None, pad_edge=False)
-        for title in ("layer", "M x N x K", "floor us", "bound by"):
+        for title in ("layer", "M x N x K", "floor us", "bound by", "best possible"):
             table.add_column(title, justify="right" if title == "floor us" else "left", overflow="fold")
-        table.add_column("best possible", overflow="fold")
         for layer in self.layers:
             p = layer.problem
             table.add_row(
