@@ -14,7 +14,7 @@ from torch import nn
 import tilewright as tw
 from bench.tables.compile_modes import Residual
 from tests.backend.networks import settled
-from tilewright.convert.network.program import programs_of
+from tests.convert.networks import programs_of
 
 
 class Graphs:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tilewright.convert.network.program import Program
+
 
 def settled(model: nn.Module, *, spread: float = 0.3) -> nn.Module:
     """``model`` in eval mode, its batch-norms with random statistics and factors that are not the identity."""
@@ -20,6 +22,12 @@ def settled(model: nn.Module, *, spread: float = 0.3) -> nn.Module:
                 nn.init.uniform_(module.weight, 1 - spread, 1 + spread)
                 nn.init.normal_(module.bias, 0, spread)
     return model.eval()
+
+
+def programs_of(model: nn.Module) -> dict[str, Program]:
+    """The programs of ``model`` by the names of their modules."""
+    found = ((name, vars(module).get("forward")) for name, module in model.named_modules())
+    return {name: program for name, program in found if isinstance(program, Program)}
 
 
 def conv_bn(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from tests.convert.networks import Inception, SmallMobileNet, SmallResNet, settled, source_of
+from tests.convert.networks import Inception, SmallMobileNet, SmallResNet, programs_of, settled, source_of
 from tilewright.convert import conversion
 from tilewright.convert.conversion import Conversion, Job, register_conversion
 from tilewright.convert.graph import tracing
-from tilewright.convert.network.program import programs_of
 from tilewright.convert.plan import Planned
 from tilewright.convert.record import LayerRecord, record_of
 from tilewright.convert.schemes import Scheme, base, register_scheme

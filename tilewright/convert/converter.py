@@ -217,7 +217,9 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     places = structure.Places(model)
     for old, names in layers_of(model).items():
         if isinstance(old, layers.CONVERTED):
-            new = layers.to_float(old)
+            new: nn.Module = old.to_float()
+            if isinstance(new, nn.Linear) and old.origin == "Conv1D":
+                new = layers.as_conv1d(new)
             layers.carry_over(old, new)
             places.replace(old, new)
             logger.debug("reverted %s", display_name(names[0]))

@@ -72,14 +72,6 @@ def as_conv1d(linear: nn.Linear) -> nn.Module:
     return conv1d
 
 
-def to_float(module: QuantizedLinear | ConvLayer) -> nn.Module:
-    """The plain layer with dequantised weights, of the type that was converted."""
-    if isinstance(module, ConvLayer):
-        return module.to_float()
-    linear = module.to_float()
-    return as_conv1d(linear) if module.origin == "Conv1D" else linear
-
-
 def why_not_linear(module: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced by a quantised one; None if it can."""
     kind = type(module).__name__

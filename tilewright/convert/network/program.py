@@ -166,12 +166,6 @@ class Program(ReplacedForward):
         return list(map(dict.get, self._tensor_tables, self._tensor_names))  # type: ignore[arg-type]
 
 
-def programs_of(model: nn.Module) -> dict[str, Program]:
-    """The programs of ``model`` by the names of their modules."""
-    found = ((name, vars(module).get("forward")) for name, module in model.named_modules())
-    return {name: program for name, program in found if isinstance(program, Program)}
-
-
 def remove_programs(model: nn.Module) -> None:
     """Let every module run its class's ``forward`` again."""
     for module in model.modules():
