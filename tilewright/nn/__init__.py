@@ -1,11 +1,9 @@
 """Drop-in modules: what holds the quantised parameters and calls the operators."""
 
 from tilewright.nn.conv import ConvBnAct2d
-from tilewright.nn.conv_folded import FoldedBatchNorm
 from tilewright.nn.conv_int8 import Int8ConvBnAct2d
 from tilewright.nn.conv_layer import ConvLayer
 from tilewright.nn.conv_sparse24 import Sparse24ConvBnAct2d
-from tilewright.nn.fused_activation import FusedActivation
 from tilewright.nn.int8_static_linear import Int8StaticLinear
 from tilewright.nn.linear import (
     Int4Linear,
@@ -17,6 +15,7 @@ from tilewright.nn.linear import (
     Sparse24Linear,
 )
 from tilewright.nn.quantized_linear import QuantizedLinear
+from tilewright.nn.taken_over import FoldedBatchNorm, FusedActivation
 
 __all__ = [
     "ConvBnAct2d",
