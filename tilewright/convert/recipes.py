@@ -52,13 +52,6 @@ PRESETS |= {alias: PRESETS[name] for alias, name in ALIASES.items()}
 _FURTHER: dict[str, tuple[Scheme, ...]] = {row[0]: row[3:] for row in _TABLE}
 
 
-def preset(name: str) -> Scheme:
-    """The scheme that a string stands for. Raises ValueError naming the presets."""
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown{closest(name, PRESETS)}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
 def formats(module: type[nn.Module]) -> dict[str, Scheme]:
     """By stem: the schemes that make layers of this class, but for those that prune or are nothing without data."""
     made = [kind() for kind in registered_schemes().values() if kind.module and issubclass(kind.module, module)]
@@ -109,7 +102,9 @@ def _pattern(pattern: object) -> str:
 
 def _schemes(scheme: object) -> tuple[Scheme | None, ...]:
     if isinstance(scheme, str):
-        return preset(scheme), *_FURTHER.get(ALIASES.get(scheme, scheme), ())
+        if scheme not in PRESETS:
+            raise ValueError(f"preset {scheme!r} is unknown{closest(scheme, PRESETS)}; known: {', '.join(PRESETS)}")
+        return PRESETS[scheme], *_FURTHER.get(ALIASES.get(scheme, scheme), ())
     if scheme is not None and not isinstance(scheme, Scheme):
         raise TypeError(f"a rule gives a scheme, the name of a preset or None, not {scheme!r}")
     return (scheme,)

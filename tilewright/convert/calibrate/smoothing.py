@@ -13,7 +13,7 @@ at all is among the candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -42,12 +42,7 @@ def _without_zeros(values: torch.Tensor) -> torch.Tensor:
     return values.clamp(min=positive.amin()) if len(positive) else torch.ones_like(values)
 
 
-def search_smoothing(
-    linear: nn.Linear,
-    sample: RowSample,
-    build: Callable[..., nn.Module],
-    exponents: Iterable[float] = EXPONENTS,
-) -> Found:
+def search_smoothing(linear: nn.Linear, sample: RowSample, build: Callable[..., nn.Module]) -> Found:
     """Try every exponent on the sampled rows and keep what comes nearest to the float layer, if that is worth a pass.
 
     build: makes the quantised layer, with ``channel_scale=`` float32 [K] or without.
@@ -58,7 +53,7 @@ def search_smoothing(
         largest_w = linear.weight.detach().abs().amax(0)
         plain, best = output_error(linear, build(), sample), Found()
         least = None if plain is None else WORTHWHILE * plain
-        for exponent in exponents:
+        for exponent in EXPONENTS:
             scale = smoothing_scale(sample.largest, largest_w, exponent)
             error = output_error(linear, build(channel_scale=scale), sample)
             if error is not None and (least is None or error < least):

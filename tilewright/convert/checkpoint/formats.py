@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+Recognises = Callable[[Path], bool]
+Load = Callable[[Path, Callable[[], nn.Module], torch.device], nn.Module]
+
 
 @dataclass(frozen=True)
 class CheckpointFormat:
@@ -18,18 +21,14 @@ class CheckpointFormat:
     """
 
     name: str
-    recognises: Callable[[Path], bool]
-    load: Callable[[Path, Callable[[], nn.Module], torch.device], nn.Module]
+    recognises: Recognises
+    load: Load
 
 
 _formats: dict[str, CheckpointFormat] = {}
 
 
-def register_checkpoint_format(
-    name: str,
-    recognises: Callable[[Path], bool],
-    load: Callable[[Path, Callable[[], nn.Module], torch.device], nn.Module],
-) -> None:
+def register_checkpoint_format(name: str, recognises: Recognises, load: Load) -> None:
     """Have ``load_model`` read another kind of checkpoint: see ``CheckpointFormat``. Those registered first are asked
     first. Raises ValueError for a name that is taken.
     """

@@ -49,13 +49,10 @@ def _symbol(card: Card) -> Callable[..., Any]:
             )
         made = torch.onnx.ops.symbolic(domain, inputs, attributes, dtype=result.dtype, shape=result.shape, version=1)
         # The operators that decompose are not traced through, so the order in memory must be stated.
-        return made.clone(memory_format=torch.channels_last) if _is_channels_last(result) else made
+        channels_last = result.dim() == 4 and not result.is_contiguous()
+        return made.clone(memory_format=torch.channels_last) if channels_last else made
 
     return decomposed
-
-
-def _is_channels_last(result: torch.Tensor) -> bool:
-    return result.dim() == 4 and not result.is_contiguous()
 
 
 def _attribute(value: Any) -> Any:
