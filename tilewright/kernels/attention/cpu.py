@@ -11,7 +11,7 @@ import ctypes
 import torch
 
 from tilewright.kernels.attention.reference import default_scale
-from tilewright.kernels.cpu import native
+from tilewright.kernels.cpu import native, steps
 from tilewright.kernels.cpu.memory import scratch
 from tilewright.kernels.dispatch.problem import Problem
 
@@ -48,10 +48,7 @@ def why_not(problem: Problem) -> str | None:
         return f"takes {MOST_KEYS} keys at most, not {problem.n}"
     if problem.k > WIDEST:
         return f"takes heads of width {WIDEST} at most, not {problem.k}"
-    if native.why_no_native():
-        return native.why_no_native()
-    lanes = native.function("conv_lanes")
-    return None if lanes is not None and lanes() else f"is not built for {native.isa()}"
+    return native.why_no_native() or (None if steps.lanes() else f"is not built for {native.isa()}")
 
 
 def attention(
@@ -89,10 +86,8 @@ def attention(
         default_scale(query, scale),
         threads,
     )
-    floats, run = native.function("attention_scratch"), native.function("attention")
-    if floats is None or run is None:
-        raise RuntimeError(native.why_no_native())
     address = ctypes.addressof(job)
-    job.scratch = scratch((floats(address) * threads,), torch.float32, "attention").data_ptr()
-    run(address)
+    floats = native.function("attention_scratch")(address) * threads
+    job.scratch = scratch((floats,), torch.float32, "attention").data_ptr()
+    native.function("attention")(address)
     return y.transpose(1, 2)

@@ -43,13 +43,6 @@ def why_not(problem: Problem) -> str | None:
     return native.why_no_native()
 
 
-def _kernel(name: str) -> Callable[..., int]:
-    function = native.function(name)
-    if function is None:
-        raise RuntimeError(native.why_no_native())
-    return function
-
-
 def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Contiguous float32. The caller keeps it alive until the kernel has read it."""
     if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
@@ -72,7 +65,7 @@ def _prepared(
     """The C function ``name`` as one of x and the residual. weight: its arguments before x, whose tensors are kept
     alive. rest: those after y, of (rows, threads, dtype of x).
     """
-    function, activated = _kernel(name), native.ACTIVATIONS[activation]
+    function, activated = native.function(name), native.ACTIVATIONS[activation]
     before = tuple(each.data_ptr() if isinstance(each, torch.Tensor) else each for each in weight)
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = weight) -> torch.Tensor:
@@ -103,12 +96,12 @@ def _prepared(
 
 def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = weight.shape
-    panel = _kernel("panel")()
+    panel = native.function("panel")()
     # Both are read with whole vectors: torch aligns memory to 64 bytes.
-    values = torch.empty(_kernel("int8_packed_bytes")(n, k), dtype=torch.int8)
+    values = torch.empty(native.function("int8_packed_bytes")(n, k), dtype=torch.int8)
     correction = torch.empty(-(-n // panel) * panel, dtype=torch.int32)
     weight = weight.contiguous()
-    _kernel("int8_pack")(weight.data_ptr(), n, k, values.data_ptr(), correction.data_ptr())
+    native.function("int8_pack")(weight.data_ptr(), n, k, values.data_ptr(), correction.data_ptr())
     return values, correction
 
 
@@ -124,7 +117,7 @@ def prepare_int8(
     n = len(weight)
     packed_weight = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
     fixed = (*packed_weight, n, k, weight_scale.contiguous(), _floats(bias), _floats(channel_scale))
-    stride, scratch_rows = _kernel("int8_row_bytes")(k), _kernel("int8_rows")
+    stride, scratch_rows = native.function("int8_row_bytes")(k), native.function("int8_rows")
 
     def rest(m: int, threads: int, dtype: torch.dtype) -> tuple[int, ...]:
         if m * k <= _OWN_ELEMENTS:
@@ -159,7 +152,7 @@ def _packed_groups(
         zeros = None if weight_zero is None else weight_zero.contiguous()
         given = weight.contiguous(), weight_scale.float().contiguous(), zeros
         n = len(weight)
-        _kernel(name)(*bits, *map(_address, given), n, k, weight_scale.numel() // n, *map(_address, made))
+        native.function(name)(*bits, *map(_address, given), n, k, weight_scale.numel() // n, *map(_address, made))
         return made
 
     return packed(weight, native.layout(f"{name} {k}"), pack, weight_scale, weight_zero)
@@ -184,10 +177,10 @@ def prepare_int4_int8(
 ) -> Callable[..., torch.Tensor]:
     """``int4_int8_linear``."""
     n, groups = weight_scale.shape
-    sizes = _kernel("int4_packed_bytes")(n, k), _kernel("int4_scales")(n, groups)
+    sizes = native.function("int4_packed_bytes")(n, k), native.function("int4_scales")(n, groups)
     packed_weight = _packed_groups("int4_pack", weight_packed, weight_scale, weight_zero, k, sizes)
     fixed = (*packed_weight, n, k, group_size, _floats(bias), _floats(channel_scale))
-    stride = _kernel("int4_int8_row_bytes")(k)
+    stride = native.function("int4_int8_row_bytes")(k)
 
     def rest(m: int, threads: int, dtype: torch.dtype) -> tuple[int, ...]:
         own = m * k <= _OWN_ELEMENTS
@@ -229,7 +222,7 @@ def prepare_weight_only(
     if stored is None:
         raise ValueError("a weight is missing")
     group_size = group_size or k
-    row_bytes_of, panel = _kernel("weight_only_row_bytes"), _kernel("panel")()
+    row_bytes_of, panel = native.function("weight_only_row_bytes"), native.function("panel")()
     bits, n = 8 if stored.dtype == torch.int8 else 4, len(stored)
     groups = weight_scale.numel() // n
     channels = -(-n // panel) * panel

@@ -117,20 +117,14 @@ def layout(name: str) -> str:
 
 
 @functools.cache
-def function(name: str) -> Callable[..., int] | None:
-    """The C function ``tw_<name>`` built for the instruction set in use, or None where there are no C kernels."""
-    library, instruction_set = _load()
-    if library is None:
-        return None
-    found = getattr(library, f"tw_{name}_{instruction_set}")
+def function(name: str) -> Callable[..., int]:
+    """The C function ``tw_<name>`` of the instruction set in use. Raises RuntimeError where there are no C kernels."""
+    library, _ = _load()
+    found = getattr(library, f"tw_{name}_{isa()}")
     taken, _, returned = _SIGNATURES[name].partition("->")
     found.argtypes = [_TYPES[each] for each in taken if each != " "]
     found.restype = _TYPES[returned.strip() or "n"]
     return found
-
-
-#: The name under which the convolutions' modules know it.
-_function = function
 
 
 def reload() -> None:
@@ -146,16 +140,15 @@ def quantize_rows(
 
     channel_scale: contiguous float32 [K]. Returns False, having done nothing, where there is no C kernel for it.
     """
-    kernel, dtype = function("quantize_rows"), DTYPES.get(x.dtype)
-    if kernel is None or dtype is None:
+    if why_no_native() or x.dtype not in DTYPES:
         return False
     if x.stride(1) != 1:
         x = x.contiguous()
     m, k = x.shape
     threads = torch.get_num_threads() if m * k >= _GRAIN else 1
-    done = kernel(
+    done = function("quantize_rows")(
         x.data_ptr(),
-        dtype,
+        DTYPES[x.dtype],
         m,
         k,
         x.stride(0),

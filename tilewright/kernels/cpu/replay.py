@@ -283,9 +283,7 @@ class Replay:
             own[number].copy_(inputs[number])
         for description, offset, number in self.patches:
             description.x = inputs[number].data_ptr() + offset
-        function, threads = native._function("run_steps"), torch.get_num_threads()
-        if function is None:
-            raise RuntimeError(native.why_no_native())
+        function, threads = native.function("run_steps"), torch.get_num_threads()
         for step in self.steps:
             if isinstance(step, tuple):
                 function(step[0], step[1], threads)

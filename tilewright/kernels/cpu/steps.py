@@ -91,16 +91,13 @@ class Description(ctypes.Structure):
 
 
 def lanes() -> int:
-    """Numbers in a vector of the instruction set in use; 0 where there are no C kernels for convolution."""
-    function = native._function("conv_lanes")
-    return function() if function else 0
+    """Numbers in a vector of the instruction set in use; 0 where it has no C kernels for convolution."""
+    return native.function("conv_lanes")()
 
 
 def why_no_kernels() -> str | None:
     """Why the C kernels cannot convolve, or None if they can."""
-    if native.why_no_native():
-        return native.why_no_native()
-    return None if lanes() else f"there are no C kernels for convolution on {native.isa()}"
+    return native.why_no_native() or (None if lanes() else f"there are no C kernels for convolution on {native.isa()}")
 
 
 def why_not_conv(geometry: ConvGeometry | None, x_dtype: torch.dtype, activation: str = "none") -> str | None:
@@ -334,10 +331,7 @@ def set_residual(d: Description, residual: torch.Tensor, scale: float = 1.0) -> 
 
 def run(descriptions: ctypes.Array[Description] | Description, count: int = 1, threads: int | None = None) -> None:
     """Execute ``count`` descriptions, on PyTorch's threads."""
-    function = native._function("run_steps")
-    if function is None:
-        raise RuntimeError(native.why_no_native())
-    function(ctypes.addressof(descriptions), count, threads or torch.get_num_threads())
+    native.function("run_steps")(ctypes.addressof(descriptions), count, threads or torch.get_num_threads())
 
 
 # ---- single calls

@@ -57,10 +57,9 @@ def why_not(problem: Problem) -> str | None:
         return f"beyond {_ROWS_BY_BFLOAT16} rows and {_PRODUCTS_BY_BFLOAT16} products oneDNN's in bfloat16 is faster"
     if problem.activation not in native.ACTIVATIONS:
         return f"does not have the activation {problem.activation}"
-    if native.why_no_native():
-        return native.why_no_native()
-    channels = native.function("sparse24_channels")
-    return None if channels is not None and channels() else f"is not built for {native.isa()}"
+    return native.why_no_native() or (
+        None if native.function("sparse24_channels")() else f"is not built for {native.isa()}"
+    )
 
 
 def _pack(values: torch.Tensor, meta: torch.Tensor, k: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,10 +97,9 @@ def prepare_float(
     """``sparse24_linear`` of ``k`` columns as a function of x and the residual, for as long as nobody writes into the
     tensors given here. Raises RuntimeError where the kernel is not built.
     """
-    run, channels = native.function("sparse24_linear"), native.function("sparse24_channels")
-    if run is None or channels is None or not channels():
-        raise RuntimeError(native.why_no_native() or f"sparse24.c is not built for {native.isa()}")
-    panel, n = channels(), len(weight_values)
+    run, panel, n = native.function("sparse24_linear"), native.function("sparse24_channels")(), len(weight_values)
+    if not panel:
+        raise RuntimeError(f"sparse24.c is not built for {native.isa()}")
     values, masks = packed(
         weight_values,
         native.layout(f"2:4 compressed, {k} columns, in {compute_dtype}"),
