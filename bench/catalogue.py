@@ -187,9 +187,8 @@ def _step_weight(a: Arguments) -> Any:
     if "group_size" in a:
         scales = (a["weight_scale"], a["weight_zero"], a["group_size"])
         return sparse24_layout.int4_order(values, meta, *scales, k)
-    if "weight_scale" in a:
-        return sparse24_layout.int8_order(values, meta, k)
-    return sparse24_layout.float_order(values, meta, k, a["compute_dtype"] or a["x"].dtype)
+    dtype = torch.int8 if "weight_scale" in a else a["compute_dtype"] or a["x"].dtype
+    return sparse24_layout.step_order(values, meta, k, dtype)
 
 
 def _fragment_weight(a: Arguments) -> Any:

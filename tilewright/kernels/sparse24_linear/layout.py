@@ -118,25 +118,13 @@ def _mask(weight_meta: torch.Tensor, kind: int, k: int) -> torch.Tensor:
     return packed(weight_meta, f"2:4 mask of {k} columns, kind {kind}", lambda: pack_mask(weight_meta, kind, k))
 
 
-def float_order(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int, dtype: torch.dtype) -> StepWeight:
-    """A 2:4 weight of float values in kernel order, in a 16-bit ``dtype``; each tensor is repacked once."""
-    values = packed(
-        weight_values, f"2:4 steps, {k} columns, {dtype}", lambda: pack_values(weight_values.to(dtype), FLOAT, k)
-    )
-    return StepWeight(FLOAT, values, _mask(weight_meta, FLOAT, k), k)
-
-
-def int8_order(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int) -> StepWeight:
-    """A 2:4 weight of int8 values in kernel order."""
-    values = packed(weight_values, f"2:4 steps, {k} columns", lambda: pack_values(weight_values, INT8, k))
-    return StepWeight(INT8, values, _mask(weight_meta, INT8, k), k)
-
-
 def step_order(weight_values: torch.Tensor, weight_meta: torch.Tensor, k: int, dtype: torch.dtype) -> StepWeight:
-    """A 2:4 weight in kernel order, its values int8 or floats in a 16-bit ``dtype``."""
-    if dtype == torch.int8:
-        return int8_order(weight_values, weight_meta, k)
-    return float_order(weight_values, weight_meta, k, dtype)
+    """A 2:4 weight in kernel order, its values int8 or floats in a 16-bit ``dtype``; each tensor is repacked once."""
+    kind = INT8 if dtype == torch.int8 else FLOAT
+    values = packed(
+        weight_values, f"2:4 steps, {k} columns, {dtype}", lambda: pack_values(weight_values.to(dtype), kind, k)
+    )
+    return StepWeight(kind, values, _mask(weight_meta, kind, k), k)
 
 
 def int4_order(
