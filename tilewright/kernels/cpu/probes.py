@@ -51,38 +51,20 @@ def _probe(name: str, check: Callable[[], _Case], bound: float) -> str | None:
 
 
 def qlinear(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(u8 x - 128) [M, K] times a prepacked int8 weight, times weight_scale [N] -> float32 [M, N], through oneDNN."""
-    return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 128, weight, weight_scale, weight_zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-def qlinear_add(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor, total: torch.Tensor
-) -> torch.Tensor:
-    """``total`` float32 [M, N] plus what ``qlinear`` returns, in place; returns it."""
-    return torch.ops.onednn.qlinear_pointwise.binary(
-        x,
-        1.0,
-        128,
-        weight,
-        weight_scale,
-        weight_zero,
-        total,
-        None,
-        1.0,
-        0,
-        torch.float32,
-        1.0,
-        0,
-        "sum",
-        1.0,
-        "none",
-        [],
-        "",
-    )
+    """(u8 x - 128) [M, K] times a prepacked int8 weight, times weight_scale [N] -> float32 [M, N], through oneDNN; plus
+    ``total``, in its place, if that is given.
+    """
+    product = (x, 1.0, 128, weight, weight_scale, weight_zero)
+    rounded = (None, 1.0, 0, torch.float32)
+    if total is None:
+        return torch.ops.onednn.qlinear_pointwise(*product, *rounded, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise.binary(*product, total, *rounded, 1.0, 0, "sum", 1.0, "none", [], "")
 
 
 def _random_int8(*shape: int) -> torch.Tensor:
@@ -103,7 +85,7 @@ def why_no_qlinear() -> str | None:
         scale, zero = torch.rand(512), torch.zeros(512, dtype=torch.int32)
         expected = q.double() @ w.double().t() * scale
         y = qlinear(x, packed, scale, zero)
-        y = qlinear_add(x, packed, scale, zero, y)
+        y = qlinear(x, packed, scale, zero, y)
         return y, 2 * expected, lambda: qlinear(x, packed, scale, zero)
 
     return _probe("oneDNN's quantised linear", check, 1e-6)

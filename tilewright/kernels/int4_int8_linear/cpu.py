@@ -11,7 +11,7 @@ import torch
 from typing_extensions import Unpack
 
 from tilewright.kernels.cpu import linear
-from tilewright.kernels.cpu.probes import qlinear, qlinear_add, why_no_qlinear
+from tilewright.kernels.cpu.probes import qlinear, why_no_qlinear
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End, finish_rows
@@ -77,5 +77,5 @@ def int4_int8_linear(
     parts = q.split(group_size, 1)
     y = qlinear(parts[0].contiguous(), *groups[0], zeros)
     for part, group in zip(parts[1:], groups[1:], strict=True):
-        y = qlinear_add(part.contiguous(), *group, zeros, y)
+        y = qlinear(part.contiguous(), *group, zeros, y)
     return finish_rows(y, x_scale, x.dtype, **end).view(*x.shape[:-1], n)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.cpu.probes import _Case, _probe
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import finish_rows
@@ -47,22 +48,16 @@ def why_not(problem: Problem) -> str | None:
 @functools.cache
 def why_no_prepacked() -> str | None:
     """Why oneDNN's prepacked bfloat16 product, a private operator of PyTorch, cannot be used, or None."""
-    try:
+
+    def check() -> _Case:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return "this CPU has no instructions for bfloat16"
-        with torch.inference_mode(False), torch.no_grad():
-            x, w = (
-                torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-                for shape in ((5, 33), (7, 33))
-            )
-            y = _multiply(x, _reorder(w))
-            expected = x.double() @ w.double().t()
-            if not (y.double() - expected).norm() <= 4e-3 * expected.norm():
-                return "oneDNN's prepacked product gives wrong results on this CPU"
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
-        words = str(error) or repr(error)
-        return f"oneDNN's prepacked product is not usable in torch {torch.__version__}: {words.splitlines()[0]}"
-    return None
+            raise NotImplementedError("this CPU has no instructions for bfloat16")
+        generator = torch.Generator().manual_seed(0)
+        x, w = (torch.randn(n, 33, generator=generator).bfloat16() for n in (5, 7))
+        run = functools.partial(_multiply, x, _reorder(w))
+        return run(), x.double() @ w.double().t(), run
+
+    return _probe("oneDNN's prepacked product", check, 4e-3)
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
