@@ -153,9 +153,12 @@ def oihw(weight: torch.Tensor) -> torch.Tensor:
     return weight.permute(0, 3, 1, 2)
 
 
-def pad_image(x: torch.Tensor, padding: Sequence[int]) -> tuple[torch.Tensor, tuple[int, int]]:
-    """(image, symmetric padding left to apply): ``x`` itself unless opposite sides differ, which PyTorch cannot pad."""
+def pad_image(x: torch.Tensor, padding: Sequence[int], value: float = 0) -> tuple[torch.Tensor, tuple[int, int]]:
+    """(image, symmetric padding left to apply): ``x`` itself unless opposite sides differ, which PyTorch cannot pad.
+
+    value: what stands for 0.
+    """
     top, bottom, left, right = padding
     if top == bottom and left == right:
         return x, (top, left)
-    return F.pad(x, (left, right, top, bottom)), (0, 0)
+    return F.pad(x, (left, right, top, bottom), value=value), (0, 0)

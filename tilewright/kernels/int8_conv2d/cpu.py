@@ -14,7 +14,7 @@ import torch
 
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.conv2d.cpu import conv2d_fused
-from tilewright.kernels.conv_geometry import empty_channels_last, oihw, to_channels_last
+from tilewright.kernels.conv_geometry import empty_channels_last, oihw, pad_image, to_channels_last
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.probes import _Case, _probe, _random_int8
 from tilewright.kernels.dispatch.packed import packed
@@ -61,12 +61,7 @@ def _sums(x: torch.Tensor, weight: torch.Tensor, window: conv_steps.Window, x_no
     u8 = x.view(torch.uint8) if x.dtype == torch.int8 else x
     if x.dtype == torch.int8 and zero_point:
         u8 = u8 ^ 128
-    if padding[0] != padding[1] or padding[2] != padding[3]:
-        top, bottom, left, right = padding
-        u8 = torch.nn.functional.pad(u8, (left, right, top, bottom), value=zero_point)
-        symmetric = (0, 0)
-    else:
-        symmetric = (padding[0], padding[2])
+    u8, symmetric = pad_image(u8, padding, zero_point)
     u8 = u8.contiguous(memory_format=torch.channels_last)
     symmetric_window = (list(stride), list(symmetric), list(dilation), groups)
 
