@@ -59,13 +59,6 @@ def _always(*_: Any, **__: Any) -> float:
     return 0.0
 
 
-def _approximate(kind: str) -> dict[Any, Reader]:
-    def function(approximate: str = "none") -> float | None:
-        return 0.0 if approximate == kind else None
-
-    return {nn.GELU: lambda module: function(module.approximate), F.gelu: function}
-
-
 def _clamping(highest: float) -> dict[Any, Reader]:
     """Whatever clamps to 0 and ``highest``."""
 
@@ -86,13 +79,29 @@ def _leaky(negative_slope: Any = 0.01, inplace: bool = False) -> float | None:
     return float(negative_slope) if isinstance(negative_slope, (int, float)) else None
 
 
-def _gelu(x: torch.Tensor, inplace: bool, approximate: str) -> torch.Tensor:
-    return aten.gelu_(x, approximate=approximate) if inplace else F.gelu(x, approximate=approximate)
-
-
 # ---- the table
 # What Triton has, as do the C kernels of both families.
 _ours = functools.partial(Activation, triton=True, native=("linear", "convolution"))
+
+
+def _gelu(name: str, kind: str, forms: Mapping[Any, Reader], number: int) -> Activation:
+    """With the error function itself ("none"), or by tanh."""
+
+    def called(approximate: str = "none") -> float | None:
+        return 0.0 if approximate == kind else None
+
+    return _ours(
+        name,
+        forward=lambda x, inplace, slope: (aten.gelu_ if inplace else F.gelu)(x, approximate=kind),
+        backward=lambda grad, z, slope: aten.gelu_backward(grad, z, approximate=kind),
+        forms={nn.GELU: lambda module: called(module.approximate), F.gelu: called, **forms},
+        native=("linear",),
+        number=number,
+        onednn=("gelu", (), kind),
+        onnx=lambda write, y, slope: write("Gelu", y, approximate=kind),
+    )
+
+
 _ROWS = (
     _ours(
         "none",
@@ -116,32 +125,17 @@ _ROWS = (
         onednn=("relu", (), ""),
         onnx=lambda write, y, slope: write("Relu", y),
     ),
-    _ours(
+    _gelu(
         "gelu",
-        forward=lambda x, inplace, slope: _gelu(x, inplace, "none"),
-        backward=lambda grad, z, slope: aten.gelu_backward(grad, z, approximate="none"),
-        forms={
-            **_approximate("none"),
-            "transformers.activations.GELUActivation": lambda module: 0.0 if module.act is F.gelu else None,
-        },
-        native=("linear",),
+        "none",
+        {"transformers.activations.GELUActivation": lambda module: 0.0 if module.act is F.gelu else None},
         number=7,
-        onednn=("gelu", (), "none"),
-        onnx=lambda write, y, slope: write("Gelu", y, approximate="none"),
     ),
-    _ours(
+    _gelu(
         "gelu_tanh",
-        forward=lambda x, inplace, slope: _gelu(x, inplace, "tanh"),
-        backward=lambda grad, z, slope: aten.gelu_backward(grad, z, approximate="tanh"),
-        forms={
-            **_approximate("tanh"),
-            "transformers.activations.NewGELUActivation": _always,
-            "transformers.activations.GELUTanh": _always,
-        },
-        native=("linear",),
+        "tanh",
+        {f"transformers.activations.{kind}": _always for kind in ("NewGELUActivation", "GELUTanh")},
         number=8,
-        onednn=("gelu", (), "tanh"),
-        onnx=lambda write, y, slope: write("Gelu", y, approximate="tanh"),
     ),
     _ours(
         "silu",
