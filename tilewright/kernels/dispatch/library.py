@@ -71,8 +71,7 @@ def define(card: Card) -> None:
             cast = _autocast(overload, bind, device.lower(), card.autocast)
             _library.impl(name, cast, "Autocast" + device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    formula = _register_autograd(card, overload, positional, bind)
-    general = None if repeats is None else _autograd_kernel(overload, *formula)
+    general = _register_autograd(card, overload, positional, bind)
     if repeats is None or general is None:
         return
 
@@ -88,17 +87,6 @@ def define(card: Card) -> None:
         return general(keyset, *args, **kwargs)
 
     _library.impl(name, before_autograd, "AutogradCPU", with_keyset=True)
-
-
-def _autograd_kernel(
-    overload: Any, backward: Callable[..., Any], setup_context: Callable[..., Any]
-) -> Callable[..., Any] | None:
-    """The kernel that ``register_autograd`` makes of a formula; None where this version of PyTorch hides it."""
-    try:
-        from torch._library.autograd import Info, make_autograd_impl
-    except ImportError:
-        return None
-    return make_autograd_impl(overload, Info(backward, setup_context))
 
 
 def _signature(value: Any) -> Any:
@@ -127,8 +115,8 @@ def _autocast(overload: Any, bind: Binder, device: str, names: tuple[str, ...]) 
 
 def _register_autograd(
     card: Card, overload: Any, positional: tuple[str, ...], bind: Binder
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns the formula: what goes back, and what it keeps."""
+) -> Callable[..., Any] | None:
+    """Returns the kernel that PyTorch makes of the formula; None where this version hides it."""
 
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None
@@ -151,7 +139,11 @@ def _register_autograd(
         return tuple(found.get(name) for name in positional)
 
     torch.library.register_autograd(overload, backward, setup_context=setup_context, lib=_library)
-    return backward, setup_context
+    try:
+        from torch._library.autograd import Info, make_autograd_impl
+    except ImportError:
+        return None
+    return make_autograd_impl(overload, Info(backward, setup_context))
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")

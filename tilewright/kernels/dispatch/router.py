@@ -122,7 +122,7 @@ def implementations(op: str) -> tuple[Implementation, ...]:
 @functools.lru_cache(maxsize=4096)
 def route(problem: Problem) -> Decision:
     """Which implementation serves ``problem``. Raises NotImplementedError that lists every reason if none does."""
-    return _decide(problem, None if _measured is None else _measured(problem))
+    return _decide(problem, _measured(problem))
 
 
 def describe(problem: Problem) -> str:
@@ -142,7 +142,7 @@ def _decide(problem: Problem, measured: str | None) -> Decision:
     if measured is not None:
         faster: tuple[str, str] | None = (measured, f"{measured} was chosen, by timing it here or by the user")
     else:
-        faster = None if _faster is None else _faster(problem)
+        faster = _faster(problem)
     if faster is not None and not _supports(faster[0], problem):
         faster = None
     for implementation in _registered.get(problem.op, ()):
@@ -158,18 +158,6 @@ def _decide(problem: Problem, measured: str | None) -> Decision:
 
 def _supports(name: str, problem: Problem) -> bool:
     return any(other.name == name and other.why_not(problem) is None for other in implementations(problem.op))
-
-
-_faster: Callable[[Problem], tuple[str, str] | None] | None = None
-
-
-def set_preference(faster: Callable[[Problem], tuple[str, str] | None]) -> None:
-    """Have ``route`` pass over all others for the implementation that ``faster`` names, with the words that it gives
-    for it, where that takes the problem; it returns None where the order of registration stands.
-    """
-    global _faster
-    _faster = faster
-    invalidate()
 
 
 @functools.lru_cache(maxsize=8192)
@@ -201,21 +189,30 @@ def route_call(problem: Problem) -> Decision:
     """``route`` for a call that is about to be served: what the user wants tuned on first use is tuned before."""
     if _notes is not None:
         _notes.append(problem)
-    if _before_call is not None:
-        _before_call(problem)
+    _before_call(problem)
     return route(problem)
 
 
-_measured: Callable[[Problem], str | None] | None = None
-_before_call: Callable[[Problem], None] | None = None
+def _nothing(problem: Problem) -> None:
+    """What nobody has said of ``problem``."""
 
 
-def set_tuned_choices(measured: Callable[[Problem], str | None], before_call: Callable[[Problem], None]) -> None:
-    """Have ``route`` prefer the implementation that ``measured`` names for a problem, if it takes it; ``before_call``
-    is run for each problem that is served for the first time.
+_faster: Callable[[Problem], tuple[str, str] | None] = _nothing
+_measured: Callable[[Problem], str | None] = _nothing
+_before_call: Callable[[Problem], None] = _nothing
+
+
+def set_choices(
+    faster: Callable[[Problem], tuple[str, str] | None],
+    measured: Callable[[Problem], str | None],
+    before_call: Callable[[Problem], None],
+) -> None:
+    """Have ``route`` pass over all others for the implementation that ``measured`` names, or else ``faster``, with the
+    words that it gives for it, where that takes the problem; both return None where the order of registration stands.
+    ``before_call`` is run for each problem that is served for the first time.
     """
-    global _measured, _before_call
-    _measured, _before_call = measured, before_call
+    global _faster, _measured, _before_call
+    _faster, _measured, _before_call = faster, measured, before_call
     invalidate()
 
 
