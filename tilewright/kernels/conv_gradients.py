@@ -23,7 +23,7 @@ from tilewright.kernels.conv_geometry import oihw, pad_image
 def conv_gradients(
     grad: torch.Tensor, arguments: Mapping[str, Any], required: frozenset[str]
 ) -> dict[str, torch.Tensor | None]:
-    """Gradients by argument name, in the dtype of the argument. grad: of the output. wanted: those that are needed."""
+    """Gradients by argument name, in their dtypes. grad: of the output. required: those that are needed."""
     x, weight = arguments["x"].to(grad.dtype), arguments["weight"].to(grad.dtype)
     bias, residual = arguments["bias"], arguments["residual"]
     if arguments["activation"] != "none":

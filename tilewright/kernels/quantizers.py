@@ -8,11 +8,33 @@ from typing import Any
 import torch
 
 from tilewright.kernels.checks import check_devices, check_input, check_vector
-from tilewright.kernels.dispatch.card import Arguments
+from tilewright.kernels.dispatch.card import Arguments, Card, Kernel, Way, everywhere, on_gpu
 from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.formats.weight import Draw
 
 
-def check_quantizer(op: str, arguments: Arguments) -> int:
+def quantizer_card(
+    name: str, package: str, schema: str, sample: Callable[[Problem, Draw], dict[str, Any]], kernel: str, *others: Way
+) -> Card:
+    """The card of an operator that makes int8 rows and their scales. kernel: the module of the Triton kernel. others:
+    implementations that follow it.
+    """
+    return Card(
+        name,
+        package,
+        schema,
+        _check,
+        _problem,
+        _fake,
+        sample,
+        example=Problem(name, 5, 0, 96, torch.float32),
+        implementations=(on_gpu("Triton", kernel), *others, everywhere("reference", ".reference")),
+        kernels=(Kernel(kernel, rows_of(name)),),
+        autocast=("x", "residual"),
+    )
+
+
+def _check(op: str, arguments: Arguments) -> int:
     """x is float [..., K] and every vector has its K elements; returns K."""
     check_input(op, arguments["x"])
     check_devices(op, arguments)
@@ -22,13 +44,13 @@ def check_quantizer(op: str, arguments: Arguments) -> int:
     return k
 
 
-def quantizer_problem(op: str, arguments: Arguments, k: int) -> Problem:
+def _problem(op: str, arguments: Arguments, k: int) -> Problem:
     """As many rows as x has."""
     x = arguments["x"]
     return Problem(op, x.shape[:-1].numel(), k, k, x.dtype, **device_facts(x.device))
 
 
-def fake_quantized(arguments: Arguments, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(arguments: Arguments, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 [..., K] and float32 [...]."""
     x = arguments["x"]
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)

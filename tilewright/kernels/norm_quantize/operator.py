@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from tilewright.kernels.dispatch.card import Card, Kernel, everywhere, on_gpu
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.weight import Draw
-from tilewright.kernels.quantizers import check_quantizer, fake_quantized, quantizer_problem, rows_of
+from tilewright.kernels.quantizers import quantizer_card
 
 
 def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
@@ -21,25 +18,10 @@ def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
     return found if problem.op == "rms_norm_quantize" else {**found, "bias": draw.normal(problem.k, dtype=dtype)}
 
 
-def _card(name: str, schema: str) -> Card:
-    return Card(
-        name,
-        __package__,
-        schema,
-        check_quantizer,
-        quantizer_problem,
-        fake_quantized,
-        _sample,
-        example=Problem(name, 5, 0, 96, torch.float32),
-        implementations=(on_gpu("Triton", ".triton_norm_quantize"), everywhere("reference", ".reference")),
-        kernels=(Kernel(".triton_norm_quantize", rows_of(name)),),
-        autocast=("x", "residual"),
+CARDS = tuple(
+    quantizer_card(name, __package__, f"({schema}) -> (Tensor, Tensor)", _sample, ".triton_norm_quantize")
+    for name, schema in (
+        ("rms_norm_quantize", "Tensor x, Tensor? weight=None, float eps=1e-06"),
+        ("layer_norm_quantize", "Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-05"),
     )
-
-
-CARDS = (
-    _card("rms_norm_quantize", "(Tensor x, Tensor? weight=None, float eps=1e-06) -> (Tensor, Tensor)"),
-    _card(
-        "layer_norm_quantize", "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> (Tensor, Tensor)"
-    ),
 )
