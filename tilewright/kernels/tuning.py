@@ -29,7 +29,7 @@ from tilewright.autotune import modes
 from tilewright.autotune.buckets import upper_edge
 from tilewright.autotune.clock import clock_for
 from tilewright.autotune.device import DeviceKind, cpu_kind, driver_version
-from tilewright.autotune.space import Choice, Hooks, Trials, Tunable, accept
+from tilewright.autotune.space import Hooks, Trials, Tunable, accept
 from tilewright.kernels.dispatch.card import REFERENCE, card_of, cards, make_arguments
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import default_decision, implementations
@@ -72,10 +72,7 @@ def device_kind(problem: Problem) -> DeviceKind:
     """Where ``problem`` runs."""
     if problem.device == "cpu":
         return cpu_kind()
-    if problem.gpu_arch is not None:
-        arch = problem.gpu_arch
-    else:
-        arch = "sm_{}{}".format(*(problem.capability or (0, 0)))
+    arch = problem.gpu_arch or "sm_{}{}".format(*(problem.capability or (0, 0)))
     return DeviceKind(problem.device_name or "unknown", arch, problem.multiprocessors or 0, driver_version())
 
 
@@ -303,10 +300,7 @@ def implementation_of(op: str) -> Tunable:
 def preferred(problem: Problem) -> str | None:
     """The implementation that the user fixed, or that a table says is fastest for ``problem``; None without either."""
     tuned = implementation_of(problem.op)
-    if tuned.is_constrained:
-        choice: Choice | None = tuned.explain(problem)
-    else:
-        choice, _ = tuned.tuned(problem)
+    choice = tuned.explain(problem) if tuned.is_constrained else tuned.tuned(problem)[0]
     return None if choice is None else choice.config
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -200,11 +201,9 @@ class Replay:
         """Where a recorded tensor is found in a replay."""
         key = _storage(tensor)
         if key in self.places:
-            base = self.arena[self.places[key] :]
-            offset = tensor.storage_offset() * tensor.element_size()
-            length = tensor.untyped_storage().nbytes() - offset
-            typed = base[offset : offset + length // tensor.element_size() * tensor.element_size()].view(tensor.dtype)
-            return typed.as_strided(tensor.shape, tensor.stride(), typed.storage_offset())
+            offset = self.places[key] // tensor.element_size() + tensor.storage_offset()
+            empty = torch.empty(0, dtype=tensor.dtype)
+            return empty.set_(self.arena.untyped_storage(), offset, tensor.shape, tensor.stride())
         if key in self.inputs:
             offset = tensor.storage_offset() - self.offsets[key]
             if offset < 0:
@@ -230,11 +229,11 @@ class Replay:
                 self.python_steps.append(call.name)
                 continue
             self.native_steps += 1
-            if not parts or not isinstance(parts[-1], list):
-                parts.append([])
-            last = parts[-1]
+            last = parts[-1] if parts else None
             if isinstance(last, list):
                 last += made
+            else:
+                parts.append(made)
         self.kept = plan.kept
         self.steps: list[Any] = []
         #: Descriptions whose x is an input, which need not be copied: (description, address in the copy, input).
@@ -260,16 +259,14 @@ class Replay:
         """The steps that read an input as their x, and the inputs that others read, which must be copied."""
         spans = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in self.inputs.values()]
         patches = []
-        for step in self.steps:
-            for description in step[2] if isinstance(step, tuple) else ():
-                for number, (begin, end) in enumerate(spans):
-                    if description.x is not None and begin <= description.x < end:
-                        patches.append((description, description.x - begin, number))
-        copied = list(range(len(spans))) if any(callable(step) for step in self.steps) else []
-        for step in self.steps:
-            for description in step[2] if isinstance(step, tuple) else ():
-                copied += [n for n, (begin, end) in enumerate(spans) if begin <= (description.residual or 0) < end]
-        return patches, sorted(set(copied))
+        copied = set(range(len(spans)) if self.python_steps else ())
+        for description in itertools.chain.from_iterable(step[2] for step in self.steps if isinstance(step, tuple)):
+            for number, (begin, end) in enumerate(spans):
+                if begin <= (description.x or 0) < end:
+                    patches.append((description, description.x - begin, number))
+                if begin <= (description.residual or 0) < end:
+                    copied.add(number)
+        return patches, sorted(copied)
 
     # ---- running
     def is_current(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -134,16 +134,16 @@ def gathers(group_channels: int, taps: int, integer: bool) -> bool:
 @dataclass(frozen=True)
 class PackedWeight:
     """weight: in the kernels' order. compensation: int32, -128 times the sum of each output channel's int8 weights.
-    kind: CONV, DEPTHWISE or WINOGRAD. descriptions: of calls that were made with it, by all that they depend on.
-    plain: address of the weight that it was made of, for WINOGRAD.
+    kind: CONV, DEPTHWISE or WINOGRAD. plain: address of the weight that it was made of, for WINOGRAD. descriptions: of
+    calls that were made with it, by all that they depend on.
     """
 
     weight: torch.Tensor
     compensation: torch.Tensor | None
     kind: int
     gather: bool
-    descriptions: TensorCache[Description]
     plain: int | None = None
+    descriptions: TensorCache[Description] = field(default_factory=lambda: TensorCache(64))
 
 
 def padded_vector(values: torch.Tensor, groups: int) -> torch.Tensor:
@@ -160,9 +160,7 @@ def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
     total = weight.sum((1, 2, 3), dtype=torch.int32) * -128 if integer else None
     if groups > 1 and groups == out_channels and channels == 1:
         packed_taps = _pack_depthwise(weight.reshape(out_channels, taps))
-        return PackedWeight(
-            packed_taps, None if total is None else padded_vector(total, 1), DEPTHWISE, False, _descriptions()
-        )
+        return PackedWeight(packed_taps, None if total is None else padded_vector(total, 1), DEPTHWISE, False)
     step = 4 if integer else 1
     depth, group_out = taps * channels, out_channels // groups
     rows = F.pad(weight.reshape(out_channels, depth), (0, -depth % step)).view(groups, group_out, -1)
@@ -177,7 +175,7 @@ def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
             blocks.append(block.reshape(wide * lanes(), -1, step).transpose(0, 1).reshape(-1))
             first += wide
     compensation = None if total is None else padded_vector(total, groups)
-    return PackedWeight(torch.cat(blocks), compensation, CONV, gathers(channels, taps, integer), _descriptions())
+    return PackedWeight(torch.cat(blocks), compensation, CONV, gathers(channels, taps, integer))
 
 
 def _pack_depthwise(flat: torch.Tensor) -> torch.Tensor:
@@ -201,7 +199,7 @@ def pack_winograd(weight: torch.Tensor) -> PackedWeight:
     points = torch.einsum("ai,bj,oijc->abco", factors, factors, weight.detach().double()).float().flatten(0, 1)
     points = F.pad(points, (0, -points.shape[-1] % lanes()))
     panels = [panel.reshape(-1) for panel in points.split(2 * lanes(), -1)]
-    return PackedWeight(torch.cat(panels), None, WINOGRAD, False, _descriptions(), weight.data_ptr())
+    return PackedWeight(torch.cat(panels), None, WINOGRAD, False, weight.data_ptr())
 
 
 #: Fewer channels than that are transformed for longer than they are multiplied; for more a block would be too small.
@@ -346,10 +344,6 @@ def description_of(weight: PackedWeight, x: torch.Tensor, y: torch.Tensor, convo
     if all(v is None or version_of(v) >= 0 for v in vectors):  # writes into them leave no trace
         weight.descriptions.put(key, vectors, description)
     return description
-
-
-def _descriptions() -> TensorCache[Description]:
-    return TensorCache(64)
 
 
 def run_with(
