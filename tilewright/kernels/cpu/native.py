@@ -146,16 +146,6 @@ def quantize_rows(
         x = x.contiguous()
     m, k = x.shape
     threads = torch.get_num_threads() if m * k >= _GRAIN else 1
-    done = function("quantize_rows")(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        m,
-        k,
-        x.stride(0),
-        None if channel_scale is None else channel_scale.data_ptr(),
-        zero_point,
-        q.data_ptr(),
-        scale.data_ptr(),
-        threads,
-    )
-    return done == 0
+    rows = (x.data_ptr(), DTYPES[x.dtype], m, k, x.stride(0))
+    factors = None if channel_scale is None else channel_scale.data_ptr()
+    return function("quantize_rows")(*rows, factors, zero_point, q.data_ptr(), scale.data_ptr(), threads) == 0

@@ -107,8 +107,7 @@ def why_not_conv(geometry: ConvGeometry | None, x_dtype: torch.dtype, activation
     if activation not in ACTIVATIONS:
         return f"the C kernels have no {activation}"
     integer = x_dtype != torch.float32
-    reason = why_no_kernels()
-    if reason:
+    if reason := why_no_kernels():
         return reason
     if 0 in (geometry.batch, geometry.in_channels, geometry.out_channels):
         return "nothing to multiply"

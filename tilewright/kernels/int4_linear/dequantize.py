@@ -33,20 +33,10 @@ def int4_linear(
     rows = as_matrix(x).to(narrow)
     residual = None if residual is None else residual.expand(out.shape)
     for first, last in row_blocks(n, k, narrow):
-        weight = int4.dequantize(
-            weight_packed[first:last],
-            weight_scale[first:last],
-            None if weight_zero is None else weight_zero[first // 8 : -(-last // 8)],
-            group_size,
-            k,
-            dtype=narrow,
-        )
+        zero = None if weight_zero is None else weight_zero[first // 8 : -(-last // 8)]
+        weight = int4.dequantize(weight_packed[first:last], weight_scale[first:last], zero, group_size, k, narrow)
         block = wide_product(rows, weight).reshape(*x.shape[:-1], last - first)
-        out[..., first:last] = finish(
-            block,
-            None if bias is None else bias[first:last],
-            None if residual is None else residual[..., first:last],
-            activation,
-            x.dtype,
-        )
+        block_bias = None if bias is None else bias[first:last]
+        block_residual = None if residual is None else residual[..., first:last]
+        out[..., first:last] = finish(block, block_bias, block_residual, activation, x.dtype)
     return out

@@ -107,15 +107,8 @@ def prepare_float(
         weight_meta,
     )
     floats = None if bias is None else bias.detach().float().contiguous()
-    weight = Weight(
-        values.data_ptr(),
-        masks.data_ptr(),
-        None if floats is None else floats.data_ptr(),
-        n,
-        k,
-        native.DTYPES[values.dtype],
-        native.ACTIVATIONS[activation],
-    )
+    pointers = (values.data_ptr(), masks.data_ptr(), None if floats is None else floats.data_ptr())
+    weight = Weight(*pointers, n, k, native.DTYPES[values.dtype], native.ACTIVATIONS[activation])
     address, kept = ctypes.addressof(weight), (weight, values, masks, floats)
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = kept) -> torch.Tensor:

@@ -143,16 +143,8 @@ def int4_order(
     zero = None
     if weight_zero is not None:
         zero = packed(
-            weight_zero,
-            f"2:4 zero points {groups}",
-            lambda: pack_groups(int4.unpack_zero(weight_zero, n), blocks, k),
+            weight_zero, f"2:4 zero points {groups}", lambda: pack_groups(int4.unpack_zero(weight_zero, n), blocks, k)
         )
-    return StepWeight(
-        INT4,
-        packed(weight_values, f"2:4 int4 steps, {k} columns", lambda: pack_int4_values(weight_values, k)),
-        _mask(weight_meta, INT4, k),
-        k,
-        packed(weight_scale, f"2:4 scales {groups}", lambda: pack_groups(weight_scale, blocks, k)),
-        zero,
-        blocks,
-    )
+    values = packed(weight_values, f"2:4 int4 steps, {k} columns", lambda: pack_int4_values(weight_values, k))
+    scale = packed(weight_scale, f"2:4 scales {groups}", lambda: pack_groups(weight_scale, blocks, k))
+    return StepWeight(INT4, values, _mask(weight_meta, INT4, k), k, scale, zero, blocks)

@@ -70,14 +70,5 @@ def sparse24_int4_linear(
     [N, ceil(K / group_size)] -> x.dtype [..., N].
     """
     packed = sparse24.unpack_int4(weight_values, weight_meta, weight_zero, group_size, x.shape[-1])
-    return int4_reference.int4_linear(
-        x,
-        packed,
-        weight_scale,
-        weight_zero,
-        bias,
-        residual,
-        group_size=group_size,
-        activation=activation,
-        compute_dtype=compute_dtype,
-    )
+    dense = (x, packed, weight_scale, weight_zero, bias, residual)
+    return int4_reference.int4_linear(*dense, group_size=group_size, activation=activation, compute_dtype=compute_dtype)
