@@ -134,89 +134,6 @@ def _shift_of(words, zero_ptr, offset, SCALE: tl.constexpr):
         return 8 - (words & 15)
 
 
-@triton.jit
-def multiply_spans(
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    zero_ptr,
-    row,
-    column,
-    first,
-    last,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_weight,
-    QUARTERS_PER_GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    SCALE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    INLINE_PTX: tl.constexpr,
-):
-    """float32 T[n, m] over the spans first <= span < last.
-
-    row, column: int32 [BM] and [BN], indices m and n of the tile; those past the end repeat the last row or column.
-    SCALE: dtype of the canonical scale. DTYPE: what both operands are widened to, and int8 multiplies into int32. x
-    [M, K] has unit stride along K.
-    """
-    BLOCK_M: tl.constexpr = row.shape[0]
-    BLOCK_N: tl.constexpr = column.shape[0]
-    SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
-    # Consecutive quarters of a span that lie in one group.
-    RUN: tl.constexpr = 4 if QUARTERS_PER_GROUP % 4 == 0 else (2 if QUARTERS_PER_GROUP % 2 == 0 else 1)
-    IS_FLOAT32: tl.constexpr = tl.float32 == DTYPE
-    x_rows = x_ptr + tl.minimum(row, M - 1).to(tl.int64)[:, None] * stride_xm
-    column = tl.minimum(column, N - 1).to(tl.int64)
-    word = tl.arange(0, _QUARTER)[None, :]
-    weight_rows = weight_ptr + column[:, None] * stride_weight + word
-    group = column
-    if QUARTERS_PER_GROUP == WHOLE_ROW:
-        total = tl.zeros((BLOCK_N, BLOCK_M), SUM)
-        x_total = tl.zeros((BLOCK_M,), SUM)
-    else:
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # With a number of stages of its own, the loop pipelines all of its loads, not only those of the dots' operands: a
-    # scale that is asked for when it is needed takes longer to come than the span takes to multiply.
-    for span in tl.range(first, last, num_stages=NUM_STAGES):
-        words = tl.load(weight_rows + span * _QUARTER)
-        for start in tl.static_range(0, 4, RUN):
-            if QUARTERS_PER_GROUP != WHOLE_ROW:
-                group = (span * 4 + start) // QUARTERS_PER_GROUP * N + column
-                scale_words = tl.load(scale_ptr + group)
-            part = tl.zeros((BLOCK_N, BLOCK_M), SUM)
-            x_sums = tl.zeros((BLOCK_M, _QUARTER), SUM)
-            for quarter in tl.static_range(start, start + RUN):
-                x = _quarter_of_x(x_rows, span * _SPAN + quarter * _QUARTER, K, DTYPE, EVEN_K)
-                if IS_FLOAT32:
-                    w = ((words >> (quarter * 4)) & 15).to(tl.float32) - 8.0
-                else:
-                    w = centred_nibble(words, quarter, DTYPE, INLINE_PTX)
-                part = tl.dot(w, x.trans(), part, input_precision="ieee", out_dtype=SUM)
-                if not SYMMETRIC:
-                    x_sums += x.to(SUM)
-            if QUARTERS_PER_GROUP == WHOLE_ROW:
-                total += part
-                if not SYMMETRIC:
-                    x_total += tl.sum(x_sums, 1)
-            else:
-                if not SYMMETRIC:
-                    shift = _shift_of(scale_words, zero_ptr, group, SCALE).to(SUM)
-                    part += shift[:, None] * tl.sum(x_sums, 1)[None, :]
-                total += part.to(tl.float32) * _scale_of(scale_words, SCALE)[:, None]
-    if QUARTERS_PER_GROUP == WHOLE_ROW:
-        scale_words = tl.load(scale_ptr + column)
-        if not SYMMETRIC:
-            shift = _shift_of(scale_words, zero_ptr, column, SCALE).to(SUM)
-            total += shift[:, None] * x_total[None, :]
-        return total.to(tl.float32) * _scale_of(scale_words, SCALE)[:, None]
-    else:
-        return total
-
-
 def _span_product(
     x_ptr,
     x_scale_ptr,
@@ -248,50 +165,75 @@ def _span_product(
     ACTIVATION: tl.constexpr,
     INLINE_PTX: tl.constexpr,
 ):
-    """One tile of out, or with a workspace one part of its sum before s_x. x_scale may be None."""
+    """One tile of out, or with a workspace one part of its sum before s_x. x_scale may be None.
+
+    x [M, K] has unit stride along K. SCALE: dtype of the canonical scale. DTYPE: what both operands are widened to, and
+    int8 multiplies into int32.
+    """
+    SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
+    # Consecutive quarters of a span that lie in one group.
+    RUN: tl.constexpr = 4 if QUARTERS_PER_GROUP % 4 == 0 else (2 if QUARTERS_PER_GROUP % 2 == 0 else 1)
+    IS_FLOAT32: tl.constexpr = tl.float32 == DTYPE
     part = tl.program_id(1)
     row = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     first = part * spans_per_part
-    total = multiply_spans(
-        x_ptr,
-        weight_ptr,
-        scale_ptr,
-        zero_ptr,
-        row,
-        column,
-        first,
-        tl.minimum(first + spans_per_part, spans),
-        M,
-        N,
-        K,
-        stride_xm,
-        stride_weight,
-        QUARTERS_PER_GROUP,
-        SYMMETRIC,
-        SCALE,
-        DTYPE,
-        EVEN_K,
-        NUM_STAGES,
-        INLINE_PTX,
-    )
+    last = tl.minimum(first + spans_per_part, spans)
+    # Rows and columns past the end repeat the last one.
+    x_rows = x_ptr + tl.minimum(row, M - 1).to(tl.int64)[:, None] * stride_xm
+    inner = tl.minimum(column, N - 1).to(tl.int64)
+    word = tl.arange(0, _QUARTER)[None, :]
+    weight_rows = weight_ptr + inner[:, None] * stride_weight + word
+    group = inner
+    if QUARTERS_PER_GROUP == WHOLE_ROW:
+        total = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+        x_total = tl.zeros((BLOCK_M,), SUM)
+    else:
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # With a number of stages of its own, the loop pipelines all of its loads, not only those of the dots' operands: a
+    # scale that is asked for when it is needed takes longer to come than the span takes to multiply.
+    for span in tl.range(first, last, num_stages=NUM_STAGES):
+        words = tl.load(weight_rows + span * _QUARTER)
+        for start in tl.static_range(0, 4, RUN):
+            if QUARTERS_PER_GROUP != WHOLE_ROW:
+                group = (span * 4 + start) // QUARTERS_PER_GROUP * N + inner
+                scale_words = tl.load(scale_ptr + group)
+            run = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+            x_sums = tl.zeros((BLOCK_M, _QUARTER), SUM)
+            for quarter in tl.static_range(start, start + RUN):
+                x = _quarter_of_x(x_rows, span * _SPAN + quarter * _QUARTER, K, DTYPE, EVEN_K)
+                if IS_FLOAT32:
+                    w = ((words >> (quarter * 4)) & 15).to(tl.float32) - 8.0
+                else:
+                    w = centred_nibble(words, quarter, DTYPE, INLINE_PTX)
+                run = tl.dot(w, x.trans(), run, input_precision="ieee", out_dtype=SUM)
+                if not SYMMETRIC:
+                    x_sums += x.to(SUM)
+            if QUARTERS_PER_GROUP == WHOLE_ROW:
+                total += run
+                if not SYMMETRIC:
+                    x_total += tl.sum(x_sums, 1)
+            else:
+                if not SYMMETRIC:
+                    shift = _shift_of(scale_words, zero_ptr, group, SCALE).to(SUM)
+                    run += shift[:, None] * tl.sum(x_sums, 1)[None, :]
+                total += run.to(tl.float32) * _scale_of(scale_words, SCALE)[:, None]
+    if QUARTERS_PER_GROUP == WHOLE_ROW:
+        scale_words = tl.load(scale_ptr + inner)
+        if not SYMMETRIC:
+            shift = _shift_of(scale_words, zero_ptr, inner, SCALE).to(SUM)
+            total += shift[:, None] * x_total[None, :]
+        y = total.to(tl.float32) * _scale_of(scale_words, SCALE)[:, None]
+    else:
+        y = total
     if workspace_ptr is not None:
-        store_part(total, workspace_ptr, part, row, column, M, N)
+        store_part(y, workspace_ptr, part, row, column, M, N)
     else:
         if x_scale_ptr is not None:
-            total *= tl.load(x_scale_ptr + row, mask=row < M, other=0.0)[None, :]
+            y *= tl.load(x_scale_ptr + row, mask=row < M, other=0.0)[None, :]
+        row, column = row[None, :], column[:, None]
         finish_tile(
-            total,
-            out_ptr,
-            bias_ptr,
-            residual_ptr,
-            row[None, :],
-            column[:, None],
-            M,
-            N,
-            stride_residual_m,
-            stride_residual_n,
-            ACTIVATION,
+            y, out_ptr, bias_ptr, residual_ptr, row, column, M, N, stride_residual_m, stride_residual_n, ACTIVATION
         )
 
 
@@ -301,24 +243,6 @@ def span_kernel(name: str) -> Any:
     if isinstance(kernel, triton.JITFunction):  # the interpreter's is nameless
         kernel.__name__ = name
     return kernel
-
-
-def span_arguments(weight: SpanWeight) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run-time arguments and constants that describe ``weight`` to ``multiply_spans``."""
-    args = {
-        "weight_ptr": weight.weight,
-        "scale_ptr": weight.scale,
-        "zero_ptr": weight.zero,
-        "K": weight.k,
-        "stride_weight": weight.weight.shape[1],
-    }
-    constants = {
-        "QUARTERS_PER_GROUP": weight.quarters_per_group or WHOLE_ROW.value,
-        "SYMMETRIC": weight.symmetric,
-        "SCALE": TRITON_DTYPES[weight.scale_dtype],
-        "EVEN_K": weight.k % SPAN == 0,
-    }
-    return args, constants
 
 
 def plan_span_product(
@@ -336,15 +260,25 @@ def plan_span_product(
 
     x [M, K] with unit stride along K, x_scale float32 [M] or None, bias [N] contiguous, residual [M, N].
     """
-    args, weight_constants = span_arguments(weight)
-    args |= {"x_scale_ptr": x_scale, "stride_xm": x.stride(0)}
+    args = {
+        "x_scale_ptr": x_scale,
+        "weight_ptr": weight.weight,
+        "scale_ptr": weight.scale,
+        "zero_ptr": weight.zero,
+        "K": weight.k,
+        "stride_xm": x.stride(0),
+        "stride_weight": weight.weight.shape[1],
+    }
     constants = {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
-        "NUM_STAGES": config.num_stages,
+        "QUARTERS_PER_GROUP": weight.quarters_per_group or WHOLE_ROW.value,
+        "SYMMETRIC": weight.symmetric,
+        "SCALE": TRITON_DTYPES[weight.scale_dtype],
         "DTYPE": TRITON_DTYPES[multiply_dtype],
+        "EVEN_K": weight.k % SPAN == 0,
+        "NUM_STAGES": config.num_stages,
         "INLINE_PTX": inline_ptx,
-        **weight_constants,
     }
     spans = {"spans": span_count(weight.k)}
     return plan_cut_product(kernel, x, out, config, spans, torch.float32, args, constants, **end)
