@@ -111,46 +111,6 @@ def why_cannot(problem: Problem) -> str | None:
     return None
 
 
-@triton.jit
-def _store(
-    s0,
-    s1,
-    s2,
-    s3,
-    x_scale_ptr,
-    w_scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    workspace_ptr,
-    part,
-    row,
-    column,
-    M,
-    N,
-    stride_residual_m,
-    stride_residual_n,
-    IS_INT8: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """Sums of rows ``row``, ``row`` + 1 and features ``column``, ``column`` + 8, as the instruction leaves them."""
-    for i in tl.static_range(4):
-        total = s0 if i == 0 else (s1 if i == 1 else (s2 if i == 2 else s3))
-        m = row + i % 2
-        n = column + 8 * (i // 2)
-        inside = (m < M) & (n < N)
-        if workspace_ptr is not None:
-            tl.store(workspace_ptr + (part.to(tl.int64) * M + m) * N + n, total, mask=inside)
-        else:
-            y = total.to(tl.float32)
-            if IS_INT8:
-                y *= tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
-                y *= tl.load(w_scale_ptr + n, mask=n < N, other=0.0)
-            finish_tile(
-                y, out_ptr, bias_ptr, residual_ptr, m, n, M, N, stride_residual_m, stride_residual_n, ACTIVATION
-            )
-
-
 @triton.jit(do_not_specialize=["M"])
 def sparse24_fragment_kernel(
     x_ptr,
@@ -229,30 +189,29 @@ def sparse24_fragment_kernel(
         if TWO:
             even, odd = poison(other_zeros, THREADS)
             t0, t1, t2, t3 = t0 + even, t1 + odd, t2 + even, t3 + odd
-    row = first_row + 2 * lane4
+    first_row += 2 * lane4
     column = tile * _TILE_N + lane // 4
-    for i in tl.static_range(2 if TWO else 1):
-        _store(
-            s0 if i == 0 else t0,
-            s1 if i == 0 else t1,
-            s2 if i == 0 else t2,
-            s3 if i == 0 else t3,
-            x_scale_ptr,
-            w_scale_ptr,
-            bias_ptr,
-            residual_ptr,
-            out_ptr,
-            workspace_ptr,
-            part,
-            row + i * _TILE_M,
-            column,
-            M,
-            N,
-            stride_residual_m,
-            stride_residual_n,
-            IS_INT8,
-            ACTIVATION,
-        )
+    # The instruction leaves a thread the sums of two neighbouring rows, of features that are 8 apart.
+    for half in tl.static_range(2 if TWO else 1):
+        row = first_row + half * _TILE_M
+        for i in tl.static_range(4):
+            if half == 0:
+                total = s0 if i == 0 else (s1 if i == 1 else (s2 if i == 2 else s3))
+            else:
+                total = t0 if i == 0 else (t1 if i == 1 else (t2 if i == 2 else t3))
+            m = row + i % 2
+            n = column + 8 * (i // 2)
+            inside = (m < M) & (n < N)
+            if workspace_ptr is not None:
+                tl.store(workspace_ptr + (part.to(tl.int64) * M + m) * N + n, total, mask=inside)
+            else:
+                y = total.to(tl.float32)
+                if IS_INT8:
+                    y *= tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
+                    y *= tl.load(w_scale_ptr + n, mask=n < N, other=0.0)
+                finish_tile(
+                    y, out_ptr, bias_ptr, residual_ptr, m, n, M, N, stride_residual_m, stride_residual_n, ACTIVATION
+                )
 
 
 def plan_fragments(

@@ -48,18 +48,11 @@ def multiply_step(a0, a1, a2, a3, b0, b1, b2, b3, meta, s0, s1, s2, s3, STEP: tl
             is_pure=True,
             pack=1,
         )
-    elif tl.float16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            _FP16_0 if STEP % 2 == 0 else _FP16_1,
-            _FLOAT_CONSTRAINTS,
-            [a0, a1, a2, a3, b0, b1, b2, b3, s0, s1, s2, s3, meta],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
     else:
+        FP16: tl.constexpr = _FP16_0 if STEP % 2 == 0 else _FP16_1
+        BF16: tl.constexpr = _BF16_0 if STEP % 2 == 0 else _BF16_1
         return tl.inline_asm_elementwise(
-            _BF16_0 if STEP % 2 == 0 else _BF16_1,
+            FP16 if tl.float16 == DTYPE else BF16,
             _FLOAT_CONSTRAINTS,
             [a0, a1, a2, a3, b0, b1, b2, b3, s0, s1, s2, s3, meta],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
