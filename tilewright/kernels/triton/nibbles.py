@@ -6,7 +6,7 @@ of 2^p, where one unit in the last place is 1, *is* the number 2^p + u: p = 10 i
 equal bits:
 
     INLINE_PTX  the two words of a register at a time: shift, mask-and-or, multiply-add (int8: four words at a time)
-    otherwise   plain Triton, an element at a time: AMD, float32 and the interpreter
+    otherwise   plain Triton, an element at a time: AMD and the interpreter
 
 ``centred_nibble`` is u - 8, which takes no operand but the words. The compiler then loads them in the very layout in
 which the matrix instruction takes its left operand: it moves a change of layout to before elementwise steps, but not to
@@ -30,17 +30,6 @@ _TO_FLOAT = """{{
 }}"""
 _TO_FLOAT16 = tl.constexpr(_TO_FLOAT.format(exponent="0x64006400", one="0x3c003c00", pair="f16x2"))
 _TO_BFLOAT16 = tl.constexpr(_TO_FLOAT.format(exponent="0x43004300", one="0x3f803f80", pair="bf16x2"))
-# $0: four numbers, $1-$2: four words, $3: z four times, $4: how far to shift.
-# With 128 added to u, the subtraction borrows nothing from the next byte.
-_TO_INT8 = tl.constexpr("""{
-    .reg .b32 first, second;
-    shr.u32 first, $1, $4;
-    shr.u32 second, $2, $4;
-    prmt.b32 first, first, second, 0x6420;
-    lop3.b32 first, first, 0x0f0f0f0f, 0x80808080, 0xea;
-    sub.u32 first, first, $3;
-    xor.b32 $0, first, 0x80808080;
-}""")
 
 # The same without an operand for the offset: $0 numbers, $1 (and $2) words, last how far to shift.
 _TO_CENTRED_FLOAT = """{{
@@ -57,6 +46,7 @@ _TO_CENTRED_FLOAT16 = tl.constexpr(
 _TO_CENTRED_BFLOAT16 = tl.constexpr(
     _TO_CENTRED_FLOAT.format(exponent="0x43004300", one="0x3f803f80", offset="0xc308c308", pair="bf16x2")
 )
+# With 128 added to u, the subtraction borrows nothing from the next byte.
 _TO_CENTRED_INT8 = tl.constexpr("""{
     .reg .b32 first, second;
     shr.u32 first, $1, $3;
@@ -70,41 +60,31 @@ _TO_CENTRED_INT8 = tl.constexpr("""{
 
 @triton.jit
 def offset_of(zero, DTYPE: tl.constexpr):
-    """What ``nibble_number`` wants for zero points uint8 of any shape: -(2^p + z); -z in float32; z itself in int8."""
+    """What ``nibble_number`` wants for zero points uint8 of any shape: -(2^p + z)."""
     if tl.float16 == DTYPE:
         return (zero.to(tl.uint16) | 0xE400).to(tl.float16, bitcast=True)
-    elif tl.bfloat16 == DTYPE:
-        return (zero.to(tl.uint16) | 0xC300).to(tl.bfloat16, bitcast=True)
-    elif tl.int8 == DTYPE:
-        return zero.to(tl.int8)
     else:
-        return -zero.to(tl.float32)
+        return (zero.to(tl.uint16) | 0xC300).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def nibble_number(words, INDEX: tl.constexpr, offset, DTYPE: tl.constexpr, INLINE_PTX: tl.constexpr):
-    """u - z in ``DTYPE`` for nibble ``INDEX`` of each int16 word; ``offset`` is ``offset_of(z)`` for each word."""
+    """u - z in ``DTYPE``, float16 or bfloat16, for nibble ``INDEX`` of each int16 word; ``offset`` is ``offset_of(z)``
+    for each word.
+    """
     if INLINE_PTX and tl.float16 == DTYPE:
         return tl.inline_asm_elementwise(
             _TO_FLOAT16, "=r,r,r,r,r", [words, offset, INDEX * 4], dtype=tl.float16, is_pure=True, pack=2
         )
-    elif INLINE_PTX and tl.bfloat16 == DTYPE:
+    elif INLINE_PTX:
         return tl.inline_asm_elementwise(
             _TO_BFLOAT16, "=r,r,r,r,r", [words, offset, INDEX * 4], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-    elif INLINE_PTX and tl.int8 == DTYPE:
-        return tl.inline_asm_elementwise(
-            _TO_INT8, "=r,r,r,r,r,r,r,r", [words, offset, INDEX * 4], dtype=tl.int8, is_pure=True, pack=4
         )
     nibble = (words >> (INDEX * 4)) & 15
     if tl.float16 == DTYPE:
         return (nibble | 0x6400).to(tl.float16, bitcast=True) + offset
-    elif tl.bfloat16 == DTYPE:
-        return (nibble | 0x4300).to(tl.bfloat16, bitcast=True) + offset
-    elif tl.int8 == DTYPE:
-        return nibble.to(tl.int8) - offset
     else:
-        return nibble.to(tl.float32) + offset
+        return (nibble | 0x4300).to(tl.bfloat16, bitcast=True) + offset
 
 
 @triton.jit
