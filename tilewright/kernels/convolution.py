@@ -39,7 +39,7 @@ def example(op: str, dtype: torch.dtype) -> Problem:
 
 
 def convolution_problem(
-    op: str, geometry: ConvGeometry, dtype: torch.dtype, out_dtype: torch.dtype, **facts: Any
+    op: str, geometry: ConvGeometry, dtype: torch.dtype, out_dtype: torch.dtype | None, **facts: Any
 ) -> Problem:
     """The problem of a convolution of these sizes."""
     return Problem(

@@ -24,9 +24,7 @@ from tilewright.kernels.conv2d.triton_epilogue import finish_conv_tile, load_sig
 from tilewright.kernels.conv2d.triton_launch import (
     SHARED_SOURCES,
     ConvCall,
-    float_call,
-    int8_call,
-    operator,
+    operators,
     why_not_any_kernel,
     window_launch,
 )
@@ -181,5 +179,4 @@ def plan_depthwise(call: ConvCall, config: DepthwiseConfig | None = None) -> lis
     return [Launch(depthwise_kernel, grid, args, constants, config.num_warps)]
 
 
-conv2d_fused = operator(plan_depthwise, float_call)
-int8_conv2d_fused = operator(plan_depthwise, int8_call)
+conv2d_fused, int8_conv2d_fused = operators(plan_depthwise)

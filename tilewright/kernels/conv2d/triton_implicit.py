@@ -27,9 +27,7 @@ from tilewright.kernels.conv2d.triton_launch import (
     SHARED_SOURCES,
     ConvCall,
     ConvTile,
-    float_call,
-    int8_call,
-    operator,
+    operators,
     tile_candidates,
     why_not_any_kernel,
     why_not_tile,
@@ -72,17 +70,14 @@ def candidates(problem: Problem) -> Iterator[ImplicitConfig]:
             yield ImplicitConfig(tile, flat)
 
 
-def why_not_config(config: ImplicitConfig, problem: Problem) -> str | None:
-    """What ``why_not_tile`` says of the tile."""
-    return why_not_tile(config.tile, problem)
-
-
-TUNED = tunable(__name__, choose, candidates, why_not_config, shares=SHARED_SOURCES)
-
-
-def why_not(problem: Problem) -> str | None:
-    """The reason why this implementation does not take ``problem``, or None."""
-    return why_not_any_kernel(problem)
+TUNED = tunable(
+    __name__,
+    choose,
+    candidates,
+    lambda config, problem: why_not_tile(config.tile, problem),
+    shares=SHARED_SOURCES,
+)
+why_not = why_not_any_kernel
 
 
 @triton.jit
@@ -233,5 +228,4 @@ def plan_implicit(call: ConvCall, config: ImplicitConfig | None = None) -> list[
     return [Launch(implicit_kernel, grid, args, constants, tile.num_warps, tile.num_stages)]
 
 
-conv2d_fused = operator(plan_implicit, float_call)
-int8_conv2d_fused = operator(plan_implicit, int8_call)
+conv2d_fused, int8_conv2d_fused = operators(plan_implicit)

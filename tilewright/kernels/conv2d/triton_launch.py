@@ -18,12 +18,12 @@ import triton
 from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry, check_sizes, empty_channels_last, to_channels_last
+from tilewright.kernels.convolution import INTEGERS, convolution_problem
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.matrices import FLOAT_DTYPES
 from tilewright.kernels.triton.common import MAX_K, why_not_on_gpu
 from tilewright.kernels.tuning import why_too_large
 
-INTEGERS = (torch.int8, torch.uint8)
 MAX_ROWS = 2**31 - 1024
 MAX_GROUPS = 65535
 
@@ -105,16 +105,7 @@ _sizes = functools.lru_cache(maxsize=4096)(check_sizes)
 
 @functools.lru_cache(maxsize=4096)
 def _problem(op: str, geometry: ConvGeometry, dtype: torch.dtype, allow_tf32: bool, device: torch.device) -> Problem:
-    return Problem(
-        op,
-        m=math.prod((geometry.batch, geometry.out_height, geometry.out_width)),
-        n=geometry.out_channels,
-        k=geometry.taps * geometry.group_channels,
-        x_dtype=dtype,
-        conv=geometry,
-        allow_tf32=allow_tf32,
-        **device_facts(device),
-    )
+    return convolution_problem(op, geometry, dtype, None, allow_tf32=allow_tf32, **device_facts(device))
 
 
 def unit(*sizes: int) -> int:
@@ -309,18 +300,17 @@ def window_launch(call: ConvCall, channels: int, columns: int, weight: torch.Ten
     return args, {**window, "UNIT_C": unit_c, "UNIT_N": unit_n}
 
 
-def operator(
-    plan: Callable[[ConvCall], list[Launch]], make_call: Callable[..., ConvCall]
-) -> Callable[..., torch.Tensor]:
-    """``conv2d_fused`` or ``int8_conv2d_fused`` through the kernel that ``plan`` launches. make_call: ``float_call`` or
-    ``int8_call``.
-    """
+def operators(plan: Callable[[ConvCall], list[Launch]]) -> tuple[Callable[..., torch.Tensor], ...]:
+    """``conv2d_fused`` and ``int8_conv2d_fused`` through the kernel that ``plan`` launches."""
 
-    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
-        call = make_call(*args, **kwargs)
-        if call.out.numel():
-            for launch in plan(call):
-                launch.run()
-        return call.result
+    def through(make_call: Callable[..., ConvCall]) -> Callable[..., torch.Tensor]:
+        def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+            call = make_call(*args, **kwargs)
+            if call.out.numel():
+                for launch in plan(call):
+                    launch.run()
+            return call.result
 
-    return run
+        return run
+
+    return through(float_call), through(int8_call)

@@ -21,9 +21,7 @@ from tilewright.kernels.conv2d.triton_launch import (
     SHARED_SOURCES,
     ConvCall,
     ConvTile,
-    float_call,
-    int8_call,
-    operator,
+    operators,
     tile_candidates,
     unit,
     why_not_any_kernel,
@@ -184,5 +182,4 @@ def plan_pointwise(call: ConvCall, config: ConvTile | None = None) -> list[Launc
     return [Launch(pointwise_kernel, grid, args, constants, config.num_warps, config.num_stages)]
 
 
-conv2d_fused = operator(plan_pointwise, float_call)
-int8_conv2d_fused = operator(plan_pointwise, int8_call)
+conv2d_fused, int8_conv2d_fused = operators(plan_pointwise)

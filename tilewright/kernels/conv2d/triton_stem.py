@@ -25,9 +25,7 @@ from tilewright.kernels.conv2d.triton_launch import (
     SHARED_SOURCES,
     ConvCall,
     ConvTile,
-    float_call,
-    int8_call,
-    operator,
+    operators,
     tile_candidates,
     why_not_any_kernel,
     why_not_tile,
@@ -179,5 +177,4 @@ def plan_stem(call: ConvCall, config: ConvTile | None = None) -> list[Launch]:
     return [Launch(stem_kernel, grid, args, constants, config.num_warps, config.num_stages)]
 
 
-conv2d_fused = operator(plan_stem, float_call)
-int8_conv2d_fused = operator(plan_stem, int8_call)
+conv2d_fused, int8_conv2d_fused = operators(plan_stem)

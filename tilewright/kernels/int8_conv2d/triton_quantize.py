@@ -8,8 +8,6 @@ reference to the bit: the division is an IEEE division. An image that comes as N
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -21,22 +19,9 @@ from tilewright.kernels.matrices import FLOAT_DTYPES
 from tilewright.kernels.triton.common import why_not_on_gpu
 from tilewright.kernels.triton.rounding import requantize, store_quantized
 
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """block: values of one program, 16 for each thread."""
-
-    block: int = 2048
-    num_warps: int = 4
-
-    @classmethod
-    def for_problem(cls, problem: Problem) -> QuantizeConfig:
-        """The same for all: it reads once and writes once."""
-        return cls()
-
-
-CONFIGS = [QuantizeConfig()]
-choose = QuantizeConfig.for_problem
+#: Values of one program, 16 for each thread.
+BLOCK = 2048
+WARPS = 4
 
 
 def why_not(problem: Problem) -> str | None:
@@ -76,11 +61,8 @@ def quantize_per_tensor_kernel(
     store_quantized(q_ptr + i, requantize(v, scale), i < count)
 
 
-def plan_quantize_per_tensor(
-    x: torch.Tensor, scale: float, q: torch.Tensor, config: QuantizeConfig | None = None
-) -> list[Launch]:
+def plan_quantize_per_tensor(x: torch.Tensor, scale: float, q: torch.Tensor) -> list[Launch]:
     """The launch that fills ``q``, which has the shape of ``x`` and the layout above."""
-    config = config or QuantizeConfig()
     if x.dim() == 4:
         nhwc = x.permute(0, 2, 3, 1)
     else:
@@ -93,9 +75,9 @@ def plan_quantize_per_tensor(
         **dict(zip(("H", "W", "C"), nhwc.shape[1:], strict=True)),
         **dict(zip(("stride_n", "stride_h", "stride_w", "stride_c"), nhwc.stride(), strict=True)),
     }
-    constants = {"DENSE": nhwc.is_contiguous(), "BLOCK": config.block}
-    grid = (triton.cdiv(x.numel(), config.block),)
-    return [Launch(quantize_per_tensor_kernel, grid, args, constants, num_warps=config.num_warps)]
+    constants = {"DENSE": nhwc.is_contiguous(), "BLOCK": BLOCK}
+    grid = (triton.cdiv(x.numel(), BLOCK),)
+    return [Launch(quantize_per_tensor_kernel, grid, args, constants, num_warps=WARPS)]
 
 
 def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None) -> torch.Tensor:

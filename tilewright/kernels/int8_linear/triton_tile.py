@@ -94,11 +94,7 @@ def why_not_config(config: TileConfig, problem: Problem) -> str | None:
 
 
 TUNED = tunable(__name__, TileConfig.for_problem, candidates, why_not_config)
-
-
-def why_not(problem: Problem) -> str | None:
-    """The reason why this implementation does not take ``problem``, or None."""
-    return why_not_int8_product(problem)
+why_not = why_not_int8_product
 
 
 @triton.jit(do_not_specialize=["M"])
