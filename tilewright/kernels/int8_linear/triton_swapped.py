@@ -19,16 +19,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
-import triton.language as tl
 from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
 from tilewright.kernels.int8_linear.triton_operators import operators, product_problem, why_not_int8_product
-from tilewright.kernels.triton.common import finish_tile
 from tilewright.kernels.triton.split_k import choose_split
-from tilewright.kernels.triton.swapped import plan_swapped_product
+from tilewright.kernels.triton.swapped import plan_swapped_product, swapped_kernel
 from tilewright.kernels.tuning import tunable, why_too_large
 
 MAX_M = 128
@@ -128,64 +126,7 @@ def why_not(problem: Problem) -> str | None:
     return why_not_int8_product(problem)
 
 
-@triton.jit(do_not_specialize=["M"])
-def swapped_kernel(
-    x_ptr,
-    x_scale_ptr,
-    w_ptr,
-    w_scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    M,
-    N,
-    K,
-    part_k,
-    stride_xm,
-    stride_wn,
-    stride_residual_m,
-    stride_residual_n,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """out: [M, N] in the dtype of the result, or int32 [SPLIT_K, M, N] that ``reduce_parts_kernel`` finishes."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    part = tl.program_id(2)
-    first = part * part_k
-    x_tile = x_ptr + m[:, None].to(tl.int64) * stride_xm + (first + k)[None, :]
-    w_tile = w_ptr + n[:, None].to(tl.int64) * stride_wn + (first + k)[None, :]
-    m_mask = m[:, None] < M
-    n_mask = n[:, None] < N
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for start in range(first, tl.minimum(first + part_k, K), BLOCK_K):
-        if EVEN_K:
-            w = tl.load(w_tile, mask=n_mask, other=0)
-            x = tl.load(x_tile, mask=m_mask, other=0)
-        else:
-            k_mask = (start + k)[None, :] < K
-            w = tl.load(w_tile, mask=n_mask & k_mask, other=0)
-            x = tl.load(x_tile, mask=m_mask & k_mask, other=0)
-        acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.int32)
-        w_tile += BLOCK_K
-        x_tile += BLOCK_K
-    row = m[None, :]
-    column = n[:, None]
-    if SPLIT_K == 1:
-        x_scale = tl.load(x_scale_ptr + row, mask=row < M, other=0.0)
-        w_scale = tl.load(w_scale_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-        y = acc.to(tl.float32) * x_scale * w_scale
-        finish_tile(
-            y, out_ptr, bias_ptr, residual_ptr, row, column, M, N, stride_residual_m, stride_residual_n, ACTIVATION
-        )
-    else:
-        sums = out_ptr + (part * M + row).to(tl.int64) * N + column
-        tl.store(sums, acc, mask=(row < M) & (column < N))
+int8_swapped_kernel = swapped_kernel("swapped_kernel")
 
 
 def plan_swapped(
@@ -199,8 +140,8 @@ def plan_swapped(
 ) -> list[Launch]:
     """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] int8 with contiguous rows."""
     config = config or TUNED.choose(product_problem(x, len(weight)))
-    scales = {"x_scale_ptr": x_scale, "w_scale_ptr": weight_scale}
-    return plan_swapped_product(swapped_kernel, x, weight, scales, out, config, BLOCK_K, torch.int32, {}, **end)
+    operands = (x, weight, x_scale, weight_scale, out, torch.int8)
+    return plan_swapped_product(int8_swapped_kernel, *operands, config, BLOCK_K, **end)
 
 
 int8_linear, int8_linear_quantized = operators(plan_swapped)

@@ -20,17 +20,16 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
-import triton.language as tl
 from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
-from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile, why_not_on_gpu
+from tilewright.kernels.triton.common import why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
 from tilewright.kernels.triton.split_k import choose_split
-from tilewright.kernels.triton.swapped import plan_swapped_product
+from tilewright.kernels.triton.swapped import plan_swapped_product, swapped_kernel
 from tilewright.kernels.tuning import tunable, why_too_large
 
 SMALL_M, MIDDLE_M, MAX_M = 16, 128, 256
@@ -162,69 +161,7 @@ def why_not(problem: Problem) -> str | None:
     return why_not_on_gpu(problem)
 
 
-@triton.jit(do_not_specialize=["M"])
-def weight_only_kernel(
-    x_ptr,
-    w_ptr,
-    w_scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    M,
-    N,
-    K,
-    part_k,
-    stride_xm,
-    stride_wn,
-    stride_residual_m,
-    stride_residual_n,
-    ACTIVATION: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_SUMS: tl.constexpr,
-):
-    """out: [M, N] in the dtype of the result, or float32 [SPLIT_K, M, N] that ``reduce_parts_kernel`` finishes."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    part = tl.program_id(2)
-    first = part * part_k
-    x_tile = x_ptr + m[:, None].to(tl.int64) * stride_xm + (first + k)[None, :]
-    w_tile = w_ptr + n[:, None].to(tl.int64) * stride_wn + (first + k)[None, :]
-    m_mask = m[:, None] < M
-    n_mask = n[:, None] < N
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in range(first, tl.minimum(first + part_k, K), BLOCK_K):
-        if EVEN_K:
-            w = tl.load(w_tile, mask=n_mask, other=0)
-            x = tl.load(x_tile, mask=m_mask, other=0.0)
-        else:
-            k_mask = (start + k)[None, :] < K
-            w = tl.load(w_tile, mask=n_mask & k_mask, other=0)
-            x = tl.load(x_tile, mask=m_mask & k_mask, other=0.0)
-        if BLOCK_SUMS:
-            # Doubled, which is exact, because the compiler turns a bare sum of products back into a chain.
-            acc += 2.0 * tl.dot(w.to(COMPUTE), tl.trans(x.to(COMPUTE)), input_precision="ieee")
-        else:
-            acc = tl.dot(w.to(COMPUTE), tl.trans(x.to(COMPUTE)), acc, input_precision="ieee")
-        w_tile += BLOCK_K
-        x_tile += BLOCK_K
-    if BLOCK_SUMS:
-        acc *= 0.5
-    row = m[None, :]
-    column = n[:, None]
-    if SPLIT_K == 1:
-        y = acc * tl.load(w_scale_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-        finish_tile(
-            y, out_ptr, bias_ptr, residual_ptr, row, column, M, N, stride_residual_m, stride_residual_n, ACTIVATION
-        )
-    else:
-        sums = out_ptr + (part * M + row).to(tl.int64) * N + column
-        tl.store(sums, acc, mask=(row < M) & (column < N))
+weight_only_kernel = swapped_kernel("weight_only_kernel")
 
 
 def plan_swapped(
@@ -241,9 +178,8 @@ def plan_swapped(
     if config is None:
         problem = Problem("int8_weight_only_linear", m=m, n=n, k=k, x_dtype=x.dtype, compute_dtype=compute_dtype)
         config = TUNED.choose(replace(problem, aligned=rows_aligned(x), **device_facts(x.device)))
-    operands = (x, weight, {"w_scale_ptr": weight_scale}, out)
-    constants = {"COMPUTE": TRITON_DTYPES[compute_dtype], "BLOCK_SUMS": config.block_sums}
-    return plan_swapped_product(weight_only_kernel, *operands, config, config.block_k, torch.float32, constants, **end)
+    operands = (x, weight, None, weight_scale, out, compute_dtype)
+    return plan_swapped_product(weight_only_kernel, *operands, config, config.block_k, config.block_sums, **end)
 
 
 def int8_weight_only_linear(

@@ -128,6 +128,16 @@ def slice_of(acc, INDEX: tl.constexpr, PARTS: tl.constexpr):
     return acc
 
 
+def named_kernel(function: Any, name: str) -> Any:
+    """``function`` as a kernel that profilers and tables know by ``name``: what serves several operators is a kernel of
+    each.
+    """
+    kernel = triton.jit(function, do_not_specialize=["M"], repr=lambda specialization: name)
+    if isinstance(kernel, triton.JITFunction):  # the interpreter's is nameless
+        kernel.__name__ = name
+    return kernel
+
+
 def finish_arguments(out: torch.Tensor, **end: Unpack[End]) -> dict[str, Any]:
     """Arguments that every kernel hands on to ``finish_tile``."""
     residual = end["residual"]

@@ -31,7 +31,7 @@ from typing_extensions import Unpack
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
-from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile, named_kernel
 from tilewright.kernels.triton.nibbles import centred_nibble
 from tilewright.kernels.triton.spans import QUARTER, SPAN, SpanWeight, span_count
 from tilewright.kernels.triton.split_k import plan_cut_product, store_part
@@ -239,10 +239,7 @@ def _span_product(
 
 def span_kernel(name: str) -> Any:
     """The product of x and a weight in spans as a kernel that profilers and tables know by ``name``."""
-    kernel = triton.jit(_span_product, do_not_specialize=["M"], repr=lambda specialization: name)
-    if isinstance(kernel, triton.JITFunction):  # the interpreter's is nameless
-        kernel.__name__ = name
-    return kernel
+    return named_kernel(_span_product, name)
 
 
 def plan_span_product(
