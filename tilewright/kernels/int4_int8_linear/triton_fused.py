@@ -29,7 +29,7 @@ from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, as_matrix
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
-from tilewright.kernels.triton.common import inline_ptx_by_default, why_not_on_gpu
+from tilewright.kernels.triton.common import inline_ptx_by_default, named_kernel, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
 from tilewright.kernels.triton.spans import SPAN, kernel_order, span_count, why_no_spans
 from tilewright.kernels.triton.split_k import choose_split
@@ -38,7 +38,7 @@ from tilewright.kernels.triton.tiles import (
     TileConfig,
     plan_span_product,
     programs_for,
-    span_kernel,
+    span_product,
     tile_candidates,
     why_not_tile,
 )
@@ -108,7 +108,7 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-int4_int8_linear_kernel = span_kernel("int4_int8_linear_kernel")
+int4_int8_linear_kernel = named_kernel(span_product, "int4_int8_linear_kernel")
 
 
 def int4_int8_linear(

@@ -28,7 +28,7 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
-from tilewright.kernels.triton.common import inline_ptx_by_default, why_not_on_gpu
+from tilewright.kernels.triton.common import inline_ptx_by_default, named_kernel, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
 from tilewright.kernels.triton.spans import kernel_order, span_count, why_no_spans
 from tilewright.kernels.triton.split_k import choose_split
@@ -37,7 +37,7 @@ from tilewright.kernels.triton.tiles import (
     TileConfig,
     plan_span_product,
     programs_for,
-    span_kernel,
+    span_product,
     tile_candidates,
     why_not_tile,
 )
@@ -113,7 +113,7 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-int4_linear_kernel = span_kernel("int4_linear_kernel")
+int4_linear_kernel = named_kernel(span_product, "int4_linear_kernel")
 
 
 def int4_linear(

@@ -14,21 +14,13 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.conv_geometry import empty_channels_last
-from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.matrices import FLOAT_DTYPES
-from tilewright.kernels.triton.common import why_not_on_gpu
+from tilewright.kernels.triton.common import why_not_float_rows
 from tilewright.kernels.triton.rounding import requantize, store_quantized
 
 #: Values of one program, 16 for each thread.
 BLOCK = 2048
 WARPS = 4
-
-
-def why_not(problem: Problem) -> str | None:
-    """The reason why this implementation does not take ``problem``, or None."""
-    if problem.x_dtype not in FLOAT_DTYPES:
-        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
-    return why_not_on_gpu(problem)
+why_not = why_not_float_rows
 
 
 @triton.jit(do_not_specialize=["H", "W"])

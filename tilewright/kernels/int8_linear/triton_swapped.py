@@ -25,8 +25,9 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
 from tilewright.kernels.int8_linear.triton_operators import operators, product_problem, why_not_int8_product
+from tilewright.kernels.triton.common import named_kernel
 from tilewright.kernels.triton.split_k import choose_split
-from tilewright.kernels.triton.swapped import plan_swapped_product, swapped_kernel
+from tilewright.kernels.triton.swapped import plan_swapped_product, swapped_product
 from tilewright.kernels.tuning import tunable, why_too_large
 
 MAX_M = 128
@@ -126,7 +127,7 @@ def why_not(problem: Problem) -> str | None:
     return why_not_int8_product(problem)
 
 
-int8_swapped_kernel = swapped_kernel("swapped_kernel")
+swapped_kernel = named_kernel(swapped_product, "swapped_kernel")
 
 
 def plan_swapped(
@@ -141,7 +142,7 @@ def plan_swapped(
     """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] int8 with contiguous rows."""
     config = config or TUNED.choose(product_problem(x, len(weight)))
     operands = (x, weight, x_scale, weight_scale, out, torch.int8)
-    return plan_swapped_product(int8_swapped_kernel, *operands, config, BLOCK_K, **end)
+    return plan_swapped_product(swapped_kernel, *operands, config, BLOCK_K, **end)
 
 
 int8_linear, int8_linear_quantized = operators(plan_swapped)

@@ -26,10 +26,10 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts, rows_aligned
 from tilewright.kernels.epilogue import End
 from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
-from tilewright.kernels.triton.common import why_not_on_gpu
+from tilewright.kernels.triton.common import named_kernel, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
 from tilewright.kernels.triton.split_k import choose_split
-from tilewright.kernels.triton.swapped import plan_swapped_product, swapped_kernel
+from tilewright.kernels.triton.swapped import plan_swapped_product, swapped_product
 from tilewright.kernels.tuning import tunable, why_too_large
 
 SMALL_M, MIDDLE_M, MAX_M = 16, 128, 256
@@ -161,7 +161,7 @@ def why_not(problem: Problem) -> str | None:
     return why_not_on_gpu(problem)
 
 
-weight_only_kernel = swapped_kernel("weight_only_kernel")
+weight_only_kernel = named_kernel(swapped_product, "weight_only_kernel")
 
 
 def plan_swapped(

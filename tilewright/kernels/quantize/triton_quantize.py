@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 
 from tilewright.aot.launch import Launch
-from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.matrices import FLOAT_DTYPES
-from tilewright.kernels.triton.common import why_not_on_gpu
+from tilewright.kernels.triton.common import why_not_float_rows
 from tilewright.kernels.triton.row_quantize import (
     ROW_CONFIGS,
     SHARED_SOURCES,
@@ -34,13 +32,7 @@ from tilewright.kernels.tuning import tunable
 
 CONFIGS = ROW_CONFIGS
 TUNED = tunable(__name__, QuantizeConfig.for_problem, candidates, shares=SHARED_SOURCES)
-
-
-def why_not(problem: Problem) -> str | None:
-    """The reason why this implementation does not take ``problem``, or None."""
-    if problem.x_dtype not in FLOAT_DTYPES:
-        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
-    return why_not_on_gpu(problem)
+why_not = why_not_float_rows
 
 
 @triton.jit

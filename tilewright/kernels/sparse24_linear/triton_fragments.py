@@ -32,7 +32,6 @@ from typing_extensions import Unpack
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
-from tilewright.kernels.matrices import FLOAT_DTYPES
 from tilewright.kernels.sparse24_linear import gate
 from tilewright.kernels.sparse24_linear.fragments import (
     TILE_M,
@@ -43,8 +42,8 @@ from tilewright.kernels.sparse24_linear.fragments import (
     unit_count,
 )
 from tilewright.kernels.sparse24_linear.triton_mma_sp import load_unit, multiply_step, poison, watch, x_registers
-from tilewright.kernels.sparse24_linear.triton_run import operators
-from tilewright.kernels.triton.common import MAX_K, TRITON_DTYPES, finish_tile, why_not_on_gpu
+from tilewright.kernels.sparse24_linear.triton_run import operators, why_not_product
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile
 from tilewright.kernels.triton.registers import check_registers, split_registers, words_of
 from tilewright.kernels.triton.split_k import choose_split, plan_cut_product
 
@@ -91,21 +90,14 @@ def why_not(problem: Problem) -> str | None:
 
 def why_cannot(problem: Problem) -> str | None:
     """The reason why the kernel cannot compute ``problem``, or None."""
-    if reason := why_not_on_gpu(problem):
+    if reason := why_not_product(problem):
         return reason
     if problem.capability is None:
         return "mma.sp is an instruction of NVIDIA's GPUs"
     if problem.capability[0] >= 10:
         return "mma.sp was emulated for compute capability 8.0 and 9.0 only"
-    if problem.x_dtype not in FLOAT_DTYPES:
-        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
-    if problem.op == "sparse24_int8_linear":
-        if problem.k > MAX_K:
-            return f"sums of {problem.k} products may leave int32, which holds {MAX_K}"
-    elif problem.op != "sparse24_linear":
+    if problem.op not in ("sparse24_linear", "sparse24_int8_linear"):
         return "multiplies int8 and 16-bit floats, which int4 values are not until they are unpacked"
-    elif problem.multiply_dtype not in (torch.float16, torch.bfloat16):
-        return f"multiplies in float16 and bfloat16, not in {problem.multiply_dtype}"
     if problem.k % UNIT or not problem.k:
         return f"takes rows of a multiple of {UNIT} columns, not of {problem.k}"
     return None

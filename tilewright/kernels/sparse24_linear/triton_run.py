@@ -1,4 +1,4 @@
-"""What the launchers of 2:4 kernels share: one call from tensors to result, and the two operators made of it."""
+"""What the launchers of 2:4 kernels share: what all decline, a call from tensors to result, the two operators."""
 
 from __future__ import annotations
 
@@ -11,9 +11,24 @@ from typing_extensions import Unpack
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.epilogue import End
-from tilewright.kernels.matrices import rows_of
+from tilewright.kernels.matrices import FLOAT_DTYPES, rows_of
 from tilewright.kernels.quantize.triton_quantize import quantize_per_row
+from tilewright.kernels.triton.common import MAX_K, why_not_on_gpu
 from tilewright.kernels.triton.linear import run_linear
+
+
+def why_not_product(problem: Problem) -> str | None:
+    """Why no kernel of ours multiplies ``problem`` by a 2:4 weight (device, dtypes, length of the sums), or None."""
+    if reason := why_not_on_gpu(problem):
+        return reason
+    if problem.x_dtype not in FLOAT_DTYPES:
+        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
+    if problem.op == "sparse24_int8_linear":
+        if problem.k > MAX_K:
+            return f"sums of {problem.k} products may leave int32, which holds {MAX_K}"
+    elif problem.multiply_dtype not in (torch.float16, torch.bfloat16):
+        return f"multiplies in float16 and bfloat16, not in {problem.multiply_dtype}"
+    return None
 
 
 def run(

@@ -27,18 +27,11 @@ from typing_extensions import Unpack
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
-from tilewright.kernels.matrices import FLOAT_DTYPES
 from tilewright.kernels.sparse24_linear import gate, layout
 from tilewright.kernels.sparse24_linear.layout import BLOCK, GROUPS, INT8, StepWeight
-from tilewright.kernels.sparse24_linear.triton_run import operators, run
+from tilewright.kernels.sparse24_linear.triton_run import operators, run, why_not_product
 from tilewright.kernels.sparse24_linear.triton_select import select_columns
-from tilewright.kernels.triton.common import (
-    MAX_K,
-    TRITON_DTYPES,
-    finish_tile,
-    inline_ptx_by_default,
-    why_not_on_gpu,
-)
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile, inline_ptx_by_default
 from tilewright.kernels.triton.nibbles import nibble_number, offset_of
 from tilewright.kernels.triton.split_k import choose_split, plan_cut_product, store_part
 
@@ -102,15 +95,8 @@ def why_not(problem: Problem) -> str | None:
 
 def why_cannot(problem: Problem) -> str | None:
     """The reason why the kernel cannot compute ``problem``, or None."""
-    if reason := why_not_on_gpu(problem):
+    if reason := why_not_product(problem):
         return reason
-    if problem.x_dtype not in FLOAT_DTYPES:
-        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
-    if problem.op == "sparse24_int8_linear":
-        if problem.k > MAX_K:
-            return f"sums of {problem.k} products may leave int32, which holds {MAX_K}"
-    elif problem.multiply_dtype not in (torch.float16, torch.bfloat16):
-        return f"multiplies in float16 and bfloat16, not in {problem.multiply_dtype}"
     if problem.op == "sparse24_int4_linear":
         return layout.why_no_blocks(problem.k, problem.group_size or problem.k)
     return None

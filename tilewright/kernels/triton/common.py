@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 from tilewright.kernels.activation import TRITON_ACTIVATIONS
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
+from tilewright.kernels.matrices import FLOAT_DTYPES
 
 #: Longest sum of products of int8 in [-127, 127] that cannot leave int32.
 MAX_K = (2**31 - 1) // 127**2
@@ -38,6 +39,13 @@ def why_not_on_gpu(problem: Problem) -> str | None:
     if problem.activation not in TRITON_ACTIVATIONS:
         return f"does not have the activation {problem.activation}"
     return None
+
+
+def why_not_float_rows(problem: Problem) -> str | None:
+    """The same for a kernel that reads floats and multiplies nothing."""
+    if problem.x_dtype not in FLOAT_DTYPES:
+        return f"takes float16, bfloat16 and float32, not {problem.x_dtype}"
+    return why_not_on_gpu(problem)
 
 
 @triton.jit

@@ -15,11 +15,11 @@ from typing_extensions import Unpack
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.epilogue import End
-from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile, named_kernel
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_arguments, finish_tile
 from tilewright.kernels.triton.split_k import with_parts
 
 
-def _swapped_product(
+def swapped_product(
     x_ptr,
     x_scale_ptr,
     w_ptr,
@@ -95,11 +95,6 @@ def _swapped_product(
         tl.store(sums, acc, mask=(row < M) & (column < N))
 
 
-def swapped_kernel(name: str) -> Any:
-    """The kernel by the ``name`` of what it computes."""
-    return named_kernel(_swapped_product, name)
-
-
 def plan_swapped_product(
     kernel: Any,
     x: torch.Tensor,
@@ -115,7 +110,7 @@ def plan_swapped_product(
 ) -> list[Launch]:
     """The one or two launches that write ``out`` [M, N]; x [M, K] and weight [N, K] with contiguous rows.
 
-    kernel: a ``swapped_kernel``. x_scale [M], w_scale [N]. config: has block_m, block_n, split_k, num_warps and
+    kernel: of ``swapped_product``. x_scale [M], w_scale [N]. config: has block_m, block_n, split_k, num_warps and
     num_stages.
     """
     (m, k), n, parts = x.shape, len(weight), config.split_k

@@ -31,7 +31,7 @@ from typing_extensions import Unpack
 from tilewright.aot.launch import Launch
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.epilogue import End
-from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile, named_kernel
+from tilewright.kernels.triton.common import TRITON_DTYPES, finish_tile
 from tilewright.kernels.triton.nibbles import centred_nibble
 from tilewright.kernels.triton.spans import QUARTER, SPAN, SpanWeight, span_count
 from tilewright.kernels.triton.split_k import plan_cut_product, store_part
@@ -134,7 +134,7 @@ def _shift_of(words, zero_ptr, offset, SCALE: tl.constexpr):
         return 8 - (words & 15)
 
 
-def _span_product(
+def span_product(
     x_ptr,
     x_scale_ptr,
     weight_ptr,
@@ -237,11 +237,6 @@ def _span_product(
         )
 
 
-def span_kernel(name: str) -> Any:
-    """The product of x and a weight in spans as a kernel that profilers and tables know by ``name``."""
-    return named_kernel(_span_product, name)
-
-
 def plan_span_product(
     kernel: Any,
     x: torch.Tensor,
@@ -253,9 +248,10 @@ def plan_span_product(
     inline_ptx: bool,
     **end: Unpack[End],
 ) -> list[Launch]:
-    """The launches that fill ``out`` [M, N]: the product by a ``span_kernel``, and the sum over parts where K is cut.
+    """The launches that fill ``out`` [M, N]: the product, and the sum over parts where K is cut.
 
-    x [M, K] with unit stride along K, x_scale float32 [M] or None, bias [N] contiguous, residual [M, N].
+    kernel: of ``span_product``. x [M, K] with unit stride along K, x_scale float32 [M] or None, bias [N] contiguous,
+    residual [M, N].
     """
     args = {
         "x_scale_ptr": x_scale,
