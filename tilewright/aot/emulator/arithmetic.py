@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tilewright.aot.emulator.errors import Unsupported
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import (
     FLOATS,
     NATIVE,
@@ -37,9 +38,6 @@ from tilewright.aot.emulator.registry import (
     numeric,
     one_of,
 )
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 _WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
 _FLOAT_MODIFIERS = (*ROUNDINGS, "ftz", "sat")

@@ -5,18 +5,14 @@ Lanes that meet at one address take turns in the order of their numbers: any ord
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from tilewright.aot.emulator.addresses import HINTS, active, address_of, space_of
 from tilewright.aot.emulator.errors import Unsupported
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import U64, WORD, Array, bits_of, decode, encode
 from tilewright.aot.emulator.program import Instruction
 from tilewright.aot.emulator.registry import Function, Mask, Run, builds, elements, one_of, slot_of
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 
 def _exchange_if_equal(old: Array, expected: Array, new: Array) -> Array:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from tilewright.aot.emulator.errors import PTXError, Unsupported
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.program import Instruction
 from tilewright.aot.emulator.registry import Mask, Run, builds, literal
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 
 @builds("bar", "barrier")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import U8, U32, U64, WORD, Array, bits_of, low_integer
 from tilewright.aot.emulator.program import Instruction, Width
 from tilewright.aot.emulator.registry import Run, allow, bitwise, builds, compute, literal, one_of
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from tilewright.aot.emulator.errors import Unsupported
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import FLOATS, Array, bits_of, decode, flush
 from tilewright.aot.emulator.program import Instruction
 from tilewright.aot.emulator.registry import Function, Mask, Run, allow, bitwise, both, builds, one_of
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 _COMPARE = {
     "eq": np.equal,

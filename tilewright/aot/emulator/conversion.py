@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from tilewright.aot.emulator.errors import Unsupported
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import (
     FLOAT8_PAIRS,
     FLOATS,
@@ -27,9 +26,6 @@ from tilewright.aot.emulator.numerics import (
 )
 from tilewright.aot.emulator.program import Instruction
 from tilewright.aot.emulator.registry import ROUNDINGS, Function, Run, allow, bitwise, builds, compute, one_of
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 _WHOLE = ("rni", "rzi", "rmi", "rpi")
 _MODIFIERS = (*ROUNDINGS, *_WHOLE, "rna", "ftz", "sat", "relu", "satfinite")

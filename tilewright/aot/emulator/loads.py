@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from tilewright.aot.emulator.addresses import active, address_of, shape_of, space_of
 from tilewright.aot.emulator.errors import Unsupported
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import WORD, Array, bits_of
 from tilewright.aot.emulator.program import SINK, Address, Instruction, Operand, Register, Symbol
 from tilewright.aot.emulator.registry import Mask, Run, builds, elements
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 
 def _moved(instruction: Instruction, space: str, registers: Operand) -> tuple[list[Operand], str, int]:

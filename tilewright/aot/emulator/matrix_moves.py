@@ -4,18 +4,14 @@ warp.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from tilewright.aot.emulator.addresses import address_of
 from tilewright.aot.emulator.errors import Unsupported
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import U16, U32
 from tilewright.aot.emulator.program import Instruction
 from tilewright.aot.emulator.registry import Mask, Run, allow, builds, elements, one_of
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 _COUNTS = {"x1": 1, "x2": 2, "x4": 4}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,12 +22,10 @@ from tilewright.aot.emulator.fragments import (
     split,
     write_accumulator,
 )
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import Array
 from tilewright.aot.emulator.program import Instruction
 from tilewright.aot.emulator.registry import Mask, Run, builds, elements, literal
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 _SPARSE = ("sp", "sp::ordered_metadata")
 _OTHER = {"sync", "aligned", "row", "col", "satfinite", *_SPARSE}

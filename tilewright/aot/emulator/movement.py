@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from tilewright.aot.emulator.errors import Unsupported
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import U8, WORD, Array, bits_of
 from tilewright.aot.emulator.program import Instruction, Operand, Vector, Width
 from tilewright.aot.emulator.registry import Mask, Run, bitwise, builds, compute, slot_of
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 
 @builds("mov")

@@ -6,17 +6,15 @@ The threads that execute one must be those that its member mask names; anything 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tilewright.aot.emulator.errors import PTXError, Unsupported
+from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import U32, Array, bits_of, decode, encode, limits
 from tilewright.aot.emulator.program import Immediate, Instruction, Operand
 from tilewright.aot.emulator.registry import Function, Mask, Run, allow, both, builds, one_of
-
-if TYPE_CHECKING:
-    from tilewright.aot.emulator.machine import Machine
 
 _LANE = np.arange(32)
 _WEIGHT = U32(1) << np.arange(32, dtype=U32)
