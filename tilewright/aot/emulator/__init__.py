@@ -9,9 +9,9 @@ launch, machine, control          the run of a grid; registers; blocks
 program, parser                   what the text says
 registry                          how instructions are implemented
 arithmetic, bits, comparison, conversion, movement, numerics      single threads
-addresses, loads, atomics, async_copies, bulk_copies, matrix_moves      memory accesses
+addresses, loads, atomics, async_copies, bulk_copies      memory accesses
 global_memory, shared_memory, views      the memories and their checks
-warp, barriers, special           threads together
+threads                           shuffles, votes, barriers, fences
 fragments, mma, wgmma             tensor cores
 stats, errors                     what comes out
 """

@@ -16,15 +16,13 @@ import torch
 from tilewright.aot.emulator import (  # noqa: F401
     arithmetic,
     atomics,
-    barriers,
     bits,
     comparison,
     conversion,
     loads,
-    matrix_moves,
     mma,
     movement,
-    warp,
+    threads,
 )
 from tilewright.aot.emulator.errors import PTXError, Unsupported
 from tilewright.aot.emulator.machine import Machine

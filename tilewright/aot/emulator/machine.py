@@ -21,7 +21,6 @@ from tilewright.aot.emulator.numerics import U32, U64, WORD, Array
 from tilewright.aot.emulator.program import Immediate, Instruction, Kernel, Operand, Register, Symbol, Width
 from tilewright.aot.emulator.registry import BUILDERS, Mask
 from tilewright.aot.emulator.shared_memory import SharedMemory
-from tilewright.aot.emulator.special import special_register
 from tilewright.aot.emulator.stats import Stats
 from tilewright.aot.emulator.wgmma import AsyncProducts
 
@@ -197,7 +196,41 @@ class Machine:
         for known in (self.symbols, self.local.symbols, self.arguments):
             if name in known:
                 return known[name]
-        return special_register(self, name)
+        return self._special_register(name)
+
+    def _special_register(self, name: str) -> int | Array:
+        """The value of ``%name`` for each thread. There is one multiprocessor, clusters have one CTA, clocks stand
+        still.
+        """
+        base, _, axis_name = name.lstrip("%").partition(".")
+        axis = {"": 0, "x": 0, "y": 1, "z": 2}.get(axis_name, 3)
+        lane = self.thread_of % 32
+        if base in ("ctaid", "clusterid"):
+            numbers: Array = np.array([(*cta, 0)[axis] for cta in self.ctas], np.int64)[self.cta_of]
+            return numbers
+        values: dict[str, int | Array] = {
+            "tid": self.thread_of if axis == 0 else 0,
+            "ntid": self.threads if axis == 0 else 1,
+            "nctaid": (*self.grid, 0)[axis],
+            "nclusterid": (*self.grid, 0)[axis],
+            "laneid": lane,
+            "warpid": self.warp_of,
+            "nwarpid": self.threads // 32,
+            **dict.fromkeys(
+                ("smid", "gridid", "clock", "clock64", "globaltimer", "cluster_ctaid", "cluster_ctarank"), 0
+            ),
+            **dict.fromkeys(("nsmid", "cluster_nctaid", "cluster_nctarank"), 1),
+            "lanemask_eq": 1 << lane,
+            "lanemask_lt": (1 << lane) - 1,
+            "lanemask_le": (2 << lane) - 1,
+            "lanemask_gt": ~((2 << lane) - 1) & 0xFFFFFFFF,
+            "lanemask_ge": ~((1 << lane) - 1) & 0xFFFFFFFF,
+            "dynamic_smem_size": self.shared_size,
+            "total_smem_size": self.shared_size,
+        }
+        if base not in values:
+            raise Unsupported(f"symbol or special register {name}")
+        return values[base]
 
     def write(self, slot: int | None, value: Array, mask: Mask) -> None:
         """Set a register, if there is one, from an array over all threads."""

@@ -1,6 +1,6 @@
-"""Instructions in which the threads of a warp exchange values: shuffles, votes, matches, reductions.
+"""Threads together: what those of a warp exchange (shuffles, votes, matches, reductions), barriers of a CTA and fences.
 
-The threads that execute one must be those that its member mask names; anything else is undefined on a GPU.
+The threads that execute an exchange must be those that its member mask names; anything else is undefined on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tilewright.aot.emulator.errors import PTXError, Unsupported
 from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import U32, Array, bits_of, decode, encode, limits
 from tilewright.aot.emulator.program import Immediate, Instruction, Operand
-from tilewright.aot.emulator.registry import Function, Mask, Run, allow, both, builds, one_of
+from tilewright.aot.emulator.registry import Function, Mask, Run, allow, both, builds, literal, one_of
 
 _LANE = np.arange(32)
 _WEIGHT = U32(1) << np.arange(32, dtype=U32)
@@ -174,3 +174,47 @@ def _elect(instruction: Instruction, machine: Machine) -> Run:
         machine.write(chosen, (first[:, None] == _LANE).reshape(-1), mask)
 
     return run
+
+
+@builds("bar", "barrier")
+def _barrier(instruction: Instruction, machine: Machine) -> Run:
+    if instruction.parts[1] == "warp":
+        return lambda mask: None  # what the threads of one warp do is in order here
+    form = [part for part in instruction.parts[1:] if part not in ("cta", "aligned")]
+    operands = instruction.operands
+    if form != ["sync"] or not 1 <= len(operands) <= 2:
+        raise Unsupported(f"{instruction.text}: only bar.sync")
+    literal(operands[0])
+    if len(operands) == 2 and literal(operands[1]) != machine.threads:
+        raise Unsupported(f"{instruction.text}: barrier of part of a CTA")
+
+    def run(mask: Mask) -> None:
+        if mask is None:
+            machine.shared.barrier()
+            return
+        here = mask.reshape(-1, machine.threads)
+        if (here.any(axis=1) & ~here.all(axis=1)).any():
+            raise PTXError("bar.sync reached by some threads of a CTA only")
+        machine.shared.barrier(np.flatnonzero(here.any(axis=1)))
+
+    return run
+
+
+@builds("fence")
+def _fence(instruction: Instruction, machine: Machine) -> Run:
+    if instruction.parts[1:3] != ["proxy", "async"]:
+        return lambda mask: None
+
+    def run(mask: Mask) -> None:
+        if mask is None:
+            machine.shared.fence_proxy()
+            return
+        warps = np.flatnonzero(mask.reshape(-1, 32).any(axis=1))
+        machine.shared.fence_proxy((int(machine.cta_of[32 * warp]), int(machine.warp_of[32 * warp])) for warp in warps)
+
+    return run
+
+
+@builds("membar", "griddepcontrol", "nanosleep", "setmaxnreg")
+def _no_effect(instruction: Instruction, machine: Machine) -> Run:
+    return lambda mask: None
