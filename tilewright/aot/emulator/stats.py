@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,27 +94,35 @@ def _by_warp(machine: Machine, lanes: Array, mask: Mask) -> Array:
     return full.reshape(-1, 32)
 
 
+@dataclass
 class Stats:
     """Dynamic counts of one launch.
 
     opcodes: executions by a warp, by opcode; those whose guard was false everywhere count too, as on a GPU they issue.
     matrix: executions of matrix instructions by kind, "mma.sync" and "mma.sp" by a warp, "wgmma" by a warp group of
     four. matrix_flops: their multiplications and additions, on a sparse operand as if it were dense. sites: what each
-    instruction did to memory. ctas: how many ran. seconds: that emulation took, which says nothing about a GPU. races:
+    instruction did to memory. global_bytes to ideal_wavefronts: their sums, see ``Site``, by direction; accesses are
+    those to global memory. ctas: how many ran. seconds: that emulation took, which says nothing about a GPU. races:
     what ``races="report"`` found. warnings: asynchronous work left over at the end.
     Sectors and wavefronts stay 0 with ``profile=False``.
     """
 
-    def __init__(self, profile: bool = True) -> None:
-        self.profile = profile
-        self.opcodes: Counter[str] = Counter()
-        self.matrix: Counter[str] = Counter()
-        self.matrix_flops = 0
-        self.sites: list[Site] = []
-        self.races: list[str] = []
-        self.warnings: set[str] = set()
-        self.ctas = 0
-        self.seconds = 0.0
+    profile: bool = True
+    opcodes: Counter[str] = field(default_factory=Counter)
+    matrix: Counter[str] = field(default_factory=Counter)
+    matrix_flops: int = 0
+    sites: list[Site] = field(default_factory=list)
+    global_bytes: Counter[str] = field(default_factory=Counter)
+    accesses: Counter[str] = field(default_factory=Counter)
+    sectors: Counter[str] = field(default_factory=Counter)
+    ideal_sectors: Counter[str] = field(default_factory=Counter)
+    shared_bytes: Counter[str] = field(default_factory=Counter)
+    wavefronts: Counter[str] = field(default_factory=Counter)
+    ideal_wavefronts: Counter[str] = field(default_factory=Counter)
+    races: list[str] = field(default_factory=list)
+    warnings: set[str] = field(default_factory=set)
+    ctas: int = 0
+    seconds: float = 0.0
 
     def site(self, instruction: Instruction, space: str, direction: str) -> Site:
         """A new counter for one instruction."""
@@ -122,52 +130,10 @@ class Stats:
         self.sites.append(Site(*place, space, direction, profile=self.profile))
         return self.sites[-1]
 
-    def _total(self, space: str, what: str) -> Counter[str]:
-        total: Counter[str] = Counter()
-        for site in self.sites:
-            if site.space == space:
-                total[site.direction] += getattr(site, what)
-        return total
-
     @property
     def instructions(self) -> int:
         """Executions by a warp of any instruction."""
         return sum(self.opcodes.values())
-
-    @property
-    def global_bytes(self) -> Counter[str]:
-        """Bytes of global memory asked for: "read", "written"."""
-        return self._total("global", "bytes")
-
-    @property
-    def sectors(self) -> Counter[str]:
-        """32-byte sectors of global memory touched, summed over accesses: "read", "written"."""
-        return self._total("global", "sectors")
-
-    @property
-    def ideal_sectors(self) -> Counter[str]:
-        """Fewest sectors that hold the distinct bytes of each access to global memory: "read", "written"."""
-        return self._total("global", "ideal_sectors")
-
-    @property
-    def accesses(self) -> Counter[str]:
-        """Accesses of a warp to global memory: "read", "written"."""
-        return self._total("global", "accesses")
-
-    @property
-    def shared_bytes(self) -> Counter[str]:
-        """Bytes of shared memory asked for: "read", "written"."""
-        return self._total("shared", "bytes")
-
-    @property
-    def wavefronts(self) -> Counter[str]:
-        """Wavefronts of shared memory: "read", "written"."""
-        return self._total("shared", "wavefronts")
-
-    @property
-    def ideal_wavefronts(self) -> Counter[str]:
-        """Wavefronts of shared memory if no banks conflicted: "read", "written"."""
-        return self._total("shared", "ideal_wavefronts")
 
     @property
     def bank_conflicts(self) -> int:
@@ -204,12 +170,23 @@ class Stats:
         return self.instructions / by_warp if by_warp else float("inf")
 
     def finish(self, blocks: Iterable[Block], ctas: int) -> None:
-        """Add up the instructions of the blocks that ran."""
+        """Add up the instructions of the blocks that ran, and what the sites counted."""
         self.ctas = ctas
         for block in blocks:
             for opcode, count in block.opcodes.items():
                 if block.runs:
                     self.opcodes[opcode] += count * block.runs
+        for site in self.sites:
+            at = site.direction
+            if site.space == "global":
+                self.global_bytes[at] += site.bytes
+                self.accesses[at] += site.accesses
+                self.sectors[at] += site.sectors
+                self.ideal_sectors[at] += site.ideal_sectors
+            else:
+                self.shared_bytes[at] += site.bytes
+                self.wavefronts[at] += site.wavefronts
+                self.ideal_wavefronts[at] += site.ideal_wavefronts
 
     def __str__(self) -> str:
         return (
