@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tilewright.aot.emulator.errors import Unsupported
-from tilewright.aot.emulator.numerics import WORD, Array, bits_of
+from tilewright.aot.emulator.numerics import WORD, Array
 from tilewright.aot.emulator.program import Address, Immediate, Instruction, Operand, Width
 
 if TYPE_CHECKING:
@@ -32,17 +32,9 @@ def space_of(instruction: Instruction) -> str:
     return "generic"
 
 
-def shape_of(instruction: Instruction) -> tuple[int, str, int]:
-    """(vector length, element type, bytes of an element) of a load or store."""
-    unknown = set(instruction.parts[1:-1]) - HINTS
-    if unknown:
-        raise Unsupported(f"{instruction.opcode}: {', '.join(sorted(unknown))}")
-    count = 4 if "v4" in instruction.parts else 2 if "v2" in instruction.parts else 1
-    kind = instruction.kind
-    size = bits_of(kind) // 8
-    if size * count > 16:
-        raise Unsupported(f"{instruction.opcode}: more than 16 bytes a thread")
-    return count, kind, size
+def vector_of(instruction: Instruction) -> int:
+    """Elements that a load, store or atomic moves for each thread."""
+    return 4 if "v4" in instruction.parts else 2 if "v2" in instruction.parts else 1
 
 
 def address_of(machine: Machine, operand: Operand, width: Width | None = None) -> Callable[[], Array]:

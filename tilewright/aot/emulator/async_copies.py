@@ -71,7 +71,7 @@ class AsyncCopies:
                 ready &= mask[flight.threads]
             if ready.any():
                 landing = flight if ready.all() else flight.part(ready)
-                self.machine.shared.land_copy(landing.flat, landing.data, landing.warp)
+                self.machine.shared.land(landing.flat, landing.data, landing.warp)
             if not ready.all():
                 kept.append(flight.part(~ready))
         self.flying = kept

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tilewright.aot.emulator.addresses import HINTS, active, address_of, space_of
+from tilewright.aot.emulator.addresses import HINTS, active, address_of, space_of, vector_of
 from tilewright.aot.emulator.errors import Unsupported
 from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import U64, WORD, Array, bits_of, decode, encode
@@ -51,8 +51,7 @@ def _atomic(instruction: Instruction, machine: Machine) -> Run:
     unknown = set(instruction.parts[1:-1]) - HINTS - {operation}
     if not operation or unknown:
         raise Unsupported(f"{instruction.opcode}: {', '.join(sorted(unknown)) or 'operation'}")
-    count = 4 if "v4" in instruction.parts else 2 if "v2" in instruction.parts else 1
-    kind = instruction.kind
+    count, kind = vector_of(instruction), instruction.kind
     bits = bits_of(kind)
     size = bits // 8 * count
     operands = instruction.operands[1:] if returns else instruction.operands

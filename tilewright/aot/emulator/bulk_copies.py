@@ -209,7 +209,7 @@ def _mbarrier(instruction: Instruction, machine: Machine) -> Run:
             complete = barrier.missing == 0 and barrier.bytes == sum(total for *_, total in barrier.landing)
             if barrier.phase & 1 == parity and complete:
                 for flat, data, total in barrier.landing:
-                    machine.shared.land_copy(flat, data, None)
+                    machine.shared.land(flat, data, None)
                     barrier.bytes -= total
                 barrier.landing = []
                 barrier.settle()

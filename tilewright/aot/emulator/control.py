@@ -13,7 +13,7 @@ from tilewright.aot.emulator.program import Instruction, Kernel, Symbol
 from tilewright.aot.emulator.registry import Run
 
 Work = TypeVar("Work")
-_LEAVING = {"bra": "jump", "ret": "return", "exit": "return", "trap": "trap"}
+_LEAVING = ("bra", "ret", "exit", "trap")
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,11 @@ class Step:
 class Block:
     """A straight run of instructions and the way out of it.
 
-    leave: "next", "jump", "return" or "trap"; with ``guard`` (a predicate's slot) only threads whose predicate says so
-    take it, to the block numbered ``target``. runs: warps that executed the block. opcodes: what one of them executes.
+    leaving: what leads to the block numbered ``target``, None where the next one follows; with ``guard`` (a predicate's
+    slot) only threads whose predicate says so take it. runs: warps that executed the block. opcodes: what one executes.
     """
 
     steps: list[Step] = field(default_factory=list)
-    leave: str = "next"
     leaving: Instruction | None = None
     guard: int | None = None
     negated: bool = False
@@ -70,9 +69,8 @@ def cut(kernel: Kernel, build: Callable[[Instruction], Step], slot_of: Callable[
         last = code[end - 1]
         if last.parts[0] in _LEAVING:
             body = body[:-1]
-            block.leave, block.leaving = _LEAVING[last.parts[0]], last
-            block.target = len(leaders)
-            if block.leave == "jump":
+            block.leaving, block.target = last, len(leaders)
+            if last.parts[0] == "bra":
                 block.target = number.get(_destination(kernel, last), len(leaders))
             if last.guard is not None:
                 block.guard, block.negated = slot_of(last.guard.name), last.guard.negated

@@ -161,7 +161,7 @@ def _run_batch(machine: Machine, limit: int) -> None:
             raise machine.explain(error, instruction, mask) from error
         following = at + 1
         leaves: Array | None = None  # which threads leave, where some do
-        if block.leave != "next":
+        if block.leaving is not None:
             everyone = True
             if block.guard is not None:
                 leaves = ~values[block.guard] if block.negated else values[block.guard]
@@ -169,7 +169,7 @@ def _run_batch(machine: Machine, limit: int) -> None:
                 everyone = bool(among.all())
                 if everyone or not among.any():
                     leaves = None
-            if block.leave == "trap" and block.leaving is not None and (everyone or leaves is not None):
+            if block.leaving.parts[0] == "trap" and (everyone or leaves is not None):
                 raise machine.explain(PTXError("trap executed"), block.leaving, mask)
             if everyone:
                 following = block.target
@@ -189,6 +189,6 @@ def _run_batch(machine: Machine, limit: int) -> None:
         raise machine.explain(error, last, None) from error
     if machine.copies.flying:
         machine.stats.warnings.add("cp.async still in flight when the kernel ended")
-    if products.pending:
+    if products.flying:
         machine.stats.warnings.add("wgmma never waited for")
     machine.stats.races += machine.shared.reports

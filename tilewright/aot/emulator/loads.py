@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from tilewright.aot.emulator.addresses import active, address_of, shape_of, space_of
+from tilewright.aot.emulator.addresses import HINTS, active, address_of, space_of, vector_of
 from tilewright.aot.emulator.errors import Unsupported
 from tilewright.aot.emulator.machine import Machine
 from tilewright.aot.emulator.numerics import WORD, Array, bits_of
 from tilewright.aot.emulator.program import SINK, Address, Instruction, Operand, Register, Symbol
-from tilewright.aot.emulator.registry import Mask, Run, builds, elements
+from tilewright.aot.emulator.registry import Mask, Run, allow, builds, elements
 
 
 def _moved(instruction: Instruction, space: str, registers: Operand) -> tuple[list[Operand], str, int]:
     """(registers, type, bytes of one) that a load or store moves."""
     if space not in ("global", "shared", "local"):
         raise Unsupported(f"{instruction.opcode}: {space} address space")
-    count, kind, size = shape_of(instruction)
-    items = elements(registers)
+    allow(instruction, *HINTS)
+    items, count, size = elements(registers), vector_of(instruction), bits_of(instruction.kind) // 8
+    if size * count > 16:
+        raise Unsupported(f"{instruction.opcode}: more than 16 bytes a thread")
     if len(items) != count:
         raise Unsupported(f"{instruction.opcode}: {len(items)} registers for {count} elements")
-    return items, kind, size
+    return items, instruction.kind, size
 
 
 @builds("ld", "ldu")

@@ -59,15 +59,10 @@ def bits_of(kind: str) -> int:
     return 32 if kind.endswith("x2") or kind == "tf32" else int(kind.lstrip("bfsu"))
 
 
-def bf16_to_f32(raw: Array) -> Array:
-    """Float32 numbers of bfloat16 words."""
-    return (raw.astype(U32) << U32(16)).view(np.float32)
-
-
-def to_f32(value: Array, rounding: str = "rn") -> Array:
-    """Float32 nearest to ``value`` ("rn"), or next to it toward zero ("rz"), down ("rm") or up ("rp")."""
-    near = value.astype(np.float32)
-    if rounding == "rn" or value.dtype == np.float32:
+def to_native(value: Array, dtype: Any, rounding: str = "rn") -> Array:
+    """The ``dtype`` nearest to ``value`` ("rn"), or next to it toward zero ("rz"), down ("rm") or up ("rp")."""
+    near = np.asarray(value, dtype)
+    if rounding == "rn" or value.dtype == dtype:
         return near
     wide = near.astype(np.float64)
     if rounding == "rz":
@@ -76,7 +71,7 @@ def to_f32(value: Array, rounding: str = "rn") -> Array:
         beyond, toward = wide > value, -np.inf
     else:
         beyond, toward = wide < value, np.inf
-    return np.where(beyond, np.nextafter(near, np.float32(toward)), near)
+    return np.where(beyond, np.nextafter(near, dtype(toward)), near)
 
 
 def round_to_odd(value: Array) -> Array:
@@ -98,15 +93,6 @@ def to_bf16(value: Array, rounding: str = "rn") -> Array:
     return np.where((word & U32(0x7FFFFFFF)) > _SIGN_EXPONENT, U32(0x7FFF), kept).astype(U16)
 
 
-def to_f16(value: Array, rounding: str = "rn") -> Array:
-    """Float16 words of float32 or float64 numbers, nearest even ("rn") or toward zero ("rz")."""
-    word = np.ascontiguousarray(value.astype(np.float16)).view(U16)
-    if rounding == "rn":
-        return word
-    beyond = np.abs(word.view(np.float16).astype(np.float64)) > np.abs(value.astype(np.float64))
-    return word - beyond.astype(U16)
-
-
 def to_tf32(word: Array, rounding: str = "rz") -> Array:
     """Float32 words cut to tf32's 10 mantissa bits: toward zero, nearest even ("rn") or nearest away ("rna")."""
     nan = (word & U32(0x7FFFFFFF)) > _SIGN_EXPONENT
@@ -123,7 +109,7 @@ def decode(raw: Array, kind: str) -> Array:
     if kind in _HALF:
         return raw.view(np.float16).astype(np.float32)
     if kind in _BRAIN:
-        return bf16_to_f32(raw.view(U16))
+        return (raw.view(U16).astype(U32) << U32(16)).view(np.float32)
     if kind in FLOAT8_PAIRS:
         return FLOAT8[FLOAT8_PAIRS[kind]][raw.view(U8)].astype(np.float32)
     raise KeyError(kind)
@@ -132,11 +118,11 @@ def decode(raw: Array, kind: str) -> Array:
 def encode(value: Array, kind: str, rounding: str = "rn") -> Array:
     """Words holding ``value``, rounded once."""
     if kind == "f32" and rounding != "rn":
-        value = to_f32(value, rounding)
+        value = to_native(value, np.float32, rounding)
     if kind in NATIVE:
         return np.ascontiguousarray(value, NATIVE[kind]).view(WORD[bits_of(kind)])
     if kind in _HALF:
-        return to_f16(value, rounding).view(_HALF[kind])
+        return np.ascontiguousarray(to_native(value, np.float16, rounding)).view(_HALF[kind])
     if kind in _BRAIN:
         return to_bf16(value, rounding).view(_BRAIN[kind])
     if kind in FLOAT8_PAIRS:

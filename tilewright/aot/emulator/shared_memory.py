@@ -66,7 +66,7 @@ class SharedMemory:
         size = data.shape[1]
         index = offset // size
         self._check_writable(index, size, warp, data)
-        self._commit(index, size, data, warp)
+        self.land(offset, data, warp)
         if self.unfenced is not None:
             rows(self.unfenced, size)[index] = repeated(warp + 1, size)
         if self.races != "off":
@@ -151,9 +151,16 @@ class SharedMemory:
         self._check_writable(index, size, warp, None)
         rows(self.state, size)[index] = repeated(IN_FLIGHT, size)
 
-    def land_copy(self, offset: Array, data: Array, warp: Array | None) -> None:
-        """Complete an asynchronous copy; ``warp`` None: in a way that orders it before every later read."""
-        self._commit(offset // data.shape[1], data.shape[1], data, warp)
+    def land(self, offset: Array, data: Array, warp: Array | None) -> None:
+        """Complete a store or a copy; ``warp`` None: in a way that orders it before every later read."""
+        size = data.shape[1]
+        index = offset // size
+        rows(self.data, size)[index] = as_rows(data, size)
+        rows(self.state, size)[index] = repeated(VALID, size)
+        if self.races != "off":
+            rows(self.writer, size)[index] = 0 if warp is None else repeated(warp + 1, size)
+        if self.atomic is not None:
+            rows(self.atomic, size)[index] = 0
 
     # ------------------------------------------------------------------------------------------------------- checks
     def _check_state(self, index: Array, size: int) -> None:
@@ -240,11 +247,3 @@ class SharedMemory:
                 self.reports.append(text)
             return
         raise kind(text, int(np.argmax(wrong.any(axis=1))))
-
-    def _commit(self, index: Array, size: int, data: Array, warp: Array | None) -> None:
-        rows(self.data, size)[index] = as_rows(data, size)
-        rows(self.state, size)[index] = repeated(VALID, size)
-        if self.races != "off":
-            rows(self.writer, size)[index] = 0 if warp is None else repeated(warp + 1, size)
-        if self.atomic is not None:
-            rows(self.atomic, size)[index] = 0

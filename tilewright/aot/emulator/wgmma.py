@@ -157,11 +157,6 @@ class AsyncProducts:
             if not step.written.isdisjoint(product.inputs):
                 raise AsyncHazard("register operand of a wgmma overwritten before its wgmma.wait_group")
 
-    @property
-    def pending(self) -> bool:
-        """Whether a product was never waited for."""
-        return bool(self.flying)
-
 
 @builds("wgmma")
 def _wgmma(instruction: Instruction, machine: Machine) -> Run:
