@@ -9,7 +9,7 @@ launch, machine, control          the run of a grid; registers; blocks
 program, parser                   what the text says
 registry                          how instructions are implemented
 arithmetic, bits, comparison, conversion, movement, numerics      single threads
-addresses, loads, atomics, async_copies, bulk_copies      memory accesses
+addresses, accesses, async_copies, bulk_copies      memory accesses
 global_memory, shared_memory, views      the memories and their checks
 threads                           shuffles, votes, barriers, fences
 fragments, mma, wgmma             tensor cores

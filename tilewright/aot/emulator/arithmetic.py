@@ -47,8 +47,11 @@ def _with_relu(instruction: Instruction, function: Function) -> Function:
     return (lambda *x: np.maximum(function(*x), 0)) if "relu" in instruction.parts else function
 
 
-def _directed(instruction: Instruction) -> bool:
-    return one_of(instruction, ROUNDINGS, "rn") != "rn"
+def _on_floats(instruction: Instruction, machine: Machine, function: Function, exact: Function) -> Run:
+    """``function`` of two floats; where the rounding is directed, ``exact`` of them as float64."""
+    if one_of(instruction, ROUNDINGS, "rn") == "rn":
+        return numeric(instruction, machine, function, instruction.kind)
+    return numeric(instruction, machine, lambda a, b: exact(a.astype(np.float64), b), instruction.kind)
 
 
 @builds("add", "sub")
@@ -57,10 +60,8 @@ def _add(instruction: Instruction, machine: Machine) -> Run:
     function = np.subtract if subtract else np.add
     if kind in FLOATS:
         allow(instruction, *_FLOAT_MODIFIERS)
-        if not _directed(instruction):
-            return numeric(instruction, machine, function, kind)
-        sign = -1.0 if subtract else 1.0
-        return numeric(instruction, machine, lambda a, b: odd_sum(a.astype(np.float64), b * np.float64(sign)), kind)
+        sign = np.float64(-1 if subtract else 1)
+        return _on_floats(instruction, machine, function, lambda a, b: odd_sum(a, b * sign))
     if "cc" in instruction.parts:
         return _with_carry(instruction, machine)
     allow(instruction, "sat")
@@ -100,9 +101,7 @@ def _mul(instruction: Instruction, machine: Machine) -> Run:
     kind = instruction.kind
     if kind in FLOATS:
         allow(instruction, *_FLOAT_MODIFIERS)
-        if _directed(instruction):
-            return numeric(instruction, machine, lambda a, b: a.astype(np.float64) * b, kind)
-        return numeric(instruction, machine, np.multiply, kind)
+        return _on_floats(instruction, machine, np.multiply, np.multiply)
     allow(instruction, "lo", "hi", "wide")
     if "wide" in instruction.parts:
         wide = NATIVE[_WIDE[kind]]
@@ -201,9 +200,7 @@ def _div(instruction: Instruction, machine: Machine) -> Run:
     if kind in FLOATS:
         allow(instruction, *ROUNDINGS, "ftz", "approx", "full")
         # A quotient of float32 that is no float32 is far from one, so float64 tells the side.
-        if _directed(instruction):
-            return numeric(instruction, machine, lambda a, b: a.astype(np.float64) / b, kind)
-        return numeric(instruction, machine, np.divide, kind)
+        return _on_floats(instruction, machine, np.divide, np.divide)
     allow(instruction)
     ones = NATIVE[kind](-1 if kind[0] == "s" else limits(kind)[1])
     return numeric(instruction, machine, lambda a, b: np.where(b == 0, ones, _quotient(a, b)), kind)

@@ -14,12 +14,11 @@ import torch
 
 # The modules named first register the instructions that they implement.
 from tilewright.aot.emulator import (  # noqa: F401
+    accesses,
     arithmetic,
-    atomics,
     bits,
     comparison,
     conversion,
-    loads,
     mma,
     movement,
     threads,
