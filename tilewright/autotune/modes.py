@@ -6,7 +6,8 @@ and no call waits. ``TILEWRIGHT_AUTOTUNE=1`` in the environment, or
     with tilewright.autotune.on_first_use():
         model(x)
 
-times what is not in a table the first time it is used. Not while a CUDA graph is captured, whatever the mode.
+times what is not in a table the first time it is used. Not while a CUDA graph is captured, whatever the mode. Caches of
+what was chosen ask to be told when the mode, or a table, changes.
 """
 
 from __future__ import annotations
@@ -14,15 +15,25 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-
-from tilewright.autotune.changes import changed
 
 VARIABLE = "TILEWRIGHT_AUTOTUNE"
 _lock = threading.Lock()
 _depth = 0
+_listeners: list[Callable[[], None]] = []
+
+
+def when_changed(clear: Callable[[], None]) -> None:
+    """Have ``clear`` called whenever a table or the mode changes."""
+    _listeners.append(clear)
+
+
+def changed() -> None:
+    """Tell all who asked."""
+    for clear in _listeners:
+        clear()
 
 
 @contextlib.contextmanager

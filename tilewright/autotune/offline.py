@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tilewright.aot.launch import Launch
 from tilewright.autotune.space import Tunable
 
 if TYPE_CHECKING:
+    from tilewright.aot.assembly import Resources
     from tilewright.aot.targets import Target
 
 
@@ -67,9 +68,7 @@ class ShortListed:
 class _Figures:
     """What is kept of one compiled kernel. limits: in words, those that it breaks."""
 
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
+    resources: Resources
     num_warps: int
     matrix: frozenset[str]
     limits: tuple[str, ...]
@@ -90,14 +89,8 @@ class Compiler:
         key = (launch.kernel, str(specialize(launch, self.target)), launch.num_warps, launch.num_stages)
         if key not in self._known:
             made = compile_launch(launch, self.target)
-            self._known[key] = _Figures(
-                made.registers,
-                made.spill_bytes,
-                made.shared_bytes,
-                made.num_warps,
-                frozenset(made.instructions.matrix),
-                tuple(made.over_limits),
-            )
+            matrix = frozenset(made.instructions.matrix)
+            self._known[key] = _Figures(made.resources, made.num_warps, matrix, tuple(made.over_limits))
         return self._known[key]
 
 
@@ -131,16 +124,17 @@ def prune(
             dropped[config] = f"does not compile: {type(error).__name__}: {error}"[:500]
         else:
             limits = [words for one in made for words in one.limits]
-            spilled = max((one.spill_bytes for one in made), default=0)
+            used = [(0, 0, 0), *(astuple(one.resources) for one in made)]
+            registers, spilled, shared = map(max, zip(*used, strict=True))
             if spilled:
                 limits.append(f"{spilled} bytes of registers spill")
             if limits:
                 dropped[config] = "; ".join(limits)
             else:
                 kept[config] = CompiledCandidate(
-                    max((one.registers for one in made), default=0),
+                    registers,
                     spilled,
-                    max((one.shared_bytes for one in made), default=0),
+                    shared,
                     " ".join(sorted({kind for one in made for kind in one.matrix})),
                     _filling_of(launches, made, tunable.hooks.device(sample).units, chip),
                 )
@@ -157,5 +151,5 @@ def _filling_of(launches: Sequence[Launch], made: Sequence[_Figures], units: int
     launch, figures = next(
         (pair for pair in zip(launches, made, strict=True) if pair[1].matrix), (launches[0], made[0])
     )
-    sizes = (figures.num_warps, figures.registers, figures.shared_bytes)
+    sizes = (figures.num_warps, figures.resources.registers, figures.resources.shared_bytes)
     return round(filling(math.prod(launch.grid), *sizes, units, chip.shared_bytes + 1024), 3)

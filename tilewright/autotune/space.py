@@ -20,9 +20,9 @@ from typing import Any
 
 from tilewright.aot.launch import Launch
 from tilewright.autotune import modes, tables
-from tilewright.autotune.changes import changed, when_changed
 from tilewright.autotune.clock import Clock
 from tilewright.autotune.device import DeviceKind, source_hash
+from tilewright.autotune.modes import changed, when_changed
 
 #: Problems whose choice is remembered, for each kernel.
 _REMEMBERED = 4096

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tilewright.autotune import folders
-from tilewright.autotune.changes import changed
 from tilewright.autotune.device import DeviceKind, triton_version
+from tilewright.autotune.modes import changed
 from tilewright.autotune.store import (
     FORMAT,
     Entry,

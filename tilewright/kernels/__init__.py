@@ -6,7 +6,7 @@ Each folder with an ``operator.py`` holds operators, whose cards are registered 
 
 import importlib
 
-from tilewright.autotune.changes import when_changed
+from tilewright.autotune.modes import when_changed
 from tilewright.kernels import tuning
 from tilewright.kernels.cpu import choices
 from tilewright.kernels.dispatch import router
