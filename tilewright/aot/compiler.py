@@ -1,9 +1,5 @@
 """Compile a kernel for a chip that is not here, read what came out, and run it on an emulated one.
 
-    compiled = compile_launch(launch, "sm_90")
-    compiled.resources, compiled.instructions.matrix, compiled.sass.matrix
-    compiled.emulate(launch.grid, launch.args)
-
 Needs no GPU: ``ptxas`` and ``cuobjdump`` come inside the Triton package, AMD's assembler is part of it.
 """
 

@@ -29,11 +29,6 @@ class DeviceKind:
         """Part of a file name: all that tells two tables apart."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.name} {self.arch} x{self.units}".lower()).strip("-")
 
-    @property
-    def is_cpu(self) -> bool:
-        """Whether it is a CPU."""
-        return self.arch.startswith("cpu")
-
 
 def _search(path: str, pattern: str) -> re.Match[str] | None:
     """Where a file of the system has the pattern; None if nowhere, or it cannot be read."""
