@@ -164,23 +164,24 @@ def _atomic(instruction: Instruction, machine: Machine) -> Run:
     site = machine.stats.site(instruction, space, "written")
 
     def apply(old: Array, *given: Array) -> Array:
-        """New words [lanes, count] from old ones and the operands."""
+        """New bytes [lanes, size] from old words [lanes, count] and the operands."""
         if operation in _ON_WORDS:
-            return _ON_WORDS[operation](old, *given)
-        numbers = [decode(np.ascontiguousarray(x).reshape(-1), kind) for x in (old, given[0])]
-        return encode(_ON_NUMBERS[operation](*numbers), kind).reshape(old.shape)
+            new = _ON_WORDS[operation](old, *given)
+        else:
+            numbers = [decode(np.ascontiguousarray(x).reshape(-1), kind) for x in (old, given[0])]
+            new = encode(_ON_NUMBERS[operation](*numbers), kind)
+        return np.ascontiguousarray(new).view(np.uint8).reshape(-1, size)
 
     def access(address: Array, threads: Array, given: list[Array]) -> Array:
         """Read, modify and write at distinct addresses; the words before."""
         if space == "global":
             old = machine.memory.load(address, size).view(word).reshape(-1, count)
-            machine.memory.store(address, np.ascontiguousarray(apply(old, *given)).view(np.uint8).reshape(-1, size))
+            machine.memory.store(address, apply(old, *given))
             return old
         flat = machine.shared.flat(machine.cta_of[threads], address, size, "atomic")
         warp = machine.warp_of[threads]
         old = machine.shared.load_atomic(flat, size, warp).view(word).reshape(-1, count)
-        new = np.ascontiguousarray(apply(old, *given)).view(np.uint8).reshape(-1, size)
-        machine.shared.store_atomic(flat, new, warp)
+        machine.shared.store_atomic(flat, apply(old, *given), warp)
         return old
 
     def run(mask: Mask) -> None:

@@ -209,11 +209,7 @@ def _div(instruction: Instruction, machine: Machine) -> Run:
 @builds("rem")
 def _rem(instruction: Instruction, machine: Machine) -> Run:
     allow(instruction)
-
-    def remainder(a: Array, b: Array) -> Array:
-        return np.where(b == 0, a, a - _quotient(a, b) * b).astype(a.dtype)
-
-    return numeric(instruction, machine, remainder, instruction.kind)
+    return numeric(instruction, machine, lambda a, b: np.where(b == 0, a, a - _quotient(a, b) * b), instruction.kind)
 
 
 def _choice(
@@ -271,7 +267,7 @@ def _sign(instruction: Instruction, machine: Machine) -> Run:
 
     def function(a: Array) -> Array:
         if ftz:
-            a = np.where(flush(decode(a, kind), kind) == 0, a & sign, a) if bits == bits_of("f32") else a
+            a = np.where(flush(decode(a, kind)) == 0, a & sign, a)
         return a ^ sign if negate else a & ~sign
 
     if ftz and kind != "f32":

@@ -55,10 +55,7 @@ class AsyncCopies:
 
     def commit(self, mask: Mask) -> None:
         """Close the current group of the threads in ``mask``."""
-        if mask is None:
-            self.committed += 1
-        else:
-            self.committed[mask] += 1
+        self.committed[... if mask is None else mask] += 1
 
     def wait(self, pending: int | None, mask: Mask) -> None:
         """Land what the threads in ``mask`` committed, but for their ``pending`` latest groups (None: land all)."""

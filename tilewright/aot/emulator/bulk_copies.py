@@ -14,7 +14,7 @@ import numpy as np
 from tilewright.aot.emulator.addresses import address_of
 from tilewright.aot.emulator.async_copies import build_async_copy
 from tilewright.aot.emulator.control import Queue
-from tilewright.aot.emulator.errors import AsyncHazard, PTXError, Unsupported
+from tilewright.aot.emulator.errors import PTXError, Unsupported
 from tilewright.aot.emulator.numerics import U64, Array
 from tilewright.aot.emulator.program import SINK, Address, Instruction, TensorAddress
 from tilewright.aot.emulator.registry import Mask, Run, builds, literal
@@ -115,14 +115,10 @@ class BulkCopies:
             self._check_unchanged(thread, [store for group in (*queue.closed, queue.open) for store in group])
 
     def _check_unchanged(self, thread: int, stores: list[tuple[Array, Array]]) -> None:
+        text = "shared memory overwritten while a bulk store may still read it (missing cp.async.bulk.wait_group?)"
         for flat, data in stores:
-            changed = ~self.machine.shared.unchanged(flat, data)
-            if changed.any():
-                self.machine.effective = np.full(len(flat), thread)
-                text = (
-                    "shared memory overwritten while a bulk store may still read it (missing cp.async.bulk.wait_group?)"
-                )
-                raise AsyncHazard(text, int(np.argmax(changed)))
+            self.machine.effective = np.full(len(flat), thread)
+            self.machine.shared.check_unchanged(flat, data, text)
 
     def barrier(self, cta: int, at: int) -> Barrier:
         """The barrier at a shared address of a CTA."""

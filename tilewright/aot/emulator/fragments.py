@@ -14,10 +14,13 @@ hardware's, whose order of accumulation is not documented. Integer sums are exac
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
-from tilewright.aot.emulator.errors import PTXError
+from tilewright.aot.emulator.errors import PTXError, Unsupported
 from tilewright.aot.emulator.numerics import FLOAT8, U32, Array, decode, encode, to_tf32
+from tilewright.aot.emulator.program import Instruction
 
 #: Elements of each type in a 32-bit register.
 ELEMENTS = {"f16": 2, "bf16": 2, "tf32": 1, "s8": 4, "u8": 4, "e4m3": 4, "e5m2": 4}
@@ -25,6 +28,16 @@ ELEMENTS = {"f16": 2, "bf16": 2, "tf32": 1, "s8": 4, "u8": 4, "e4m3": 4, "e5m2":
 ACCUMULATORS = ("f16", "f32", "s32")
 _WORDS = {1: np.uint32, 2: np.uint16, 4: np.uint8}
 _G, _T = np.arange(32) // 4, np.arange(32) % 4
+
+
+def form_of(instruction: Instruction, shape: str, types: int, other: set[str]) -> tuple[list[int], list[str]]:
+    """(sizes, types) that an opcode names: one part like ``shape``, so many types, and no parts but ``other`` ones."""
+    parts = instruction.parts[1:]
+    found = next((match for part in parts if (match := re.fullmatch(shape, part))), None)
+    kinds = [part for part in parts if part in (*ELEMENTS, *ACCUMULATORS)]
+    if found is None or len(kinds) != types or set(parts) - other - set(kinds) - {found[0]}:
+        raise Unsupported(instruction.opcode)
+    return [int(size) for size in found.groups()], kinds
 
 
 def split(raw: Array, kind: str) -> Array:

@@ -1,8 +1,6 @@
-"""Small matrices held in the registers of a warp: their way from and to shared memory, and their products."""
+"""``ldmatrix``, ``stmatrix``, ``mma.sync`` and ``mma.sp``: small matrices in the registers of a warp."""
 
 from __future__ import annotations
-
-import re
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from tilewright.aot.emulator.fragments import (
     b_index,
     c_index,
     decompress,
+    form_of,
     numbers,
     order_of,
     read_accumulator,
@@ -82,13 +81,9 @@ def _move(instruction: Instruction, machine: Machine) -> Run:
 def _mma(instruction: Instruction, machine: Machine) -> Run:
     parts = instruction.parts[1:]
     sparse, ordered = parts[0] in _SPARSE, parts[0] == "sp::ordered_metadata"
-    shape = next((match for part in parts if (match := re.fullmatch(r"m16n8k(\d+)", part))), None)
-    kinds = [part for part in parts if part in (*ELEMENTS, *ACCUMULATORS)]
-    if shape is None or len(kinds) != 4 or set(parts) - _OTHER - set(kinds) - {shape[0]}:
-        raise Unsupported(instruction.opcode)
-    d_kind, a_kind, b_kind, c_kind = kinds
+    (k,), (d_kind, a_kind, b_kind, c_kind) = form_of(instruction, r"m16n8k(\d+)", 4, _OTHER)
     groups = [elements(operand) for operand in instruction.operands[:4]]
-    e, k = ELEMENTS.get(a_kind, 0), int(shape[1])
+    e = ELEMENTS.get(a_kind, 0)
     a_count, b_count, stored_k = len(groups[1]), len(groups[2]), k // 2 if sparse else k
     integer = d_kind == "s32"
     fits = (

@@ -109,9 +109,9 @@ def numeric(
     plain = not ftz and not saturate and rounding == "rn"
 
     def on_words(*raw: Array) -> Array:
-        if plain:
-            return encode(function(*[decode(r, k) for r, k in zip(raw, kinds, strict=True)]), target)
         numbers = [decode(r, k) for r, k in zip(raw, kinds, strict=True)]
+        if plain:
+            return encode(function(*numbers), target)
         if ftz:
             numbers = [flush(n, kind) for n in numbers]
         value = np.asarray(function(*numbers))

@@ -137,13 +137,14 @@ class SharedMemory:
                 self._complain(AsyncHazard, text, wrong)
         return self.load(offset, size, np.full(len(offset), ASYNC_WARP))
 
-    def unchanged(self, offset: Array, data: Array) -> Array:
-        """Which elements still hold ``data``, and are no target of a copy in flight."""
+    def check_unchanged(self, offset: Array, data: Array, text: str) -> None:
+        """Raise AsyncHazard unless all elements still hold ``data``, and are no target of a copy in flight."""
         size = data.shape[1]
         index = offset // size
         same = rows(self.data, size)[index] == as_rows(data, size)
-        still: Array = (same & (rows(self.state, size)[index] == repeated(VALID, size))).all(axis=1)
-        return still
+        changed = ~(same & (rows(self.state, size)[index] == repeated(VALID, size)))
+        if changed.any():
+            self._complain(AsyncHazard, text, changed)
 
     def begin_copy(self, offset: Array, size: int, warp: Array) -> None:
         """Mark the target of an asynchronous copy: to read or write it before it lands is an error."""

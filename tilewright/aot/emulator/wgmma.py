@@ -6,7 +6,6 @@ written; its operands in shared memory are checked at the issue, and must be unc
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,12 +15,12 @@ import numpy as np
 from tilewright.aot.emulator.control import Queue, Step
 from tilewright.aot.emulator.errors import AsyncHazard, PTXError, Unsupported
 from tilewright.aot.emulator.fragments import (
-    ACCUMULATORS,
     ELEMENTS,
     a_index,
     accumulate,
     arrange,
     c_index,
+    form_of,
     numbers,
     order_of,
     read_accumulator,
@@ -82,7 +81,9 @@ def chunk_addresses(words: list[int], major: str, extent: int, element: int) -> 
 
 @dataclass(eq=False)
 class _Product:
-    """One instruction in flight: how to execute it, its register slots and the warp groups still to execute it."""
+    """One instruction in flight: how to execute it for some warp groups, its register slots, and the groups that are
+    still to execute it.
+    """
 
     execute: Callable[[list[int]], None]
     results: frozenset[int]
@@ -103,16 +104,13 @@ class AsyncProducts:
     def _groups(self, mask: Mask) -> list[int]:
         return [int(group) for group in self.machine.full_groups(mask, 128, "wgmma")]
 
-    def issue(
-        self, execute: Callable[[list[int]], None], groups: list[int], results: frozenset[int], inputs: frozenset[int]
-    ) -> None:
-        """Queue a product of these warp groups; ``execute(groups)`` will run it for some of them."""
-        product = _Product(execute, results, inputs, set(groups))
-        for group in groups:
+    def issue(self, product: _Product) -> None:
+        """Queue a product for each of its warp groups."""
+        for group in product.groups:
             self.queues[group].open.append(product)
         self.flying.append(product)
-        self.results |= results
-        self.inputs |= inputs
+        self.results |= product.results
+        self.inputs |= product.inputs
 
     def commit(self, mask: Mask) -> None:
         """Close the current batch of the warp groups in ``mask``."""
@@ -168,13 +166,10 @@ def _wgmma(instruction: Instruction, machine: Machine) -> Run:
     if what == "wait_group":
         keep = literal(instruction.operands[0])
         return lambda mask: machine.products.wait(keep, mask)
-    shape = next((m for part in instruction.parts if (m := re.fullmatch(r"m64n(\d+)k(\d+)", part))), None)
-    kinds = [part for part in instruction.parts if part in (*ELEMENTS, *ACCUMULATORS)]
-    if what != "mma_async" or shape is None or len(kinds) != 3:
+    if what != "mma_async":
         raise Unsupported(instruction.opcode)
-    if set(instruction.parts[1:]) - _OTHER - set(kinds) - {shape[0]}:
-        raise Unsupported(instruction.opcode)
-    return _WarpGroupProduct(instruction, machine, int(shape[1]), int(shape[2]), kinds).run
+    (n, k), kinds = form_of(instruction, r"m64n(\d+)k(\d+)", 3, _OTHER)
+    return _WarpGroupProduct(instruction, machine, n, k, kinds).run
 
 
 class _WarpGroupProduct:
@@ -235,7 +230,7 @@ class _WarpGroupProduct:
             machine.stats.matrix_flops += 2 * 64 * self.n * self.k * len(ready)
 
         inputs = frozenset(self.a) if self.from_registers else frozenset()
-        machine.products.issue(execute, groups.tolist(), frozenset(self.d), inputs)
+        machine.products.issue(_Product(execute, frozenset(self.d), inputs, set(groups.tolist())))
 
     def _multiply(self, left: Array, right: Array, held: Array) -> Array:
         """The registers [groups, 4, 32, d] of A [groups, 64, k] B [groups, k, n] plus the accumulators ``held``."""
@@ -273,10 +268,8 @@ class _SharedOperand:
     def matrices(self, machine: Machine, at: Array, kind: str) -> Array:
         """[groups, extent, k] numbers of the groups ``at``, which must still be what they were at the issue."""
         flat, data = self.flat[at].reshape(-1), self.data[at]
-        changed = ~machine.shared.unchanged(flat, data.reshape(-1, 16))
-        if changed.any():
-            machine.effective = self.thread[at].reshape(-1)
-            text = "shared operand of a wgmma was overwritten before its wgmma.wait_group"
-            raise AsyncHazard(text, int(np.argmax(changed)))
+        machine.effective = self.thread[at].reshape(-1)
+        text = "shared operand of a wgmma was overwritten before its wgmma.wait_group"
+        machine.shared.check_unchanged(flat, data.reshape(-1, 16), text)
         values = numbers(split(data.view(U32).reshape(len(at), data.shape[1], -1), kind), kind)
         return values if self.major == "k" else values.transpose(0, 2, 1)
