@@ -50,6 +50,7 @@ def test_totals_and_layers() -> None:
         "model_bytes_before": before + rest,
         "model_bytes_after": after + rest,
         "model_ratio": (after + rest) / (before + rest),
+        "converted_share": before / (before + rest),
     }
     layer, head = made.layers
     assert (layer.name, layer.kind, layer.scheme) == (NAME, "Int8Linear", "w8a8")

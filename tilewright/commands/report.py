@@ -17,8 +17,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tilewright.convert.account import account_of_sizes
 from tilewright.convert.checkpoint.manifest import Manifest, read_manifest
-from tilewright.convert.report import Report, ReportedLayer, from_record
+from tilewright.convert.report import Report, ReportedLayer, from_record, whole_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,16 +39,18 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
 
 def of_manifest(model: str, manifest: Manifest) -> Report:
     """The report of a saved model, here called ``model``."""
-    sizes = {name: math.prod(each.shape) * each.dtype.itemsize for name, each in manifest.tensors.items()}
-    held: dict[str, int] = {}
-    for tensor, size in sizes.items():
-        layer = tensor.rpartition(".")[0]
-        held[layer] = held.get(layer, 0) + size
     record = manifest.record
-    layers = [from_record(name, manifest.layers[name].module, made) for name, made in record.layers.items()]
-    saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
-    for name, reason in record.skipped.items():
-        size = held.get(name, 0)
-        layers.append(ReportedLayer(name, "", "", "", {}, {}, size, size, reason=reason))
-    after = sum(sizes.values())
-    return Report(model, tuple(layers), after + saved, after, record.untraced, tuple(record.attention))
+    places = [(name, each, False) for name, each in manifest.tensors.items()]
+    places += [(alias, manifest.tensors[name], True) for alias, name in manifest.tied.items()]
+    account = account_of_sizes(
+        [(name, each.kind, math.prod(each.shape) * each.dtype.itemsize, again) for name, each, again in places], record
+    )
+    found = []
+    for name, held in account.layers.items():
+        if name in record.layers:
+            made = record.layers[name]
+            seen = {"bytes_before": made.bytes_before - account.shared[name], "bytes_after": held}
+            found.append(from_record(name, manifest.layers[name].module, made, **seen))
+        else:
+            found.append(ReportedLayer(name, "", "", "", {}, {}, held, held, reason=record.skipped[name]))
+    return whole_report(model, found, account.others, record)

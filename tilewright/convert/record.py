@@ -41,12 +41,22 @@ class LayerRecord:
     microseconds_after: float | None = None
 
 
+@dataclass(frozen=True)
+class OtherRecord:
+    """Tensors outside of layers: see ``account.ReportedOther``."""
+
+    kind: str
+    what: str
+    reason: str
+
+
 @dataclass
 class Record:
     """One model. recipes: the JSON forms of those applied, in order. layers: by name. skipped: name -> reason.
 
     untraced: modules whose code could not be read as a graph, so that nothing was fused across it: name -> reason.
-    attention: modules whose config names our attention (``convert.graph.attention``).
+    attention: modules whose config names our attention (``convert.graph.attention``). others: what lies outside of
+    layers, in checkpoints alone: a model shows it itself.
     """
 
     recipes: list[dict[str, Any]] = field(default_factory=list)
@@ -54,6 +64,7 @@ class Record:
     skipped: dict[str, str] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
     attention: list[str] = field(default_factory=list)
+    others: dict[str, OtherRecord] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-able dict."""
@@ -75,7 +86,10 @@ class Record:
         skipped = {str(name): str(reason) for name, reason in data["skipped"].items()}
         untraced = {str(name): str(reason) for name, reason in data.get("untraced", {}).items()}
         attention = [str(name) for name in data.get("attention", [])]
-        return cls(list(data["recipes"]), layers, skipped, untraced, attention)
+        others = {str(name): OtherRecord(**told) for name, told in data.get("others", {}).items()}
+        if not all(isinstance(value, str) for told in others.values() for value in vars(told).values()):
+            raise ValueError("what lies outside of layers is not told in words")
+        return cls(list(data["recipes"]), layers, skipped, untraced, attention, others)
 
     def attach(self, model: nn.Module) -> None:
         """Make this the record of ``model``, in place of any that it or a part of it has."""

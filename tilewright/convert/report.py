@@ -1,4 +1,7 @@
-"""``report``: what was done to each layer, what that saves and costs, which kernel serves it; or why nothing was."""
+"""``report``: what was done to each layer, what that saves and costs, which kernel serves it; or why nothing was.
+
+Every byte of the model stands in one line, of a layer or of what lies outside of them (``account``).
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ import torch
 from torch import nn
 
 from tilewright.convert import calibrate
+from tilewright.convert.account import Account, ReportedOther, account_of
 from tilewright.convert.plan import layers_of
 from tilewright.convert.record import LayerRecord, Record, original_of, record_of
 from tilewright.convert.schemes import registered_schemes
-from tilewright.convert.structure import tensor_bytes
 from tilewright.convert.table import Column, fit, wrapped
-from tilewright.convert.text import by_reason, display_name, listed, name_patterns, size
+from tilewright.convert.text import by_reason, display_name, listed, name_patterns, percent, size
 from tilewright.convert.timing import single_or_many
 from tilewright.kernels.dispatch.router import describe, route
 from tilewright.nn import ConvLayer, QuantizedLinear
@@ -35,7 +38,8 @@ class ReportedLayer:
 
     kind: class of the module. device: "cpu", "cuda", ... scheme: what was done, "" if nothing. implementations: for
     each of ``BATCHES`` what the router chooses on the device where the layer is. declined: implementations that are
-    preferred to the chosen one but do not take the layer, with the reason. bytes: of weight, scales and bias.
+    preferred to the chosen one but do not take the layer, with the reason. bytes: of weight, scales and bias; what lies
+    in the memory of a tensor before it, such as a tied weight, is counted there.
     weight_error, output_error: relative, ||y' - y|| / ||y||; None if not known. reason: why it was left alone.
     microseconds_before, microseconds_after: on the example inputs of the conversion, if there were any.
     """
@@ -92,6 +96,7 @@ class Report:
     model_bytes_after: int
     untraced: dict[str, str] = dataclasses.field(default_factory=dict)
     attention: tuple[str, ...] = ()
+    others: tuple[ReportedOther, ...] = ()
 
     @property
     def converted(self) -> list[ReportedLayer]:
@@ -105,7 +110,9 @@ class Report:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Counts and bytes: of the converted layers and of the whole model."""
+        """Counts and bytes: of the converted layers and of the whole model. converted_share: the part of the model's
+        bytes, before, that the converted layers held.
+        """
         before = sum(layer.bytes_before for layer in self.converted)
         after = sum(layer.bytes_after for layer in self.converted)
         return {
@@ -117,16 +124,18 @@ class Report:
             "model_bytes_before": self.model_bytes_before,
             "model_bytes_after": self.model_bytes_after,
             "model_ratio": self.model_bytes_after / self.model_bytes_before if self.model_bytes_before else None,
+            "converted_share": before / self.model_bytes_before if self.model_bytes_before else None,
         }
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict: the totals, then every layer."""
+        """A JSON-able dict: the totals, then every layer and what lies outside of them."""
         return {
             "model": self.model,
             "totals": self.totals,
             "untraced": self.untraced,
             "attention": list(self.attention),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "others": [dataclasses.asdict(other) for other in self.others],
         }
 
     def groups(self, every_layer: bool = False) -> list[ReportedGroup]:
@@ -157,6 +166,7 @@ class Report:
             lines = [
                 f"{self.model}: {totals['layers_converted']} layers converted, {totals['layers_skipped']} left alone"
             ]
+            lines.append(self._share())
             for part, label in (("layer", "converted layers"), ("model", "whole model")):
                 before, after, ratio = (totals[f"{part}_{key}"] for key in ("bytes_before", "bytes_after", "ratio"))
                 lines.append(f"{label}: {size(before)} -> {size(after)} ({ratio:.3f}x)")
@@ -173,6 +183,17 @@ class Report:
         if self.attention:
             lines.append(f"attention of {len(self.attention)} modules by tilewright::attention in inference on a CPU")
         return lines
+
+    def _share(self) -> str:
+        """How much of the model was converted; if that is less than half, what the rest is."""
+        whole, share = self.model_bytes_before, self.totals["converted_share"]
+        if share >= 0.5:
+            return f"{percent(share)} of the model's bytes were converted"
+        rest = Counter({"layers left alone": sum(layer.bytes_before for layer in self.skipped)})
+        for other in self.others:
+            rest[other.what] += other.bytes
+        most = [f"{percent(held / whole)} are {what}" for what, held in rest.most_common(3) if held >= 0.02 * whole]
+        return f"less than half of the model's bytes were converted ({percent(share)}): {', '.join(most)}"
 
     def _columns(self, groups: list[ReportedGroup]) -> list[Column]:
         """The table of converted layers. What the headlines or another column say as well is left out first."""
@@ -240,14 +261,33 @@ class Report:
     def _left_alone(self, every_layer: bool) -> list[tuple[str, str, list[str]]]:
         """(how many layers of how many bytes, the reason, their names or patterns of them)."""
         held = {display_name(layer.name): layer.bytes_after for layer in self.skipped}
+        reasons = by_reason({layer.name: layer.reason for layer in self.skipped})
+        return [
+            (
+                f"{_layers(len(names))}, {size(sum(held[name] for name in names))}",
+                reason,
+                self._shown(names, every_layer),
+            )
+            for reason, names in reasons.items()
+        ]
+
+    def _outside(self, every_layer: bool) -> list[tuple[str, str, list[str]]]:
+        """The same of what lies outside of layers: what it is and how many bytes, the most first."""
+        found: dict[tuple[str, str], dict[str, int]] = {}
+        for other in self.others:
+            found.setdefault((other.what, other.reason), {})[display_name(other.name)] = other.bytes
+        return [
+            (f"{what}, {size(sum(held.values()))}", reason, self._shown(list(held), every_layer))
+            for (what, reason), held in sorted(found.items(), key=lambda item: -sum(item[1].values()))
+        ]
+
+    def _shown(self, names: list[str], each: bool) -> list[str]:
+        """Names as a reader sees them, or patterns of them."""
         everything = [display_name(layer.name) for layer in self.layers]
-        found = []
-        for reason, names in by_reason({layer.name: layer.reason for layer in self.skipped}).items():
-            patterns = {name: [name] for name in names} if every_layer else name_patterns(names, everything)
-            counts = {pattern: len(each) for pattern, each in patterns.items()}
-            shown = [f"{each}\N{NO-BREAK SPACE}x{count}" if count > 1 else each for each, count in counts.items()]
-            found.append((f"{_layers(len(names))}, {size(sum(held[name] for name in names))}", reason, shown))
-        return found
+        everything += [display_name(other.name) for other in self.others]
+        patterns = {name: [name] for name in names} if each else name_patterns(names, everything)
+        counts = {pattern: len(matched) for pattern, matched in patterns.items()}
+        return [f"{name}\N{NO-BREAK SPACE}x{count}" if count > 1 else name for name, count in counts.items()]
 
     def to_markdown(self, every_layer: bool = False) -> str:
         """The totals, a table of the converted layers and a table of those left alone, with reasons."""
@@ -258,9 +298,10 @@ class Report:
             parts.append(_markdown([column.title or "layers" for column in columns], rows))
         if notes := self._notes():
             parts.append("\n".join(f"- {note}" for note in notes))
-        if self.skipped:
-            rows = [[count, reason, ", ".join(names)] for count, reason, names in self._left_alone(every_layer)]
-            parts.append(_markdown(["left alone", "reason", "layers"], rows))
+        left = self._left_alone(every_layer) + self._outside(every_layer)
+        if left:
+            rows = [[count, reason, ", ".join(names)] for count, reason, names in left]
+            parts.append(_markdown(["left alone", "reason", "names"], rows))
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
@@ -281,16 +322,23 @@ class Report:
             if dropped:
                 note = f"no room for {', '.join(filter(None, dropped))} in {width} columns"
                 lines += [dim.format(part) for part in wrapped(note, width, "  ")]
-        if self.skipped:
-            total = sum(layer.bytes_after for layer in self.skipped)
-            lines += ["", bold.format(f"left alone: {_layers(len(self.skipped))}, {size(total)}")]
-            for count, reason, names in self._left_alone(every_layer):
+        for title, held, left in (
+            (f"left alone: {_layers(len(self.skipped))}, ", self.skipped, self._left_alone(every_layer)),
+            ("outside of layers: ", self.others, self._outside(every_layer)),
+        ):
+            if left:
+                lines += ["", bold.format(title + size(sum(map(_held, held))))]
+            for count, reason, names in left:
                 named = names if every_layer or len(names) < 6 else [*names[:5], f"{len(names) - 5} more"]
                 lines += wrapped(f"{count}: {reason}", width, "  ")
                 lines += [f"    {part}" for part in wrapped(", ".join(named), width - 4)]
         if notes := self._notes():
             lines += ["", *(dim.format(part) for note in notes for part in wrapped(note, width, "  "))]
         return "\n".join(lines)
+
+
+def _held(part: ReportedLayer | ReportedOther) -> int:
+    return part.bytes if isinstance(part, ReportedOther) else part.bytes_after
 
 
 def _layers(count: int) -> str:
@@ -330,14 +378,24 @@ def report(
         if original is None:
             raise ValueError("an output error needs original=, the model before its conversion, which exists no longer")
         errors = _output_errors(model, original, example_inputs)
-    found = [_layer(module, names[0], record, errors) for module, names in layers_of(model).items()]
-    after = tensor_bytes(model)
-    saved = sum(layer.bytes_before - layer.bytes_after for layer in found)
-    return Report(type(model).__name__, tuple(found), after + saved, after, record.untraced, tuple(record.attention))
+    modules = layers_of(model)
+    account = account_of(model, modules)
+    found = [_layer(module, names[0], record, errors, account) for module, names in modules.items()]
+    return whole_report(type(model).__name__, found, account.others, record)
 
 
-def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, float | None]) -> ReportedLayer:
-    kind, held = type(module).__name__, tensor_bytes(module)
+def whole_report(model: str, layers: list[ReportedLayer], others: list[ReportedOther], record: Record) -> Report:
+    """The report of a model that holds these parts and nothing else."""
+    rest = sum(other.bytes for other in others)
+    before = rest + sum(layer.bytes_before for layer in layers)
+    after = rest + sum(layer.bytes_after for layer in layers)
+    return Report(model, tuple(layers), before, after, record.untraced, tuple(record.attention), tuple(others))
+
+
+def _layer(
+    module: nn.Module, name: str, record: Record, errors: Mapping[str, float | None], account: Account
+) -> ReportedLayer:
+    kind, held, shared = type(module).__name__, account.layers[name], account.shared[name]
     device = next((tensor.device.type for tensor in [*module.parameters(), *module.buffers()]), "")
     if not isinstance(module, (QuantizedLinear, ConvLayer)):
         reason = record.skipped.get(name) or ("not converted" if record.layers else "the model was not converted")
@@ -356,10 +414,10 @@ def _layer(module: nn.Module, name: str, record: Record, errors: Mapping[str, fl
         # Built by hand or taken out of a larger model: what can be seen is reported.
         float_bytes = math.prod(module.weight_shape) * module.dtype.itemsize
         bias = module.bias.numel() * module.bias.element_size() if module.bias is not None else 0
-        made = LayerRecord({}, module.scheme_name, float_bytes + bias, held)
+        made = LayerRecord({}, module.scheme_name, float_bytes + bias, held + shared)
     served = {"device": device, "implementations": implementations, "declined": declined}
-    error = errors.get(name, made.output_error)
-    return from_record(name, kind, made, **served, bytes_after=held, output_error=error)
+    seen = {"bytes_before": made.bytes_before - shared, "bytes_after": held}
+    return from_record(name, kind, made, **served, **seen, output_error=errors.get(name, made.output_error))
 
 
 def from_record(name: str, kind: str, made: LayerRecord, **seen: Any) -> ReportedLayer:

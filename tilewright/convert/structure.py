@@ -41,10 +41,57 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 stack.extend(value)
 
 
+class Ledger:
+    """Counts the memory that tensors lie on, each byte once, whichever of them is counted first."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        self._others: dict[int, torch.Tensor] = {}  # held, so that no id is given twice
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """Bytes of ``tensor`` on which none of the tensors before it lies."""
+        return sum(self._add(part) for part in _plain_parts(tensor))
+
+    def _add(self, tensor: torch.Tensor) -> int:
+        extent = None if tensor.is_nested else memory_extent(tensor)
+        if extent is None:
+            known = id(tensor) in self._others
+            self._others[id(tensor)] = tensor
+            return 0 if known or nn.parameter.is_lazy(tensor) else tensor.numel() * tensor.element_size()
+        storage, begin, end = extent
+        apart, found = [], end - begin
+        for start, stop in self._seen.get(storage, []):
+            if stop < begin or start > end:
+                apart.append((start, stop))
+            else:
+                found -= max(0, min(stop, extent[2]) - max(start, extent[1]))
+                begin, end = min(begin, start), max(end, stop)
+        self._seen[storage] = [*apart, (begin, end)]
+        return found
+
+
+def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold the values of one that is sparse or of a subclass; any other is its own only part."""
+    if nn.parameter.is_lazy(tensor):
+        return
+    if tensor.layout == torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    elif hasattr(tensor.data, "__tensor_flatten__"):
+        names, _ = tensor.data.__tensor_flatten__()
+        for name in names:
+            yield from _plain_parts(getattr(tensor.data, name))
+    else:
+        yield tensor
+
+
 def tensor_bytes(module: nn.Module) -> int:
     """Bytes of the parameters and buffers of a module, shared ones once."""
-    tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    ledger = Ledger()
+    return sum(ledger.add(tensor) for tensor in [*module.parameters(), *module.buffers()])
 
 
 def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -87,3 +87,8 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise ValueError(count)
+
+
+def percent(share: float) -> str:
+    """A share in words: ``96 %``, and ``0.3 %`` where whole numbers would say 0."""
+    return f"{100 * share:.0f} %" if share >= 0.01 or not share else f"{100 * share:.1g} %"

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from tilewright.convert import layers, structure
+from tilewright.convert.account import recorded
 from tilewright.convert.checkpoint import restore
 from tilewright.convert.checkpoint.formats import format_of
 from tilewright.convert.checkpoint.manifest import FILE_NAME, Layer, Manifest, Stored, read_manifest
@@ -35,7 +36,6 @@ from tilewright.convert.checkpoint.safetensors_file import (
 )
 from tilewright.convert.checkpoint.slots import Slot, hidden_meta_tensors, slots
 from tilewright.convert.graph import attention, fuse_named, fused_activations
-from tilewright.convert.record import record_of
 from tilewright.convert.text import display_name, listed
 from tilewright.nn import ConvLayer, QuantizedLinear
 from tilewright.nn.kinds import registered_kinds
@@ -93,7 +93,7 @@ def _describe(
     differing = [name for name, module in model.named_modules() if module.training != model.training]
     fused = fused_activations(model)
     folded = restore.folded_norms(model)
-    return Manifest(record_of(model), converted, tensors, tied, model.training, differing, fused, folded)
+    return Manifest(recorded(model), converted, tensors, tied, model.training, differing, fused, folded)
 
 
 def _check_storable(model: nn.Module, places: dict[str, Slot]) -> dict[str, str]:
