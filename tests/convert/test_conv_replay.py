@@ -45,7 +45,7 @@ def plainly(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def replays(model: nn.Module) -> list[Replay]:
     program = vars(model)["forward"]
     assert isinstance(program, Program) and program._replays is not None
-    return [each for each in program._replays._replays.values() if isinstance(each, Replay)]
+    return program._replays.replays
 
 
 def agrees(model: nn.Module, x: torch.Tensor, calls: int = 4) -> None:

@@ -54,13 +54,14 @@ class Prepared:
         tensors = [inputs[s] if isinstance(s, int) else s for s in self.sources]
         key = tuple(map(id, tensors))
         made = self._known.get(key, tensors)
-        if made is None:
-            made, self.first = self.first, None
-            if made is None:
-                with plain_arithmetic():
-                    made = tuple(self.make(*(tensor.detach() for tensor in tensors)))
-            self._known.put(key, tensors, made)
-        return made
+        return self._known.make(key, tensors, lambda: self._make(tensors)) if made is None else made
+
+    def _make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        first, self.first = self.first, None
+        if first is not None:
+            return first
+        with plain_arithmetic():
+            return tuple(self.make(*(tensor.detach() for tensor in tensors)))
 
 
 class AllPrepared:
@@ -78,11 +79,14 @@ class AllPrepared:
         """See ``Prepared``. The caller does not change the list."""
         tensors = [inputs[s] if isinstance(s, int) else s for s in self._sources]
         made = self._last.get(None, tensors)
-        if made is None:
-            made = [tensor for each in self.prepared for tensor in each(inputs)]
-            if all(version_of(tensor) >= 0 for tensor in tensors):  # writes into them leave no trace
-                self._last.put(None, tensors, made)
-        return made
+        if made is not None:
+            return made
+        if any(version_of(tensor) < 0 for tensor in tensors):  # writes into them leave no trace
+            return self._all(inputs)
+        return self._last.make(None, tensors, lambda: self._all(inputs))
+
+    def _all(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        return [tensor for each in self.prepared for tensor in each(inputs)]
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -121,3 +121,30 @@ def test_threads_make_it_once() -> None:
         results = [future.result() for future in [pool.submit(ask) for _ in range(4)]]
     assert make.calls == 1
     assert all(result is results[0] for result in results)
+
+
+def test_a_write_while_it_is_made_makes_it_anew() -> None:
+    weight, calls = torch.zeros(4), []
+
+    def make() -> torch.Tensor:
+        made = weight.clone()
+        if not calls:
+            weight.add_(1)  # as another thread may, once it was read
+        calls.append(made)
+        return made
+
+    assert torch.equal(packed(weight, "a", make), torch.zeros(4))
+    assert torch.equal(packed(weight, "a", make), torch.ones(4))
+    assert packed(weight, "a", make) is calls[1]
+
+
+def test_what_is_made_of_memory_that_goes_meanwhile_is_not_kept() -> None:
+    gc.collect()
+    entries, weight = len(cache._entries.items()), torch.zeros(4)
+
+    def make() -> torch.Tensor:
+        weight.data = torch.ones(4)
+        return torch.zeros(4)
+
+    packed(weight, "a", make)
+    assert len(cache._entries.items()) == entries

@@ -146,8 +146,8 @@ class Program(ReplacedForward):
         self._expected = [table[name] for table, name in places]
         hooked = [module for module in inlined if module is not owner]
         self._hooks = [table for m in hooked for table in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
-        self._bound = bound
         self._bind_replays(owner, called)
+        self._bound = bound  # last: from now on other threads use what was set before
 
     def _bind_replays(self, owner: nn.Module, called: set[nn.Module]) -> None:
         """On a CPU a recording of the program is faster, if it does the same operators in each call.
@@ -156,11 +156,11 @@ class Program(ReplacedForward):
         """
         if not all(is_known(module) for module in called):
             return
-        self._replays = Replays(lambda *given: self._flat(self._bound, *given), scales_read, self._held_tensors)
         parts = [part for module in called for part in module.modules()]
         self._watched = [table for part in parts for table in (part._forward_hooks, part._forward_pre_hooks)]
         held = [(t, n) for m in owner.modules() for t in (m._parameters, m._buffers) for n in t]
         self._tensor_tables, self._tensor_names = [table for table, _ in held], [name for _, name in held]
+        self._replays = Replays(lambda *given: self._flat(self._bound, *given), scales_read, self._held_tensors)
 
     def _held_tensors(self) -> list[torch.Tensor | None]:
         return list(map(dict.get, self._tensor_tables, self._tensor_names))  # type: ignore[arg-type]

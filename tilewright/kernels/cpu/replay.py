@@ -320,13 +320,19 @@ class Replays:
         tensors: Callable[[], Sequence[torch.Tensor | None]] = tuple,
     ):
         self.function, self.state, self.tensors = function, state, tensors
-        self._replays: dict[Hashable, Replay | int | str] = {}
-        self._same = SameTensors(())
+        #: What the replays were made of, and the replays: exchanged together, so that a thread which records while
+        #: another replaces tensors puts what it has made of the old ones where nobody looks any more.
+        self._known: tuple[SameTensors, dict[Hashable, Replay | int | str]] = (SameTensors(()), {})
+
+    @property
+    def replays(self) -> list[Replay]:
+        """Those that are in use."""
+        return [each for each in list(self._known[1].values()) if isinstance(each, Replay)]
 
     @property
     def why_not(self) -> str | None:
         """Why the shapes met last are not replayed; None if they are or were not met twice yet."""
-        reasons = [each for each in self._replays.values() if isinstance(each, str)]
+        reasons = [each for each in list(self._known[1].values()) if isinstance(each, str)]
         return reasons[-1] if reasons else None
 
     def __call__(self, *inputs: Any) -> Any:
@@ -336,19 +342,20 @@ class Replays:
                 return self.function(*inputs)
         if _is_special():
             return self.function(*inputs)
-        if not self._same.match(tensors := self.tensors()):
+        same, known = self._known
+        if not same.match(tensors := self.tensors()):  # which this call keeps alive until the kernels have read them
             if any(type(tensor) not in _PLAIN for tensor in tensors):
                 return self.function(*inputs)
-            self._replays.clear()
-            self._same = SameTensors(tensors)
+            known = {}
+            self._known = (SameTensors(tensors), known)
         key = (self.state(), *[(x.shape, x.stride(), x.dtype) for x in inputs])
-        replay = self._replays.get(key)
+        replay = known.get(key)
         if isinstance(replay, str):
             return self.function(*inputs)
         if not isinstance(replay, Replay):
-            return self._record(key, inputs)
+            return self._record(known, key, inputs, tensors)
         if not replay.is_current():
-            del self._replays[key]
+            known.pop(key, None)
             return self.function(*inputs)
         if not replay.lock.acquire(blocking=False):  # another thread is in its memory
             return self.function(*inputs)
@@ -357,31 +364,37 @@ class Replays:
         finally:
             replay.lock.release()
 
-    def _record(self, key: Hashable, inputs: tuple[torch.Tensor, ...]) -> Any:
+    def _record(
+        self,
+        known: dict[Hashable, Replay | int | str],
+        key: Hashable,
+        inputs: tuple[torch.Tensor, ...],
+        tensors: Sequence[torch.Tensor | None],
+    ) -> Any:
         if conv_steps.why_no_kernels():
-            self._replays[key] = str(conv_steps.why_no_kernels())
+            known[key] = str(conv_steps.why_no_kernels())
             return self.function(*inputs)
-        if key not in self._replays:
-            if len(self._replays) >= MOST_REPLAYS:
-                self._replays.clear()
-            self._replays[key] = 1
+        if key not in known:
+            if len(known) >= MOST_REPLAYS:
+                known.clear()
+            known[key] = 1
             return self.function(*inputs)
         try:
             # What is made in inference mode could not be written to outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                replay = Replay(self.function, inputs, self.tensors())
+                replay = Replay(self.function, inputs, tensors)
                 result, replay.expected = replay.expected, None
                 with replay.lock:
                     same = _same(replay(inputs), result)
             if not same:
-                self._replays[key] = "a replay does not give the recorded result"
+                known[key] = "a replay does not give the recorded result"
             elif not replay.is_current():
-                self._replays[key] = "it makes tensors from nothing in each call"
+                known[key] = "it makes tensors from nothing in each call"
             else:
-                self._replays[key] = replay
+                known[key] = replay
             return result
         except CannotReplay as error:
-            self._replays[key] = str(error)
+            known[key] = str(error)
             return self.function(*inputs)
 
 

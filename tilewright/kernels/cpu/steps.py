@@ -339,10 +339,9 @@ def description_of(weight: PackedWeight, x: torch.Tensor, y: torch.Tensor, convo
     known = weight.descriptions.get(key, vectors)
     if known is not None:
         return known
-    description = describe_conv(x, y, weight, convolution)
-    if all(v is None or version_of(v) >= 0 for v in vectors):  # writes into them leave no trace
-        weight.descriptions.put(key, vectors, description)
-    return description
+    if any(v is not None and version_of(v) < 0 for v in vectors):  # writes into them leave no trace
+        return describe_conv(x, y, weight, convolution)
+    return weight.descriptions.make(key, vectors, lambda: describe_conv(x, y, weight, convolution))
 
 
 def run_with(

@@ -198,8 +198,7 @@ class Repeats:
         if calls is None:
             if not _leave_traces(tensors):
                 return None
-            calls = {}
-            self._known.put(id(weight), tensors, calls)
+            calls = self._known.make(id(weight), tensors, dict)
         call = calls.get(key)
         if call is not None:
             return call

@@ -41,17 +41,17 @@ def packed(weight: torch.Tensor, layout: str, make: Callable[[], T], *others: to
         with _lock:
             found = _entries.get(key, tensors)
             if found is None:
-                found = make()
-                _entries.put(key, tensors, found)
+                found = _entries.make(key, tensors, make)
     return found
 
 
 def invalidate(weight: torch.Tensor) -> None:
     """Drop what was made from ``weight``, after a write that no version counter saw (inference tensors have none)."""
     memory = storage_of(weight)
-    for key, _ in _entries.items():
-        if memory in key[0]:
-            _entries.drop(key)
+    with _lock:  # what is being made may have read the weight before
+        for key, _ in _entries.items():
+            if memory in key[0]:
+                _entries.drop(key)
 
 
 def packed_bytes() -> int:

@@ -79,6 +79,11 @@ class SameTensors:
 
         self._watched = [weakref.ref(t.untyped_storage(), expire) for t in tensors if t is not None]
 
+    @property
+    def expired(self) -> bool:
+        """Whether one of their storages was freed."""
+        return bool(self._expired)
+
     def match(self, tensors: Sequence[torch.Tensor | None]) -> bool:
         """Whether these are the tensors remembered, unwritten, in the same memory and of the same layout."""
         if self._expired or len(tensors) != len(self._states):
@@ -118,12 +123,19 @@ class TensorCache(Generic[T]):
         entry = self._entries.get(key)
         return entry[1] if entry is not None and entry[0].match(tensors) else None
 
-    def put(self, key: Any, tensors: Sequence[torch.Tensor | None], value: T) -> None:
-        """Keep ``value`` until one of ``tensors`` is freed."""
+    def make(self, key: Any, tensors: Sequence[torch.Tensor | None], make: Callable[[], T]) -> T:
+        """What ``make()`` returns, kept until one of ``tensors`` is freed.
+
+        How these are is noted before: a write from another thread while ``make`` reads them is a change.
+        """
+        same = SameTensors(tensors, functools.partial(self._entries.pop, key, None), objects=self._objects)
+        value = make()
         if self._most is not None and len(self._entries) >= self._most:
             self._entries.clear()
-        same = SameTensors(tensors, functools.partial(self._entries.pop, key, None), objects=self._objects)
         self._entries[key] = same, value
+        if same.expired:  # meanwhile, so that nothing would remove it
+            self._entries.pop(key, None)
+        return value
 
     def drop(self, key: Any) -> None:
         """Keep nothing under ``key``."""
@@ -135,4 +147,5 @@ class TensorCache(Generic[T]):
 
     def items(self) -> list[tuple[Any, T]]:
         """What is kept, by key."""
-        return [(key, value) for key, (_, value) in list(self._entries.items())]
+        # In one step: a loop may be interrupted by the end of a tensor.
+        return [(key, value) for key, (_, value) in self._entries.copy().items()]
