@@ -6,10 +6,11 @@ Like the headers of the data files it comes from outside: everything is checked 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -108,10 +109,15 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest in a folder. Raises CheckpointError if it is missing, damaged, hostile or of another version."""
     path = directory / FILE_NAME
     with open_regular(path) as file:
-        size = path.stat().st_size
-        if size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_MANIFEST_BYTES} allowed")
-        data = parse_json(read_exactly(file, size, path, "the manifest"), path)
+        return parse_manifest(file, path)
+
+
+def parse_manifest(file: BinaryIO, path: Path) -> Manifest:
+    """The manifest in an open file. Raises as ``read_manifest``."""
+    size = os.fstat(file.fileno()).st_size  # not that of the path, which may be another file by now
+    if size > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_MANIFEST_BYTES} allowed")
+    data = parse_json(read_exactly(file, size, path, "the manifest"), path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a Tilewright manifest")
     if data.get("version") != FORMAT_VERSION:

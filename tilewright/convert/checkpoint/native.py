@@ -1,21 +1,18 @@
 """``save_model`` and ``load_model``: safetensors files and one JSON manifest in a folder. Nothing is pickled.
 
 Loading builds the model on the meta device, so its float weights never exist, and checks everything against what the
-model needs before a byte of data is used. A save replaces an older one at the moment its manifest is renamed into
-place: the data files carry a digest in their names, so a save that dies half way leaves the older one readable.
+model needs before a byte of data is used. A save replaces an older one at the moment its manifest is renamed into place
+(``folder``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -23,14 +20,12 @@ from torch import nn
 from tilewright.convert import layers, structure
 from tilewright.convert.account import recorded
 from tilewright.convert.checkpoint import restore
+from tilewright.convert.checkpoint.folder import opened, saving
 from tilewright.convert.checkpoint.formats import format_of
-from tilewright.convert.checkpoint.manifest import FILE_NAME, Layer, Manifest, Stored, read_manifest
+from tilewright.convert.checkpoint.manifest import FILE_NAME, Layer, Manifest, Stored
 from tilewright.convert.checkpoint.safetensors_file import (
     DTYPE_NAMES,
     CheckpointError,
-    Entry,
-    open_regular,
-    read_header,
     read_tensor,
     write_file,
 )
@@ -46,35 +41,35 @@ def save_model(model: nn.Module, directory: str | os.PathLike[str], *, max_shard
 
     Everything that holds a tensor is written: parameters, buffers, also non-persistent ones, and tensors in plain
     attributes. Data files are split at ``max_shard_bytes`` (a larger tensor gets a file of its own). An older save
-    there is replaced. Raises ValueError for what cannot be stored faithfully: tensors on the meta device or of an
-    exotic dtype, extra state, partly overlapping tensors.
+    there is replaced, in one step: whoever loads meanwhile gets the older model or the newer one. Saves into one folder
+    wait for each other, and what killed ones left there is removed. Raises ValueError for what cannot be stored
+    faithfully: tensors on the meta device or of an exotic dtype, extra state, partly overlapping tensors.
     """
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
     places = slots(model)
     tied = _check_storable(model, places)
     kept = {name: slot.tensor for name, slot in places.items() if name not in tied}
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    older = _shards_there(folder)
     shards = _split(kept, max_shard_bytes)
-    digests: dict[str, str] = {}
-    with _temporary_files(folder, len(shards)) as files:
-        for path, names in zip(files, shards, strict=False):
-            digests |= write_file(path, {name: kept[name] for name in names}, {"format": "pt"})
-        mark = hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in kept).encode()).hexdigest()[:12]
-        titles = [f"model-{mark}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    with saving(Path(directory)) as save:
+        digests: dict[str, str] = {}
+        for names in shards:
+            digests |= write_file(save.temporary(), {name: kept[name] for name in names}, {"format": "pt"})
+        titles = _titles(shards, kept, digests)
         shard_of = {name: title for title, names in zip(titles, shards, strict=True) for name in names}
         manifest = _describe(model, places, tied, digests, shard_of)
-        with files[-1].open("wb") as file:
+        with save.temporary().open("wb") as file:
             file.write(manifest.to_bytes())
             file.flush()
             os.fsync(file.fileno())
-        for source, title in zip(files, [*titles, FILE_NAME], strict=True):
-            os.replace(source, folder / title)
-    for name in older - set(titles):
-        with contextlib.suppress(OSError):
-            (folder / name).unlink()
+        save.publish(titles)
+
+
+def _titles(shards: list[list[str]], tensors: dict[str, torch.Tensor], digests: dict[str, str]) -> list[str]:
+    """Names for the data files, equal only for equal files: a reader of an older save may be about to open it."""
+    content = [[(name, str(tensors[name].dtype), [*tensors[name].shape], digests[name]) for name in s] for s in shards]
+    mark = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return [f"model-{mark}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
 
 
 def _describe(
@@ -146,28 +141,6 @@ def _split(tensors: dict[str, torch.Tensor], limit: int) -> list[list[str]]:
     return shards
 
 
-def _shards_there(folder: Path) -> set[str]:
-    """Data files of a save that is in the folder already."""
-    if not (folder / FILE_NAME).exists():
-        return set()
-    try:
-        return set(read_manifest(folder).shards())
-    except CheckpointError:
-        return set()  # Not ours, or broken: its manifest is replaced, its other files are left.
-
-
-@contextlib.contextmanager
-def _temporary_files(folder: Path, shards: int) -> Iterator[list[Path]]:
-    """Paths for the data files and the manifest; what is left of them at the end is removed."""
-    stem = f".tilewright-{secrets.token_hex(8)}"
-    files = [folder / f"{stem}-{i}.tmp" for i in range(shards + 1)]
-    try:
-        yield files
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
-
-
 def load_model(
     directory: str | os.PathLike[str], factory: Callable[[], nn.Module], *, device: str | torch.device = "cpu"
 ) -> nn.Module:
@@ -182,11 +155,7 @@ def load_model(
     folder = Path(directory)
     if not (folder / FILE_NAME).exists() and (other := format_of(folder)) is not None:
         return other.load(folder, factory, torch.device(device))
-    manifest = read_manifest(folder)
-    with ExitStack() as stack:
-        shards = {
-            shard: _open_shard(stack, folder / shard, names, manifest) for shard, names in manifest.shards().items()
-        }
+    with opened(folder) as (manifest, shards):
         with torch.device("meta"):
             model = factory()
         model = _swap_in(model, manifest, folder / FILE_NAME)
@@ -215,25 +184,6 @@ def load_model(
     if manifest.layers:
         manifest.record.attach(model)
     return model
-
-
-Shard = tuple[BinaryIO, dict[str, Entry], int]
-
-
-def _open_shard(stack: ExitStack, path: Path, names: list[str], manifest: Manifest) -> Shard:
-    """An open data file whose header says the same as the manifest."""
-    file = stack.enter_context(open_regular(path))
-    entries, start = read_header(file, path)
-    if missing := [name for name in names if name not in entries]:
-        raise CheckpointError(f"{path}: lacks the tensors {listed(missing)} that the manifest places there")
-    if unexpected := sorted(set(entries) - set(names)):
-        raise CheckpointError(
-            f"{path}: holds the tensors {listed(unexpected)}, which the manifest does not place there"
-        )
-    for name in names:
-        if reason := manifest.tensors[name].why_not(entries[name]):
-            raise CheckpointError(f"{path}: tensor {name!r} {reason}")
-    return file, entries, start
 
 
 def _swap_in(model: nn.Module, manifest: Manifest, path: Path) -> nn.Module:

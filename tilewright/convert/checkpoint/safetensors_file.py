@@ -23,6 +23,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 16
 MAX_DIGITS = 18  # of an integer in JSON: longer ones are beyond any file, and slow to parse
+_CHUNK = 2**20
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -83,11 +84,16 @@ def parse_json(text: bytes, where: object) -> Any:
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. Raises CheckpointError if it is missing or is no regular file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(path.stat().st_mode):  # asked before, as opening a device or a pipe does something
             raise CheckpointError(f"{path}: not a regular file")
-        return path.open("rb")
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # and of what was opened, if somebody exchanged it
+        file.close()
+        raise CheckpointError(f"{path}: not a regular file")
+    return file
 
 
 def read_into(file: BinaryIO, into: memoryview, path: Path, what: str) -> None:
@@ -211,9 +217,14 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
+            digest = hashlib.sha256()
             data = _bytes_of(tensors[name])
-            digests[name] = hashlib.sha256(data).hexdigest()
-            file.write(data)
+            for begin in range(0, len(data), _CHUNK):
+                # A copy, so that the checksum is of what is written, whoever writes into the tensor meanwhile.
+                chunk = bytes(data[begin : begin + _CHUNK])
+                digest.update(chunk)
+                file.write(chunk)
+            digests[name] = digest.hexdigest()
         file.flush()
         os.fsync(file.fileno())
     return digests
