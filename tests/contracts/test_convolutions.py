@@ -245,10 +245,11 @@ def test_the_state_dict_holds_plain_canonical_tensors(convolution: Convolution) 
         assert state["weight_meta"].shape == (rows, -(-groups_of_four // 2))
         assert (state["weight_values"].dtype, state["weight_meta"].dtype) == (torch.float16, torch.uint8)
     else:
-        assert state["weight"].shape == shape
-        assert state["weight"].dtype == (torch.int8 if convolution.is_int8 else torch.float16)
+        name = "weight_codes" if convolution.is_int8 else "weight_ohwi"
+        assert state[name].shape == shape
+        assert state[name].dtype == (torch.int8 if convolution.is_int8 else torch.float16)
     assert ("bias" in state) == (convolution.norm or convolution.conv.get("bias", True))
-    weights = {"weight_values", "weight_meta"} if convolution.is_sparse else {"weight"}
+    weights = {"weight_values", "weight_meta"} if convolution.is_sparse else {name}
     expected = {*weights, *(["bias"] if "bias" in state else [])}
     if convolution.is_int8:
         expected |= {"weight_scale", "input_scale"}
@@ -308,7 +309,7 @@ def test_copies(convolution: Convolution) -> None:
 @torch.no_grad()
 def test_casting_leaves_scales_and_bias_as_they_are(convolution: Convolution, dtype: torch.dtype) -> None:
     module = convolution.make()
-    kept = {name: value.clone() for name, value in module.state_dict().items() if name != "weight"}
+    kept = {name: value.clone() for name, value in module.state_dict().items() if name != "weight_ohwi"}
     assert module.to(dtype) is module
     state = module.state_dict()
     assert all(torch.equal(state[name], value) and state[name].dtype == value.dtype for name, value in kept.items())

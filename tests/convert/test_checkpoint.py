@@ -160,7 +160,7 @@ def test_the_files_open_elsewhere(tmp_path: Path) -> None:
     model, folder = saved(tmp_path)
     (file,) = folder.glob("*.safetensors")
     tensors = safetensors.load_file(file)
-    assert torch.equal(tensors["layers.0.weight"], model.layers[0].weight)
+    assert torch.equal(tensors["layers.0.weight_codes"], model.layers[0].weight_codes)
     assert "decoder.weight" not in tensors  # stored once, as embed.weight
     # and the other way: the state dict is one of plain tensors that the package takes
     safetensors.save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "state.safetensors")
@@ -330,7 +330,7 @@ def shard_named(name: str) -> Callable[[dict], object]:
         (lambda d: d["tensors"]["embed.weight"].update(dtype=["F32"]), "damaged: TypeError"),
         (lambda d: d["tensors"]["embed.weight"].update(kind="file"), "unknown kind 'file'"),
         (lambda d: d["tensors"]["embed.weight"].update(shape=["40"]), "no shape"),
-        (lambda d: d["tensors"]["layers.0.weight"].update(requires_grad=True), "torch.int8 takes no gradient"),
+        (lambda d: d["tensors"]["layers.0.weight_codes"].update(requires_grad=True), "torch.int8 takes no gradient"),
         (lambda d: d["tensors"]["embed.weight"].update(shape=[32, 40]), r"is torch.float32 \[40, 32\] in the file"),
         (lambda d: d["tensors"]["embed.weight"].update(dtype="F16"), "torch.float16 .40, 32. in the manifest"),
         (
@@ -356,7 +356,7 @@ def shard_named(name: str) -> Callable[[dict], object]:
             "was a Conv1D, but the factory's is a Linear",
         ),
         (lambda d: d["layers"]["layers.0"]["config"].update(channel_scale=True), "lacks 1: 'layers.0.channel_scale'"),
-        (lambda d: d["layers"].pop("layers.1"), "does not fit Model: .*unexpected: 'layers.1.weight_scale'"),
+        (lambda d: d["layers"].pop("layers.1"), "does not fit Model: .*unexpected: 'layers.1.weight_codes'"),
         (lambda d: d["layers"].update(embed=d["layers"]["layers.0"]), "was a Linear, but the factory's is a Embedding"),
     ],
 )
@@ -412,4 +412,4 @@ def test_a_loaded_model_is_an_ordinary_module(tmp_path: Path) -> None:
     assert torch.equal(loaded(IDS), model(IDS))
     assert isinstance(loaded.layers[0], QuantizedLinear)
     loaded.load_state_dict(model.state_dict(), assign=True)
-    assert loaded.layers[0].weight.data_ptr() == model.layers[0].weight.data_ptr()
+    assert loaded.layers[0].weight_codes.data_ptr() == model.layers[0].weight_codes.data_ptr()

@@ -232,12 +232,12 @@ def test_without_calibration_data_convolutions_are_fused_in_float(caplog: pytest
     assert layers["conv1"].scheme == "fuse + batch-norm + relu"
     assert layers["conv1"].reason == "static int8 needs calibration_data: fused in float"
     assert "static int8 needs calibration_data" in caplog.text
-    torch.testing.assert_close(converted.layer1[0].conv1.weight.flatten(), _folded(model).flatten())
+    torch.testing.assert_close(converted.layer1[0].conv1.weight_ohwi.flatten(), _folded(model).flatten())
     assert sqnr(converted(x), model(x)) > 30
 
 
 def _folded(model: nn.Module) -> torch.Tensor:
-    return ConvBnAct2d.from_float(model.layer1[0].conv1, model.layer1[0].bn1).weight  # type: ignore[union-attr, index, arg-type]
+    return ConvBnAct2d.from_float(model.layer1[0].conv1, model.layer1[0].bn1).weight_ohwi  # type: ignore[union-attr, index, arg-type]
 
 
 @torch.no_grad()

@@ -194,7 +194,7 @@ def test_the_record_follows_the_model(way: str) -> None:
     x = torch.randn(4, 64)
     assert torch.equal(other(x), converted(x))
     assert report(other).to_json() == report(converted).to_json()
-    assert set(converted.state_dict()) == {"0.weight", "0.weight_scale", "0.bias"} | {
+    assert set(converted.state_dict()) == {"0.weight_codes", "0.weight_scale", "0.bias"} | {
         name for name in two_layers().state_dict() if not name.startswith("0.")
     }
 

@@ -26,7 +26,7 @@ def test_the_definition(data: list[torch.Tensor]) -> None:
     linear, x = nn.Linear(96, 64), data[0].view(4, 16, 96)
     layer = Int8StaticLinear.from_float(linear, input_scale=0.02)
     q = (x / 0.02).round().clamp(-127, 127)
-    expected = q @ layer.weight.float().t() * 0.02 * layer.weight_scale + linear.bias
+    expected = q @ layer.weight_codes.float().t() * 0.02 * layer.weight_scale + linear.bias
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     images = x.view(4, 4, 4, 96)
     assert torch.equal(layer(images), layer(x).view(4, 4, 4, 64))

@@ -16,6 +16,7 @@ from tilewright.convert.recipes import Recipe
 from tilewright.convert.schemes.convolution import ConvScheme
 from tilewright.convert.structure import tensor_bytes
 from tilewright.nn import QuantizedLinear
+from tilewright.nn.weight_holder import stored_name
 
 NO_RECIPE = "no recipe was given: float linear layers are Inductor's"
 
@@ -115,13 +116,12 @@ def _is_shared(weight: fx.Node) -> bool:
 def _replace(captured: Captured, call: _Call, built: QuantizedLinear, tensors: dict[str, fx.Node]) -> None:
     operator = getattr(torch.ops.tilewright, built.op_name).default
     arguments: dict[str, Any] = {"x": call.x, "bias": call.bias}
-    # The operators name their arguments as the modules name what they hold.
     for declared in operator._schema.arguments:
-        name = declared.name
-        if name in tensors:
-            arguments[name] = tensors[name]
-        elif name not in arguments and name != "residual" and hasattr(built, name):
-            arguments[name] = getattr(built, name)
+        name, held = declared.name, stored_name(declared.name)
+        if held in tensors:
+            arguments[name] = tensors[held]
+        elif name not in arguments and name != "residual" and hasattr(built, held):
+            arguments[name] = getattr(built, held)
     with captured.graph.inserting_before(call.node):
         new = call_operator(captured.graph, built.op_name, arguments, like=call.node)
     call.node.replace_all_uses_with(new)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +37,8 @@ class FloatConv(ConvLayer):
         """The fused twin of ``conv``, then ``norm`` (a batch-norm in eval mode), then the activation."""
         check_conv(conv)
         weight, bias = folded(conv, norm)
+        if weight.data_ptr() == conv.weight.data_ptr():  # of 1 x 1: training would change the original's
+            weight = weight.clone()
         end: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope, "allow_tf32": allow_tf32}
         module = cls(**common_options(conv, bias is not None), **end)
         trained = conv.weight.requires_grad
@@ -73,22 +76,40 @@ class FloatConv(ConvLayer):
 class ConvBnAct2d(FloatConv):
     """y = activation(conv(x) + bias + residual) in one kernel; see ``kernels.conv2d``.
 
-    ``weight`` is a parameter, OHWI, in the layer's dtype.
+    ``weight_ohwi`` is a parameter in the layer's dtype; ``weight`` shows it as ``nn.Conv2d`` has it, with its gradient.
     """
 
     scheme_name = "fuse"
     op_name = "conv2d_fused"
+    _before: ClassVar[Mapping[str, str]] = {"weight": "weight_ohwi"}
+    weight_ohwi: nn.Parameter
 
     def __init__(self, *sizes: Any, **options: Any):
         super().__init__(*sizes, **options)
-        self.weight = nn.Parameter(torch.empty(self.weight_shape, device=options.get("device"), dtype=self.dtype))
+        weight = torch.empty(self.weight_shape, device=options.get("device"), dtype=self.dtype)
+        self.weight_ohwi = nn.Parameter(weight)
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
-        return self.weight.detach().float()
+        return self.weight_ohwi.detach().float()
 
     def _take_weight(self, weight: torch.Tensor, trained: bool) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=trained)
+        self.weight_ohwi = nn.Parameter(weight, requires_grad=trained)
 
     def _product(self, x: torch.Tensor, residual: torch.Tensor | None, *rest: Any) -> torch.Tensor:
-        return torch.ops.tilewright.conv2d_fused(x, self.weight, self.bias, residual, *rest)
+        return torch.ops.tilewright.conv2d_fused(x, self.weight_ohwi, self.bias, residual, *rest)
+
+    # ---- the weight as that of nn.Conv2d
+    def _held_weight(self) -> dict[str, torch.Tensor]:
+        return {"weight_ohwi": self.weight_ohwi}
+
+    def _weight_dtype(self, held: Mapping[str, torch.Tensor]) -> torch.dtype:
+        return held["weight_ohwi"].dtype
+
+    def _decoded(self, held: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self._weight_of(held["weight_ohwi"])
+
+    def _encoded(self, weight: torch.Tensor, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        ohwi = self._matrix_of(weight.detach()).reshape(self.weight_shape).to(held["weight_ohwi"].dtype)
+        trained = held["weight_ohwi"].requires_grad
+        return {"weight_ohwi": nn.Parameter(ohwi.clone(memory_format=torch.contiguous_format), trained)}

@@ -12,6 +12,7 @@ from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.formats import int8
 from tilewright.nn.conv import ConvBnAct2d
 from tilewright.nn.conv_layer import ConvLayer, Epilogue, check_conv, common_options, folded
+from tilewright.nn.weight_holder import CODES
 
 _reads = 0
 
@@ -24,9 +25,9 @@ def scales_read() -> int:
 class Int8ConvBnAct2d(ConvLayer):
     """y = activation(conv(x) + bias + residual) with int8 weights and activations; see ``kernels.int8_conv2d``.
 
-    ``weight`` int8 OHWI, ``weight_scale`` float32 [out_channels]; symmetric scales of whole tensors, known before the
-    call: ``input_scale``, ``residual_scale`` (if an int8 residual may come) and ``output_scale`` (if the result is to
-    be int8 itself), float32 without dimensions. A float input is quantised with ``input_scale`` first, an int8 input
+    ``weight_codes`` int8 OHWI, ``weight_scale`` float32 [out_channels]; symmetric scales of whole tensors, known before
+    the call: ``input_scale``, ``residual_scale`` (if an int8 residual may come) and ``output_scale`` (if the result is
+    to be int8 itself), float32 without dimensions. A float input is quantised with ``input_scale`` first, an int8 input
     is taken to be so quantised already. Without ``output_scale`` the result is a float tensor.
 
     The kernels take the scales of tensors as numbers. They are read from the buffers when those are loaded, which costs
@@ -36,6 +37,7 @@ class Int8ConvBnAct2d(ConvLayer):
 
     scheme_name = "w8a8-static"
     op_name = "int8_conv2d_fused"
+    base_format = int8.Int8()
     _accepts_int8 = True
 
     weight_scale: torch.Tensor
@@ -48,11 +50,13 @@ class Int8ConvBnAct2d(ConvLayer):
         *sizes: Any,
         residual_scale: bool = False,
         output_scale: bool = False,
+        range_search: str | None = None,
         **options: Any,
     ):
         super().__init__(*sizes, **options)
+        self._search(range_search)
         device = options.get("device")
-        self.register_buffer("weight", torch.empty(self.weight_shape, dtype=torch.int8, device=device))
+        self.register_buffer(CODES, torch.empty(self.weight_shape, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.empty(self.out_channels, dtype=torch.float32, device=device))
         for name, required in (("input", True), ("residual", residual_scale), ("output", output_scale)):
             scale = torch.ones((), dtype=torch.float32, device=device) if required else None
@@ -81,7 +85,7 @@ class Int8ConvBnAct2d(ConvLayer):
         if isinstance(conv, ConvBnAct2d):
             if norm is not None:
                 raise ValueError("a ConvBnAct2d has its batch-norm folded in already: norm must be None")
-            weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+            weight, bias = conv.weight_ohwi.detach(), None if conv.bias is None else conv.bias.detach()
             options = {**conv.config(), "device": "meta"}
             options.pop("allow_tf32")
         else:
@@ -89,9 +93,10 @@ class Int8ConvBnAct2d(ConvLayer):
             weight, bias = folded(conv, norm)
             options = common_options(conv, bias is not None)
         options |= {"activation": activation, "negative_slope": negative_slope}
-        module = cls(**options, residual_scale=residual_scale is not None, output_scale=output_scale is not None)
-        q, scale = int8.quantize(weight.flatten(1), range_search)
-        module.weight, module.weight_scale = q.view(weight.shape), scale
+        scales = {"residual_scale": residual_scale is not None, "output_scale": output_scale is not None}
+        module = cls(**options, **scales, range_search=range_search)
+        q, module.weight_scale = int8.quantize(weight.flatten(1), range_search)
+        module._buffers[CODES] = q.view(weight.shape)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         given = (("input_scale", input_scale), ("residual_scale", residual_scale), ("output_scale", output_scale))
@@ -115,12 +120,18 @@ class Int8ConvBnAct2d(ConvLayer):
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
-        return int8.dequantize(self.weight.flatten(1), self.weight_scale).view(self.weight.shape)
+        return self._matrix(self._held_weight()).view(self.weight_shape)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""
         scales = {name: getattr(self, name) is not None for name in ("residual_scale", "output_scale")}
-        return {**super().config(), **scales}
+        return {**super().config(), **scales, **self._search_config()}
+
+    def _columns(self) -> int:
+        return super()._columns() * self._window[0] * self._window[1]
+
+    def _shape_of(self, operand: str) -> tuple[int, ...] | None:
+        return self.weight_shape if operand == "weight" else None
 
     def _own_out_scale(self) -> float | None:
         return None if self.output_scale is None else self.y_scale
@@ -144,7 +155,7 @@ class Int8ConvBnAct2d(ConvLayer):
         y = torch.ops.tilewright.int8_conv2d_fused(
             x,
             self.x_scale,
-            self.weight,
+            self._buffers[CODES],
             self.weight_scale,
             self.bias,
             None if separate else residual,

@@ -12,8 +12,8 @@ from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.convolution import convolution_problem
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.nn.kinds import DropIn
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
+from tilewright.nn.weight_holder import WeightHolder
 
 #: Padding modes by name. "dynamic_same" is TensorFlow's "SAME": the output has ceil(size / stride) pixels, and what
 #: cannot be split evenly is padded at the end.
@@ -53,11 +53,11 @@ def same_padding(
     return height // 2, height - height // 2, width // 2, width - width // 2
 
 
-class ConvLayer(DropIn):
+class ConvLayer(WeightHolder):
     """Base of the drop-in replacements of ``nn.Conv2d`` and ``nn.Conv1d``: y = activation(conv(x) + b + residual).
 
-    The weight is OHWI, [out_channels, kh, kw, in_channels / groups]; a 1-D convolution is a 2-D one of height 1. The
-    bias, with batch-norm folded in, is float32 and stays so under ``.to(dtype)``, as buffers do. ``dtype`` is that of
+    Stored is OHWI, [out_channels, kh, kw, in_channels / groups]; a 1-D convolution is a 2-D one of height 1. The bias,
+    with batch-norm folded in, is float32 and stays so under ``.to(dtype)``, as buffers do. ``dtype`` is that of
     the layer this one stands for; it follows ``.to(dtype)``. Results are float tensors in the memory layout of the
     input (contiguous or channels-last), as PyTorch's are. Arguments are those of ``nn.Conv2d`` and what is fused in.
     """
@@ -65,7 +65,6 @@ class ConvLayer(DropIn):
     _accepts_int8: ClassVar[bool] = False
     _loads_exactly = True
 
-    weight: torch.Tensor
     bias: nn.Parameter | None
     transposed = False
     padding_mode = "zeros"
@@ -194,10 +193,8 @@ class ConvLayer(DropIn):
         padding = 0 if same else self.padding
         sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation)
         conv = kind(*sizes, self.groups, self.bias is not None, device="meta", dtype=self.dtype)
-        weight = self.dequantize_weight().permute(0, 3, 1, 2)
-        weight = weight.squeeze(2) if self.origin == "Conv1d" else weight
-        trained = getattr(self.weight, "requires_grad", False)
-        conv.weight = nn.Parameter(weight.detach().to(self.dtype).contiguous(), requires_grad=trained)
+        weight = self._weight_of(self.dequantize_weight()).detach().to(self.dtype)
+        conv.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             conv.bias = nn.Parameter(self.bias.detach().to(self.dtype), requires_grad=self.bias.requires_grad)
         return conv.train(self.training)
@@ -238,6 +235,20 @@ class ConvLayer(DropIn):
         return displayed if self.activation == "none" else f"{displayed}, activation={self.activation}"
 
     # ---- internal
+    def _weight_size(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def _columns(self) -> int:
+        return self.in_channels // self.groups
+
+    def _matrix_of(self, weight: torch.Tensor) -> torch.Tensor:
+        images = weight.unsqueeze(2) if self._dims == 1 else weight
+        return images.permute(0, 2, 3, 1).reshape(-1, self._columns())
+
+    def _weight_of(self, matrix: torch.Tensor) -> torch.Tensor:
+        images = matrix.reshape(self.weight_shape).permute(0, 3, 1, 2)
+        return (images.squeeze(2) if self._dims == 1 else images).clone(memory_format=torch.contiguous_format)
+
     def _as_images(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` with the dimensions that a 2-D convolution of a batch has."""
         x = x if x.dim() == self._dims + 2 else x.unsqueeze(0)

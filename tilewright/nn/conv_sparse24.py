@@ -24,6 +24,7 @@ class Sparse24ConvBnAct2d(Sparse24Places, FloatConv):
 
     scheme_name = "sparse24-conv"
     op_name = "sparse24_conv2d_fused"
+    base_format = Sparse24(Float())
     weight_values: torch.Tensor
 
     def __init__(self, *sizes: Any, values_dtype: torch.dtype | str | None = None, **options: Any):
@@ -40,16 +41,7 @@ class Sparse24ConvBnAct2d(Sparse24Places, FloatConv):
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
-        rows = Sparse24(Float(self.weight_values.dtype)).dequantize(self._buffers, self._columns())
-        return rows.reshape(self.weight_shape)
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The dense weight, OHWI in ``dtype``, made anew at each access, for model code that reads ``layer.weight``."""
-        return self.dequantize_weight().to(self.dtype)
-
-    def _columns(self) -> int:
-        return self.in_channels // self.groups
+        return self._matrix(self._held_weight()).reshape(self.weight_shape)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""

@@ -14,6 +14,7 @@ from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.int8 import Int8
 from tilewright.nn.quantized_linear import QuantizedLinear
+from tilewright.nn.weight_holder import CODES
 
 Layer = TypeVar("Layer", bound="Int8StaticLinear")
 
@@ -32,7 +33,6 @@ class Int8StaticLinear(QuantizedLinear):
     op_name = "int8_linear_quantized"
     base_format = Int8()
     from_float_options: ClassVar[dict[str, Any]] = {"range_search": "minmax"}
-    weight: torch.Tensor
     input_scale: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any):
@@ -89,7 +89,7 @@ class Int8StaticLinear(QuantizedLinear):
         q = torch.ops.tilewright.quantize_per_tensor(x, self.x_scale)
         rows = self.input_scale.expand(x.shape[:-1]).contiguous()
         return torch.ops.tilewright.int8_linear_quantized(
-            q, rows, self.weight, self.weight_scale, self.bias, residual, self.activation, x.dtype
+            q, rows, self._buffers[CODES], self.weight_scale, self.bias, residual, self.activation, x.dtype
         )
 
     def _differentiable(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

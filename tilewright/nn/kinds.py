@@ -37,6 +37,8 @@ class DropIn(nn.Module):
     op_name: ClassVar[str]
     #: Whether a state dict must have the very dtype of what is kept in one, also where floats could be cast.
     _loads_exactly: ClassVar[bool] = False
+    #: Names in state dicts of before the first release, and what they are called now.
+    _before: ClassVar[Mapping[str, str]] = {}
 
     layer_name: str
     dtype: torch.dtype
@@ -88,14 +90,30 @@ class DropIn(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    def renamed(self) -> dict[str, str]:
+        """What the module's tensors were called before, where that is not what they are called now."""
+        return {old: new for old, new in self._before.items() if new in self._buffers or new in self._parameters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for old, new in self._before.items():
+            tables: tuple[dict[str, Any], ...] = (self._buffers, self._parameters)
+            for table in tables:
+                if old in table:
+                    table[new] = table.pop(old)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         error_msgs: list[str] = rest[-1]
+        shown = {}
+        for old, name in self.renamed().items():
+            if prefix + old in state_dict and prefix + name not in state_dict:
+                state_dict[prefix + name], shown[name] = state_dict.pop(prefix + old), old
         for name, own in self._kept_in_dtype().items():
             given, narrow = state_dict.get(prefix + name), own.dtype.itemsize == 1 or not own.is_floating_point()
             if given is not None and given.dtype != own.dtype and (narrow or self._loads_exactly):
                 # copy_ would truncate a float weight to integers, or assign=True take a bias in another dtype.
                 error_msgs.append(
-                    f"{prefix}{name} must be {own.dtype}, not {given.dtype}: "
+                    f"{prefix}{shown.get(name, name)} must be {own.dtype}, not {given.dtype}: "
                     f"this state dict is not of a {type(self).__name__}"
                 )
                 return

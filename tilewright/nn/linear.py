@@ -24,7 +24,7 @@ class Int8Linear(QuantizedLinear):
     """int8 weights and activations (W8A8), activations quantised on the fly, one scale a row; see
     ``kernels.int8_linear``.
 
-    ``weight`` int8 [out_features, in_features], ``weight_scale`` float32 [out_features].
+    ``weight_codes`` int8 [out_features, in_features], ``weight_scale`` float32 [out_features].
     """
 
     scheme_name = "w8a8"
@@ -32,7 +32,6 @@ class Int8Linear(QuantizedLinear):
     base_format = Int8()
     options: ClassVar[dict[str, Any]] = {"channel_scale": False}
     from_float_options: ClassVar[dict[str, Any]] = {"range_search": "minmax", "channel_scale": None}
-    weight: torch.Tensor
 
 
 class Int8WeightOnlyLinear(QuantizedLinear):
@@ -50,19 +49,9 @@ class Int8WeightOnlyLinear(QuantizedLinear):
         "importance": None,
         "compute_dtype": "auto",
     }
-    weight: torch.Tensor
 
 
-class PackedLinear(QuantizedLinear):
-    """Layers that hold no matrix called ``weight``."""
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The dense weight in ``dtype``, made anew at each access, for model code that reads ``layer.weight``."""
-        return self.dequantize_weight().to(self.dtype)
-
-
-class Int4Linear(PackedLinear):
+class Int4Linear(QuantizedLinear):
     """int4 weights, float activations (W4A16); see ``kernels.int4_linear``.
 
     ``weight_packed``, ``weight_scale`` and, if asymmetric, ``weight_zero``: see ``kernels.formats.int4``. group_size:
@@ -79,7 +68,7 @@ class Int4Linear(PackedLinear):
     symmetric: bool
 
 
-class Int8ActInt4WeightLinear(PackedLinear):
+class Int8ActInt4WeightLinear(QuantizedLinear):
     """int4 weights, activations quantised to int8 on the fly (W4A8); see ``kernels.int4_int8_linear``.
 
     The weight and its options are those of ``Int4Linear``.
@@ -94,7 +83,7 @@ class Int8ActInt4WeightLinear(PackedLinear):
     symmetric: bool
 
 
-class _Sparse24Linear(Sparse24Places, PackedLinear):
+class _Sparse24Linear(Sparse24Places, QuantizedLinear):
     """Layers with 2:4 weights: of every four consecutive input columns two are kept.
 
     ``weight_values`` and ``weight_meta``: see ``kernels.formats.sparse24``. Values keep their dtype under
@@ -102,9 +91,6 @@ class _Sparse24Linear(Sparse24Places, PackedLinear):
     """
 
     weight_values: torch.Tensor
-
-    def _columns(self) -> int:
-        return self.in_features
 
     def mask(self) -> torch.Tensor:
         """What is kept, bool [out_features, in_features]."""

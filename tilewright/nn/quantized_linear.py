@@ -17,7 +17,7 @@ from tilewright.kernels.dispatch.layers import prepared_call
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.formats.int8 import check_weight
 from tilewright.kernels.formats.weight import Spec, WeightFormat
-from tilewright.nn.kinds import DropIn
+from tilewright.nn.weight_holder import WeightHolder, stored_name
 
 Layer = TypeVar("Layer", bound="QuantizedLinear")
 
@@ -46,7 +46,7 @@ def resolve_compute_dtype(compute_dtype: torch.dtype | str | None, weight_dtype:
     return parse_dtype(compute_dtype)
 
 
-class QuantizedLinear(DropIn):
+class QuantizedLinear(WeightHolder):
     """Base of the drop-in replacements of ``nn.Linear``: y = activation(x W^T + b) + residual with a quantised W.
 
     The weight and its scales are buffers in the canonical format, the bias is a parameter. Scales keep their dtype
@@ -64,19 +64,13 @@ class QuantizedLinear(DropIn):
     ``from_float`` makes of "auto" bfloat16 for a float32 layer, else None.
     """
 
-    #: How the weight is stored, but for the options of a layer.
-    base_format: ClassVar[WeightFormat | None] = None
-    #: Options of the constructor beyond those of every layer, and their defaults, in the order of ``config``.
-    options: ClassVar[dict[str, Any]] = {}
     #: Options of ``from_float`` beyond ``activation`` that the constructor lacks, or has another default for.
     from_float_options: ClassVar[dict[str, Any]] = {}
 
-    #: Operands of the weight, and all buffers that the operator reads.
-    _weight_names: ClassVar[tuple[str, ...]] = ()
-    _operands: ClassVar[tuple[str, ...]] = ()
-    #: Arguments of the operator after x, by place and by name alone. The layer holds them under the same names.
+    #: What the layer calls the operator's arguments after x, by place, and by name alone; those by their own names.
     _placed: ClassVar[tuple[str, ...]] = ()
     _named: ClassVar[tuple[str, ...]] = ()
+    _by_name: ClassVar[dict[str, str]] = {}
 
     bias: nn.Parameter | None
     weight_scale: torch.Tensor
@@ -86,13 +80,13 @@ class QuantizedLinear(DropIn):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if cls.base_format is not None:
-            cls._weight_names = cls.base_format.names
-            cls._operands = (*cls._weight_names, *(["channel_scale"] if "channel_scale" in cls.options else []))
+            cls.range_search = cls.from_float_options.get("range_search", cls.range_search)
         if "op_name" not in vars(cls):
             return
         declared = getattr(torch.ops.tilewright, cls.op_name).default._schema.arguments[1:]
-        cls._placed = tuple(each.name for each in declared if not each.kwarg_only)
+        cls._placed = tuple(stored_name(each.name) for each in declared if not each.kwarg_only)
         cls._named = tuple(each.name for each in declared if each.kwarg_only)
+        cls._by_name = {each.name: stored_name(each.name) for each in declared if each.name != "residual"}
         if "from_float" not in vars(cls):
             cls.from_float = _from_float_of(cls)  # type: ignore[method-assign]
         if cls.forward is QuantizedLinear.forward:
@@ -108,6 +102,7 @@ class QuantizedLinear(DropIn):
         *,
         activation: str = "none",
         origin: str = "Linear",
+        range_search: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         **options: Any,
@@ -120,6 +115,7 @@ class QuantizedLinear(DropIn):
         self.activation = activation
         self.origin = origin
         self.layer_name = ""
+        self._search(range_search)
         self.dtype = parse_dtype(dtype) or torch.get_default_dtype()
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=self.dtype))
@@ -134,8 +130,8 @@ class QuantizedLinear(DropIn):
                 if not isinstance(fact, torch.dtype):  # which the tensors tell
                     setattr(self, name, fact)
             specs = weight_format.operands(out_features, in_features)
-            for name in self._weight_names:
-                self.register_buffer(name, specs[name].empty(device) if name in specs else None)
+            for name in self.base_format.names:
+                self.register_buffer(stored_name(name), specs[name].empty(device) if name in specs else None)
         if "channel_scale" in options:
             scale = Spec((in_features,), torch.float32)
             self.register_buffer("channel_scale", scale.empty(device) if options["channel_scale"] else None)
@@ -164,6 +160,7 @@ class QuantizedLinear(DropIn):
             own[name] = resolve_compute_dtype(own[name], linear.weight.dtype)
         if "channel_scale" in own:
             own["channel_scale"] = channel_scale is not None
+        own["range_search"] = options.get("range_search")
         sizes = (linear.in_features, linear.out_features, linear.bias is not None)
         module = cls(*sizes, activation=activation, device="meta", dtype=linear.weight.dtype, **own)
         weight = weight.detach()
@@ -172,7 +169,7 @@ class QuantizedLinear(DropIn):
             weight = weight.float() / module.channel_scale
         how = {name: options[name] for name in ("range_search", "importance", "mask") if name in options}
         for name, operand in module.weight_format.quantize(weight, **how).items():
-            setattr(module, name, operand)
+            setattr(module, stored_name(name), operand)
         module.bias = linear.bias
         return module.train(linear.training)
 
@@ -180,17 +177,11 @@ class QuantizedLinear(DropIn):
     @property
     def weight_format(self) -> WeightFormat:
         """How the weight is stored."""
-        if self.base_format is None:
-            raise NotImplementedError(f"{type(self).__name__}.base_format")
-        return self.base_format.of_arguments({**self._buffers, **vars(self)}, self.in_features)
+        return self._operands_of(self._held_weight())[0]
 
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32 [out_features, in_features], the channel scale taken back."""
-        if self.base_format is None:
-            raise NotImplementedError(f"{type(self).__name__}.dequantize_weight")
-        weight = self.weight_format.dequantize(self._buffers, self.in_features)
-        channel_scale = self._buffers.get("channel_scale")
-        return weight if channel_scale is None else weight * channel_scale
+        return self._matrix(self._held_weight())
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""
@@ -203,6 +194,7 @@ class QuantizedLinear(DropIn):
             "origin": self.origin,
             "dtype": dtype_name(self.dtype),
             **{name: dtype_name(value) if name.endswith("dtype") else value for name, value in own.items()},
+            **self._search_config(),
         }
 
     def _option(self, name: str) -> Any:
@@ -278,11 +270,24 @@ class QuantizedLinear(DropIn):
         """What serves a call on ``x`` without a residual, or None: then the operator is to be called."""
         if torch.compiler.is_compiling():  # asked here, so that nothing of what follows is compiled
             return None
-        return prepared_call(self, x, [*map(self._buffers.get, self._operands), self._parameters["bias"]])
+        return prepared_call(self, x, [*map(self._buffers.get, self._held_names), self._parameters["bias"]])
 
     def _arguments(self) -> dict[str, Any]:
         """Of the operator, without x and the residual."""
-        return {name: getattr(self, name) for name in (*self._placed, *self._named) if name != "residual"}
+        return {name: getattr(self, held) for name, held in self._by_name.items()}
+
+    def _weight_size(self) -> tuple[int, ...]:
+        sizes = self.out_features, self.in_features
+        return sizes[::-1] if self.origin == "Conv1D" else sizes
+
+    def _columns(self) -> int:
+        return self.in_features
+
+    def _matrix_of(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.t() if self.origin == "Conv1D" else weight
+
+    def _weight_of(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.t().contiguous() if self.origin == "Conv1D" else matrix
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,6 +85,11 @@ class Manifest:
         for name, stored in self.tensors.items():
             found.setdefault(stored.shard, []).append(name)
         return found
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call tensors as they are called now."""
+        self.tensors = {names.get(name, name): stored for name, stored in self.tensors.items()}
+        self.tied = {names.get(alias, alias): names.get(name, name) for alias, name in self.tied.items()}
 
     def to_bytes(self) -> bytes:
         """The JSON text."""

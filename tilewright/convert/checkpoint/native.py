@@ -159,13 +159,14 @@ def load_model(
         with torch.device("meta"):
             model = factory()
         model = _swap_in(model, manifest, folder / FILE_NAME)
-        places = slots(model)
+        places, current = slots(model), restore.names_of_before(model)
+        manifest.rename(current)
         _check_names(places, manifest, folder / FILE_NAME, type(model).__name__)
         loaded: dict[str, torch.Tensor] = {}
         for shard, (file, entries, start) in shards.items():
-            for name, entry in entries.items():
-                stored = manifest.tensors[name]
-                tensor = read_tensor(file, folder / shard, name, entry, start, stored.sha256)
+            for written, entry in entries.items():
+                name = current.get(written, written)
+                tensor = read_tensor(file, folder / shard, written, entry, start, manifest.tensors[name].sha256)
                 _check_values(places[name], name, tensor, folder / shard)
                 loaded[name] = tensor.to(device)
     _put_in(places, manifest, loaded)

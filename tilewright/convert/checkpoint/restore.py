@@ -10,6 +10,7 @@ from torch import nn
 from tilewright.convert.graph import is_norm
 from tilewright.convert.layers import as_linear, is_conv1d, is_linear, why_not_convolution
 from tilewright.convert.network.convolutions import folded, install_programs
+from tilewright.convert.record import join
 from tilewright.convert.structure import Places
 from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
 from tilewright.nn.conv_layer import SIZES, common_options
@@ -19,6 +20,15 @@ from tilewright.nn.kinds import DropIn
 def folded_norms(model: nn.Module) -> dict[str, str]:
     """The name of each folded batch-norm, and of the convolution that holds it."""
     return {name: module.source for name, module in model.named_modules() if isinstance(module, FoldedBatchNorm)}
+
+
+def names_of_before(model: nn.Module) -> dict[str, str]:
+    """What the tensors of converted layers may be called in checkpoints of before the first release -> what now."""
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, DropIn):
+            found |= {join(prefix, old): join(prefix, new) for old, new in module.renamed().items()}
+    return found
 
 
 def why_not_in_place_of(old: nn.Module, new: QuantizedLinear | ConvLayer) -> str | None:

@@ -109,8 +109,9 @@ def _quantize_rows(
     range_search: str,
     scale_dtype: torch.dtype,
     importance: torch.Tensor | None,
+    eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(u uint8 [N, K], scale [N, G] in ``scale_dtype``, zero point uint8 [N, G])."""
+    """(u uint8 [N, K], scale [N, G] in ``scale_dtype``, zero point uint8 [N, G]). eps: see ``Int4.requantize``."""
     weight = weight.float()
     n, k = weight.shape
     groups = group_count(k, size)
@@ -133,7 +134,13 @@ def _quantize_rows(
         u, scale, zero = levels(fraction)
         return (u - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
 
-    u, scale, zero = levels(search_shrinkage(grouped, dequantized, range_search, importance))
+    fraction = search_shrinkage(grouped, dequantized, range_search, importance)
+    if eps is not None and symmetric:
+        # The outermost value of a group of levels is level -8 or 7 of them, not the 7.5 of ``extent``.
+        for level in (8, 7):
+            error = (dequantized(7.5 / level) - grouped).abs().amax(-1)
+            fraction = torch.where(error <= 7.5 * extent * (eps + 1e-6), 7.5 / level, fraction)
+    u, scale, zero = levels(fraction)
     return u.reshape(n, groups * size)[:, :k].to(torch.uint8), scale.to(scale_dtype), zero.to(torch.uint8)
 
 
@@ -144,20 +151,21 @@ def quantize(
     range_search: str = "minmax",
     scale_dtype: torch.dtype = torch.float32,
     importance: torch.Tensor | None = None,
+    eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Round to nearest (ties to even). ``weight`` float [N, K] -> (weight_packed, weight_scale, weight_zero or None).
 
     Symmetric: s = max|w| / 7.5, so that the range is shared by -8..7 with at most half a step clipped at its upper end.
     Asymmetric: the range is min(w, 0)..max(w, 0), so that zero is exact. Values are rounded against the scale as stored
-    in ``scale_dtype``. range_search: "minmax" or "mse", which importance [K] may weight (see ``formats.ranges``).
-    Raises TypeError or ValueError for a weight that is not a finite float matrix, or whose scales overflow
-    ``scale_dtype``.
+    in ``scale_dtype``. range_search: "minmax" or "mse", which importance [K] may weight (see ``formats.ranges``). eps:
+    see ``Int4.requantize``. Raises TypeError or ValueError for a weight that is not a finite float matrix, or whose
+    scales overflow ``scale_dtype``.
     """
     check_weight(weight)
     importance = check_importance(importance, weight)
     size = resolve_group_size(weight.shape[1], group_size)
     blocks = [
-        _quantize_rows(block, size, symmetric, range_search, scale_dtype, importance)
+        _quantize_rows(block, size, symmetric, range_search, scale_dtype, importance, eps)
         for block in row_blocks(weight.detach())
     ]
     u, scale, zero = (torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -249,6 +257,23 @@ class Int4(WeightFormat):
         """As ``quantize`` of this file."""
         made = quantize(weight, self.group_size, self.symmetric, range_search, self.scale_dtype, importance)
         return dict(zip(self.NAMES, made, strict=True))
+
+    def requantize(self, weight: torch.Tensor, range_search: str = "minmax", eps: float = 0.0) -> Operands:
+        """Groups that lie on the levels of one scale, to ``eps``, keep them."""
+        made = quantize(weight, self.group_size, self.symmetric, range_search, self.scale_dtype, eps=eps)
+        return dict(zip(self.NAMES, made, strict=True))
+
+    def replace_rows(
+        self, operands: Mapping[str, torch.Tensor | None], rows: torch.Tensor, new: Mapping[str, torch.Tensor | None]
+    ) -> Operands:
+        """Zero points are packed along the rows, eight to a word."""
+        zero = operands["weight_zero"]
+        made = super().replace_rows({name: t for name, t in operands.items() if name != "weight_zero"}, rows, new)
+        if zero is not None:
+            count = int(rows.count_nonzero())
+            replaced = unpack_zero(present("weight_zero", new), count)
+            zero = pack_zero(unpack_zero(zero, len(rows)).index_put((rows,), replaced))
+        return {**made, "weight_zero": zero}
 
     def dequantize(
         self, operands: Mapping[str, torch.Tensor | None], k: int, dtype: torch.dtype = torch.float32

@@ -13,7 +13,7 @@ the end hold 0. The nibble of a group that does not exist is 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -281,13 +281,35 @@ class Sparse24(WeightFormat):
         """
         if importance is not None:
             raise ValueError("importance of columns says nothing of kept values: in each row they are of other columns")
+        return self._of_kept(weight, mask, lambda kept: self.values.quantize(kept, range_search))
+
+    def requantize(self, weight: torch.Tensor, range_search: str = "minmax", eps: float = 0.0) -> Operands:
+        """As ``quantize``, the kept values as their format does it."""
+        return self._of_kept(weight, None, lambda kept: self.values.requantize(kept, range_search, eps))
+
+    def _of_kept(
+        self, weight: torch.Tensor, mask: torch.Tensor | None, quantize: Callable[[torch.Tensor], Operands]
+    ) -> Operands:
         check_weight(weight)
         if mask is None and why_not_24(weight):
             mask = best_mask(weight.abs())
         kept, meta = pack(weight, mask)
-        made = self.values.quantize(kept, range_search)
+        made = quantize(kept)
         values = made.pop(self.values.NAMES[0])
         return {"weight_values": values, "weight_meta": meta, **made}
+
+    def _of_values(self, operands: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+        """What the values' format has of ``operands``, by its own names."""
+        first, *others = self.values.names
+        return {first: operands["weight_values"], **{name: operands[name] for name in others}}
+
+    def replace_rows(
+        self, operands: Mapping[str, torch.Tensor | None], rows: torch.Tensor, new: Mapping[str, torch.Tensor | None]
+    ) -> Operands:
+        """Places, and the values as their format does it."""
+        made = self.values.replace_rows(self._of_values(operands), rows, self._of_values(new))
+        meta = present("weight_meta", operands).index_put((rows,), present("weight_meta", new))
+        return {"weight_values": made.pop(self.values.names[0]), "weight_meta": meta, **made}
 
     def dequantize(
         self, operands: Mapping[str, torch.Tensor | None], k: int, dtype: torch.dtype = torch.float32

@@ -119,6 +119,18 @@ class WeightFormat(ABC):
         finite float matrix, or that the format cannot hold.
         """
 
+    def requantize(self, weight: torch.Tensor, range_search: str = "minmax", eps: float = 0.0) -> Operands:
+        """As ``quantize``, for a weight that was this format's before somebody wrote into it. What is still of it, but
+        for a factor, should not be rounded anew. eps: relative rounding error of the dtype that it was written in.
+        """
+        return self.quantize(weight, range_search)
+
+    def replace_rows(
+        self, operands: Mapping[str, torch.Tensor | None], rows: torch.Tensor, new: Mapping[str, torch.Tensor | None]
+    ) -> Operands:
+        """``operands`` with the rows where ``rows``, bool [N], is true taken from ``new``, which holds no others."""
+        return {name: None if t is None else t.index_put((rows,), present(name, new)) for name, t in operands.items()}
+
     @abstractmethod
     def dequantize(
         self, operands: Mapping[str, torch.Tensor | None], k: int, dtype: torch.dtype = torch.float32
