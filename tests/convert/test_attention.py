@@ -35,7 +35,14 @@ def llama() -> nn.Module:
 
 
 def named(model: nn.Module) -> str:
-    return model.config._attn_implementation
+    """What the attention modules of ``model`` compute, by name. Its config names nothing of ours."""
+    assert model.config._attn_implementation != attention.NAME
+    (name,) = {
+        module.config._attn_implementation
+        for module in model.modules()
+        if "Attention" in type(module).__name__ and hasattr(module, "config")
+    }
+    return name
 
 
 @torch.inference_mode()
@@ -70,6 +77,7 @@ def test_the_function_equals_theirs_in_a_float_model():
     assert torch.allclose(hidden(model), expected, atol=1e-5)
     attention.restore(model)
     assert named(model) == "sdpa"
+    assert all(module.config is model.config for module in model.modules() if "config" in vars(module))
     assert torch.equal(hidden(model), expected)
 
 
@@ -89,7 +97,7 @@ def test_a_model_that_asks_for_the_name_is_left_alone():
     )
     model = nn.ModuleDict({"falcon": transformers.FalconModel(config).eval(), "bert": bert()})
     assert attention.use(model) == ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.1.attention.self"]
-    assert named(model["falcon"]) == "sdpa"
+    assert named(model["falcon"]) == "sdpa" and named(model["bert"]) == attention.NAME
 
 
 def test_nothing_converted_leaves_it_alone(monkeypatch: pytest.MonkeyPatch):
@@ -147,3 +155,71 @@ def test_exports_as_theirs():
     targets = {str(node.target) for node in program.graph.nodes}
     assert "tilewright.attention.default" not in targets
     assert any("scaled_dot_product_attention" in target for target in targets)
+
+
+# ---- configs belong to the user
+def test_no_config_is_written_to(tmp_path: Path):
+    config = transformers.BertConfig(**SMALL, **TEXT)
+    model, other = transformers.BertModel(config).eval(), transformers.BertModel(config).eval()
+    expected, before = hidden(other), copy.deepcopy(vars(config))
+    small = convert_model(model, "int8", inplace=True)
+    save_model(small, tmp_path)
+    loaded = load_model(tmp_path, lambda: transformers.BertModel(config).eval())
+    assert named(small) == named(loaded) == attention.NAME
+    assert small.config is loaded.config is other.config is config
+    assert vars(config) == before
+    assert named(other) == "sdpa" and torch.equal(hidden(other), expected)
+
+
+@pytest.mark.parametrize(
+    "config_of",
+    [
+        lambda q, folder: q.config,
+        lambda q, folder: copy.deepcopy(q.config),
+        lambda q, folder: copy.deepcopy(q).config,
+        lambda q, folder: pickle.loads(pickle.dumps(q)).config,  # noqa: S301
+        lambda q, folder: type(q.config).from_dict(q.config.to_dict()),
+        lambda q, folder: type(q.config).from_dict(q.encoder.layer[0].attention.self.config.to_dict()),
+        lambda q, folder: q.config.save_pretrained(folder) or type(q.config).from_pretrained(folder),
+    ],
+    ids=["same", "deepcopy", "of a deepcopy", "pickle", "dict", "part's dict", "file"],
+)
+def test_a_new_model_of_its_config_has_the_usual_attention(config_of, tmp_path: Path):
+    small = convert_model(bert(), "int8")
+    config = config_of(small, tmp_path)
+    fresh = type(small)(config).eval()
+    assert named(fresh) == "sdpa"
+    fresh.load_state_dict(bert().state_dict())
+    assert "tilewright::attention" not in calls(fresh)
+    assert "tilewright" not in str(config.to_json_string()) and named(small) == attention.NAME
+
+
+def test_the_config_of_an_attention_module_is_the_models():
+    small = convert_model(bert(), "int8")
+    seen = small.encoder.layer[0].attention.self.config
+    assert isinstance(seen, transformers.BertConfig) and seen == small.config and repr(seen) == repr(small.config)
+    assert seen is small.encoder.layer[1].attention.self.config
+    small.config.output_hidden_states = True
+    assert seen.output_hidden_states is True
+    seen.note = "of the user"
+    assert small.config.note == "of the user"
+    del seen.note
+    assert not hasattr(small.config, "note")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = seen.no_such_thing
+    type(small)(seen)
+    assert small.config._attn_implementation == "sdpa"
+    twin = copy.deepcopy(small)
+    twin.config.output_hidden_states = False
+    assert twin.encoder.layer[0].attention.self.config.output_hidden_states is False
+    assert seen.output_hidden_states is True
+
+
+def test_a_later_choice_of_the_user_counts():
+    small = convert_model(bert(), "int8")
+    small.set_attn_implementation("eager")
+    assert named(small) == "eager" and "tilewright::attention" not in calls(small)
+    with torch.inference_mode():
+        assert len(small(**INPUTS, output_attentions=True).attentions) == 2
+    small.set_attn_implementation("sdpa")
+    assert named(small) == attention.NAME and "tilewright::attention" in calls(small)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 #: Is told of every call of a layer: its name, what it is called with by position, and by keyword.
 Listener = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
@@ -67,17 +68,23 @@ def first_of(data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
     return first, itertools.chain([] if first is None else [first], items) if items is data else data
 
 
+class _Watching(TorchFunctionMode):
+    """Changes nothing. PyTorch takes no native path where a mode is on, which is so in this thread alone; the switch in
+    ``torch.backends.mha`` is one for all.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and every layer really called (PyTorch's native encoder path reads weights instead)."""
     training = {module for module in model.modules() if module.training}
-    native = torch.backends.mha.get_fastpath_enabled()
     model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _Watching():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(native)
         for module in training:
             module.training = True

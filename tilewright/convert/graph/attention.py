@@ -1,10 +1,14 @@
 """Attention of converted transformers: the C kernel for short sequences instead of PyTorch's.
 
 Once its linear layers are int8, a sentence encoder on a CPU spends a third of its time in PyTorch's attention, whose
-arithmetic is a fiftieth of the whole. The models of transformers look their attention up by a name in their config, so
-a converted model that says "sdpa" there is given the name of a function that calls ``kernels.attention.call``, which
-computes the same, within float32 rounding. Everything else keeps the attention it has: another choice of the user, a
-model whose code asks whether the name is "sdpa", a GPU, training.
+arithmetic is a fiftieth of the whole. The models of transformers look their attention up by a name in their config. So
+the attention modules of a converted model see their config through an ``AttentionConfig``, which shows "sdpa" as the
+name of a function that calls ``kernels.attention.call``, which computes the same, within float32 rounding. Everything
+else keeps the attention it has: another choice of the user, also a later one, a model whose code asks whether the name
+is "sdpa", a GPU, training.
+
+The config itself, which other models may share and new ones be made from, is not written to. All that transformers as a
+whole gets is one more name in its tables of attention and mask functions, which no model uses that was not converted.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from tilewright.kernels.attention import call
 NAME = "tilewright"
 #: What it stands in for.
 REPLACED = "sdpa"
-_FIELD = "_attn_implementation_internal"
+#: What the config of an attention module says that we may compute, or do.
+_TAKEN = (REPLACED, NAME)
 #: What the function that it stands in for may be asked to do.
 _KNOWN = {
     *("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"),
@@ -31,19 +36,53 @@ _KNOWN = {
 }
 
 
-class _Name(str):
-    """The name in a config. Copying or unpickling it registers the function: a model from a file finds it."""
+class AttentionConfig:
+    """The config of an attention module, whatever it is at the moment, but that our attention stands for PyTorch's.
 
-    __slots__ = ()
+    Whoever asks takes it for ``config``: attributes are read there and written there.
+    """
 
-    def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
-        return _registered_name, ()
+    config: Any
+
+    def __init__(self, config: Any):
+        vars(self)["config"] = config
+
+    @property
+    def _attn_implementation(self) -> Any:
+        name = self.config._attn_implementation
+        return NAME if name == REPLACED else name
+
+    @property  # type: ignore[misc]  # proxies do so, for isinstance
+    def __class__(self) -> Any:
+        return type(self.config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A model that is made of this config writes back what it has read.
+        setattr(self.config, name, REPLACED if isinstance(value, str) and value == NAME else value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.config, name)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.config == (other.config if type(other) is AttentionConfig else other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self.config)
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _seen, (self.config,)
 
 
-def _registered_name() -> str:
-    if not _register():
-        return REPLACED  # read by a version of transformers that cannot be told of other attentions
-    return _Name(NAME)
+def _seen(config: Any) -> Any:
+    """``config`` as attention modules see it, also in a process that has read it from a file and converted nothing;
+    itself in a version of transformers that cannot be told of other attentions.
+    """
+    return AttentionConfig(config) if _register() else config
 
 
 def _register() -> bool:
@@ -99,18 +138,18 @@ def use(model: nn.Module) -> list[str]:
     """Have the attention of ``model`` computed by ours where it may be; returns the names of its attention modules."""
     if not _register():
         return []
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        owners.setdefault(id(vars(module).get("config")), []).append(module)
     asks = functools.cache(_asks_for_the_name)
+    seen: dict[int, AttentionConfig] = {}
     names = []
     for name, module in model.named_modules():
         config = vars(module).get("config")
-        if "Attention" not in type(module).__name__ or getattr(config, _FIELD, None) not in (REPLACED, NAME):
+        if "Attention" not in type(module).__name__ or getattr(config, "_attn_implementation", None) not in _TAKEN:
             continue
-        if not any(asks(type(owner).__module__) for owner in owners[id(config)]):
-            setattr(config, _FIELD, _Name(NAME))
-            names.append(name)
+        if any(asks(kind.__module__) for kind in type(module).__mro__ if issubclass(kind, nn.Module)):
+            continue
+        if type(config) is not AttentionConfig:
+            vars(module)["config"] = seen.setdefault(id(config), AttentionConfig(config))
+        names.append(name)
     return names
 
 
@@ -118,8 +157,8 @@ def restore(model: nn.Module) -> None:
     """Undo ``use``."""
     for module in model.modules():
         config = vars(module).get("config")
-        if config is not None and getattr(config, _FIELD, None) == NAME:
-            setattr(config, _FIELD, REPLACED)
+        if type(config) is AttentionConfig:
+            vars(module)["config"] = vars(config)["config"]
 
 
 def _asks_for_the_name(module: str) -> bool:

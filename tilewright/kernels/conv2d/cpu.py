@@ -18,6 +18,7 @@ from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.probes import _Case, _probe
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.formats.weight import Draw
 
 #: Those that oneDNN's fused convolution has: name, scalars, algorithm.
 _ONEDNN_ACTIVATIONS = {row.name: row.onednn for row in TABLE.values() if row.onednn is not None}
@@ -62,10 +63,10 @@ def conv2d_fused(
 def why_no_onednn() -> str | None:
     """Why oneDNN's fused convolution cannot be used, or None."""
 
-    def check() -> _Case:
-        x, w, b = torch.randn(1, 24, 14, 14), torch.randn(40, 3, 3, 24), torch.randn(40)
+    def check(draw: Draw) -> _Case:
+        x, w, b = draw.normal(1, 24, 14, 14), draw.normal(40, 3, 3, 24), draw.normal(40)
         x = x.contiguous(memory_format=torch.channels_last)
-        residual = torch.randn(1, 40, 14, 14).contiguous(memory_format=torch.channels_last)
+        residual = draw.normal(1, 40, 14, 14).contiguous(memory_format=torch.channels_last)
         expected = reference.conv2d_fused(x, w, b, residual, padding=(1, 1, 1, 1), activation="relu")
         run = functools.partial(onednn_conv2d_fused, x, w, b, residual, padding=(1, 1, 1, 1), activation="relu")
         return run(), expected, run

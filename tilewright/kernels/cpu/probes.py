@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from tilewright.kernels.formats.weight import Draw
+
 
 def best_of(count: int, run: Callable[[], object]) -> float:
     """Seconds of the fastest of ``count`` calls."""
@@ -27,18 +29,18 @@ def best_of(count: int, run: Callable[[], object]) -> float:
 _Case = tuple[torch.Tensor, torch.Tensor, Callable[[], object]]
 
 
-def _probe(name: str, check: Callable[[], _Case], bound: float) -> str | None:
+def _probe(name: str, check: Callable[[Draw], _Case], bound: float) -> str | None:
     """Why a private operator cannot be used, or None. ``check`` returns its result, the expected one, and a call to
-    time.
+    time. What it draws does not come from PyTorch's own generator, whose numbers are the user's.
     """
+    draw = Draw()
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            actual, expected, run = check()
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            actual, expected, run = check(draw)
             error = (actual.double() - expected.double()).norm() / expected.double().norm()
             if not error <= bound:
                 return f"{name} gives wrong results on this CPU (relative error {error:.1e})"
-            dense = torch.randn(512, 512)
-            x = torch.randn(32, 512)
+            dense, x = draw.normal(512, 512), draw.normal(32, 512)
             plain = best_of(3, lambda: torch.nn.functional.linear(x, dense))
             ours = best_of(3, run)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
@@ -67,9 +69,8 @@ def qlinear(
     return torch.ops.onednn.qlinear_pointwise.binary(*product, total, *rounded, 1.0, 0, "sum", 1.0, "none", [], "")
 
 
-def _random_int8(*shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+def _random_int8(draw: Draw, *shape: int) -> torch.Tensor:
+    q = draw.integers(-127, 128, *shape, dtype=torch.int8)
     q[..., : shape[-1] // 2] = 127  # pairs of extreme products overflow 16 bits on CPUs without VNNI
     return q
 
@@ -78,11 +79,11 @@ def _random_int8(*shape: int) -> torch.Tensor:
 def why_no_qlinear() -> str | None:
     """Why oneDNN's quantised linear cannot be used, or None."""
 
-    def check() -> _Case:
-        q, w = _random_int8(32, 512), _random_int8(512, 512)
+    def check(draw: Draw) -> _Case:
+        q, w = _random_int8(draw, 32, 512), _random_int8(draw, 512, 512)
         x = (q.to(torch.int32) + 128).to(torch.uint8)
         packed = torch.ops.onednn.qlinear_prepack(w, None)
-        scale, zero = torch.rand(512), torch.zeros(512, dtype=torch.int32)
+        scale, zero = draw.positive(512), torch.zeros(512, dtype=torch.int32)
         expected = q.double() @ w.double().t() * scale
         y = qlinear(x, packed, scale, zero)
         y = qlinear(x, packed, scale, zero, y)
@@ -95,8 +96,8 @@ def why_no_qlinear() -> str | None:
 def why_no_int8pack() -> str | None:
     """Why ATen's int8 weight-only product cannot be used, or None."""
 
-    def check() -> _Case:
-        x, w = torch.randn(32, 512).bfloat16(), _random_int8(512, 512)
+    def check(draw: Draw) -> _Case:
+        x, w = draw.normal(32, 512, dtype=torch.bfloat16), _random_int8(draw, 512, 512)
         ones = torch.ones(512, dtype=torch.bfloat16)
         return (
             torch._weight_int8pack_mm(x, w, ones),
@@ -111,11 +112,10 @@ def why_no_int8pack() -> str | None:
 def why_no_int4pack() -> str | None:
     """Why ATen's int4 weight-only product cannot be used, or None."""
 
-    def check() -> _Case:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(32, 512, generator=generator).bfloat16()
-        u = torch.randint(0, 16, (512, 512), generator=generator, dtype=torch.int32)
-        scale_and_offset = torch.rand(16, 512, 2, generator=generator).bfloat16()
+    def check(draw: Draw) -> _Case:
+        x = draw.normal(32, 512, dtype=torch.bfloat16)
+        u = draw.integers(0, 16, 512, 512, dtype=torch.int32)
+        scale_and_offset = draw.positive(16, 512, 2).bfloat16()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(u, 1)
         scale, offset = (t.t().double().repeat_interleave(32, 1) for t in scale_and_offset.unbind(-1))
         run = functools.partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x, packed, 32, scale_and_offset)

@@ -54,7 +54,7 @@ class Draw:
 
     def positive(self, *size: int) -> torch.Tensor:
         """float32 between 0.5 and 1.5."""
-        return torch.rand(*size, **self._options) + 0.5
+        return torch.rand(*size, dtype=torch.float32, **self._options) + 0.5
 
     def integers(self, low: int, high: int, *size: int, dtype: torch.dtype) -> torch.Tensor:
         """``low`` to ``high - 1``, all equally likely."""

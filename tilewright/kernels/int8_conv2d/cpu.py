@@ -19,6 +19,7 @@ from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.probes import _Case, _probe, _random_int8
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.formats.weight import Draw
 from tilewright.kernels.int8_conv2d import reference
 
 
@@ -84,8 +85,8 @@ def _sums(x: torch.Tensor, weight: torch.Tensor, window: conv_steps.Window, x_no
 def why_no_qconv() -> str | None:
     """Why oneDNN's quantised convolution cannot be used, or None."""
 
-    def check() -> _Case:
-        x, w = _random_int8(1, 14, 14, 24).permute(0, 3, 1, 2), _random_int8(40, 3, 3, 24)
+    def check(draw: Draw) -> _Case:
+        x, w = _random_int8(draw, 1, 14, 14, 24).permute(0, 3, 1, 2), _random_int8(draw, 40, 3, 3, 24)
         window = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
         expected = reference.int8_conv2d_fused(x, 1.0, w, torch.ones(40), None, None, 1.0, *window)
         return _sums(x, w, window, False), expected, lambda: _sums(x, w, window, False)
