@@ -51,6 +51,28 @@ def test_what_spells_out_a_name(pattern: str, expected: bool) -> None:
     assert names_explicitly(pattern) is expected
 
 
+@pytest.mark.parametrize(
+    "expression",
+    ["(a+)+$", "(.*)*x", "(a|ab)*c", "(a?){30}a{30}", "a?" * 30 + "a{30}", ".*" * 8 + "x", "(?:layer\\.\\d+\\.)*x"],
+)
+def test_an_expression_that_may_take_for_ever_is_refused(expression: str) -> None:
+    with pytest.raises(ValueError, match="in so many ways"):
+        Recipe.of({f"re:{expression}": "int8"})
+
+
+@pytest.mark.parametrize(
+    "expression, name",
+    [
+        (r".*layers\.\d+\..*attn.*proj.*", "model.layers.11.self_attn.q_proj"),
+        (r"(?:.*\.)?(?:q_proj|k_proj)", "q_proj"),
+        (r"(?!.*head).*\.(self|output)\.(query|key|value|dense).*", "encoder.layer.0.attention.self.query"),
+        (r"(ab)*\.x{2,4}", "abab.xxx"),
+    ],
+)
+def test_expressions_that_people_write_are_taken(expression: str, name: str) -> None:
+    assert matches(f"re:{expression}", name, nn.Linear(1, 1))
+
+
 def test_forms_of_a_recipe() -> None:
     assert Recipe.of("int8").rules == (Rule("*", Int8Dynamic()), Rule("*", Int8Static()))
     assert Recipe.of(Int8Dynamic()).rules == Recipe.of("int8").rules[:1]

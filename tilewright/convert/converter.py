@@ -68,6 +68,7 @@ def convert_model(
     progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.
 
     Layers that cannot be converted, tied weights and heads are left alone; ``report`` lists them with the reason.
+    Adapters come first: PEFT adds none to converted layers, but those that a model has keep working beside them.
     Raises ValueError for a pattern that matches nothing, if nothing would be converted, and for ``keep_if_faster``
     without ``example_inputs``; TypeError if ``model`` is no ``nn.Module`` or compiled. Where ``keep_if_faster`` gives
     every layer back that is no error: the model comes back as it was, with the reasons in its report.

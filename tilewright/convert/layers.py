@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import nn
 
+from tilewright.convert.plain_forward import computes_as
 from tilewright.kernels.formats.ranges import all_finite
 from tilewright.nn import ConvLayer, QuantizedLinear
 from tilewright.nn.conv_layer import pads_by_size
@@ -80,13 +81,17 @@ def why_not_linear(module: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weight instead of calling it"
     if reason := _why_not_instance(module):
         return reason
-    if type(module).forward is not plain.forward:
-        return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
-    return why_not_parameters(module)
+    if reason := why_not_parameters(module):
+        return reason
+    return None if computes_as(module, plain) else f"{kind} is a subclass of {plain.__name__} with a forward of its own"
 
 
 def _why_not_instance(module: nn.Module) -> str | None:
-    if "forward" in vars(module):
+    if hasattr(module, "_hf_hook"):
+        remove = "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        return f"accelerate's hooks replaced its forward: {remove} first"
+    # accelerate puts the method itself there when it takes its hooks off.
+    if getattr(vars(module).get("forward", module.forward), "__func__", None) is not type(module).forward:
         return "its forward was replaced on the instance"
     if nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized: remove the parametrization first"
@@ -116,9 +121,7 @@ def why_not_convolution(module: nn.Module) -> str | None:
     if reason := _why_not_instance(module):
         return reason
     plain = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
-    if not pads_by_size(module) and (
-        type(module).forward is not plain.forward or type(module)._conv_forward is not plain._conv_forward
-    ):
+    if not pads_by_size(module) and not computes_as(module, plain):
         return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
     if module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}: the fused kernels pad with zeros"
@@ -128,7 +131,7 @@ def why_not_convolution(module: nn.Module) -> str | None:
 def why_not_weight(weight: torch.Tensor) -> str | None:
     """Why a weight cannot be quantised; None if it can."""
     if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "it is lazy and has not seen an input yet"
+        return "it is lazy and has not seen an input yet: call the model once first"
     if type(weight) not in (nn.Parameter, torch.Tensor) or type(weight.data) is not torch.Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
     if weight.dtype not in WEIGHT_DTYPES:

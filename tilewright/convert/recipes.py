@@ -18,6 +18,7 @@ from typing import Any, Union
 from torch import nn
 
 from tilewright.convert import schemes
+from tilewright.convert.regular import MOST_WAYS, ways_to_match
 from tilewright.convert.schemes import Scheme, registered_schemes, scheme_from_json
 from tilewright.convert.text import closest
 
@@ -67,6 +68,11 @@ def matcher(pattern: str) -> Callable[[str, nn.Module], bool]:
             expression = re.compile(rest)
         except re.error as error:
             raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+        if ways_to_match(rest) > MOST_WAYS:
+            raise ValueError(
+                f"pattern {pattern!r} can match a name in so many ways that trying them may take for ever: "
+                "repeat nothing that holds a repeat or alternatives, and use * and + at most five times"
+            )
         return lambda name, module: expression.fullmatch(name) is not None
     if kind == "type":
         if not rest:

@@ -255,6 +255,7 @@ class ConvLayer(WeightHolder):
         return x if self._dims == 2 else x.unsqueeze(2)
 
     def _check_input(self, x: torch.Tensor) -> None:
+        self._check_layout(x)
         if not x.is_floating_point() and not (x.dtype == torch.int8 and self._accepts_int8):
             raise TypeError(f"{self._label()} takes float input, not {x.dtype}")
         if x.dim() not in (self._dims + 1, self._dims + 2) or x.shape[-self._dims - 1] != self.in_channels:

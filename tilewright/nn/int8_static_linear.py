@@ -13,6 +13,7 @@ from torch import nn
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.int8 import Int8
+from tilewright.nn.nested import on_rows
 from tilewright.nn.quantized_linear import QuantizedLinear
 from tilewright.nn.weight_holder import CODES
 
@@ -77,6 +78,8 @@ class Int8StaticLinear(QuantizedLinear):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
+        if x.is_nested:
+            return on_rows(self, x, residual)
         self._check_input(x)
         if x.dim() == 4:  # four dimensions are an image to the quantiser, with columns last but one
             rest = None if residual is None else residual.flatten(0, 1)

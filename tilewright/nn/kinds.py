@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -71,6 +71,16 @@ class DropIn(nn.Module):
 
     def _label(self) -> str:
         return f"{type(self).__name__} {self.layer_name!r}" if self.layer_name else type(self).__name__
+
+    def _check_layout(self, x: torch.Tensor) -> None:
+        if x.layout != torch.strided:
+            raise TypeError(f"{self._label()} takes dense input, not {x.layout}: give it x.to_dense()")
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # Asked by torch.jit.script, which cannot read how a call finds its kernel.
+        raise TypeError(
+            f"{self._label()} cannot be scripted: use torch.export.export or torch.jit.trace on the converted model"
+        )
 
     def _kept_in_dtype(self) -> dict[str, torch.Tensor]:
         return dict(self.named_buffers(recurse=False))

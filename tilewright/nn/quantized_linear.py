@@ -17,6 +17,7 @@ from tilewright.kernels.dispatch.layers import prepared_call
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.formats.int8 import check_weight
 from tilewright.kernels.formats.weight import Spec, WeightFormat
+from tilewright.nn.nested import on_rows
 from tilewright.nn.weight_holder import WeightHolder, stored_name
 
 Layer = TypeVar("Layer", bound="QuantizedLinear")
@@ -243,6 +244,8 @@ class QuantizedLinear(WeightHolder):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
+        if x.is_nested:
+            return on_rows(self, x, residual)
         call = None if residual is not None else self._prepared_call(x)
         if call is not None:  # for inputs of this shape and dtype, which were checked before
             return call(x)
@@ -258,6 +261,7 @@ class QuantizedLinear(WeightHolder):
 
     # ---- internal
     def _check_input(self, x: torch.Tensor) -> None:
+        self._check_layout(x)
         if not x.is_floating_point():
             raise TypeError(f"{self._label()} takes float input, not {x.dtype}")
         if not x.dim() or x.shape[-1] != self.in_features:
