@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate, layers, structure, timing
+from tilewright.convert import calibrate, foreign_saves, layers, structure, timing
 from tilewright.convert.conversion import Conversion, Job, conversion_of, conversions_of
 from tilewright.convert.graph import attention, fuse_activations, unfuse_activations
 from tilewright.convert.network.program import remove_programs
@@ -119,6 +119,7 @@ def convert_model(
         model = job.model
         # Also if a layer failed in place: what was converted until then must keep working and be reported.
         structure.FastPaths.close(model, layers.is_converted)
+        foreign_saves.guard(model)
         record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
         record.attach(model)
     if not any(name in record.layers for name in plan.convert):
@@ -229,6 +230,7 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         places.replace(norm, then.train(norm.training))
     model = places.root
     structure.FastPaths.open(model)
+    foreign_saves.guard(model)
     attention.restore(model)
     detach(model)
     return model

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tilewright.convert import layers, structure
+from tilewright.convert import foreign_saves, layers, structure
 from tilewright.convert.account import recorded
 from tilewright.convert.checkpoint import restore
 from tilewright.convert.checkpoint.folder import opened, saving
@@ -180,6 +180,7 @@ def load_model(
     for name, module in model.named_modules():
         module.training = manifest.training != (name in other_mode)
     structure.FastPaths.close(model, layers.is_converted)
+    foreign_saves.guard(model)
     if manifest.record.attention:
         manifest.record.attention = attention.use(model)
     if manifest.layers:
