@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tilewright.backend.captured import Captured, Order, call_operator, holding
-from tilewright.convert.graph import Match, Part, activates, argument, calls, follow, functionalize, reshape_views
+from tilewright.convert.graph import Match, Part, Untraceable, activates, argument, calls, follow, reshape_views, settle
 from tilewright.convert.plan import Planned, decide
 from tilewright.convert.recipes import Recipe
 from tilewright.convert.schemes.convolution import Fuse
@@ -34,7 +34,14 @@ def rewrite(captured: Captured, recipe: Recipe | None, exclude: tuple[str, ...])
     nodes = [node for node in captured.graph.nodes if calls(node, *CONVOLUTIONS)]
     if not nodes:
         return
-    functionalize(captured.graph, {})
+    try:
+        settle(captured.graph, {}, inputs_overlap=False)
+    except Untraceable as error:
+        names = {
+            captured.layer_of(weight) for node in nodes if isinstance(weight := argument(node, 1, "weight"), fx.Node)
+        }
+        captured.report.left.update(dict.fromkeys(names, error.reason))
+        return
     order = Order(captured.graph)
     asked = Recipe.of("fuse").excluding((*(recipe.exclude if recipe else ()), *exclude))
     fused = False

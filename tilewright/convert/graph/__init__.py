@@ -1,13 +1,15 @@
 """What the converter asks of a model's code: which values are read by whom, and what follows what.
 
-The room can be exchanged: whatever reads the code of a model, by tracing or by capture, answers these questions, and
-the rest of ``convert`` asks nothing else.
+The room can be exchanged: whatever reads the code of a model answers these questions, and the rest of ``convert`` asks
+nothing else. Code is read by running it on values without content (``capture``), once, on a private copy (``twin``).
 
     find_regions            the parts of a model that can be read as a graph, as large as can be, and why others cannot
     Region                  one of them: its module and graph, inputs and defaults, its calls of submodules in order,
                             whether a call asks for what the graph computes; runs the graph and shows every value
     Region.open_call        shows what is inside of a call
     calls, activation_of, ... what one node computes, whichever way it was written
+    effect_of               whose memory a node's result shares, and whose it writes
+    settle, is_kept, Writes the order of writes: said by the graph, seen by others, in the way of whoever moves a node
     follow, Chain.replace   what follows a node and nothing else reads; one node in its place
     source_of, compiled     the graph as Python code
     fuse_activations, ...   activations that move into the linear layer before them
@@ -17,15 +19,17 @@ modules are replaced, so a region is found once and its graph rewritten from ste
 """
 
 from tilewright.convert.graph.activations import fuse_activations, fuse_named, fused_activations, unfuse_activations
-from tilewright.convert.graph.chain import Match, Part, activates, added_to, follow
+from tilewright.convert.graph.chain import Chain, Match, Part, activates, added_to, follow
 from tilewright.convert.graph.codegen import compiled, flattened, source_of
+from tilewright.convert.graph.effects import Effect, effect_of
+from tilewright.convert.graph.leaves import ReplacedForward, has_hooks, is_known, is_norm
+from tilewright.convert.graph.memory import Writes, is_kept, settle
 from tilewright.convert.graph.patterns import (
     Modules,
     activation_of,
     addends,
     argument,
     calls,
-    functionalize,
     globally_pooled,
     is_identity,
     module_of,
@@ -33,14 +37,5 @@ from tilewright.convert.graph.patterns import (
     reshape_views,
     zero_padding,
 )
-from tilewright.convert.graph.tracing import (
-    NotAsExpected,
-    Region,
-    ReplacedForward,
-    Watch,
-    bind_call,
-    find_regions,
-    has_hooks,
-    is_known,
-    is_norm,
-)
+from tilewright.convert.graph.tracing import Region, Watch, bind_call, find_regions
+from tilewright.convert.graph.values import NotAsExpected, Untraceable

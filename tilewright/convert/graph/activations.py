@@ -1,7 +1,7 @@
 """Activations that follow a quantised linear layer move into its epilogue, which saves a pass over the layer's output.
 
 Whether an activation really follows, and nothing else reads what it reads, is not guessed from names: the ``forward``
-of the module that holds both is traced with its children as opaque calls. What cannot be traced is left as it is.
+of the module that holds both is read with its children as opaque calls. What cannot be read is left as it is.
 """
 
 from __future__ import annotations
@@ -9,24 +9,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 from torch import fx, nn
 
+from tilewright.convert.graph.capture import Capture, arguments_of
 from tilewright.convert.graph.chain import activates, follow
-from tilewright.convert.graph.tracing import has_hooks
+from tilewright.convert.graph.leaves import has_hooks
+from tilewright.convert.graph.memory import settle
+from tilewright.convert.graph.values import Untraceable
 from tilewright.convert.record import join
 from tilewright.kernels.activation import ACTIVATIONS, module_activation
 from tilewright.nn import FusedActivation, QuantizedLinear
 
 logger = logging.getLogger("tilewright")
-
-
-class _ShallowTracer(fx.Tracer):
-    """Traces one module's own ``forward``; every child is a call."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -81,17 +76,17 @@ def _fuse_in(parent: nn.Module, candidates: dict[str, nn.Module], places: Counte
 
 
 def _trace(parent: nn.Module) -> fx.Graph | None:
-    """The graph of ``parent.forward``, or None if it cannot be traced."""
-    # A forward may write to its module; it must not leave tracing objects in the user's.
-    twin: Any = object.__new__(type(parent))
-    twin.__dict__.update(
-        {key: value.copy() if isinstance(value, dict) else value for key, value in vars(parent).items()}
-    )
+    """The graph of ``parent.forward`` with every child as a call, or None if it cannot be read."""
     try:
-        return _ShallowTracer().trace(twin)
-    except Exception as error:  # whatever the user's forward raises on a symbolic input
-        logger.debug("%s cannot be traced, so no activation in it is fused: %s", type(parent).__name__, error)
+        inputs, _ = arguments_of(parent)
+        capture = Capture(parent, lambda part, path: True)
+        graph = capture.run(inputs)
+        settle(graph, capture.modules)
+    except Untraceable as error:
+        reason = f"{type(parent).__name__} cannot be read, so no activation in it is fused: {error.reason}"
+        logger.debug("%s", reason)
         return None
+    return graph
 
 
 def fuse_named(model: nn.Module, fused: Mapping[str, str]) -> None:

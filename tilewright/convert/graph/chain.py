@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import fx
 
+from tilewright.convert.graph.memory import is_kept
 from tilewright.convert.graph.patterns import Activation, Modules, activation_of, addends, is_identity
 from tilewright.kernels.activation import CONV_ACTIVATIONS
 from tilewright.nn import FoldedBatchNorm
@@ -68,7 +69,7 @@ def follow(
     words: list[str] = []
     taken: dict[Part, Any] = {}
     left = list(parts.items())
-    while (user := only_reader(nodes[-1])) is not None:
+    while (user := only_reader(nodes[-1])) is not None and not is_kept(user):
         end = nodes[-1]
         if modules is not None and is_identity(user, modules) and user.args[0] is end:
             if not may_move(user, nodes):

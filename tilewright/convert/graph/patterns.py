@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tilewright.convert.graph.tracing import SAME_PADDING_FUNCTIONS, has_hooks
+from tilewright.convert.graph.leaves import SAME_PADDING_FUNCTIONS, has_hooks
 from tilewright.kernels.activation import called_activation, module_activation
 from tilewright.nn import FoldedBatchNorm, FusedActivation
 
-Modules = dict[str, nn.Module]
+Modules = Mapping[str, nn.Module]
 #: An epilogue's name for an activation, and the slope of a leaky ReLU.
 Activation = tuple[str, float]
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__", "__radd__")
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
-_INPLACE_FUNCTIONS = (F.relu_, torch.relu_, F.hardtanh_, F.leaky_relu_, operator.iadd, operator.imul, operator.isub)
+_IDENTITIES = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 def module_of(node: fx.Node, modules: Modules) -> nn.Module | None:
@@ -70,11 +78,9 @@ def is_identity(node: fx.Node, modules: Modules) -> bool:
         if isinstance(module, FoldedBatchNorm):
             return module.then is None
         return isinstance(module, (FusedActivation, *_IDENTITIES))
-    if calls(node, *_DROPOUTS):
-        return argument(node, 2, "training", True) is False
-    # Of torchvision, which wraps it for torch.fx.
-    drops = getattr(node.target, "__name__", "") == "stochastic_depth"
-    return drops and argument(node, 3, "training", True) is False
+    return (
+        calls(node, *_DROPOUTS) and argument(node, 2, "training", node.target is not F.feature_alpha_dropout) is False
+    )
 
 
 def zero_padding(node: fx.Node, modules: Modules) -> tuple[int, int, int, int] | None:
@@ -114,34 +120,9 @@ def pads_by_input_size(node: fx.Node) -> fx.Node | None:
     return node.args[0] if pads and isinstance(node.args[0], fx.Node) else None
 
 
-def writes_in_place(node: fx.Node, modules: Modules) -> bool:
-    """Whether ``node`` overwrites its first argument."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    if node.op == "call_module":
-        return getattr(modules.get(str(node.target)), "inplace", False) is True
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__iadd__"
-    return node.op == "call_function" and (
-        node.target in _INPLACE_FUNCTIONS or argument(node, 99, "inplace", False) is True
-    )
-
-
-def functionalize(graph: fx.Graph, modules: Modules) -> None:
-    """Let whatever reads a value after it was overwritten read the result of the overwriting instead."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if writes_in_place(node, modules):
-            source: fx.Node = node.args[0]
-            for user in list(source.users):
-                if position[user] > position[node]:
-                    user.replace_input_with(source, node)
-
-
 def reshape_views(graph: fx.Graph) -> None:
     """A convolution's result is channels-last, of which a view may not exist where one of a contiguous tensor did."""
     for node in graph.nodes:
         arguments = (*node.args, *node.kwargs.values())
-        if calls(node, "view") and not any(isinstance(each, torch.dtype) for each in arguments):
-            node.target = "reshape"
+        if calls(node, "view", "view_as") and not any(isinstance(each, torch.dtype) for each in arguments):
+            node.target = {"view": "reshape", "view_as": "reshape_as"}[str(node.target)]

@@ -14,18 +14,21 @@ import torch
 from torch import fx, nn
 
 from tilewright.convert.graph import (
+    Chain,
     Modules,
     Region,
+    Writes,
     activates,
     added_to,
+    calls,
+    effect_of,
     follow,
-    functionalize,
     globally_pooled,
-    is_known,
     is_norm,
     module_of,
     pads_by_input_size,
     reshape_views,
+    settle,
     zero_padding,
 )
 from tilewright.nn import ConvLayer
@@ -109,6 +112,13 @@ class Site:
         return self.call.args[3]  # type: ignore[return-value]
 
 
+#: Methods and functions whose answer depends on how a tensor lies in memory.
+_LOOKING_AT_LAYOUT = (
+    *("stride", "is_contiguous", "storage_offset", "data_ptr", "storage", "untyped_storage", "numpy"),
+    *(form for name in ("as_strided", "view_as_real", "view_as_complex") for form in (name, getattr(torch, name))),
+)
+
+
 def match_layout(y: Any, like: Any) -> Any:
     """``y`` in the order that PyTorch gives results of a contiguous input ``like``: code outside may view them."""
     if isinstance(y, torch.Tensor) and isinstance(like, torch.Tensor) and like.is_contiguous():
@@ -117,52 +127,72 @@ def match_layout(y: Any, like: Any) -> Any:
 
 
 def _lay_out(graph: fx.Graph, modules: Modules) -> None:
-    """Give what leaves the graph, to its caller or to code that was not traced, the layout it would have had."""
+    """Give what leaves the graph, to its caller or to code that was not read, the layout it would have had."""
     first = next(node for node in graph.nodes if node.op == "placeholder")
-
-    def laid_out(value: fx.Node, before: fx.Node) -> fx.Node:
-        if value.op in ("placeholder", "get_attr") or (value.op == "call_function" and isinstance(value.target, type)):
-            return value
-        with graph.inserting_before(before):
-            return graph.call_function(match_layout, (value, first))
-
+    position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        opaque = node.op == "call_module" and not is_known(modules[str(node.target)])
+        unknown = effect_of(node, modules).unknown
         made = node.op == "call_function" and isinstance(node.target, type)
-        if opaque or made or node.op == "output":
-            inner = {value: laid_out(value, node) for value in node.all_input_nodes}
-            node.args = fx.map_arg(node.args, inner.__getitem__)
-            node.kwargs = fx.map_arg(node.kwargs, inner.__getitem__)
+        if not (unknown or made or node.op == "output" or calls(node, *_LOOKING_AT_LAYOUT)):
+            continue
+        for value in node.all_input_nodes:
+            if value.op in ("placeholder", "get_attr") or (
+                value.op == "call_function" and isinstance(value.target, type)
+            ):
+                continue
+            with graph.inserting_before(node):
+                laid_out = graph.call_function(match_layout, (value, first))
+            # What may write to it must write to what is read afterwards.
+            readers = [user for user in value.users if position.get(user, -1) >= position[node]] if unknown else [node]
+            for reader in readers:
+                reader.replace_input_with(value, laid_out)
 
 
 def rewrite(region: Region) -> list[Site]:
     """Replace every chain in the graph of ``region``, whose convolutions are ``ConvLayer``s already, by one call."""
     graph, modules = region.graph, region.modules()
-    functionalize(graph, modules)
+    settle(graph, modules)
     reshape_views(graph)
     _global_pools_become_means(graph, modules)
-    sites = []
+    writes, sites = Writes(graph, modules), []
     for node in list(graph.nodes):
         layer = module_of(node, modules)
         if isinstance(layer, ConvLayer) and len(node.args) == 1 and not node.kwargs and layer.activation == "none":
-            sites.append(_rewrite_chain(graph, node, layer, modules))
+            sites.append(_rewrite_chain(graph, node, layer, modules, writes))
     _lay_out(graph, modules)
     return sites
 
 
-def _rewrite_chain(graph: fx.Graph, node: fx.Node, layer: ConvLayer, modules: Modules) -> Site:
-    before, padding = _with_padding_before(node, layer, modules)
+def _rewrite_chain(graph: fx.Graph, node: fx.Node, layer: ConvLayer, modules: Modules, writes: Writes) -> Site:
+    before, padding = _with_padding_before(node, layer, modules, writes)
     x: fx.Node = node.args[0] if before is None else before.args[0]  # type: ignore[assignment]
-    chain = follow(node, {"residual": added_to, "activation": activates(modules)}, modules)
-    with graph.inserting_before(chain.end):
+    chain, place = _placed(before or node, node, x, modules, writes)
+    with graph.inserting_before(place):
         self_node = graph.get_attr(str(node.target))
         if padding == "dynamic":
             padding = graph.call_function(dynamic_padding, (self_node, x))
         run = graph.call_method("run", (self_node, x, chain.residual, *chain.activation, padding))
+    writes.add(run, chain.end, place)
     chain.replace(run)
     if before is not None:
         graph.erase_node(before)
     return Site(str(node.target), run, chain.words)
+
+
+def _placed(start: fx.Node, node: fx.Node, x: fx.Node, modules: Modules, writes: Writes) -> tuple[Chain, fx.Node]:
+    """What follows the convolution ``node``, and where to compute it all: where the chain ends, unless something writes
+    to what is read in between; then where the convolution stands. start: where ``x`` is read.
+    """
+    activation, adds = activates(modules), added_to
+    chain = follow(node, {"residual": adds, "activation": activation}, modules)
+    if chain.residual is None:
+        return chain, node if writes.between(start, chain.end, [x], chain.nodes) else chain.end
+    if not writes.between(start, chain.end, [x, chain.residual], chain.nodes):
+        return chain, chain.end
+    early = writes.stands_before(chain.residual, node)
+    if early and not writes.between(node, chain.end, [chain.residual], chain.nodes):
+        return chain, node
+    return follow(node, {"activation": activation}, modules), node
 
 
 def dynamic_padding(layer: ConvLayer, x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -170,7 +200,9 @@ def dynamic_padding(layer: ConvLayer, x: torch.Tensor) -> tuple[int, int, int, i
     return layer.same_padding_for(x.shape[2], x.shape[3])
 
 
-def _with_padding_before(node: fx.Node, layer: ConvLayer, modules: Modules) -> tuple[fx.Node | None, Any]:
+def _with_padding_before(
+    node: fx.Node, layer: ConvLayer, modules: Modules, writes: Writes
+) -> tuple[fx.Node | None, Any]:
     """The node before the convolution that pads with zeros, if any, and what the layer pads in its place.
 
     None: the layer's own padding. "dynamic": by the size of the input.
@@ -178,12 +210,13 @@ def _with_padding_before(node: fx.Node, layer: ConvLayer, modules: Modules) -> t
     x: fx.Node = node.args[0]  # type: ignore[assignment]
     if len(x.users) != 1 or layer._padding is None or layer.origin != "Conv2d":
         return None, None
-    if pads_by_input_size(x) is not None and not any(layer._padding):
-        return x, "dynamic"
-    pads = zero_padding(x, modules)
-    if pads is None:
+    dynamic = pads_by_input_size(x) is not None and not any(layer._padding)
+    pads = None if dynamic else zero_padding(x, modules)
+    if writes.between(x, node, x.args[:1], ()):  # type: ignore[arg-type]
         return None, None
-    return x, tuple(a + b for a, b in zip(pads, layer._padding, strict=True))
+    if pads is not None:
+        return x, tuple(a + b for a, b in zip(pads, layer._padding, strict=True))
+    return (x, "dynamic") if dynamic else (None, None)
 
 
 def _global_pools_become_means(graph: fx.Graph, modules: Modules) -> None:

@@ -39,11 +39,12 @@ class Program(ReplacedForward):
 
     source, names: Python code of ``def forward(self, ...)`` and the globals it uses. flat_source: the same with
     ``leaf_i`` in place of dotted names. leaves: these names. called: leaves that the code calls as modules. inputs,
-    defaults: as of ``Region``.
+    defaults, gradients: as of ``Region``.
     """
 
     def __init__(self, region: Region):
         self.owner, self.inputs, self.defaults = region.module, region.inputs, region.defaults
+        self.gradients = region.gradients
         self.source, self.names = source_of(region.graph)
         modules = region.modules()
         flat, self.leaves, self.called = flattened(region.graph, modules)
@@ -64,7 +65,7 @@ class Program(ReplacedForward):
         self._region_name = regions.add(self._region)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("owner", "inputs", "defaults", "source", "flat_source", "leaves", "called", "whole")
+        kept = ("owner", "inputs", "defaults", "gradients", "source", "flat_source", "leaves", "called", "whole")
         state = {name: value for name, value in vars(self).items() if name in kept}
         # Modules of Python cannot be pickled; their names can.
         state["imports"] = {name: v.__name__ for name, v in self.names.items() if isinstance(v, types.ModuleType)}
@@ -94,6 +95,9 @@ class Program(ReplacedForward):
         given = args if len(args) == len(self.inputs) and not kwargs else self._inputs_of(args, kwargs)
         if given is None or owner.training:
             return type(owner).forward(owner, *args, **kwargs)
+        if not self.gradients and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(*args, **kwargs)
         if torch.compiler.is_compiling():
             if self.whole and whole.supports(given):
                 return torch.ops.tilewright.region(list(given), self._region_name)

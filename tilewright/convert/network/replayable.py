@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tilewright.convert.graph import calls
+from tilewright.convert.graph import calls, is_kept
 from tilewright.nn import ConvLayer, FoldedBatchNorm, FusedActivation, QuantizedLinear
 
 _OURS = (ConvLayer, FoldedBatchNorm, FusedActivation, QuantizedLinear)
@@ -35,7 +35,7 @@ def runs_whole(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
 
     modules: by the names that the graph uses.
     """
-    return all(_is_known(node, modules) for node in graph.nodes)
+    return all(_is_known(node, modules) and not is_kept(node) for node in graph.nodes)
 
 
 def _is_known(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -1,0 +1,118 @@
+"""Copies of functions that find something else under some of their global names.
+
+To have ``isinstance`` answer for symbolic values, or a function that cannot be read show as one call, others write into
+the module where the name lies, where every thread sees it. Here the code is given another dictionary of globals.
+"""
+
+from __future__ import annotations
+
+import builtins
+import random
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from opcode import opmap
+from typing import Any, NoReturn
+
+_MISSING = object()
+#: Modules whose functions answer otherwise each time they are asked.
+_CHANGING = (random, time)
+
+
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """Global and attribute names in ``code`` and in what is defined inside of it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from names_in(constant)
+
+
+def _assigns_globals(code: types.CodeType) -> bool:
+    """Whether there may be a ``global`` that the code assigns to."""
+    return opmap["STORE_GLOBAL"] in code.co_code[::2] or any(
+        _assigns_globals(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)
+    )
+
+
+class _Changing:
+    """Stands for a module of ``_CHANGING``, or for NumPy, of which ``random`` is one."""
+
+    def __init__(self, module: Any, refuse: Callable[[str], NoReturn]):
+        self._module, self._refuse = module, refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if self._module in _CHANGING or name == "random":
+            self._refuse(f"forward asks {self._module.__name__}.{name}, which answers otherwise in each call")
+        return getattr(self._module, name)
+
+
+class Overlay:
+    """stand_ins: what is found under a name, made of what was there. refuse: called with the reason where code asks for
+    what cannot be read.
+    """
+
+    def __init__(self, stand_ins: Mapping[str, Callable[[Any], Any]], refuse: Callable[[str], NoReturn]):
+        self._stand_ins, self._refuse = stand_ins, refuse
+        self._functions: dict[int, tuple[Any, Any]] = {}
+        self._spaces: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        #: Of each space, the names that code assigns to.
+        self._assigned: list[tuple[dict[str, Any], str, Any]] = []
+
+    def of(self, function: Any) -> Any:
+        """``function`` with the stand-ins, or itself where it asks for none; likewise what a decorator wrapped."""
+        if not isinstance(function, types.FunctionType) or function.__module__.startswith("torch."):
+            return function
+        known = self._functions.get(id(function))
+        if known is not None:
+            return known[1]
+        self._functions[id(function)] = function, function
+        made = self._made(function)
+        self._functions[id(function)] = function, made
+        return made
+
+    def assigned(self) -> list[str]:
+        """Global names that the code has assigned to, in its copy of the globals."""
+        return [name for space, name, value in self._assigned if space.get(name, _MISSING) is not value]
+
+    def _made(self, function: types.FunctionType) -> types.FunctionType:
+        cells = function.__closure__ or ()
+        inner = [_content(cell) for cell in cells]
+        laid_over = [self.of(each) for each in inner]
+        changed = [new is not old for new, old in zip(laid_over, inner, strict=True)]
+        names, assigns = set(names_in(function.__code__)), _assigns_globals(function.__code__)
+        wanted = {name: new for name in names if (new := self._stand_in(function, name)) is not None}
+        if not (wanted or assigns or any(changed)):
+            return function
+        space = self._space(function.__globals__)
+        space |= wanted
+        if assigns:
+            self._assigned += [(space, name, space.get(name, _MISSING)) for name in names]
+        closure = tuple(
+            types.CellType(new) if other else cell for cell, new, other in zip(cells, laid_over, changed, strict=True)
+        )
+        made = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, closure)
+        made.__kwdefaults__ = function.__kwdefaults__
+        made.__dict__.update(function.__dict__)
+        return made
+
+    def _space(self, names: dict[str, Any]) -> dict[str, Any]:
+        return self._spaces.setdefault(id(names), (names, dict(names)))[1]
+
+    def _stand_in(self, function: types.FunctionType, name: str) -> Any:
+        found = function.__globals__.get(name, getattr(builtins, name, _MISSING))
+        if found is _MISSING:
+            return None
+        if name in self._stand_ins:
+            return self._stand_ins[name](found)
+        if isinstance(found, types.ModuleType):
+            return _Changing(found, self._refuse) if found in _CHANGING or found.__name__ == "numpy" else None
+        if isinstance(getattr(found, "__self__", None), random.Random) or getattr(found, "__module__", "") == "time":
+            return lambda *_, **__: self._refuse(f"forward asks {name}, which answers otherwise in each call")
+        return None
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return _MISSING

@@ -1,0 +1,237 @@
+"""A private copy of a module and all below it, for reading its code: modules of its own, values in place of tensors.
+
+In the twin every part is in eval mode and has no hooks. What it holds beside tensors is copied, so that code which
+writes to its module changes the twin alone; ``check_unchanged`` then finds that it did.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tilewright.convert.contents import Contents, changed_keys, children, is_constant
+from tilewright.convert.graph.overlay import Overlay, names_in
+from tilewright.convert.graph.values import Held, Untraceable
+from tilewright.convert.record import join
+
+if TYPE_CHECKING:
+    from tilewright.convert.graph.capture import Capture
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_KINDS = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "submodule"}
+
+
+class Twins:
+    """The twin of ``module``. opaque: whether the graph shows a submodule, given with its path, as one call."""
+
+    def __init__(self, capture: Capture, module: nn.Module, opaque: Callable[[nn.Module, str], bool]):
+        self.capture = capture
+        self.overlay = Overlay(capture.stand_ins, capture.refuse)
+        self._memo: dict[int, Any] = {}
+        self._paths: dict[int, str] = {}
+        parts = list(_parts(module))
+        for path, real in parts:
+            twin = object.__new__(type(real))
+            self._memo[id(real)] = twin
+            if path is not None:
+                self._paths[id(twin)] = path
+        for path, real in parts:
+            self._stand_for_tensors(path, real)
+        for _, real in parts:
+            try:
+                self._fill(real)
+            except Untraceable:
+                raise
+            except Exception as error:  # whatever cannot be copied
+                raise Untraceable("", f"{type(real).__name__} cannot be copied ({error})") from error
+        for path, real in parts:
+            if path is not None and real is not module and opaque(real, path):
+                vars(self._memo[id(real)])["forward"] = functools.partial(_record, capture, path)
+            else:
+                self._give_forward(path, real)
+        self._root, self._parameters = self._memo[id(module)], inspect.signature(type(module).forward).parameters
+        self._watch(parts)
+
+    # ---- making it
+    def _stand_for_tensors(self, path: str | None, real: nn.Module) -> None:
+        if isinstance(real, torch.jit.ScriptModule):
+            return  # what it holds comes in new objects each time
+        named = [(n, t) for table in ("_parameters", "_buffers") for n, t in vars(real).get(table, {}).items()]
+        for name, tensor in [*named, *vars(real).items()]:
+            if isinstance(tensor, torch.Tensor):
+                self._memo.setdefault(
+                    id(tensor), Held(self.capture, None if path is None else join(path, name), tensor)
+                )
+        for value in _inside(real):
+            if isinstance(value, torch.Tensor):
+                self._memo.setdefault(id(value), Held(self.capture, None, value))
+
+    def _fill(self, real: nn.Module) -> None:
+        twin: Any = self._memo[id(real)]
+        if isinstance(real, torch.jit.ScriptModule):
+            vars(twin).update(vars(real))
+            return
+        state: dict[str, Any] = {}
+        for name, value in vars(real).items():
+            if name in _TABLES:
+                state[name] = {n: None if each is None else self._memo[id(each)] for n, each in value.items()}
+            elif "_hooks" in name and isinstance(value, dict):
+                state[name] = OrderedDict()
+            elif isinstance(value, types.FunctionType):
+                state[name] = self.overlay.of(value)
+            elif name != "forward":
+                state[name] = value if is_constant(value) else copy.deepcopy(value, self._memo)
+        state["training"] = False
+        vars(twin).update(state)
+
+    def _give_forward(self, path: str | None, real: nn.Module) -> None:
+        twin, kind = self._memo[id(real)], type(real)
+        if kind.forward is nn.Module.forward:
+            return
+        for name, function in _methods(kind).items():
+            laid_over = self.overlay.of(function)
+            if laid_over is not function:
+                vars(twin)[name] = types.MethodType(laid_over, twin)
+        forward = vars(twin).pop("forward", None) or types.MethodType(kind.forward, twin)
+        vars(twin)["forward"] = functools.wraps(forward)(functools.partial(self._follow, path, forward))
+
+    def _follow(self, path: str | None, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with self.capture.code_of(self.capture.running[-1] if path is None else path):
+            return forward(*args, **kwargs)
+
+    # ---- running it
+    def call_root(self, given: dict[str, Any]) -> Any:
+        """The forward of the twin with these arguments."""
+        positional = [
+            given.pop(name)
+            for name, each in self._parameters.items()
+            if each.kind is each.POSITIONAL_ONLY and name in given
+        ]
+        return vars(self._root)["forward"](*positional, **given)
+
+    def path_of(self, twin: nn.Module) -> str:
+        """Where a part of the twin lies. Raises Untraceable."""
+        path = self._paths.get(id(twin))
+        if path is None:
+            self.capture.refuse("forward passes on a module that is not registered in it")
+        return path
+
+    # ---- what it wrote
+    def _watch(self, parts: list[tuple[str | None, nn.Module]]) -> None:
+        self._before: list[tuple[str, dict[str, Any], dict[str, Any], str]] = []
+        roots: list[tuple[str, Contents]] = []
+        outside: list[Any] = []
+        for path, real in parts:
+            state = vars(self._memo[id(real)])
+            self._before.append((path or "", state, dict(state), "attribute"))
+            for table in _TABLES:
+                if type(state.get(table)) is dict:
+                    self._before.append((path or "", state[table], dict(state[table]), _KINDS[table]))
+            held = [value for name, value in state.items() if name not in _TABLES and "hook" not in name]
+            roots.append((path or "", Contents(value for value in held if not callable(value))))
+        self._inside = roots
+        kinds = {type(real) for _, real in parts}
+        functions = [f for kind in kinds for f in _methods(kind).values()]
+        for function in functions:
+            names = {name: function.__globals__.get(name) for name in names_in(function.__code__)}
+            outside += [value for value in names.values() if isinstance(value, (list, dict, set, deque))]
+            cells = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
+            outside += [value for value in cells if isinstance(value, (list, dict, set, deque))]
+            kinds |= {value for value in names.values() if isinstance(value, type) and issubclass(value, nn.Module)}
+        self._outside = Contents(outside, deep=False)
+        bases = {
+            base for kind in kinds for base in kind.__mro__ if not base.__module__.startswith(("torch", "builtins"))
+        }
+        self._classes = [(base, dict(vars(base))) for base in bases]
+
+    def check_unchanged(self) -> None:
+        """Raise Untraceable if reading the code has written something. What lies outside of the twin is put back."""
+        written = [
+            (path, f"{kind} {str(key)!r}")
+            for path, now, before, kind in self._before
+            for key in changed_keys(before, now)
+        ]
+        written += [(path, "a list or another object that it holds") for path, each in self._inside if each.changed()]
+        if self._outside.changed():
+            self._outside.restore()
+            written.append(("", "a list or dictionary outside of the module"))
+        for base, before in self._classes:
+            for key in changed_keys(before, dict(vars(base))):
+                written.append(("", f"{key!r} of the class {base.__name__}"))
+                setattr(base, key, before[key]) if key in before else delattr(base, key)
+        written += [("", f"the global {name!r}") for name in self.overlay.assigned()]
+        if written:
+            path, what = written[0]
+            raise Untraceable(path, f"forward writes {what}", frozenset(path for path, _ in written))
+
+
+def _record(capture: Capture, path: str, /, *args: Any, **kwargs: Any) -> Any:
+    return capture.record_call(path, args, kwargs)
+
+
+def _inside(real: nn.Module) -> Iterator[Any]:
+    """What lies in the containers and objects that a module holds, tensors and modules among it."""
+    stack = [value for name, value in vars(real).items() if name not in _TABLES]
+    seen: set[int] = set()
+    while stack:
+        value = stack.pop()
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            stack += children(value) or ()
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str | None, nn.Module]]:
+    """The module and all below it with their paths; then with None those that lie in containers, registered nowhere."""
+    registered = {part: path for path, part in module.named_modules()}
+    yield from ((path, part) for part, path in registered.items())
+    known, stack = set(registered), list(registered)
+    while stack:
+        for value in _inside(stack.pop()):
+            if isinstance(value, nn.Module) and value not in known:
+                new = [part for part in value.modules() if part not in known]
+                known.update(new)
+                stack += new
+                yield from ((None, part) for part in new)
+
+
+def _methods(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
+    """``forward`` of a class and the other methods that it may call, as far as names tell; not those of PyTorch."""
+    found: dict[str, types.FunctionType] = {}
+    names = {"forward"}
+    while names:
+        name = names.pop()
+        owner = next((base for base in kind.__mro__ if name in vars(base)), None)
+        function = None if owner is None else vars(owner)[name]
+        if name in found or not isinstance(function, types.FunctionType) or function.__module__.startswith("torch."):
+            continue
+        found[name] = function
+        names |= set(_names_behind(function)) - found.keys()
+    return found
+
+
+def _names_behind(function: types.FunctionType) -> Iterator[str]:
+    """Names in a function and in those that a decorator wrapped."""
+    yield from names_in(function.__code__)
+    for cell in function.__closure__ or ():
+        if (
+            _is_filled(cell)
+            and isinstance(cell.cell_contents, types.FunctionType)
+            and cell.cell_contents is not function
+        ):
+            yield from names_in(cell.cell_contents.__code__)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
