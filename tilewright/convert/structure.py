@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilewright.convert.code import may_write
 from tilewright.convert.text import display_name
 
 #: Direct children of the root with one of these names count as output heads.
@@ -18,9 +19,11 @@ HEAD_NAMES = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out
 def copy_structure(model: nn.Module) -> nn.Module:
     """A copy of the model with modules of its own that hold the *same* parameters, buffers and tensor attributes.
 
-    Raises TypeError if the model holds something that cannot be copied.
+    Only what a ``forward`` may write to is its own, as far as the names in its code tell: a counter, running
+    statistics. Raises TypeError if the model holds something that cannot be copied.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
+    written = _written_in_forward(model)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model) if id(tensor) not in written}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -30,15 +33,39 @@ def copy_structure(model: nn.Module) -> nn.Module:
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """Every tensor that a module of the model holds, in containers of its attributes too."""
     for module in model.modules():
-        stack = list(vars(module).values())
-        while stack:
-            value = stack.pop()
-            if isinstance(value, torch.Tensor):
-                yield value
-            elif isinstance(value, dict):
-                stack.extend(value.values())
-            elif isinstance(value, (list, tuple)):
-                stack.extend(value)
+        yield from _tensors_in(vars(module))
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            stack.extend(value)
+
+
+def _written_in_forward(model: nn.Module) -> set[int]:
+    """``id`` of the tensors, no parameters, that a forward may write to, and that share memory with no other."""
+    written: set[int] = set()
+    for module in model.modules():
+        if type(module).__module__.startswith(("torch.", "tilewright.")):
+            continue
+        held = {**vars(module), **module._buffers}
+        for name, value in held.items():
+            found = [] if name in ("_parameters", "_buffers", "_modules") else list(_tensors_in(value))
+            if found and may_write(type(module), name):
+                written |= {id(each) for each in found if each.is_leaf and not isinstance(each, nn.Parameter)}
+    others = {_storage(each) for each in _tensors(model) if id(each) not in written}
+    return {id(each) for each in _tensors(model) if id(each) in written and _storage(each) not in others}
+
+
+def _storage(tensor: torch.Tensor) -> object:
+    extent = memory_extent(tensor)
+    return id(tensor) if extent is None else extent[0]
 
 
 class Ledger:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from tilewright.convert.state import HeldState, same_random_numbers
 
 #: Is told of every call of a layer: its name, what it is called with by position, and by keyword.
 Listener = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
@@ -34,26 +37,32 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def run(model: nn.Module, data: Iterable[Any]) -> int:
-    """Run ``model`` on every item of ``data``, in eval mode without gradients; modes are put back.
+    """Run ``model`` on every item of ``data``, as in ``evaluation``; each finds the state that the first found.
 
     An item is a mapping (keyword arguments), a tuple or list (positional arguments) or a single argument. Returns how
     many there were.
     """
     count = 0
-    with evaluation(model):
+    with evaluation(model) as state:
         for item in data:
             call(model, item)
+            state.restore()
             count += 1
     return count
 
 
 def call(model: nn.Module, item: Any) -> Any:
-    """``model`` on one sample input, in one of the forms that ``run`` describes."""
+    """``model`` on one sample input, in one of the forms that ``run`` describes. It may write to what it is given."""
     if isinstance(item, Mapping):
-        return model(**item)
+        return model(**{name: _copied(value) for name, value in item.items()})
     if isinstance(item, (tuple, list)):
-        return model(*item)
-    return model(item)
+        return model(*map(_copied, item))
+    return model(_copied(item))
+
+
+def _copied(value: Any) -> Any:
+    """``value`` with tensors of its own, so that somebody else's stay what they are."""
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)
 
 
 def first_of(data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
@@ -78,13 +87,20 @@ class _Watching(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and every layer really called (PyTorch's native encoder path reads weights instead)."""
-    training = {module for module in model.modules() if module.training}
-    model.eval()
+def evaluation(model: nn.Module) -> Iterator[HeldState]:
+    """Eval mode, no gradients, and every layer really called (PyTorch's native encoder path reads weights instead).
+
+    Yields the state of the model, which is put back at the end, as are modes and generators of random numbers. Flags
+    are set without ``model.eval()``: a ``train`` of somebody's own may do more than that.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    state = HeldState(model)
     try:
-        with torch.no_grad(), _Watching():
-            yield
+        with torch.no_grad(), same_random_numbers(), _Watching():
+            yield state
     finally:
+        state.restore()
         for module in training:
             module.training = True

@@ -10,21 +10,15 @@ import builtins
 import random
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from opcode import opmap
 from typing import Any, NoReturn
+
+from tilewright.convert.code import content, names_in
 
 _MISSING = object()
 #: Modules whose functions answer otherwise each time they are asked.
 _CHANGING = (random, time)
-
-
-def names_in(code: types.CodeType) -> Iterator[str]:
-    """Global and attribute names in ``code`` and in what is defined inside of it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from names_in(constant)
 
 
 def _assigns_globals(code: types.CodeType) -> bool:
@@ -76,7 +70,7 @@ class Overlay:
 
     def _made(self, function: types.FunctionType) -> types.FunctionType:
         cells = function.__closure__ or ()
-        inner = [_content(cell) for cell in cells]
+        inner = [content(cell) for cell in cells]
         laid_over = [self.of(each) for each in inner]
         changed = [new is not old for new, old in zip(laid_over, inner, strict=True)]
         names, assigns = set(names_in(function.__code__)), _assigns_globals(function.__code__)
@@ -109,10 +103,3 @@ class Overlay:
         if isinstance(getattr(found, "__self__", None), random.Random) or getattr(found, "__module__", "") == "time":
             return lambda *_, **__: self._refuse(f"forward asks {name}, which answers otherwise in each call")
         return None
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return _MISSING

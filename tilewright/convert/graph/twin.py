@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tilewright.convert.code import content, functions_behind, methods_of, names_in
 from tilewright.convert.contents import Contents, changed_keys, children, is_constant
-from tilewright.convert.graph.overlay import Overlay, names_in
+from tilewright.convert.graph.overlay import Overlay
 from tilewright.convert.graph.values import Held, Untraceable
 from tilewright.convert.record import join
 
 if TYPE_CHECKING:
     from tilewright.convert.graph.capture import Capture
 
-_TABLES = ("_parameters", "_buffers", "_modules")
 _KINDS = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "submodule"}
 
 
@@ -58,7 +58,7 @@ class Twins:
             else:
                 self._give_forward(path, real)
         self._root, self._parameters = self._memo[id(module)], inspect.signature(type(module).forward).parameters
-        self._watch(parts)
+        self._watch([(path or "", real) for path, real in parts])
 
     # ---- making it
     def _stand_for_tensors(self, path: str | None, real: nn.Module) -> None:
@@ -81,7 +81,7 @@ class Twins:
             return
         state: dict[str, Any] = {}
         for name, value in vars(real).items():
-            if name in _TABLES:
+            if name in _KINDS:
                 state[name] = {n: None if each is None else self._memo[id(each)] for n, each in value.items()}
             elif "_hooks" in name and isinstance(value, dict):
                 state[name] = OrderedDict()
@@ -96,7 +96,7 @@ class Twins:
         twin, kind = self._memo[id(real)], type(real)
         if kind.forward is nn.Module.forward:
             return
-        for name, function in _methods(kind).items():
+        for name, function in methods_of(kind).items():
             laid_over = self.overlay.of(function)
             if laid_over is not function:
                 vars(twin)[name] = types.MethodType(laid_over, twin)
@@ -125,44 +125,42 @@ class Twins:
         return path
 
     # ---- what it wrote
-    def _watch(self, parts: list[tuple[str | None, nn.Module]]) -> None:
-        self._before: list[tuple[str, dict[str, Any], dict[str, Any], str]] = []
-        roots: list[tuple[str, Contents]] = []
-        outside: list[Any] = []
-        for path, real in parts:
+    def _watch(self, reals: list[tuple[str, nn.Module]]) -> None:
+        """Remember what the twin holds, and what its code may write outside of it."""
+        self._tables: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
+        self._inside: list[tuple[str, str, Contents]] = []
+        functions: list[types.FunctionType] = []
+        kinds = {type(real) for _, real in reals}
+        for path, real in reals:
             state = vars(self._memo[id(real)])
-            self._before.append((path or "", state, dict(state), "attribute"))
-            for table in _TABLES:
-                if type(state.get(table)) is dict:
-                    self._before.append((path or "", state[table], dict(state[table]), _KINDS[table]))
-            held = [value for name, value in state.items() if name not in _TABLES and "hook" not in name]
-            roots.append((path or "", Contents(value for value in held if not callable(value))))
-        self._inside = roots
-        kinds = {type(real) for _, real in parts}
-        functions = [f for kind in kinds for f in _methods(kind).values()]
-        for function in functions:
-            names = {name: function.__globals__.get(name) for name in names_in(function.__code__)}
-            outside += [value for value in names.values() if isinstance(value, (list, dict, set, deque))]
-            cells = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
-            outside += [value for value in cells if isinstance(value, (list, dict, set, deque))]
-            kinds |= {value for value in names.values() if isinstance(value, type) and issubclass(value, nn.Module)}
-        self._outside = Contents(outside, deep=False)
-        bases = {
-            base for kind in kinds for base in kind.__mro__ if not base.__module__.startswith(("torch", "builtins"))
-        }
-        self._classes = [(base, dict(vars(base))) for base in bases]
+            tables = {"attribute": state, **{kind: state.get(name) for name, kind in _KINDS.items()}}
+            self._tables += [(path, kind, table, dict(table)) for kind, table in tables.items() if type(table) is dict]
+            for name, value in state.items():
+                if name not in _KINDS and "_hooks" not in name and children(value) is not None:
+                    self._inside.append((path, name, Contents([value])))
+            functions += [value for value in vars(real).values() if isinstance(value, types.FunctionType)]
+        functions += [method for kind in kinds for method in methods_of(kind).values()]
+        outside: list[Any] = []
+        for function in [inner for each in functions for inner in functions_behind(each)]:
+            outside += map(content, function.__closure__ or ())
+            outside += map(function.__globals__.get, names_in(function.__code__))
+        kinds |= {value for value in outside if isinstance(value, type) and issubclass(value, nn.Module)}
+        self._outside = Contents([each for each in outside if isinstance(each, (list, dict, set, deque))], deep=False)
+        bases = {base for kind in kinds for base in kind.__mro__}
+        own = [base for base in bases if not base.__module__.startswith(("torch", "builtins"))]
+        self._classes = [(base, dict(vars(base))) for base in own]
 
     def check_unchanged(self) -> None:
         """Raise Untraceable if reading the code has written something. What lies outside of the twin is put back."""
         written = [
-            (path, f"{kind} {str(key)!r}")
-            for path, now, before, kind in self._before
-            for key in changed_keys(before, now)
+            (path, f"its {kind} {str(key)!r}")
+            for path, kind, table, before in self._tables
+            for key in changed_keys(before, table)
         ]
-        written += [(path, "a list or another object that it holds") for path, each in self._inside if each.changed()]
+        written += [(path, f"into its attribute {name!r}") for path, name, each in self._inside if each.changed()]
         if self._outside.changed():
             self._outside.restore()
-            written.append(("", "a list or dictionary outside of the module"))
+            written.append(("", "into a list or dictionary outside of the module"))
         for base, before in self._classes:
             for key in changed_keys(before, dict(vars(base))):
                 written.append(("", f"{key!r} of the class {base.__name__}"))
@@ -179,7 +177,7 @@ def _record(capture: Capture, path: str, /, *args: Any, **kwargs: Any) -> Any:
 
 def _inside(real: nn.Module) -> Iterator[Any]:
     """What lies in the containers and objects that a module holds, tensors and modules among it."""
-    stack = [value for name, value in vars(real).items() if name not in _TABLES]
+    stack = [value for name, value in vars(real).items() if name not in _KINDS]
     seen: set[int] = set()
     while stack:
         value = stack.pop()
@@ -201,37 +199,3 @@ def _parts(module: nn.Module) -> Iterator[tuple[str | None, nn.Module]]:
                 known.update(new)
                 stack += new
                 yield from ((None, part) for part in new)
-
-
-def _methods(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
-    """``forward`` of a class and the other methods that it may call, as far as names tell; not those of PyTorch."""
-    found: dict[str, types.FunctionType] = {}
-    names = {"forward"}
-    while names:
-        name = names.pop()
-        owner = next((base for base in kind.__mro__ if name in vars(base)), None)
-        function = None if owner is None else vars(owner)[name]
-        if name in found or not isinstance(function, types.FunctionType) or function.__module__.startswith("torch."):
-            continue
-        found[name] = function
-        names |= set(_names_behind(function)) - found.keys()
-    return found
-
-
-def _names_behind(function: types.FunctionType) -> Iterator[str]:
-    """Names in a function and in those that a decorator wrapped."""
-    yield from names_in(function.__code__)
-    for cell in function.__closure__ or ():
-        if (
-            _is_filled(cell)
-            and isinstance(cell.cell_contents, types.FunctionType)
-            and cell.cell_contents is not function
-        ):
-            yield from names_in(cell.cell_contents.__code__)
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False

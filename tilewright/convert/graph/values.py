@@ -165,7 +165,7 @@ class Held(Value):
             return getattr(self._tensor, name)
         return super().__getattr__(name)
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return len(self._tensor)
 
 

@@ -156,10 +156,13 @@ class Calibration:
             if node in layers:
                 measure(layers[node], fx.map_arg(node.args[1:], values.__getitem__), value)
 
-        with self._interpreted(watch):
+        def one_by_one() -> Iterator[Any]:
             for sample in samples:
                 values.clear()
-                calibrate.call(self.model, sample)
+                yield sample
+
+        with self._interpreted(watch):
+            calibrate.run(self.model, one_by_one())
 
 
 def _quantized_run(layer: ConvLayer, given: tuple[Any, ...]) -> torch.Tensor:

@@ -150,9 +150,8 @@ class Convolutions(Conversion):
                 continue
             scales = calibration.scales(name, scheme.observer, scheme.percentile)
             made[name] = scheme.build(self.job.model.get_submodule(name), **scales)  # type: ignore[assignment]
-        with calibrate.evaluation(self.job.model):
-            calibration.correct_biases(made, samples)
-            errors = calibration.errors(made, samples)
+        calibration.correct_biases(made, samples)
+        errors = calibration.errors(made, samples)
         for name, new in made.items():
             self._quantize_layer(name, new, errors.get(name))
 

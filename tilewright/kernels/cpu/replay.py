@@ -98,6 +98,16 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def _written(call: Call) -> list[torch.Tensor]:
+    """What a call writes to, of what it is given."""
+    schema = getattr(call.function, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = dict(zip((argument.name for argument in schema.arguments), call.args, strict=False)) | call.kwargs
+    names = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    return _tensors([given.get(name) for name in names])
+
+
 class Replay:
     """One recording, made ready to run for inputs of the recorded shapes and strides.
 
@@ -120,7 +130,8 @@ class Replay:
             _local.recorder = None
         self.lock = threading.Lock()
         self.expected = result
-        calls = [call for call in recorder.calls if not self._is_view(call)]
+        made: set[int] = set()
+        calls = [call for call in recorder.calls if not self._is_view(call, made)]
         self._place(calls, inputs, result)
         self._lower(calls)
         if not self.native_steps:
@@ -129,19 +140,20 @@ class Replay:
         self.leaves = [self._live(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
     @staticmethod
-    def _is_view(call: Call) -> bool:
-        """Whether the call computes nothing: it looks at memory that is there. Raises CannotReplay."""
+    def _is_view(call: Call, made: set[int]) -> bool:
+        """Whether the call computes nothing: it looks at memory that is there. Raises CannotReplay.
+
+        made: storages that calls before it have made, to which those of this one are added.
+        """
         if call.name in ("aten.dropout.default", "aten.dropout_.default") and not call.args[2]:
             return True
-        schema = getattr(call.function, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            if call.name not in NATIVE:
-                raise CannotReplay(f"{call.name} changes its argument")
-            return False
+        if any(_storage(tensor) not in made for tensor in _written(call)):
+            raise CannotReplay(f"{call.name} writes to what the recorded function did not make itself")
         results = _tensors(call.result)
         sources = {_storage(tensor) for tensor in _tensors((call.args, call.kwargs))}
         if results and all(_storage(tensor) in sources for tensor in results):
-            return True
+            return not _written(call)
+        made |= {_storage(tensor) for tensor in results}
         if torch.Tag.nondeterministic_seeded in getattr(call.function, "tags", ()):
             raise CannotReplay(f"{call.name} is random")
         return False
@@ -224,7 +236,7 @@ class Replay:
                     raise NotNative(call.name)
                 made = lower(plan, *call.args, result=call.result, **call.kwargs)
             except NotNative:
-                plan.clear_signs(_tensors(call.result))
+                plan.clear_signs([*_tensors(call.result), *_written(call)])
                 parts.append(self._python_step(call))
                 self.python_steps.append(call.name)
                 continue
@@ -251,7 +263,8 @@ class Replay:
 
         def step() -> None:
             for place, tensor in zip(places, _tensors(call.function(*args, **kwargs)), strict=True):
-                place.copy_(tensor)
+                if tensor.data_ptr() != place.data_ptr():  # or it was written in place
+                    place.copy_(tensor)
 
         return step
 

@@ -1,0 +1,81 @@
+"""What the code of a module's class names: as far as names tell, and without running it."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """Global and attribute names in ``code`` and in what is defined inside of it."""
+    for each in _codes(code):
+        yield from each.co_names
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def content(cell: types.CellType) -> object:
+    """What a cell of a closure holds; None for nothing."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def functions_behind(function: types.FunctionType) -> Iterator[types.FunctionType]:
+    """A function and those that decorators wrapped in it."""
+    found, stack = set(), [function]
+    while stack:
+        each = stack.pop()
+        if each not in found:
+            found.add(each)
+            yield each
+            inner = (content(cell) for cell in each.__closure__ or ())
+            stack += [other for other in inner if isinstance(other, types.FunctionType)]
+
+
+def methods_of(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
+    """``forward`` of a class and the other methods that it may call, as far as names tell; not those of PyTorch."""
+    found: dict[str, types.FunctionType] = {}
+    names = {"forward"}
+    while names:
+        name = names.pop()
+        owner = next((base for base in kind.__mro__ if name in vars(base)), None)
+        function = None if owner is None else vars(owner)[name]
+        if isinstance(function, types.FunctionType) and not function.__module__.startswith("torch."):
+            found[name] = function
+            names |= {other for f in functions_behind(function) for other in names_in(f.__code__)} - found.keys()
+    return found
+
+
+def may_write(kind: type[nn.Module], attribute: str) -> bool:
+    """Whether ``forward`` of a class may assign to an attribute or write into the tensor there."""
+    functions = {f for method in methods_of(kind).values() for f in functions_behind(method)}
+    codes = (code for function in functions for code in _codes(function.__code__))
+    return any(attribute in code.co_names and _writes(code, attribute) for code in codes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _writes(code: types.CodeType, attribute: str) -> bool:
+    """Whether code that names ``attribute`` assigns to it, or has any operator in place that could be about it."""
+    if any(name.endswith("_") and not name.endswith("__") for name in code.co_names):
+        return True
+    if any(isinstance(constant, tuple) and "out" in constant for constant in code.co_consts):
+        return True
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_ATTR" and step.argval == attribute:
+            return True
+        if step.opname in ("STORE_SUBSCR", "STORE_SLICE") or step.opname.startswith("INPLACE_"):
+            return True
+        if step.opname == "BINARY_OP" and step.argrepr.endswith("="):
+            return True
+    return False

@@ -1,0 +1,112 @@
+"""What the modules of a model hold beside weights, remembered while the model runs on sample inputs, and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewright.convert.contents import Contents, children, restore_dict
+from tilewright.convert.text import display_name
+from tilewright.kernels.dispatch.same import version_of
+
+logger = logging.getLogger("tilewright")
+
+#: Of each larger tensor no copy is kept; that it was written to is then said, not undone.
+MOST_BYTES = 64 * 2**20
+#: Up to this size a tensor is compared with its copy, whatever PyTorch counted: it does not see writes by ``.data``.
+_ALWAYS_COMPARED = 2**16
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class HeldState:
+    """What ``model`` holds now, but for what only layers of PyTorch's own and ours do, which in eval mode write nothing.
+
+    That is every attribute, what lies in lists, dictionaries and plain objects, and the values of tensors.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        roots: list[Any] = []
+        tensors: dict[int, tuple[str, torch.Tensor]] = {}
+        for path, module in model.named_modules():
+            if type(module).__module__.startswith(("torch.", "tilewright.")):
+                continue
+            state = vars(module)
+            held = [state, *(state[name] for name in _TABLES if type(state.get(name)) is dict)]
+            self._tables += [(table, dict(table)) for table in held]
+            own = [value for name, value in state.items() if name not in _TABLES and "_hooks" not in name]
+            roots += own
+            stack = [*own, *(value for table in held[1:] for value in table.values())]
+            seen: set[int] = set()
+            while stack:
+                value = stack.pop()
+                if isinstance(value, torch.Tensor):
+                    tensors.setdefault(id(value), (path, value))
+                elif id(value) not in seen:
+                    seen.add(id(value))
+                    stack += children(value) or ()
+        self._contents = Contents(roots)
+        self._tensors = [_Kept(path, tensor) for path, tensor in tensors.values() if _has_values(tensor)]
+
+    def restore(self) -> None:
+        """Put it all back."""
+        for table, before in self._tables:
+            restore_dict(table, before)
+        self._contents.restore()
+        for kept in self._tensors:
+            kept.restore()
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return type(tensor.data) is torch.Tensor and tensor.layout == torch.strided and not tensor.is_meta
+
+
+class _Kept:
+    """One tensor and its values."""
+
+    def __init__(self, path: str, tensor: torch.Tensor):
+        self.path, self.tensor, self.version = path, tensor, version_of(tensor)
+        self.memory = tensor.detach()
+        self.bytes = tensor.numel() * tensor.element_size()
+        self.values = self.memory.clone() if self.bytes <= MOST_BYTES else None
+
+    def restore(self) -> None:
+        tensor, memory = self.tensor, self.memory
+        if tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape:
+            tensor.data = memory
+        written = self.version < 0 or version_of(tensor) != self.version
+        if self.values is None:
+            if written:
+                logger.warning(
+                    "%r has written %d MiB of its state, which stays so", display_name(self.path), self.bytes >> 20
+                )
+        elif (written or self.bytes <= _ALWAYS_COMPARED) and not _identical(memory, self.values):
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(self.values)
+        self.version = version_of(tensor)
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same bytes: NaN is NaN."""
+    return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (a, b)))
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """What is drawn from PyTorch's generators while this is open is drawn again afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    states = [torch.cuda.get_rng_state(device) for device in devices]
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        # Whoever else draws numbers meanwhile is disturbed only if the model drew some.
+        if not torch.equal(torch.get_rng_state(), state):
+            torch.set_rng_state(state)
+        for device, before in zip(devices, states, strict=True):
+            torch.cuda.set_rng_state(before, device)
