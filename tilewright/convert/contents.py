@@ -37,11 +37,11 @@ def children(value: Any) -> list[Any] | None:
         return [*value.values(), *_attributes(value)]
     if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         return [*value, *_attributes(value)]
-    return _attributes(value) if _is_plain_object(value) else None
+    return _attributes(value) if is_plain_object(value) else None
 
 
 def _attributes(value: Any) -> list[Any]:
-    return list(vars(value).values()) if _is_plain_object(value) else []
+    return list(vars(value).values()) if is_plain_object(value) else []
 
 
 def _is_array(value: Any) -> bool:
@@ -49,7 +49,7 @@ def _is_array(value: Any) -> bool:
     return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
     """Whether ``value`` is an object of somebody's own class, whose attributes say what it is."""
     own = not type(value).__module__.startswith(("torch", "tilewright", "builtins"))
     return own and type(getattr(value, "__dict__", None)) is dict
@@ -64,7 +64,7 @@ def _held(value: Any) -> Any:
         items = list(value.items())
     elif isinstance(value, (list, set, collections.deque)):
         items = list(value)
-    return items, dict(vars(value)) if _is_plain_object(value) else None
+    return items, dict(vars(value)) if is_plain_object(value) else None
 
 
 class Contents:

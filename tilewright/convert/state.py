@@ -24,7 +24,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class HeldState:
-    """What ``model`` holds now, but for what only layers of PyTorch's own and ours do, which in eval mode write nothing.
+    """What ``model`` holds now, but for PyTorch's own layers and ours, which in eval mode write nothing.
 
     That is every attribute, what lies in lists, dictionaries and plain objects, and the values of tensors.
     """
@@ -82,9 +82,8 @@ class _Kept:
         written = self.version < 0 or version_of(tensor) != self.version
         if self.values is None:
             if written:
-                logger.warning(
-                    "%r has written %d MiB of its state, which stays so", display_name(self.path), self.bytes >> 20
-                )
+                name, size = display_name(self.path), self.bytes >> 20
+                logger.warning("%r has written to a tensor of %d MiB that it holds, which stays so", name, size)
         elif (written or self.bytes <= _ALWAYS_COMPARED) and not _identical(memory, self.values):
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.copy_(self.values)

@@ -29,6 +29,7 @@ from tilewright.convert.graph import (
     source_of,
 )
 from tilewright.convert.network import replayable as whole
+from tilewright.convert.network.assumed import assumptions, place_of
 from tilewright.kernels.cpu.replay import Replays
 from tilewright.kernels.dispatch import regions
 from tilewright.nn.conv_int8 import scales_read
@@ -51,6 +52,7 @@ class Program(ReplacedForward):
         #: Whether a compiled graph calls it as one operator.
         self.whole = whole.runs_whole(region.graph, modules)
         self.flat_source, _ = source_of(flat)
+        self.assumed = assumptions(self.owner, [self.leaves[leaf] for leaf in self.called])
         #: Runs instead of the program while activations are observed: inputs -> outputs.
         self.observer: Callable[..., Any] | None = None
         self._make()
@@ -65,7 +67,18 @@ class Program(ReplacedForward):
         self._region_name = regions.add(self._region)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("owner", "inputs", "defaults", "gradients", "source", "flat_source", "leaves", "called", "whole")
+        kept = (
+            "owner",
+            "inputs",
+            "defaults",
+            "gradients",
+            "source",
+            "flat_source",
+            "leaves",
+            "called",
+            "whole",
+            "assumed",
+        )
         state = {name: value for name, value in vars(self).items() if name in kept}
         # Modules of Python cannot be pickled; their names can.
         state["imports"] = {name: v.__name__ for name, v in self.names.items() if isinstance(v, types.ModuleType)}
@@ -132,7 +145,9 @@ class Program(ReplacedForward):
 
     # ---- the fast form
     def _is_current(self) -> bool:
-        """Whether the model is still the one that was converted: no submodule replaced, no hook put on one inside."""
+        """Whether the model is still the one that was converted: no submodule replaced, no hook put on one inside, no
+        attribute changed that the code names.
+        """
         if self._bound is None:
             self._bind()
         return not any(self._hooks) and list(map(dict.get, self._tables, self._keys)) == self._expected
@@ -148,6 +163,9 @@ class Program(ReplacedForward):
         places = [(module._modules, name) for module in inlined for name in module._modules]
         self._tables, self._keys = [table for table, _ in places], [name for _, name in places]
         self._expected = [table[name] for table, name in places]
+        self._tables += [place_of(owner, each) for each in self.assumed]
+        self._keys += [each.name for each in self.assumed]
+        self._expected += [each.value for each in self.assumed]
         hooked = [module for module in inlined if module is not owner]
         self._hooks = [table for m in hooked for table in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
         self._bind_replays(owner, called)

@@ -108,30 +108,35 @@ def _written(call: Call) -> list[torch.Tensor]:
     return _tensors([given.get(name) for name in names])
 
 
-class Replay:
-    """One recording, made ready to run for inputs of the recorded shapes and strides.
+def record(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> tuple[list[Call], Any]:
+    """What ``function`` calls for these inputs, and what it returns."""
+    recorder = _Recorder()
+    _local.recorder = recorder
+    try:
+        with recorder:
+            result = function(*inputs)
+    finally:
+        _local.recorder = None
+    return recorder.calls, result
 
-    watched: tensors that somebody else has an eye on.
+
+class Replay:
+    """One recording, made ready to run for inputs of the recorded shapes and strides. Raises CannotReplay.
+
+    calls, result: what ``record`` gave. watched: tensors that somebody else has an eye on.
     """
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        calls: list[Call],
+        result: Any,
         inputs: tuple[torch.Tensor, ...],
         watched: Sequence[torch.Tensor | None] = (),
     ):
         self.watched = {_storage(tensor) for tensor in watched if tensor is not None}
-        recorder = _Recorder()
-        _local.recorder = recorder
-        try:
-            with recorder:
-                result = function(*inputs)
-        finally:
-            _local.recorder = None
         self.lock = threading.Lock()
-        self.expected = result
         made: set[int] = set()
-        calls = [call for call in recorder.calls if not self._is_view(call, made)]
+        calls = [call for call in calls if not self._is_view(call, made)]
         self._place(calls, inputs, result)
         self._lower(calls)
         if not self.native_steps:
@@ -392,23 +397,24 @@ class Replays:
                 known.clear()
             known[key] = 1
             return self.function(*inputs)
-        try:
-            # What is made in inference mode could not be written to outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                replay = Replay(self.function, inputs, tensors)
-                result, replay.expected = replay.expected, None
+        # What is made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            calls, result = record(self.function, inputs)
+            try:
+                replay = Replay(calls, result, inputs, tensors)
                 with replay.lock:
                     same = _same(replay(inputs), result)
-            if not same:
-                known[key] = "a replay does not give the recorded result"
-            elif not replay.is_current():
-                known[key] = "it makes tensors from nothing in each call"
-            else:
-                known[key] = replay
-            return result
-        except CannotReplay as error:
-            known[key] = str(error)
-            return self.function(*inputs)
+            except CannotReplay as error:
+                known[key] = str(error)
+                return result
+        del calls  # of the tensors in it, those that the function made must not outlive it
+        if not same:
+            known[key] = "a replay does not give the recorded result"
+        elif not replay.is_current():
+            known[key] = "it makes tensors from nothing in each call"
+        else:
+            known[key] = replay
+        return result
 
 
 def _is_special() -> bool:
