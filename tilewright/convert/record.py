@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from tilewright.convert.structure import ReplacedForward
+
 ATTRIBUTE = "_tilewright_record"
 #: How the reason begins for which ``keep_if_faster`` gave a layer back.
 NOT_FASTER = "not faster converted"
@@ -105,8 +107,11 @@ def detach(model: nn.Module) -> None:
 
 def record_of(model: nn.Module) -> Record:
     """What is known about the layers of ``model``, also from records of its parts. Empty if nothing is."""
-    found = Record()
+    found, refused = Record(), dict[str, str]()
     for prefix, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, ReplacedForward) and forward.refused is not None:
+            refused[prefix] = forward.refused
         part = vars(module).get(ATTRIBUTE)
         if isinstance(part, Record):
             found.recipes += part.recipes
@@ -114,6 +119,7 @@ def record_of(model: nn.Module) -> Record:
             found.skipped |= {join(prefix, name): reason for name, reason in part.skipped.items()}
             found.untraced |= {join(prefix, name): reason for name, reason in part.untraced.items()}
             found.attention += [join(prefix, name) for name in part.attention]
+    found.untraced |= refused
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from tilewright.convert.contents import Contents, children, restore_dict
+from tilewright.convert.contents import Contents, changed_keys, children, restore_dict
+from tilewright.convert.structure import memory_extent
 from tilewright.convert.text import display_name
 from tilewright.kernels.dispatch.same import version_of
 
@@ -53,6 +56,11 @@ class HeldState:
         self._contents = Contents(roots)
         self._tensors = [_Kept(path, tensor) for path, tensor in tensors.values() if _has_values(tensor)]
 
+    def changed(self) -> bool:
+        """Whether something was written since."""
+        tables = any(changed_keys(before, table) for table, before in self._tables)
+        return tables or bool(self._contents.changed()) or any(kept.changed() for kept in self._tensors)
+
     def restore(self) -> None:
         """Put it all back."""
         for table, before in self._tables:
@@ -75,24 +83,54 @@ class _Kept:
         self.bytes = tensor.numel() * tensor.element_size()
         self.values = self.memory.clone() if self.bytes <= MOST_BYTES else None
 
+    def _moved(self) -> bool:
+        return self.tensor.data_ptr() != self.memory.data_ptr() or self.tensor.shape != self.memory.shape
+
+    def _written(self) -> bool:
+        counted = self.version < 0 or version_of(self.tensor) != self.version
+        if self.values is None or not (counted or self.bytes <= _ALWAYS_COMPARED):
+            return counted
+        return not _identical(self.memory, self.values)
+
+    def changed(self) -> bool:
+        return self._moved() or self._written()
+
     def restore(self) -> None:
-        tensor, memory = self.tensor, self.memory
-        if tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape:
-            tensor.data = memory
-        written = self.version < 0 or version_of(tensor) != self.version
-        if self.values is None:
-            if written:
+        tensor = self.tensor
+        if self._moved():
+            tensor.data = self.memory
+        if self._written():
+            if self.values is None:
                 name, size = display_name(self.path), self.bytes >> 20
                 logger.warning("%r has written to a tensor of %d MiB that it holds, which stays so", name, size)
-        elif (written or self.bytes <= _ALWAYS_COMPARED) and not _identical(memory, self.values):
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(self.values)
+            else:
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(self.values)
         self.version = version_of(tensor)
 
 
 def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same bytes: NaN is NaN."""
     return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (a, b)))
+
+
+def private_copy(tree: Any) -> Any:
+    """``tree`` with tensors of its own. Those that share memory do so in the copy as well."""
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    storages = collections.Counter(extent[0] for tensor in tensors if (extent := memory_extent(tensor)) is not None)
+    copies: dict[Any, torch.Tensor] = {}
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        extent = memory_extent(tensor)
+        if extent is None or storages[extent[0]] == 1:
+            return tensor.detach().clone()
+        if extent[0] not in copies:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+            copies[extent[0]] = whole.clone()
+        typed = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return typed.set_(copies[extent[0]].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    return pytree.tree_map_only(torch.Tensor, copied, tree)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,15 @@ from tilewright.convert.text import display_name
 HEAD_NAMES = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "output_projection")
 
 
+class ReplacedForward:
+    """Base of what the converter puts in place of a ``forward``, by which it is recognised.
+
+    refused: why it is not used any more; None while it is.
+    """
+
+    refused: str | None = None
+
+
 def copy_structure(model: nn.Module) -> nn.Module:
     """A copy of the model with modules of its own that hold the *same* parameters, buffers and tensor attributes.
 

@@ -18,6 +18,11 @@ def dequantize(q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32
     return (q.to(torch.float32) * scale).to(dtype)
 
 
+def rounded(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Float ``x`` of any shape as ``quantize`` and ``dequantize`` leave it."""
+    return dequantize(quantize(x, scale), scale, x.dtype)
+
+
 @recorded("mean")
 def mean(
     q: torch.Tensor, scale: float, dtype: torch.dtype, dim: int | tuple[int, ...], keepdim: bool = False

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from tilewright.convert.state import HeldState, same_random_numbers
+from tilewright.convert.state import HeldState, private_copy, same_random_numbers
 
 #: Is told of every call of a layer: its name, what it is called with by position, and by keyword.
 Listener = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
@@ -54,15 +53,10 @@ def run(model: nn.Module, data: Iterable[Any]) -> int:
 def call(model: nn.Module, item: Any) -> Any:
     """``model`` on one sample input, in one of the forms that ``run`` describes. It may write to what it is given."""
     if isinstance(item, Mapping):
-        return model(**{name: _copied(value) for name, value in item.items()})
+        return model(**private_copy(dict(item)))
     if isinstance(item, (tuple, list)):
-        return model(*map(_copied, item))
-    return model(_copied(item))
-
-
-def _copied(value: Any) -> Any:
-    """``value`` with tensors of its own, so that somebody else's stay what they are."""
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)
+        return model(*private_copy(list(item)))
+    return model(private_copy(item))
 
 
 def first_of(data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:

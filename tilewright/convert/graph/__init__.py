@@ -22,7 +22,7 @@ from tilewright.convert.graph.activations import fuse_activations, fuse_named, f
 from tilewright.convert.graph.chain import Chain, Match, Part, activates, added_to, follow
 from tilewright.convert.graph.codegen import compiled, flattened, source_of
 from tilewright.convert.graph.effects import Effect, effect_of
-from tilewright.convert.graph.leaves import ReplacedForward, has_hooks, is_known, is_norm
+from tilewright.convert.graph.leaves import has_hooks, is_known, is_norm
 from tilewright.convert.graph.memory import Writes, is_kept, settle
 from tilewright.convert.graph.patterns import (
     Modules,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tilewright.convert.structure import ReplacedForward
 from tilewright.kernels.activation import module_activation
 from tilewright.nn import ConvLayer, FoldedBatchNorm, FusedActivation, QuantizedLinear
 from tilewright.nn.conv_layer import pads_by_size
@@ -14,10 +15,6 @@ NORM_NAMES = ("FrozenBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d", "De
 #: Functions of other libraries that pad as TensorFlow's "SAME" does: (x, convolution) -> x.
 SAME_PADDING_FUNCTIONS = ("apply_tf_padding",)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
-
-class ReplacedForward:
-    """Base of what the converter puts in place of a ``forward``, by which it is recognised."""
 
 
 _OURS = ReplacedForward()

@@ -22,11 +22,16 @@ from tilewright.convert.contents import Contents, changed_keys, children, is_con
 from tilewright.convert.graph.overlay import Overlay
 from tilewright.convert.graph.values import Held, Untraceable
 from tilewright.convert.record import join
+from tilewright.nn.weight_holder import WeightHolder
 
 if TYPE_CHECKING:
     from tilewright.convert.graph.capture import Capture
 
 _KINDS = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "submodule"}
+
+
+class _Layer(nn.Module):
+    """In place of one of our layers, whose ``weight`` is made of what it holds: here that is a value too."""
 
 
 class Twins:
@@ -39,7 +44,7 @@ class Twins:
         self._paths: dict[int, str] = {}
         parts = list(_parts(module))
         for path, real in parts:
-            twin = object.__new__(type(real))
+            twin = object.__new__(_Layer if isinstance(real, WeightHolder) else type(real))
             self._memo[id(real)] = twin
             if path is not None:
                 self._paths[id(twin)] = path
@@ -91,6 +96,9 @@ class Twins:
                 state[name] = value if is_constant(value) else copy.deepcopy(value, self._memo)
         state["training"] = False
         vars(twin).update(state)
+        if isinstance(real, WeightHolder):
+            path = self._paths.get(id(twin))
+            vars(twin)["weight"] = Held(self.capture, None if path is None else join(path, "weight"), real.weight)
 
     def _give_forward(self, path: str | None, real: nn.Module) -> None:
         twin, kind = self._memo[id(real)], type(real)

@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from tilewright.convert import calibrate, structure
 from tilewright.convert.conversion import Conversion, Job, register_conversion
@@ -81,7 +81,8 @@ class Convolutions(Conversion):
             required.discard(name)
             self.records[name].note = ON_VECTORS
         if required and self.job.with_data:
-            _write_programs(self.regions)
+            for each in self.regions:
+                _write_program(*each)
             self.calibration = Calibration(self.job.model, self.regions, required)
         elif required:
             logger.warning("%d convolutions are fused in float: static int8 needs calibration_data", len(required))
@@ -239,12 +240,10 @@ def install_programs(
         untraced |= reasons
         regions = [(region, rewrite(region)) for region in found]
     for region, sites in regions:
-        write_int8(region.graph, region.modules(), sites)
-    _write_programs(regions)
+        _write_program(region, sites, write_int8(region.graph, region.modules(), sites))
     return {join(region.name, site.name): site.epilogue for region, sites in regions for site in sites}
 
 
-def _write_programs(regions: list[Rewritten]) -> None:
-    for region, sites in regions:
-        if sites:
-            vars(region.module)["forward"] = Program(region)
+def _write_program(region: Region, sites: list[Site], steps: tuple[fx.Graph, ...] = ()) -> None:
+    if sites:
+        vars(region.module)["forward"] = Program(region, steps)

@@ -204,11 +204,15 @@ class Flow:
         return None
 
 
-def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> None:
-    """Let the int8 convolutions of a rewritten graph hand each other int8 tensors."""
+def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> tuple[fx.Graph, ...]:
+    """Let the int8 convolutions of a rewritten graph hand each other int8 tensors.
+
+    Returns the graph as it was, where they hand on floats, and the same with every float rounded that is int8 now: what
+    the new one computes. Nothing, if there are no such convolutions.
+    """
     quantized = {site.name for site in sites if isinstance(modules[site.name], Int8ConvBnAct2d)}
     if not quantized:
-        return
+        return ()
     flow = Flow(graph, modules, sites, quantized)
     scales: dict[fx.Node, Scale] = {}
     for node, scale in flow.ports():
@@ -216,6 +220,7 @@ def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> None:
         if scale.port == "x" or getattr(layer, "residual_scale", None) is not None:
             scales.setdefault(flow.leader(node), scale)
     stored = flow.stored(scales)
+    steps = _copied(graph, flow, {}), _copied(graph, flow, {node: scales[flow.leader(node)] for node in stored})
     nonnegative = _nonnegative(flow, stored)
     order = list(graph.nodes)
     layer_nodes: dict[str, fx.Node] = {}
@@ -267,6 +272,25 @@ def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> None:
             with graph.inserting_before(node):
                 new = graph.call_function(quantized_ops.mean, (source, scale_of(source), dtype_of(source), *average))
             flow.replace(node, new)
+    return steps
+
+
+def _copied(graph: fx.Graph, flow: Flow, rounded: dict[fx.Node, Scale]) -> fx.Graph:
+    """``graph`` in nodes of its own, some of its values rounded to int8 of a scale."""
+    new, twins = fx.Graph(), dict[fx.Node, fx.Node]()
+    new.output(new.graph_copy(graph, twins))
+    for node, place in rounded.items():
+        twin = twins[node]
+        readers = [user for user in twin.users if not flow.asks_size(user)]
+        with new.inserting_after(twin):
+            layer = new.get_attr(place.layer)
+        with new.inserting_after(layer):
+            scale = new.call_function(getattr, (layer, f"{place.port}_scale"))
+        with new.inserting_after(scale):
+            value = new.call_function(quantized_ops.rounded, (twin, scale))
+        for reader in readers:
+            reader.replace_input_with(twin, value)
+    return new
 
 
 def _write_addition(

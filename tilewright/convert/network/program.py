@@ -8,31 +8,52 @@ for: in training mode, with other arguments than the graph was made for, with ho
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import logging
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from tilewright.convert.graph import (
     NotAsExpected,
     Region,
-    ReplacedForward,
     bind_call,
     compiled,
     flattened,
     is_known,
     source_of,
 )
+from tilewright.convert.network import proof
 from tilewright.convert.network import replayable as whole
 from tilewright.convert.network.assumed import assumptions, place_of
+from tilewright.convert.state import HeldState, private_copy
+from tilewright.convert.structure import ReplacedForward
 from tilewright.kernels.cpu.replay import Replays
 from tilewright.kernels.dispatch import regions
 from tilewright.nn.conv_int8 import scales_read
+
+logger = logging.getLogger("tilewright")
+#: What is kept in copies and pickles.
+_KEPT = (
+    "owner",
+    "inputs",
+    "defaults",
+    "gradients",
+    "source",
+    "flat_source",
+    "leaves",
+    "called",
+    "whole",
+    "assumed",
+    "refused",
+)
 
 
 class Program(ReplacedForward):
@@ -40,10 +61,14 @@ class Program(ReplacedForward):
 
     source, names: Python code of ``def forward(self, ...)`` and the globals it uses. flat_source: the same with
     ``leaf_i`` in place of dotted names. leaves: these names. called: leaves that the code calls as modules. inputs,
-    defaults, gradients: as of ``Region``.
+    defaults, gradients: as of ``Region``. steps: code of the same graph in other forms, if what int8 layers hand on is
+    int8: with floats handed on, and with those rounded as int8 rounds them.
+
+    What the program computes is compared with what the layers compute by the ``forward`` of the class, on the first
+    call with inputs of a shape (``proof``).
     """
 
-    def __init__(self, region: Region):
+    def __init__(self, region: Region, steps: Sequence[fx.Graph] = ()):
         self.owner, self.inputs, self.defaults = region.module, region.inputs, region.defaults
         self.gradients = region.gradients
         self.source, self.names = source_of(region.graph)
@@ -52,6 +77,7 @@ class Program(ReplacedForward):
         #: Whether a compiled graph calls it as one operator.
         self.whole = whole.runs_whole(region.graph, modules)
         self.flat_source, _ = source_of(flat)
+        self.steps = [source_of(graph) for graph in steps]
         self.assumed = assumptions(self.owner, [self.leaves[leaf] for leaf in self.called])
         #: Runs instead of the program while activations are observed: inputs -> outputs.
         self.observer: Callable[..., Any] | None = None
@@ -60,6 +86,7 @@ class Program(ReplacedForward):
     def _make(self) -> None:
         self._function = compiled(self.source, self.names)
         self._flat = compiled(self.flat_source, self.names)
+        self._proven: set[Any] = set()
         #: What the fast form refers to, as attributes.
         self._bound: types.SimpleNamespace | None = None
         self._replays: Replays | None = None
@@ -67,28 +94,15 @@ class Program(ReplacedForward):
         self._region_name = regions.add(self._region)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = (
-            "owner",
-            "inputs",
-            "defaults",
-            "gradients",
-            "source",
-            "flat_source",
-            "leaves",
-            "called",
-            "whole",
-            "assumed",
-        )
-        state = {name: value for name, value in vars(self).items() if name in kept}
-        # Modules of Python cannot be pickled; their names can.
-        state["imports"] = {name: v.__name__ for name, v in self.names.items() if isinstance(v, types.ModuleType)}
-        state["names"] = {name: v for name, v in self.names.items() if name not in state["imports"]}
+        state = {name: value for name, value in vars(self).items() if name in _KEPT}
+        state["steps"] = [(source, *_picklable(names)) for source, names in self.steps]
+        state["names"], state["imports"] = _picklable(self.names)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        imports = state.pop("imports")
         vars(self).update(state)
-        self.names = self.names | {name: importlib.import_module(module) for name, module in imports.items()}
+        self.names = _unpickled(self.names, vars(self).pop("imports"))
+        self.steps = [(source, _unpickled(names, imports)) for source, names, imports in state["steps"]]
         self.observer = None
         self._make()
 
@@ -106,7 +120,7 @@ class Program(ReplacedForward):
         """What the owner's class computes."""
         owner = self.owner
         given = args if len(args) == len(self.inputs) and not kwargs else self._inputs_of(args, kwargs)
-        if given is None or owner.training:
+        if given is None or owner.training or self.refused is not None:
             return type(owner).forward(owner, *args, **kwargs)
         if not self.gradients and torch.is_grad_enabled():
             with torch.no_grad():
@@ -123,7 +137,7 @@ class Program(ReplacedForward):
             # A recording misses hooks on what it calls.
             if self._replays is not None and not torch.is_grad_enabled() and not any(self._watched):
                 return self._replays(*given)
-            return self._flat(self._bound, *given)
+            return self._run(*given)
         except NotAsExpected:
             return type(owner).forward(owner, *args, **kwargs)
 
@@ -182,10 +196,79 @@ class Program(ReplacedForward):
         self._watched = [table for part in parts for table in (part._forward_hooks, part._forward_pre_hooks)]
         held = [(t, n) for m in owner.modules() for t in (m._parameters, m._buffers) for n in t]
         self._tensor_tables, self._tensor_names = [table for table, _ in held], [name for _, name in held]
-        self._replays = Replays(lambda *given: self._flat(self._bound, *given), scales_read, self._held_tensors)
+        self._replays = Replays(self._run, scales_read, self._held_tensors)
+
+    # ---- the proof
+    def _run(self, *given: Any) -> Any:
+        """The fast form; proven, if it has not run on such inputs yet."""
+        kinds = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else type(x) for x in given)
+        if kinds in self._proven or self._replays is None or any(self._watched) or not proof.may_run(given):
+            return self._flat(self._bound, *given)
+        self._proven.add(kinds)
+        return self._prove(given)
+
+    def _prove(self, given: tuple[Any, ...]) -> Any:
+        """The result for ``given``, and the end of the program if it is not what the layers give."""
+        before, generators = private_copy(given), proof.Generators()
+        result = self._flat(self._bound, *given)
+        after = generators.put(generators.start)
+        reason = self._why_wrong((result, given), before, generators)
+        generators.put(after)
+        if reason is None:
+            return result
+        self.refused = f"its graph does not compute what its layers do: {reason}"
+        logger.warning("%s runs layer by layer from now on: %s", type(self.owner).__name__, self.refused)
+        generators.put(generators.start)
+        with torch.no_grad():
+            for x, values in zip(pytree.tree_leaves(given), pytree.tree_leaves(before), strict=True):
+                if isinstance(x, torch.Tensor) and not torch.equal(x, values):
+                    x.copy_(values)
+        return type(self.owner).forward(self.owner, **dict(zip(self.inputs, given, strict=True)))
+
+    def _why_wrong(self, found: Any, given: tuple[Any, ...], generators: proof.Generators) -> str | None:
+        owner, state = self.owner, HeldState(self.owner)
+
+        def layers(inputs: tuple[Any, ...]) -> Any:
+            return type(owner).forward(owner, **dict(zip(self.inputs, inputs, strict=True)))
+
+        def run(function: proof.Run, inputs: tuple[Any, ...]) -> Any:
+            generators.put(generators.start)
+            with torch.no_grad():
+                return function(inputs)
+
+        def compare(function: proof.Run, found: Any) -> str | None:
+            again = functools.partial(run, function)
+            return proof.why_differs(found, proof.outcome(again, private_copy(given)), again, given)
+
+        def step(number: int) -> proof.Run:
+            function = compiled(*self.steps[number])
+            return lambda inputs: function(owner, *inputs)
+
+        try:
+            if not self.steps:
+                reason = compare(layers, found)
+            else:
+                floats = proof.outcome(functools.partial(run, step(0)), private_copy(given))
+                reason = compare(layers, floats) or compare(step(1), found)
+        except Exception as error:
+            reason = f"they raise {type(error).__name__}"
+        if state.changed():
+            state.restore()
+            reason = "forward writes state that the graph does not know of"
+        return reason
 
     def _held_tensors(self) -> list[torch.Tensor | None]:
         return list(map(dict.get, self._tensor_tables, self._tensor_names))  # type: ignore[arg-type]
+
+
+def _picklable(names: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Globals of a function without modules of Python, which cannot be pickled, and those modules' names."""
+    modules = {name: value.__name__ for name, value in names.items() if isinstance(value, types.ModuleType)}
+    return {name: value for name, value in names.items() if name not in modules}, modules
+
+
+def _unpickled(names: dict[str, Any], modules: dict[str, str]) -> dict[str, Any]:
+    return names | {name: importlib.import_module(module) for name, module in modules.items()}
 
 
 def remove_programs(model: nn.Module) -> None:

@@ -1,0 +1,138 @@
+"""Whether a graph computes what the code that it was read from computes, on one input.
+
+Results may differ by the order in which floats are added. How much that is worth depends on the network: one that
+rounds, compares or divides turns the last bit into more. So where results differ by more than the order of additions
+in a layer explains, the code runs a few times more on its input with the last bits changed, and the difference may be
+as large as a multiple of what that makes of the results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tilewright.convert.state import private_copy
+
+#: (inputs) -> result; may write to the inputs.
+Run = Callable[[tuple[Any, ...]], Any]
+#: Relative differences that need no explanation: at least so much, and so many units in the last place.
+_LEAST, _ULPS = 1e-4, 10.0
+#: Units in the last place by which inputs are changed, runs with such, and the multiple of their effect that is fine.
+_CHANGED_BY, _RUNS, _MULTIPLE = 4.0, 3, 30.0
+
+
+def why_differs(found: Any, expected: Any, run: Run, given: tuple[Any, ...]) -> str | None:
+    """In words; None where rounding explains it. expected: the ``outcome`` of ``run`` for ``given``."""
+    eps = _rounding_of([found, expected, given])
+    explained = max(_LEAST, _ULPS * eps)
+    distance = difference(found, expected)
+    if isinstance(distance, str) or distance <= explained:
+        return distance if isinstance(distance, str) else None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_RUNS):
+        other = difference(outcome(run, _nearby(given, eps, generator)), expected)
+        explained = max(explained, _MULTIPLE * (math.inf if isinstance(other, str) else other))
+    if distance <= explained:
+        return None
+    return f"results differ by {distance:.2g} of their size, where rounding explains {explained:.2g}"
+
+
+def outcome(run: Run, given: tuple[Any, ...]) -> Any:
+    """The result, and what the inputs are afterwards."""
+    result = run(given)
+    return result, given
+
+
+def difference(a: Any, b: Any) -> float | str:
+    """The largest relative difference of two tensors in the same place, in words if something else differs."""
+    (ours, spec), (theirs, other_spec) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    if spec != other_spec:
+        return "the result has another structure"
+    worst = 0.0
+    for x, y in zip(ours, theirs, strict=True):
+        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            if type(x) is not type(y) or (isinstance(x, (bool, int, str)) and x != y):
+                return f"the result holds {x!r} in place of {y!r}"
+            continue
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return f"the result is {x.dtype} {list(x.shape)} in place of {y.dtype} {list(y.shape)}"
+        worst = max(worst, _distance(x, y))
+    return worst
+
+
+def _distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Of the root mean square of ``y``; of numbers that are not finite, or whole, the share that differs."""
+    if not x.numel():
+        return 0.0
+    if not (x.is_floating_point() or x.is_complex()):
+        return float((x != y).double().mean())
+    if x.is_complex():
+        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
+    x, y = x.detach().double(), y.detach().double()
+    finite = x.isfinite() & y.isfinite()
+    other = ~finite & ~((x == y) | (x.isnan() & y.isnan()))
+    x, y = torch.where(finite, x, 0), torch.where(finite, y, 0)
+    error, size = (float(each.square().mean().sqrt()) for each in (x - y, y))
+    return max(float(other.double().mean()), error / (size or 1e-3))
+
+
+def _rounding_of(tree: Any) -> float:
+    """The machine epsilon of the narrowest float among tensors, or in which they are multiplied."""
+    leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    kinds = {leaf.dtype for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()} | {torch.float32}
+    devices = {leaf.device.type for leaf in leaves}
+    kinds |= {torch.get_autocast_dtype(each) for each in devices if torch.is_autocast_enabled(each)}
+    eps = max(torch.finfo(kind).eps for kind in kinds)
+    return max(eps, 2.0**-11) if "cuda" in devices and torch.backends.cudnn.allow_tf32 else eps
+
+
+def _nearby(given: tuple[Any, ...], eps: float, generator: torch.Generator) -> tuple[Any, ...]:
+    """``given`` with the last bits of floats changed."""
+    copied = private_copy(given)
+    for x in pytree.tree_leaves(copied):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            noise = torch.rand(x.shape, generator=generator).mul_(2).sub_(1).to(x.device)
+            x.copy_(x.double() * (1 + _CHANGED_BY * eps * noise))
+    return copied
+
+
+class Generators:
+    """PyTorch's generators of random numbers, so that two runs draw the same."""
+
+    def __init__(self) -> None:
+        self.start = self._states()
+
+    @staticmethod
+    def _states() -> list[torch.Tensor]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return [torch.get_rng_state(), *cuda]
+
+    def put(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Draw from ``states`` on. Returns what they were. Writes nothing if nothing was drawn in between."""
+        now = self._states()
+        if not all(map(torch.equal, now, states)):
+            torch.set_rng_state(states[0])
+            for device, state in enumerate(states[1:]):
+                torch.cuda.set_rng_state(state, device)
+        return now
+
+
+def may_run(given: Sequence[Any]) -> bool:
+    """Whether a second run on these inputs means something: real tensors, and nobody who watches what is called."""
+    leaves = pytree.tree_leaves(list(given))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    plain = all(leaf is None or isinstance(leaf, (torch.Tensor, bool, int, float, str)) for leaf in leaves)
+    real = all(type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors)
+    return (
+        plain
+        and real
+        and all(x.layout == torch.strided for x in tensors)
+        and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
