@@ -23,6 +23,11 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
+def is_of_torch(function: types.FunctionType) -> bool:
+    """Whether PyTorch has written a function."""
+    return (function.__module__ or "").startswith("torch.")
+
+
 def content(cell: types.CellType) -> object:
     """What a cell of a closure holds; None for nothing."""
     try:
@@ -51,7 +56,7 @@ def methods_of(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
         name = names.pop()
         owner = next((base for base in kind.__mro__ if name in vars(base)), None)
         function = None if owner is None else vars(owner)[name]
-        if isinstance(function, types.FunctionType) and not function.__module__.startswith("torch."):
+        if isinstance(function, types.FunctionType) and not is_of_torch(function):
             found[name] = function
             names |= {other for f in functions_behind(function) for other in names_in(f.__code__)} - found.keys()
     return found

@@ -36,16 +36,15 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def run(model: nn.Module, data: Iterable[Any]) -> int:
-    """Run ``model`` on every item of ``data``, as in ``evaluation``; each finds the state that the first found.
+    """Run ``model`` on every item of ``data``, as in ``evaluation``. What its forward writes, the next call finds.
 
     An item is a mapping (keyword arguments), a tuple or list (positional arguments) or a single argument. Returns how
     many there were.
     """
     count = 0
-    with evaluation(model) as state:
+    with evaluation(model):
         for item in data:
             call(model, item)
-            state.restore()
             count += 1
     return count
 
@@ -81,11 +80,11 @@ class _Watching(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[HeldState]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and every layer really called (PyTorch's native encoder path reads weights instead).
 
-    Yields the state of the model, which is put back at the end, as are modes and generators of random numbers. Flags
-    are set without ``model.eval()``: a ``train`` of somebody's own may do more than that.
+    At the end the state of the model is put back, as are modes and generators of random numbers. Flags are set without
+    ``model.eval()``: a ``train`` of somebody's own may do more than that.
     """
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -93,7 +92,7 @@ def evaluation(model: nn.Module) -> Iterator[HeldState]:
     state = HeldState(model)
     try:
         with torch.no_grad(), same_random_numbers(), _Watching():
-            yield state
+            yield
     finally:
         state.restore()
         for module in training:

@@ -126,6 +126,15 @@ class Writes:
         """``new`` gives what ``like`` gave, and stands where ``at`` stood."""
         self._roots[new], self._position[new] = self._roots[like], self._position[at]
 
+    def other_name_read_after(self, value: fx.Node, node: fx.Node) -> bool:
+        """Whether something that may share memory with ``value`` is read after ``node``, by another name."""
+        others = [other for other, roots in self._roots.items() if roots & self._roots[value] and other is not value]
+        return any(self._position.get(user, -1) > self._position[node] for other in others for user in other.users)
+
+    def makers(self, value: fx.Node) -> list[fx.Node]:
+        """The nodes that made the memory which ``value`` may share."""
+        return [root for root in self._roots[value] if isinstance(root, fx.Node) and self._roots[root] == {root}]
+
     def stands_before(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether ``a`` comes before ``b``."""
         return self._position[a] < self._position[b]

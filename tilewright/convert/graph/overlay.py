@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from opcode import opmap
 from typing import Any, NoReturn
 
-from tilewright.convert.code import content, names_in
+from tilewright.convert.code import content, is_of_torch, names_in
 
 _MISSING = object()
 #: Modules whose functions answer otherwise each time they are asked.
@@ -54,7 +54,7 @@ class Overlay:
 
     def of(self, function: Any) -> Any:
         """``function`` with the stand-ins, or itself where it asks for none; likewise what a decorator wrapped."""
-        if not isinstance(function, types.FunctionType) or function.__module__.startswith("torch."):
+        if not isinstance(function, types.FunctionType) or is_of_torch(function):
             return function
         known = self._functions.get(id(function))
         if known is not None:

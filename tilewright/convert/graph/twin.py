@@ -155,7 +155,7 @@ class Twins:
         kinds |= {value for value in outside if isinstance(value, type) and issubclass(value, nn.Module)}
         self._outside = Contents([each for each in outside if isinstance(each, (list, dict, set, deque))], deep=False)
         bases = {base for kind in kinds for base in kind.__mro__}
-        own = [base for base in bases if not base.__module__.startswith(("torch", "builtins"))]
+        own = [base for base in bases if base is not object and not base.__module__.startswith("torch")]
         self._classes = [(base, dict(vars(base))) for base in own]
 
     def check_unchanged(self) -> None:

@@ -129,23 +129,36 @@ def match_layout(y: Any, like: Any) -> Any:
 def _lay_out(graph: fx.Graph, modules: Modules) -> None:
     """Give what leaves the graph, to its caller or to code that was not read, the layout it would have had."""
     first = next(node for node in graph.nodes if node.op == "placeholder")
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
+    writes, order = Writes(graph, modules), list(graph.nodes)
+    position = {node: i for i, node in enumerate(order)}
+    done: set[fx.Node] = set()
+
+    def lay_out(value: fx.Node, before: fx.Node, readers: list[fx.Node]) -> None:
+        """Let ``readers`` read ``value`` in the order that it would have, a copy if need be."""
+        if value.op not in ("placeholder", "get_attr") and not calls(value, match_layout):
+            with graph.inserting_before(before):
+                laid_out = graph.call_function(match_layout, (value, first))
+            for reader in readers:
+                reader.replace_input_with(value, laid_out)
+
+    for node in order:
         unknown = effect_of(node, modules).unknown
         made = node.op == "call_function" and isinstance(node.target, type)
         if not (unknown or made or node.op == "output" or calls(node, *_LOOKING_AT_LAYOUT)):
             continue
         for value in node.all_input_nodes:
-            if value.op in ("placeholder", "get_attr") or (
-                value.op == "call_function" and isinstance(value.target, type)
-            ):
+            if value.op == "call_function" and (isinstance(value.target, type) or value.target is match_layout):
                 continue
-            with graph.inserting_before(node):
-                laid_out = graph.call_function(match_layout, (value, first))
-            # What may write to it must write to what is read afterwards.
-            readers = [user for user in value.users if position.get(user, -1) >= position[node]] if unknown else [node]
-            for reader in readers:
-                reader.replace_input_with(value, laid_out)
+            if not unknown:
+                lay_out(value, node, [node])
+            elif writes.other_name_read_after(value, node):
+                # What is written to it is read by that name: there must be no copy between the two.
+                for maker in set(writes.makers(value)) - done:
+                    done.add(maker)
+                    lay_out(maker, order[position[maker] + 1], list(maker.users))
+            else:
+                # What is written to it is read afterwards.
+                lay_out(value, node, [user for user in value.users if position.get(user, -1) >= position[node]])
 
 
 def rewrite(region: Region) -> list[Site]:
