@@ -340,3 +340,32 @@ def test_a_layer_made_in_inference_mode_is_written_to_anywhere() -> None:
     with torch.inference_mode():
         layer.bias.data.mul_(2)
         torch.testing.assert_close(layer(x), 2 * before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("each", CONVOLUTIONS, ids=[each.name for each in CONVOLUTIONS])
+def test_the_bias_of_a_convolution_has_the_dtype_of_the_layer(each: Any, dtype: torch.dtype) -> None:
+    """To those who read it: F.conv1d wants that."""
+    layer = each.make(dtype)
+    if layer.bias is None:
+        assert layer.config()["bias"] is False
+        return
+    stored, x = layer._parameters["bias"], each.input().to(dtype)
+    assert stored.dtype == torch.float32 and layer.bias.dtype == dtype
+    function = F.conv1d if layer.origin == "Conv1d" else F.conv2d
+    assert function(x, layer.weight, layer.bias, groups=layer.groups).dtype == dtype
+    before = stored.detach().clone()
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        layer.bias.mul_(2)
+        layer.bias.data += 1
+        layer.bias += 1
+        layer.bias[0] = 3
+        assert_computes_what_it_stores(layer, x)
+    assert layer._parameters["bias"] is stored
+    torch.testing.assert_close(stored[1:].detach(), (2 * before + 2)[1:], rtol=2e-2, atol=2e-2)
+    layer.bias = nn.Parameter(before.to(dtype))
+    assert layer._parameters["bias"].dtype == torch.float32
+    torch.testing.assert_close(layer.bias.detach().clone(), before.to(dtype))
+    assert "bias" in dict(layer.named_parameters()) and torch.export.export(layer, (x,)).module()(x).dtype == dtype

@@ -46,7 +46,7 @@ class FloatConv(ConvLayer):
         if bias is not None:
             # A bias that is float32 already would be the very tensor of the original, where training would change it.
             own = bias.clone() if conv.bias is not None and bias.data_ptr() == conv.bias.data_ptr() else bias
-            module.bias = nn.Parameter(own, requires_grad=trained)
+            module.register_parameter("bias", nn.Parameter(own, requires_grad=trained))
         return module.train(conv.training)
 
     def config(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class ConvBnAct2d(FloatConv):
         self.weight_ohwi = nn.Parameter(weight, requires_grad=trained)
 
     def _product(self, x: torch.Tensor, residual: torch.Tensor | None, *rest: Any) -> torch.Tensor:
-        return torch.ops.tilewright.conv2d_fused(x, self.weight_ohwi, self.bias, residual, *rest)
+        return torch.ops.tilewright.conv2d_fused(x, self.weight_ohwi, self._bias, residual, *rest)
 
     # ---- the weight as that of nn.Conv2d
     def _held_weight(self) -> dict[str, torch.Tensor]:

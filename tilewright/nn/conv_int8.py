@@ -85,7 +85,7 @@ class Int8ConvBnAct2d(ConvLayer):
         if isinstance(conv, ConvBnAct2d):
             if norm is not None:
                 raise ValueError("a ConvBnAct2d has its batch-norm folded in already: norm must be None")
-            weight, bias = conv.weight_ohwi.detach(), None if conv.bias is None else conv.bias.detach()
+            weight, bias = conv.weight_ohwi.detach(), None if conv._bias is None else conv._bias.detach()
             options = {**conv.config(), "device": "meta"}
             options.pop("allow_tf32")
         else:
@@ -98,7 +98,7 @@ class Int8ConvBnAct2d(ConvLayer):
         q, module.weight_scale = int8.quantize(weight.flatten(1), range_search)
         module._buffers[CODES] = q.view(weight.shape)
         if bias is not None:
-            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+            module.register_parameter("bias", nn.Parameter(bias.detach().clone(), requires_grad=False))
         given = (("input_scale", input_scale), ("residual_scale", residual_scale), ("output_scale", output_scale))
         for name, value in given:
             if value is None:
@@ -157,7 +157,7 @@ class Int8ConvBnAct2d(ConvLayer):
             self.x_scale,
             self._buffers[CODES],
             self.weight_scale,
-            self.bias,
+            self._bias,
             None if separate else residual,
             r_scale,
             self._stride,

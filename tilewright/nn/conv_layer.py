@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.convolution import convolution_problem
 from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.nn.float_weight import FloatWeight, Stored
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
 from tilewright.nn.weight_holder import WeightHolder
 
@@ -56,16 +57,16 @@ def same_padding(
 class ConvLayer(WeightHolder):
     """Base of the drop-in replacements of ``nn.Conv2d`` and ``nn.Conv1d``: y = activation(conv(x) + b + residual).
 
-    Stored is OHWI, [out_channels, kh, kw, in_channels / groups]; a 1-D convolution is a 2-D one of height 1. The bias,
-    with batch-norm folded in, is float32 and stays so under ``.to(dtype)``, as buffers do. ``dtype`` is that of
-    the layer this one stands for; it follows ``.to(dtype)``. Results are float tensors in the memory layout of the
+    Stored is OHWI, [out_channels, kh, kw, in_channels / groups]; a 1-D convolution is a 2-D one of height 1. The
+    parameter ``bias``, with batch-norm folded in, is float32 and stays so under ``.to(dtype)``, as buffers do; to code
+    that reads ``layer.bias`` it has the layer's dtype. ``dtype`` is that of the layer this one stands for; it follows
+    ``.to(dtype)``. Results are float tensors in the memory layout of the
     input (contiguous or channels-last), as PyTorch's are. Arguments are those of ``nn.Conv2d`` and what is fused in.
     """
 
     _accepts_int8: ClassVar[bool] = False
     _loads_exactly = True
 
-    bias: nn.Parameter | None
     transposed = False
     padding_mode = "zeros"
 
@@ -109,7 +110,7 @@ class ConvLayer(WeightHolder):
         self._padding = self._fixed_padding()
         self._dims, self._plain = dims, dims == 2
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=torch.float32))
+            self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=torch.float32)))
         else:
             self.register_parameter("bias", None)
 
@@ -179,7 +180,7 @@ class ConvLayer(WeightHolder):
         """Constructor arguments except ``device``, fit for JSON."""
         own = {name: getattr(self, name) for name in (*SIZES, "activation", "negative_slope", "origin")}
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-        return {**own, "bias": self.bias is not None, "dtype": dtype_name(self.dtype)}
+        return {**own, "bias": self._bias is not None, "dtype": dtype_name(self.dtype)}
 
     def to_float(self) -> nn.Conv2d | nn.Conv1d:
         """A plain convolution with the same weight (dequantised) and bias in ``dtype``; batch-norm stays folded in.
@@ -192,11 +193,11 @@ class ConvLayer(WeightHolder):
         kind: Any = nn.Conv1d if self.origin == "Conv1d" else Conv2dSame if same else nn.Conv2d
         padding = 0 if same else self.padding
         sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation)
-        conv = kind(*sizes, self.groups, self.bias is not None, device="meta", dtype=self.dtype)
+        conv = kind(*sizes, self.groups, self._bias is not None, device="meta", dtype=self.dtype)
         weight = self._weight_of(self.dequantize_weight()).detach().to(self.dtype)
         conv.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.detach().to(self.dtype), requires_grad=self.bias.requires_grad)
+        if (bias := self._bias) is not None:
+            conv.bias = nn.Parameter(bias.detach().to(self.dtype), requires_grad=bias.requires_grad)
         return conv.train(self.training)
 
     def problem(self, m: int = 1, dtype: torch.dtype | None = None, size: int = 56) -> Problem:
@@ -205,7 +206,7 @@ class ConvLayer(WeightHolder):
         window = (self._window, self._stride, self.padding_for(height, size), self._dilation, self.groups)
         geometry = ConvGeometry(m, self.in_channels, height, size, self.out_channels, *window)
         dtype = dtype or self.dtype
-        facts = {"activation": self.activation, "bias": self.bias is not None, **device_facts(self.device)}
+        facts = {"activation": self.activation, "bias": self._bias is not None, **device_facts(self.device)}
         return convolution_problem(self.op_name, geometry, dtype, dtype, **facts)
 
     def padding_for(self, height: int, width: int) -> Padding:
@@ -230,11 +231,35 @@ class ConvLayer(WeightHolder):
             displayed += f", dilation={self.dilation}"
         if self.groups != 1:
             displayed += f", groups={self.groups}"
-        if self.bias is None:
+        if self._bias is None:
             displayed += ", bias=False"
         return displayed if self.activation == "none" else f"{displayed}, activation={self.activation}"
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias in ``dtype``: the parameter itself, or one that reads and writes as ``weight`` does."""
+        if "bias" not in self._parameters:
+            raise AttributeError("bias")  # ``nn.Module`` asks before it registers one
+        bias = self._parameters["bias"]
+        if bias is None or bias.dtype == self.dtype:
+            return bias
+        return (
+            bias.to(self.dtype) if torch.compiler.is_compiling() else FloatWeight(Stored(_Bias(self), {"bias": bias}))
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias" and isinstance(value, FloatWeight):  # the end of ``layer.bias += x``
+            value = value._parameter()
+        elif name == "bias" and isinstance(value, nn.Parameter) and value.dtype != torch.float32:
+            value = nn.Parameter(value.detach().float(), value.requires_grad)
+        super().__setattr__(name, value)
+
     # ---- internal
+    @property
+    def _bias(self) -> nn.Parameter | None:
+        """The parameter."""
+        return self._parameters["bias"]
+
     def _weight_size(self) -> tuple[int, ...]:
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
@@ -276,7 +301,29 @@ class ConvLayer(WeightHolder):
         return True
 
     def _kept_in_dtype(self) -> dict[str, torch.Tensor]:
-        return {**super()._kept_in_dtype(), **({} if self.bias is None else {"bias": self.bias})}
+        return {**super()._kept_in_dtype(), **({} if self._bias is None else {"bias": self._bias})}
+
+
+class _Bias:
+    """A bias in float32 for code that wants the dtype of its layer; see ``float_weight.Owner``."""
+
+    def __init__(self, layer: ConvLayer):
+        self.layer = layer
+
+    def _title(self) -> str:
+        return f"the bias of {self.layer._label()}"
+
+    def _weight_size(self) -> tuple[int, ...]:
+        return (self.layer.out_channels,)
+
+    def _weight_dtype(self, held: Mapping[str, torch.Tensor]) -> torch.dtype:
+        return self.layer.dtype
+
+    def _decoded(self, held: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return held["bias"].to(self.layer.dtype)
+
+    def _encoded(self, bias: torch.Tensor, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"bias": bias.detach().to(held["bias"].dtype)}
 
 
 def check_conv(conv: nn.Module) -> None:

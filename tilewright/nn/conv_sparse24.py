@@ -50,4 +50,4 @@ class Sparse24ConvBnAct2d(Sparse24Places, FloatConv):
 
     def _product(self, x: torch.Tensor, residual: torch.Tensor | None, *rest: Any) -> torch.Tensor:
         held = (self.weight_values, self.weight_meta)
-        return torch.ops.tilewright.sparse24_conv2d_fused(x, *held, self.bias, residual, self._window, *rest)
+        return torch.ops.tilewright.sparse24_conv2d_fused(x, *held, self._bias, residual, self._window, *rest)

@@ -22,7 +22,7 @@ from tilewright.kernels.dispatch.same import SameTensors, version_of
 class Owner(Protocol):
     """What is asked of the layer whose weight it is; see ``WeightHolder``, which every drop-in layer is."""
 
-    def _label(self) -> str: ...
+    def _title(self) -> str: ...
 
     def _weight_size(self) -> tuple[int, ...]: ...
 
@@ -101,8 +101,7 @@ class Made:
         if self.usable and self._same is not None and self._same.match(list(self.stored.tensors.values())):
             return
         if not self.usable or self.value.requires_grad:
-            label = self.stored.owner._label()
-            raise RuntimeError(f"the weight of {label} has changed since it was read: read it anew")
+            raise RuntimeError(f"{self.stored.owner._title()} has changed since it was read: read it anew")
         with torch.inference_mode(False), torch.no_grad():
             self.value.copy_(self.stored.owner._decoded(self.stored.tensors))
         self._same = self._now()
@@ -112,11 +111,11 @@ class Made:
         owner = self.stored.owner
         if differentiated:
             raise RuntimeError(
-                f"what is written into the weight of {owner._label()} is stored in another form, which would lose "
+                f"what is written into {owner._title()} is stored in another form, which would lose "
                 "its gradient: write under torch.no_grad(), or detach it"
             )
         if not self.usable:
-            raise RuntimeError(f"the weight of {owner._label()} keeps its size and its memory: use copy_")
+            raise RuntimeError(f"{owner._title()} keeps its size and its memory: use copy_")
         for name, new in owner._encoded(self.value, self.stored.tensors).items():
             overwrite(self.stored.tensors[name], new)
 
@@ -169,7 +168,7 @@ class LinkedWeight(torch.Tensor):
     def _why_no_parameter(self) -> RuntimeError:
         stored = self._source()
         return RuntimeError(
-            f"the weight of {stored.owner._label()} is made of what the layer stores ({', '.join(stored.tensors)}) and "
+            f"{stored.owner._title()} is made of what the layer stores ({', '.join(stored.tensors)}) and "
             "can be no parameter: make one of its clone(), or give the plain layer back with tw.revert_model"
         )
 
@@ -320,7 +319,7 @@ def _mutated(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set
 # ---- what is not computed of the float weight
 def check_like(owner: Owner, new: object, weight: torch.Tensor) -> None:
     """Raise TypeError or ValueError unless ``new`` may take the place of ``weight``."""
-    name = f"the weight of {owner._label()}"
+    name = owner._title()
     if not isinstance(new, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(new).__name__}")
     if new.dtype != weight.dtype:

@@ -121,6 +121,9 @@ class WeightHolder(DropIn):
         matrix, scale = stored.dequantize(operands, self._columns()), held.get("channel_scale")
         return matrix if scale is None else matrix * scale
 
+    def _title(self) -> str:
+        return f"the weight of {self._label()}"
+
     def _weight_dtype(self, held: Mapping[str, torch.Tensor]) -> torch.dtype:
         return self.dtype
 
@@ -162,7 +165,7 @@ class WeightHolder(DropIn):
             check_like(self, weight, FloatWeight(Stored(self, held)))
             if weight.requires_grad and not isinstance(weight, nn.Parameter):
                 raise RuntimeError(
-                    f"the weight of {self._label()} is stored in another form, outside of any graph: detach() it first"
+                    f"{self._title()} is stored in another form, outside of any graph: detach() it first"
                 )
             with torch.no_grad():
                 new = self._encoded(weight, held)

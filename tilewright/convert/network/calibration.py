@@ -137,8 +137,9 @@ class Calibration:
             if not counts[name] or not torch.isfinite(total).all():
                 continue
             shift = (total / counts[name]).to(layer.device, torch.float32)
-            bias = shift if layer.bias is None else layer.bias.detach() + shift
-            layer.bias = nn.Parameter(bias, requires_grad=False)
+            before = layer._parameters["bias"]
+            bias = shift if before is None else before.detach() + shift
+            layer.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
 
     def _at_sites(
         self,
