@@ -19,7 +19,7 @@ from torch import nn
 
 from tests.contracts.layers import K, N
 from tests.contracts.weights import each_layer, input_of, made, plain_weight, stored
-from tilewright.nn import ConvBnAct2d, Int4Linear, float_weight
+from tilewright.nn import ConvBnAct2d, Int4Linear, stored_weight
 from tilewright.nn.float_weight import FloatWeight, FloatWeightView
 
 
@@ -120,7 +120,7 @@ def test_of_all_weights_the_last_alone_is_kept_and_not_for_long(name: str, monke
         assert calls == [3], "what is stored was written to"
         del others
         gc.collect()
-        assert float_weight._last() is None
+        assert stored_weight._last() is None
 
 
 # ---- copies

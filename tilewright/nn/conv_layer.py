@@ -12,8 +12,9 @@ from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.convolution import convolution_problem
 from tilewright.kernels.dispatch.problem import Problem, device_facts
-from tilewright.nn.float_weight import FloatWeight, Stored
+from tilewright.nn.float_weight import FloatWeight
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
+from tilewright.nn.stored_weight import Stored
 from tilewright.nn.weight_holder import WeightHolder
 
 #: Padding modes by name. "dynamic_same" is TensorFlow's "SAME": the output has ceil(size / stride) pixels, and what
@@ -162,12 +163,13 @@ class ConvLayer(WeightHolder):
         y = y if self._plain else y.squeeze(2)
         return y if x.dim() == self._dims + 2 else y.squeeze(0)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x [N, C, H, W], or [N, C, L] where it stands for an ``nn.Conv1d``; the batch dimension may be missing.
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """input [N, C, H, W], or [N, C, L] where it stands for an ``nn.Conv1d``; the batch dimension may be missing.
 
         residual: of the shape of the result, added before the activation. Raises ValueError and TypeError that name the
         layer.
         """
+        x = input
         self._check_input(x)
         y = self.run(x, residual, self.activation, self.negative_slope, None, self._own_out_scale())
         image = self._as_images(x)
@@ -305,7 +307,7 @@ class ConvLayer(WeightHolder):
 
 
 class _Bias:
-    """A bias in float32 for code that wants the dtype of its layer; see ``float_weight.Owner``."""
+    """A bias in float32 for code that wants the dtype of its layer; see ``stored_weight.Owner``."""
 
     def __init__(self, layer: ConvLayer):
         self.layer = layer

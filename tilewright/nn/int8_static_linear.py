@@ -76,8 +76,9 @@ class Int8StaticLinear(QuantizedLinear):
         """What the router is asked for ``m`` rows, which are int8 by then."""
         return dataclasses.replace(super().problem(m, dtype), x_dtype=torch.int8)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """input float [..., in_features], residual [..., out_features] -> input.dtype [..., out_features]."""
+        x = input
         if x.is_nested:
             return on_rows(self, x, residual)
         self._check_input(x)

@@ -242,8 +242,9 @@ class QuantizedLinear(WeightHolder):
         displayed = [name for name in ("group_size", "symmetric", "values_dtype") if name in self.options]
         return ", ".join([text, *(f"{name.removesuffix('_dtype')}={self.config()[name]}" for name in displayed)])
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x float [..., in_features], residual [..., out_features] -> x.dtype [..., out_features]."""
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """input float [..., in_features], residual [..., out_features] -> input.dtype [..., out_features]."""
+        x = input
         if x.is_nested:
             return on_rows(self, x, residual)
         call = None if residual is not None else self._prepared_call(x)

@@ -19,9 +19,13 @@ class FoldedBatchNorm(nn.Module):
         self.source = source
         self.then = then
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` as it is: the convolution before has normalised already."""
-        return x if self.then is None else self.then(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input`` as it is: the convolution before has normalised already."""
+        return input if self.then is None else self.then(input)
+
+    def without(self) -> nn.Module:
+        """What stands here once nothing is left of the batch-norm."""
+        return nn.Identity() if self.then is None else self.then
 
     def extra_repr(self) -> str:
         """What was folded, and into what."""
@@ -45,9 +49,9 @@ class FusedActivation(nn.Module):
         """The activation that stood here."""
         return self._original[0]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` as it is: the layer before has applied the activation already."""
-        return x
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input`` as it is: the layer before has applied the activation already."""
+        return input
 
     def extra_repr(self) -> str:
         """What was fused, and where."""

@@ -10,8 +10,9 @@ from torch import nn
 
 from tilewright.kernels.formats.ranges import check_range_search
 from tilewright.kernels.formats.weight import Operands, WeightFormat
-from tilewright.nn.float_weight import FloatWeight, Stored, check_like
+from tilewright.nn.float_weight import FloatWeight, check_like
 from tilewright.nn.kinds import DropIn
+from tilewright.nn.stored_weight import Stored, note_read
 
 #: What modules call the operand that operators call ``weight``: there, that is the float weight.
 CODES = "weight_codes"
@@ -80,7 +81,10 @@ class WeightHolder(DropIn):
         for one of another shape, dtype or device, and for one that is not finite.
         """
         held = self._held_weight()
-        return self._decoded(held) if torch.compiler.is_compiling() else FloatWeight(Stored(self, held))
+        if torch.compiler.is_compiling():
+            return self._decoded(held)
+        note_read(self)
+        return FloatWeight(Stored(self, held))
 
     def __setattr__(self, name: str, value: Any) -> None:
         # ``nn.Module`` would register a parameter of that name before it asks the property.
