@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate, foreign_saves, layers, structure, timing
+from tilewright.convert import calibrate, foreign_saves, layers, structure, timing, trial
 from tilewright.convert.conversion import Conversion, Job, conversion_of, conversions_of
 from tilewright.convert.graph import attention, fuse_activations, unfuse_activations
 from tilewright.convert.network.program import remove_programs
@@ -67,7 +67,8 @@ def convert_model(
         is left as it was, and the result shares every parameter and buffer that was not converted with it.
     progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.
 
-    Layers that cannot be converted, tied weights and heads are left alone; ``report`` lists them with the reason.
+    Layers that cannot be converted, tied weights and heads are left alone; ``report`` lists them with the reason. Where
+    there are sample inputs, the converted model is called once on one of them, and a layer that raises is given back.
     Adapters come first: PEFT adds none to converted layers, but those that a model has keep working beside them.
     Raises ValueError for a pattern that matches nothing, if nothing would be converted, and for ``keep_if_faster``
     without ``example_inputs``; TypeError if ``model`` is no ``nn.Module`` or compiled. Where ``keep_if_faster`` gives
@@ -90,8 +91,8 @@ def convert_model(
                 if calibration_data is not None and not isinstance(calibration_data, (Mapping, torch.Tensor)):
                     calibration_data = list(calibration_data)  # it is run through the model twice
                 options: dict[str, Any] = {"heads": heads, "calibration_data": calibration_data, "progress": progress}
-                trial = functools.partial(convert_model, model, recipe, **options)
-                _leave_what_is_slow(model, plan, planned, examples, trial)
+                convert = functools.partial(convert_model, model, recipe, **options)
+                _leave_what_is_slow(model, plan, planned, examples, convert)
     known, original = record_of(model), model
     reached = _reached(model, plan, examples)
     if not inplace:
@@ -122,6 +123,9 @@ def convert_model(
         foreign_saves.guard(model)
         record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
         record.attach(model)
+    trial.give_back_what_raises(job, None if inplace else original, [*(examples or [])[:1], *samples[:1]])
+    model = job.model
+    record.attach(model)
     if not any(name in record.layers for name in plan.convert):
         if any(reason.startswith(NOT_FASTER) for reason in record.skipped.values()):
             logger.warning("no layer is faster converted: the model is as it was")
@@ -181,8 +185,8 @@ def _leave_what_is_slow(
 ) -> None:
     """Take the layers ``planned`` out of ``plan`` unless a copy of ``model`` is faster with them converted."""
     together = {model.get_submodule(name) for name in planned}
-    trial = convert(filter_fn=lambda module, name: module in together)
-    times = timing.compare_models(model, trial, examples)
+    converted = convert(filter_fn=lambda module, name: module in together)
+    times = timing.compare_models(model, converted, examples)
     if times.slower:
         for name in planned:
             del plan.convert[name]
@@ -219,15 +223,12 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     places = structure.Places(model)
     for old, names in layers_of(model).items():
         if isinstance(old, layers.CONVERTED):
-            new: nn.Module = old.to_float()
-            if isinstance(new, nn.Linear) and old.origin == "Conv1D":
-                new = layers.as_conv1d(new)
+            new = layers.plain_of(old)
             layers.carry_over(old, new)
             places.replace(old, new)
             logger.debug("reverted %s", display_name(names[0]))
     for norm in [module for module in places.root.modules() if isinstance(module, FoldedBatchNorm)]:
-        then = nn.Identity() if norm.then is None else norm.then
-        places.replace(norm, then.train(norm.training))
+        places.replace(norm, norm.without().train(norm.training))
     model = places.root
     structure.FastPaths.open(model)
     foreign_saves.guard(model)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tilewright.convert.plain_forward import computes_as
+from tilewright.kernels.dispatch.layers import invalidate as invalidate_calls
 from tilewright.kernels.formats.ranges import all_finite
 from tilewright.nn import ConvLayer, QuantizedLinear
 from tilewright.nn.conv_layer import pads_by_size
@@ -59,6 +60,12 @@ def as_linear(module: nn.Module) -> nn.Linear:
     linear.weight = nn.Parameter(weight.detach().t(), requires_grad=weight.requires_grad)
     linear.bias = module.bias  # type: ignore[assignment]
     return linear
+
+
+def plain_of(module: QuantizedLinear | ConvLayer) -> nn.Module:
+    """The plain layer with dequantised weights, of the type that was converted."""
+    plain: nn.Module = module.to_float()
+    return as_conv1d(plain) if isinstance(plain, nn.Linear) and module.origin == "Conv1D" else plain
 
 
 def as_conv1d(linear: nn.Linear) -> nn.Module:
@@ -155,6 +162,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     hook.
     """
     new.train(old.training)
+    invalidate_calls(old)
     for name in _HOOKS:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]

@@ -110,13 +110,15 @@ def fuse_named(model: nn.Module, fused: Mapping[str, str]) -> None:
         modules[owner]._modules[attribute] = FusedActivation(activation, source_attribute)
 
 
-def unfuse_activations(model: nn.Module) -> None:
-    """Put every fused activation back and take it from the layer that had it, in place."""
+def unfuse_activations(model: nn.Module, only: nn.Module | None = None) -> None:
+    """Put every fused activation back and take it from the layer that had it, in place. only: from this layer."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, FusedActivation):
-                parent._modules[name] = child.original.train(child.training)
                 linear = parent._modules.get(child.source)
+                if only is not None and linear is not only:
+                    continue
+                parent._modules[name] = child.original.train(child.training)
                 if isinstance(linear, QuantizedLinear):
                     linear.activation = "none"
 
