@@ -170,3 +170,34 @@ def test_a_function_is_a_step_by_its_mark_and_not_by_its_name() -> None:
         for _ in range(4):
             x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
             assert torch.equal(replays(x), torch.relu(x) - x)
+
+
+def test_calls_give_the_same_bits_from_the_second_on(network: nn.Module) -> None:
+    x = image(2)
+    with torch.inference_mode():
+        network(x)
+        second = network(x)
+        assert all(torch.equal(network(x), second) for _ in range(3))
+    assert replays(network)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda x: x[0], ValueError, r"expected 4D input \(got 3D input\)"),
+        (lambda x: x.expand(2, 3, 16, 16), ValueError, r"'.+' takes input \[N, C, H, W\] with 1 channels"),
+        (lambda x: x.int(), TypeError, r"'.+' takes float input, not torch\.int32"),
+        (lambda x: x.to_sparse(), TypeError, r"'.+' takes dense input, not torch\.sparse_coo"),
+    ],
+)
+def test_bad_inputs_are_refused_by_the_layer_that_they_reach(
+    network: nn.Module, before: int, change: Any, error: type[Exception], message: str
+) -> None:
+    x = image(2)
+    with torch.inference_mode():
+        for _ in range(before):
+            network(x)
+        with pytest.raises(error, match=message):
+            network(change(x))
+        network(x)

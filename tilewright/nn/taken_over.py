@@ -10,14 +10,18 @@ class FoldedBatchNorm(nn.Module):
     """Passes its input on in place of a batch-norm, through ``then`` if that had an activation of its own.
 
     num_features: of the batch-norm. source: the name of the convolution that holds its factors. then: what the module
-    that stood here did after normalising (timm's ``BatchNormAct2d`` has an activation).
+    that stood here did after normalising (timm's ``BatchNormAct2d`` has an activation). images: whether it took batches
+    of images alone; the convolution takes single ones too.
     """
 
-    def __init__(self, num_features: int, source: str, then: nn.Module | None = None):
+    images = False  # of those that were pickled before there was such a thing
+
+    def __init__(self, num_features: int, source: str, then: nn.Module | None = None, images: bool = False):
         super().__init__()
         self.num_features = num_features
         self.source = source
         self.then = then
+        self.images = images
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input`` as it is: the convolution before has normalised already."""

@@ -187,7 +187,8 @@ def folded(norm: nn.Module, source: str) -> FoldedBatchNorm:
     """What takes the place of a batch-norm that the convolution called ``source`` holds."""
     then = getattr(norm, "act", None)
     channels = int(norm.running_mean.numel())  # type: ignore[operator]
-    return FoldedBatchNorm(channels, source, then if isinstance(then, nn.Module) else None).train(norm.training)
+    images = isinstance(norm, nn.BatchNorm2d)
+    return FoldedBatchNorm(channels, source, then if isinstance(then, nn.Module) else None, images).train(norm.training)
 
 
 def _see_through_norms(region: Region) -> Region:

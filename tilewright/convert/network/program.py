@@ -37,6 +37,7 @@ from tilewright.convert.state import HeldState, private_copy
 from tilewright.convert.structure import ReplacedForward
 from tilewright.kernels.cpu.replay import Replays
 from tilewright.kernels.dispatch import regions
+from tilewright.nn import FoldedBatchNorm
 from tilewright.nn.conv_int8 import scales_read
 
 logger = logging.getLogger("tilewright")
@@ -140,6 +141,24 @@ class Program(ReplacedForward):
             return self._run(*given)
         except NotAsExpected:
             return type(owner).forward(owner, *args, **kwargs)
+        except Exception as error:
+            self._raise_as_layers(given, error)
+            raise
+
+    def _raise_as_layers(self, given: tuple[Any, ...], error: Exception) -> None:
+        """Raise what the layers raise for inputs that the graph does not take, if they do: they name themselves. For a
+        single image raise what the batch-norm did that is folded now.
+        """
+        norms = (part for part in self.owner.modules() if isinstance(part, FoldedBatchNorm))
+        if any(norm.images for norm in norms) and isinstance(given[0], torch.Tensor) and given[0].dim() == 3:
+            raise ValueError("expected 4D input (got 3D input): a batch of images [N, C, H, W]") from error
+        try:
+            self._by_layers(private_copy(given))
+        except Exception as theirs:
+            raise theirs from error
+
+    def _by_layers(self, given: tuple[Any, ...]) -> Any:
+        return type(self.owner).forward(self.owner, **dict(zip(self.inputs, given, strict=True)))
 
     def _eager(self, *given: Any) -> Any:
         """What a compiled graph calls: as from Python, on the graph's inputs."""
@@ -150,7 +169,7 @@ class Program(ReplacedForward):
         try:
             return self._function(self.owner, *given)
         except NotAsExpected:
-            return type(self.owner).forward(self.owner, **dict(zip(self.inputs, given, strict=True)))
+            return self._by_layers(given)
 
     def _inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """What a call gives the graph's inputs; None if it asks for something else than the graph does."""
@@ -223,13 +242,10 @@ class Program(ReplacedForward):
             for x, values in zip(pytree.tree_leaves(given), pytree.tree_leaves(before), strict=True):
                 if isinstance(x, torch.Tensor) and not torch.equal(x, values):
                     x.copy_(values)
-        return type(self.owner).forward(self.owner, **dict(zip(self.inputs, given, strict=True)))
+        return self._by_layers(given)
 
     def _why_wrong(self, found: Any, given: tuple[Any, ...], generators: proof.Generators) -> str | None:
         owner, state = self.owner, HeldState(self.owner)
-
-        def layers(inputs: tuple[Any, ...]) -> Any:
-            return type(owner).forward(owner, **dict(zip(self.inputs, inputs, strict=True)))
 
         def run(function: proof.Run, inputs: tuple[Any, ...]) -> Any:
             generators.put(generators.start)
@@ -246,10 +262,10 @@ class Program(ReplacedForward):
 
         try:
             if not self.steps:
-                reason = compare(layers, found)
+                reason = compare(self._by_layers, found)
             else:
                 floats = proof.outcome(functools.partial(run, step(0)), private_copy(given))
-                reason = compare(layers, floats) or compare(step(1), found)
+                reason = compare(self._by_layers, floats) or compare(step(1), found)
         except Exception as error:
             reason = f"they raise {type(error).__name__}"
         if state.changed():
