@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import tilewright as tw
 from tests.softplus import registered_softplus
 from tilewright.convert.graph.activations import fuse_activations, fused_activations
-from tilewright.nn import FusedActivation
+from tilewright.nn import FusedActivation, QuantizedLinear
 
 softplus = pytest.fixture(registered_softplus)
 
@@ -193,3 +195,118 @@ def test_another_activation_in_the_factory(tmp_path: Path) -> None:
     tw.save_model(tw.convert_model(mlp(nn.GELU()), "int8"), tmp_path)
     with pytest.raises(tw.CheckpointError, match="ends in gelu, but '1' is relu"):
         tw.load_model(tmp_path, lambda: mlp(nn.ReLU()))
+
+
+# ---- an activation is applied once, however the model was put together
+def said(model: nn.Module) -> dict[str, list[str]]:
+    """What the state dict says of activations that layers have taken over."""
+    metadata = model.state_dict()._metadata
+    return {name: each["fused_activation"] for name, each in metadata.items() if "fused_activation" in each}
+
+
+def rebuilt(model: nn.Module, fresh: nn.Module, **changes: object) -> nn.Module:
+    """``fresh`` with layers that are made of the configs of those of ``model``."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            fresh.set_submodule(name, type(layer)(**{**layer.config(), **changes}))
+    return fresh
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-weight-only", "int4-g32", "sparse24"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_is_loaded_by_names(recipe: str, assign: bool, x: torch.Tensor) -> None:
+    fused, separate = tw.convert_model(Gated(), recipe), tw.convert_model(Gated(), recipe, fuse=False)
+    assert said(fused) == {"gate": ["silu", "act"]} and not said(separate)
+    assert fused.state_dict().keys() == separate.state_dict().keys()
+    for source in (fused, separate):
+        state, expected = source.state_dict(), source(x)
+        older = dict(state)
+        targets = [tw.convert_model(Gated(), recipe), tw.convert_model(Gated(), recipe, fuse=False)]
+        for target in [*targets, rebuilt(fused, Gated()), rebuilt(separate, Gated())]:
+            for given in (state, older):
+                target.load_state_dict(given, assign=assign)
+                torch.testing.assert_close(target(x), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_state_dict_and_a_layer_that_contradict_each_other() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.mlp = inner
+
+    fused = tw.convert_model(Wrapped(Gated()), "int8")
+    state = fused.state_dict()
+    layer, other = fused.mlp.gate, rebuilt(fused, Wrapped(Gated()))
+    other.mlp.gate = type(layer)(**{**layer.config(), "activation": layer.activation})
+    with pytest.raises(RuntimeError, match=r"mlp\.gate: .* applies silu in the place of the module 'act'"):
+        other.load_state_dict(state)
+    gelu = Gated()
+    gelu.act = nn.GELU()
+    with pytest.raises(RuntimeError, match=r"mlp\.gate: .* applies silu, this one applies gelu"):
+        tw.convert_model(Wrapped(gelu), "int8").load_state_dict(state)
+    state.pop("mlp.gate.bias")
+    with pytest.raises(RuntimeError, match=r"mlp\.gate: .* applies silu, this one applies gelu"):
+        tw.convert_model(Wrapped(gelu), "int8").load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("new", [nn.Linear(32, 64), nn.Sequential(nn.Linear(32, 64)), nn.Identity()])
+def test_a_layer_that_is_replaced_took_its_activation_with_it(new: nn.Module, x: torch.Tensor) -> None:
+    model = tw.convert_model(Gated(), "int8")
+    wrapped = copy.deepcopy(model)
+    wrapped.gate = nn.Sequential(wrapped.gate, nn.Identity())  # as adapters wrap layers
+    model.gate = new
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), wrapped):  # noqa: S301
+        with pytest.raises(RuntimeError, match=r"SiLU\(\) was fused into the layer 'gate' .* fuse=False"):
+            each(x)
+
+
+def test_parts_of_a_fused_model_are_taken_elsewhere(x: torch.Tensor) -> None:
+    model = tw.convert_model(mlp(nn.GELU()), "int8")
+    expected = model(x)
+    assert torch.equal(nn.Sequential(*model)(x), expected)
+    assert torch.equal(copy.deepcopy(model[:2])(x), model[:2](x))
+    twin = copy.deepcopy(model)
+    twin[0] = nn.Linear(32, 64)
+    assert torch.equal(model(x), expected), "a copy asks the copy"
+    twin = tw.convert_model(mlp(nn.GELU()), "int8")
+    place = copy.deepcopy(twin[1])
+    twin[1] = place
+    assert torch.equal(twin(x), expected)
+
+
+def test_the_state_dict_is_one_for_all_that_take_one(x: torch.Tensor, tmp_path: Path) -> None:
+    model = tw.convert_model(Gated(), "int8")
+    state, expected = model.state_dict(), model(x)
+    assert torch.equal(torch.func.functional_call(model, state, x), expected)
+    torch.save(state, tmp_path / "state.pt")
+    tw.convert_model(Gated(), "int8").load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    other = Gated()
+    other.act = nn.GELU()
+    with pytest.raises(RuntimeError, match="applies silu, this one applies gelu"):
+        tw.convert_model(other, "int8").load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    saved = get_model_state_dict(model)
+    assert saved.keys() == state.keys()
+    fresh = tw.convert_model(Gated(), "int8")
+    set_model_state_dict(fresh, saved)
+    assert torch.equal(fresh(x), expected)
+    program = torch.export.export(model.eval(), (x,))
+    torch.export.save(program, tmp_path / "program.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "program.pt2").module()(x), expected)
+
+
+def test_what_is_reverted_says_nothing(x: torch.Tensor) -> None:
+    plain = tw.revert_model(tw.convert_model(Gated(), "int8"))
+    assert not said(plain)
+    Gated().load_state_dict(plain.state_dict())
+    layer = tw.convert_model(Gated(), "int8", fuse=False).gate
+    assert layer.config()["activation"] == "none" and tw.convert_model(Gated(), "int8").gate.activation == "silu"
+
+
+def test_the_manifest_says_what_was_fused(tmp_path: Path, x: torch.Tensor) -> None:
+    model = tw.convert_model(Gated(), "int8")
+    tw.save_model(model, tmp_path)
+    manifest = json.loads((tmp_path / "tilewright.json").read_text())
+    assert manifest["fused"] == {"act": "gate"} and manifest["layers"]["gate"]["config"]["activation"] == "silu"
+    loaded = tw.load_model(tmp_path, Gated)
+    assert said(loaded) == said(model) == {"gate": ["silu", "act"]} and torch.equal(loaded(x), model(x))
+    loaded.load_state_dict(model.state_dict())

@@ -18,6 +18,7 @@ from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.formats.int8 import check_weight
 from tilewright.kernels.formats.weight import Spec, WeightFormat
 from tilewright.nn.nested import on_rows
+from tilewright.nn.taken_over import TakesActivation
 from tilewright.nn.weight_holder import WeightHolder, stored_name
 
 Layer = TypeVar("Layer", bound="QuantizedLinear")
@@ -47,7 +48,7 @@ def resolve_compute_dtype(compute_dtype: torch.dtype | str | None, weight_dtype:
     return parse_dtype(compute_dtype)
 
 
-class QuantizedLinear(WeightHolder):
+class QuantizedLinear(TakesActivation, WeightHolder):
     """Base of the drop-in replacements of ``nn.Linear``: y = activation(x W^T + b) + residual with a quantised W.
 
     The weight and its scales are buffers in the canonical format, the bias is a parameter. Scales keep their dtype
@@ -185,13 +186,15 @@ class QuantizedLinear(WeightHolder):
         return self._matrix(self._held_weight())
 
     def config(self) -> dict[str, Any]:
-        """Constructor arguments except ``device``, fit for JSON."""
+        """Constructor arguments except ``device``, fit for JSON. An activation that was a module of the model is not
+        among them.
+        """
         own = {name: self._option(name) for name in self.options}
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bias": self.bias is not None,
-            "activation": self.activation,
+            "activation": "none" if self.fused_activation else self.activation,
             "origin": self.origin,
             "dtype": dtype_name(self.dtype),
             **{name: dtype_name(value) if name.endswith("dtype") else value for name, value in own.items()},

@@ -69,8 +69,7 @@ def _fuse_in(parent: nn.Module, candidates: dict[str, nn.Module], places: Counte
         chain = follow(node, {"activation": activates(movable, ACTIVATIONS)}, None)
         name = str(chain.end.target)
         if chain.words and chain.end.op == "call_module":
-            linear.activation = chain.activation[0]
-            parent._modules[name] = FusedActivation(movable[name], str(node.target))
+            FusedActivation.put(parent, name, str(node.target), chain.activation[0])
             fused[name] = str(node.target)
     return fused
 
@@ -107,20 +106,13 @@ def fuse_named(model: nn.Module, fused: Mapping[str, str]) -> None:
             raise ValueError(
                 f"layer {source!r} ends in {linear.activation}, but {name!r} is {activation_name(activation)}"
             )
-        modules[owner]._modules[attribute] = FusedActivation(activation, source_attribute)
+        FusedActivation.put(modules[owner], attribute, source_attribute, linear.activation)
 
 
 def unfuse_activations(model: nn.Module, only: nn.Module | None = None) -> None:
     """Put every fused activation back and take it from the layer that had it, in place. only: from this layer."""
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, FusedActivation):
-                linear = parent._modules.get(child.source)
-                if only is not None and linear is not only:
-                    continue
-                parent._modules[name] = child.original.train(child.training)
-                if isinstance(linear, QuantizedLinear):
-                    linear.activation = "none"
+        FusedActivation.take_back(parent, only)
 
 
 def fused_activations(model: nn.Module) -> dict[str, str]:
