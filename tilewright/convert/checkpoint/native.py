@@ -20,6 +20,7 @@ from torch import nn
 from tilewright.convert import foreign_saves, layers, structure
 from tilewright.convert.account import recorded
 from tilewright.convert.checkpoint import restore
+from tilewright.convert.checkpoint.building import build, factory_of
 from tilewright.convert.checkpoint.folder import opened, saving
 from tilewright.convert.checkpoint.formats import format_of
 from tilewright.convert.checkpoint.manifest import FILE_NAME, Layer, Manifest, Stored
@@ -81,7 +82,7 @@ def _describe(
         shape = tuple(tensor.shape)
         tensors[name] = Stored(tensor.dtype, shape, shard_of[name], digest, kind, tensor.requires_grad)
     converted = {
-        name: Layer(type(module).__name__, module.config())
+        name: Layer(type(module).__name__, {**module.config(), "activation": module.activation})
         for name, module in model.named_modules()
         if isinstance(module, layers.CONVERTED)
     }
@@ -147,18 +148,18 @@ def load_model(
     """The model that ``save_model`` wrote into ``directory``.
 
     factory: makes the *unconverted* model, as in ``lambda: AutoModel.from_config(config)``. It runs on the meta
-    device, so that no float weight is made; its layers are then replaced as the manifest says and the tensors put in,
-    on ``device``. Training modes, ties and ``requires_grad`` are those of the saved model. Raises CheckpointError,
-    which names file and tensor, if anything in the folder is missing, damaged, hostile or of another model. Where there
-    is no manifest, a format that ``register_checkpoint_format`` added may read the folder.
+    device, so that no float weight is made, or with memory where it cannot, as in
+    ``lambda: AutoModel.from_pretrained(path)``; an instance in its place is copied. The layers are then replaced as the
+    manifest says and the tensors put in, on ``device``. Training modes, ties and ``requires_grad`` are those of the
+    saved model. Raises CheckpointError, which names file and tensor, if anything in the folder is missing, damaged,
+    hostile or of another model; TypeError, which says what to write, for a factory that makes no such model. Where
+    there is no manifest, a format that ``register_checkpoint_format`` added may read the folder.
     """
-    folder = Path(directory)
+    folder, make = Path(directory), factory_of(factory)
     if not (folder / FILE_NAME).exists() and (other := format_of(folder)) is not None:
-        return other.load(folder, factory, torch.device(device))
+        return other.load(folder, make, torch.device(device))
     with opened(folder) as (manifest, shards):
-        with torch.device("meta"):
-            model = factory()
-        model = _swap_in(model, manifest, folder / FILE_NAME)
+        model = _swap_in(build(make), manifest, folder / FILE_NAME)
         places, current = slots(model), restore.names_of_before(model)
         manifest.rename(current)
         _check_names(places, manifest, folder / FILE_NAME, type(model).__name__)
