@@ -53,4 +53,4 @@ def of_manifest(model: str, manifest: Manifest) -> Report:
             found.append(from_record(name, manifest.layers[name].module, made, **seen))
         else:
             found.append(ReportedLayer(name, "", "", "", {}, {}, held, held, reason=record.skipped[name]))
-    return whole_report(model, found, account.others, record)
+    return whole_report(model, found, account.others, record, manifest.training)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate, foreign_saves, layers, structure, timing, trial
+from tilewright.convert import arguments, calibrate, foreign_saves, layers, structure, timing, trial
 from tilewright.convert.conversion import Conversion, Job, conversion_of, conversions_of
 from tilewright.convert.graph import attention, fuse_activations, unfuse_activations
 from tilewright.convert.network.program import remove_programs
@@ -36,6 +36,8 @@ def convert_model(
     filter_fn: FilterFunction | None = None,
     heads: bool = False,
     calibration_data: Iterable[Any] | None = None,
+    transform: calibrate.Transform | None = None,
+    forward_fn: calibrate.ForwardFunction | None = None,
     example_inputs: Iterable[Any] | Mapping[str, Any] | torch.Tensor | None = None,
     keep_if_faster: bool = False,
     fuse: bool = True,
@@ -46,14 +48,21 @@ def convert_model(
 
     recipe: the name of a preset ("int8", "int4", ... see ``recipes.PRESETS``), a scheme, {pattern: scheme, preset or
         None}, or a ``Recipe``.
-    exclude: patterns of layers to leave alone. filter_fn: called as ``filter_fn(module, name)``; False leaves the
-    layer alone. heads: convert output heads as well. They are left alone by default, as their errors go straight into
-        the answer; a head is what ``get_output_embeddings()`` returns or a direct child of the root called lm_head,
-        head, score, classifier, ... A rule that spells out its name converts it too.
-    calibration_data: an iterable of sample inputs, each a mapping (keyword arguments), a tuple or list (positional) or
-        one tensor; a mapping by itself is one sample. For schemes that quantise activations: they then search a scale
-        for each input channel, which lowers the error (``convert.calibrate.smoothing``), or fix one for the whole
-        tensor, as convolutions do. It also gives the report an output error for every layer.
+    exclude: patterns of layers to leave alone; that of a module leaves all layers inside alone. filter_fn: called as
+        ``filter_fn(module, name)``; False leaves the layer alone. heads: convert output heads as well. They are left
+        alone by default, as their errors go straight into the answer; a head is what ``get_output_embeddings()``
+        returns or a direct child of the root called lm_head, head, score, classifier, ... A rule that spells out its
+        name converts it too.
+    calibration_data: sample inputs, as an iterable: a DataLoader, a list, a generator. Each is a mapping (keyword
+        arguments), a tuple or list (positional) or a single argument. A mapping by itself is one sample; a tensor or an
+        array holds one in each row. What ``forward`` has no place for is left out: labels beside an image, further
+        keys. Float arrays are cast to the dtype of the model. For schemes that quantise activations: they then search a
+        scale for each input channel, which lowers the error (``convert.calibrate.smoothing``), or fix one for the whole
+        tensor, as convolutions do. It also gives the report an output error for every layer. The model runs in eval
+        mode.
+    transform: makes a sample input of each item of ``calibration_data``: of a sentence, of a row of a dataset.
+    forward_fn: called as ``forward_fn(model, item)`` to run the model on what ``transform`` made or on an example
+        input, where ``model(item)`` does not.
     example_inputs: inputs as the model will see them, one (a mapping or a tensor) or an iterable of them. Each linear
         layer is then timed before and after, side by side on what reaches it, on the device where it is; ``report``
         shows both times.
@@ -70,37 +79,69 @@ def convert_model(
     Layers that cannot be converted, tied weights and heads are left alone; ``report`` lists them with the reason. Where
     there are sample inputs, the converted model is called once on one of them, and a layer that raises is given back.
     Adapters come first: PEFT adds none to converted layers, but those that a model has keep working beside them.
-    Raises ValueError for a pattern that matches nothing, if nothing would be converted, and for ``keep_if_faster``
-    without ``example_inputs``; TypeError if ``model`` is no ``nn.Module`` or compiled. Where ``keep_if_faster`` gives
-    every layer back that is no error: the model comes back as it was, with the reasons in its report.
+    A model in training mode is converted as in eval mode, and left in training mode; the log and the report say so.
+    Raises ValueError for a pattern that matches nothing, if nothing would be converted, for ``keep_if_faster`` without
+    ``example_inputs`` and ``transform`` without ``calibration_data``, and for NaN or Inf in sample inputs; TypeError if
+    ``model`` is no ``nn.Module``, compiled or scripted, and for an argument of a wrong kind, which it names. What the
+    model raises on a sample input comes as ValueError, TypeError or RuntimeError with the index of that input. Where
+    ``keep_if_faster`` gives every layer back that is no error: the model comes back as it was, with the reasons in its
+    report.
 
     >>> import tilewright as tw
     >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     >>> small = tw.convert_model(model, {"0": "int4-g32", "*": "int8"})
     """
-    _check_model(model)
+    arguments.check_model(model)
+    arguments.check_switches(heads=heads, keep_if_faster=keep_if_faster, fuse=fuse, inplace=inplace)
     if keep_if_faster and example_inputs is None:
         raise ValueError("keep_if_faster needs example_inputs: what is faster depends on what the model is called on")
-    examples = None if example_inputs is None else timing.single_or_many(example_inputs)
-    recipe = Recipe.of(recipe).excluding(exclude)
+    if transform is not None and calibration_data is None:
+        raise ValueError("transform makes inputs of the items of calibration_data, which was not given")
+    recipe = Recipe.of(recipe).excluding(arguments.excluded(model, exclude))
+    filter_fn = arguments.checked_filter(filter_fn)
+    data = examples = None
+    if calibration_data is not None:
+        data = calibrate.samples(model, calibration_data, transform=transform, forward_fn=forward_fn)
+    if example_inputs is not None:
+        examples = list(calibrate.samples(model, example_inputs, "example_inputs", forward_fn=forward_fn))
+    trains = structure.trains(model)
+    made = _convert(model, recipe, filter_fn, heads, data, examples, keep_if_faster, fuse, inplace, progress)
+    if trains:
+        logger.warning("%s is in training mode: call model.eval() before inference", type(model).__name__)
+    return made
+
+
+def _convert(
+    model: nn.Module,
+    recipe: Recipe,
+    filter_fn: FilterFunction | None = None,
+    heads: bool = False,
+    data: Iterator[Any] | None = None,
+    examples: list[Any] | None = None,
+    keep_if_faster: bool = False,
+    fuse: bool = True,
+    inplace: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """``convert_model`` with arguments in their final form. data, examples: inputs as ``calibrate.call`` takes them."""
     plan = make_plan(model, recipe, filter_fn, heads)
+    reached = _reached(model, plan, examples)
     for kind, planned in conversions_of(plan).items():
         if planned:
             kind.check(model)
             if keep_if_faster and examples is not None and kind.whole_model:
-                if calibration_data is not None and not isinstance(calibration_data, (Mapping, torch.Tensor)):
-                    calibration_data = list(calibration_data)  # it is run through the model twice
-                options: dict[str, Any] = {"heads": heads, "calibration_data": calibration_data, "progress": progress}
-                convert = functools.partial(convert_model, model, recipe, **options)
+                kept = None if data is None else list(data)  # it is run through the model twice
+                data = None if kept is None else iter(kept)
+                again = None if kept is None else iter(kept)
+                convert = functools.partial(_convert, model, recipe, heads=heads, data=again, progress=progress)
                 _leave_what_is_slow(model, plan, planned, examples, convert)
     known, original = record_of(model), model
-    reached = _reached(model, plan, examples)
     if not inplace:
         model = structure.copy_structure(original)
     record = copy.deepcopy(known)
     record.recipes.append(recipe.to_json())
     record.skipped = plan.skipped
-    first, data = calibrate.first_of(calibration_data)
+    first, data = calibrate.first_of(data)
     job = Job(structure.Places(model), plan, record, first is not None, reached, keep_if_faster, progress)
     conversions = [kind(job, planned) for kind, planned in conversions_of(plan).items()]
     try:
@@ -139,15 +180,6 @@ def convert_model(
     count, left = len(record.layers), len(record.skipped)
     logger.info("converted %d layers, %s to %s; %d left alone", count, size(before), size(after), left)
     return model
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a model is an nn.Module, not {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("a scripted model cannot be converted: convert the module it was scripted from")
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("the model is compiled: convert first, then torch.compile the result")
 
 
 def _observe(job: Job, conversions: list[Conversion], data: Iterable[Any] | None) -> list[Any]:
@@ -213,7 +245,7 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     >>> type(model[0]).__name__
     'Linear'
     """
-    _check_model(model)
+    arguments.check_model(model)
     if not any(map(layers.is_converted, model.modules())):
         raise ValueError(f"{type(model).__name__} holds no converted layer, so there is nothing to revert")
     if not inplace:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import fx, nn
 
 from tilewright.convert import structure
 from tilewright.convert.layers import is_converted
@@ -54,9 +54,10 @@ def make_plan(model: nn.Module, recipe: Recipe, filter_fn: FilterFunction | None
         raise ValueError(nothing_to_convert(model, {}))
     _check_patterns(model, layers, recipe)
     tied, head_of = structure.tied_to(model), structure.output_heads(model)
+    above = {name: module for module, names in structure.names_of_modules(model).items() for name in names if name}
     plan = Plan()
     for module, names in layers.items():
-        decided = decide(module, names, recipe, filter_fn, None if heads else head_of.get(module), tied)
+        decided = decide(module, names, recipe, filter_fn, None if heads else head_of.get(module), tied, above)
         if isinstance(decided, Planned):
             plan.convert[names[0]] = decided
         else:
@@ -73,16 +74,17 @@ def decide(
     filter_fn: FilterFunction | None,
     head: str | None,
     tied: dict[int, str],
+    above: Mapping[str, nn.Module] | None = None,
 ) -> Planned | str:
-    """What happens to one layer: converted, or left alone for the reason returned."""
+    """What happens to one layer: converted, or left alone for the reason returned. above: modules that may hold it."""
     if is_converted(module):
         return f"already converted ({type(module).__name__})"
     for pattern in recipe.exclude:
-        if any(matches(pattern, name, module) for name in names):
+        if _leaves_alone(pattern, names, module, above or {}):
             return f"excluded by {pattern!r}"
     if filter_fn is not None and not all(filter_fn(module, name) for name in names):
         return "left out by filter_fn"
-    rule = _rule_for(module, names, recipe)
+    rule = _rule_for(module, names, recipe, above or {})
     if isinstance(rule, str):
         return rule
     if rule.scheme is None:
@@ -103,12 +105,27 @@ def decide(
     return Planned(rule.scheme, explicit)
 
 
-def _rule_for(module: nn.Module, names: list[str], recipe: Recipe) -> Rule | str:
+def _leaves_alone(pattern: str, names: list[str], module: nn.Module, above: Mapping[str, nn.Module]) -> bool:
+    """Whether a pattern that leaves alone what it matches matches a layer, or a module around it but for the root."""
+    for name in names:
+        parts = name.split(".")
+        around = (".".join(parts[:count]) for count in range(1, len(parts)))
+        if matches(pattern, name, module) or any(
+            matches(pattern, outer, above[outer]) for outer in around if outer in above
+        ):
+            return True
+    return False
+
+
+def _rule_for(module: nn.Module, names: list[str], recipe: Recipe, above: Mapping[str, nn.Module]) -> Rule | str:
     """The first rule that matches and whose scheme is about such a module, or why there is none."""
     passed_over = ""
     for rule in recipe.rules:
-        if any(matches(rule.pattern, name, module) for name in names):
-            if rule.scheme is None or rule.scheme.supports(module):
+        if rule.scheme is None:
+            if _leaves_alone(rule.pattern, names, module, above):
+                return rule
+        elif any(matches(rule.pattern, name, module) for name in names):
+            if rule.scheme.supports(module):
                 return rule
             passed_over = f"{rule.scheme.stem()} takes {rule.scheme.about}, not {type(module).__name__}"
     return passed_over or "no rule of the recipe matches it"
@@ -127,16 +144,33 @@ def _check_patterns(model: nn.Module, layers: dict[nn.Module, list[str]], recipe
         if any(matches(pattern, name, module) for module, names in modules.items() for name in names):
             message += f"; it names a module that holds layers: did you mean {pattern + '.*'!r}?"
         else:
-            layer_names = [display_name(name) for names in layers.values() for name in names]
-            nearest = difflib.get_close_matches(pattern, layer_names, cutoff=0.0)
-            message += f"; the nearest layer names are {listed(nearest)}"
+            named = {name: module for module, names in candidates.items() for name in names}
+            nearest = difflib.get_close_matches(pattern, map(display_name, named), cutoff=0.0)
+            message += _meant(pattern, named) or f"; the nearest layer names are {listed(nearest)}"
         raise ValueError(message)
+
+
+def _meant(pattern: str, named: Mapping[str, nn.Module]) -> str:
+    """What somebody may have meant by a pattern that matches none of ``named``, if another spelling matches one."""
+    if pattern.startswith("re:"):
+        spellings = [f"re:.*{pattern[3:]}.*"]
+    else:
+        spellings = [f"type:{pattern}", f"*.{pattern}", f"{pattern}*", pattern.lower(), f"re:{pattern}", f"*{pattern}*"]
+    for spelling in spellings:
+        try:
+            if any(matches(spelling, name, module) for name, module in named.items()):
+                return f"; did you mean {spelling!r}?"
+        except ValueError:  # no regular expression
+            continue
+    return ""
 
 
 def nothing_to_convert(model: nn.Module, skipped: dict[str, str]) -> str:
     """What to say about a conversion that would change nothing: every reason, with the layers it holds for."""
     if not skipped:
         about = "; ".join(sorted({kind.about for kind in registered_schemes().values()}))
-        return f"nothing to convert in {type(model).__name__}: it has no layer that a scheme takes ({about})"
+        graph = "; in an exported graph they are calls: convert the module, then export it"
+        hint = graph if isinstance(model, fx.GraphModule) else ""
+        return f"nothing to convert in {type(model).__name__}: it has no layer that a scheme takes ({about}){hint}"
     reasons = "\n".join(f"  {reason}: {listed(names, 3)}" for reason, names in by_reason(skipped).items())
     return f"nothing to convert in {type(model).__name__}; every layer is left alone:\n{reasons}"

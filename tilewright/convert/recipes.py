@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
+import torch
 from torch import nn
 
 from tilewright.convert import schemes
@@ -51,6 +52,19 @@ ALIASES: dict[str, str] = {alias: name for name, alias, *_ in _TABLE if alias}
 PRESETS: dict[str, Scheme] = {name: scheme for name, _, scheme, *_ in _TABLE}
 PRESETS |= {alias: PRESETS[name] for alias, name in ALIASES.items()}
 _FURTHER: dict[str, tuple[Scheme, ...]] = {row[0]: row[3:] for row in _TABLE}
+#: The preset next to what other libraries and formats are called.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("8", "8bit", "i8", "fp8", "float8", "e4m3", "e5m2", "mxfp8", "q8", "qint8", "dynamic", "auto"), "int8"
+    ),
+    **dict.fromkeys(
+        ("4", "4bit", "i4", "fp4", "nf4", "float4", "mxfp4", "nvfp4", "awq", "gptq", "uint4", "qint4"), "int4"
+    ),
+    **dict.fromkeys(("q40", "q41", "q4km", "q4ks", "hqq"), "int4-g32"),
+    **dict.fromkeys(("q80", "weightonly", "int8wo", "w8", "bnb8", "llmint8"), "w8a16"),
+    **dict.fromkeys(("static", "qdq", "ptq"), "int8-static"),
+    **dict.fromkeys(("2:4", "24", "sparse", "semistructured"), "sparse24"),
+}
 
 
 def formats(module: type[nn.Module]) -> dict[str, Scheme]:
@@ -67,7 +81,8 @@ def matcher(pattern: str) -> Callable[[str, nn.Module], bool]:
         try:
             expression = re.compile(rest)
         except re.error as error:
-            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+            glob = f"; without 're:', {rest!r} is a glob" if "\\" not in rest else ""
+            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}{glob}") from error
         if ways_to_match(rest) > MOST_WAYS:
             raise ValueError(
                 f"pattern {pattern!r} can match a name in so many ways that trying them may take for ever: "
@@ -100,6 +115,9 @@ def _class_name(kind: type) -> str:
 def _pattern(pattern: object) -> str:
     if isinstance(pattern, type) and issubclass(pattern, nn.Module):
         return f"type:{_class_name(pattern)}"
+    if isinstance(pattern, nn.Module):
+        kind = type(pattern).__name__
+        raise TypeError(f"a pattern is a string or a class of modules, not a module: write the name of this {kind}")
     if not isinstance(pattern, str):
         raise TypeError(f"a pattern is a string or a class of modules, not {pattern!r}")
     matcher(pattern)
@@ -109,16 +127,44 @@ def _pattern(pattern: object) -> str:
 def _schemes(scheme: object) -> tuple[Scheme | None, ...]:
     if isinstance(scheme, str):
         if scheme not in PRESETS:
-            raise ValueError(f"preset {scheme!r} is unknown{closest(scheme, PRESETS)}; known: {', '.join(PRESETS)}")
+            raise ValueError(f"preset {scheme!r} is unknown{_meant_by(scheme)}; known: {', '.join(PRESETS)}")
         return PRESETS[scheme], *_FURTHER.get(ALIASES.get(scheme, scheme), ())
     if scheme is not None and not isinstance(scheme, Scheme):
-        raise TypeError(f"a rule gives a scheme, the name of a preset or None, not {scheme!r}")
+        raise TypeError(f"a rule gives a scheme, the name of a preset or None, not {_no_scheme(scheme)}")
     return (scheme,)
+
+
+def _meant_by(name: str) -> str:
+    """What somebody who writes an unknown preset may have meant."""
+    if name.lstrip().startswith(("{", "[")):
+        return ": for JSON text, Recipe.from_json(json.loads(text))"
+    if name.endswith(".json"):
+        return ": for a file, Recipe.from_json(json.loads(path.read_text()))"
+    if set(name) & set("*?[.") or name.startswith(("re:", "type:")):
+        return f", and looks like a pattern: {{{name!r}: 'int8'}} converts what matches it"
+    base, _, group = name.partition("-g")
+    kind = {"int4": "Int4WeightOnly", "w4a16": "Int4WeightOnly", "w4a8": "Int8ActInt4Weight"}.get(base)
+    if kind and group.isdecimal():
+        return f": tw.{kind}(group_size={group}) has groups of that size"
+    plain = "".join(each for each in name.lower() if each not in "-_ .")
+    return f", did you mean {_ELSEWHERE[plain]!r}?" if plain in _ELSEWHERE else closest(name, PRESETS)
+
+
+def _no_scheme(value: object) -> str:
+    """What came in place of a scheme, and what to write."""
+    if isinstance(value, type) and issubclass(value, Scheme):
+        return f"the class {value.__name__}: write tw.{value.__name__}()"
+    name = str(value).removeprefix("torch.")
+    if isinstance(value, (torch.dtype, int)) and not isinstance(value, bool):
+        return f"{value!r}{_meant_by(name)}"
+    if isinstance(value, (list, tuple)):
+        return f"{value!r}: Recipe([(pattern, scheme), ...]) takes rules"
+    return f"{value!r}: None leaves a layer alone" if value is False else repr(value)
 
 
 def patterns_of(patterns: Pattern | Iterable[Pattern]) -> tuple[str, ...]:
     """One pattern, or several, as a tuple of checked strings."""
-    if isinstance(patterns, (str, type)):
+    if isinstance(patterns, (str, type, nn.Module)):
         patterns = (patterns,)
     return tuple(_pattern(pattern) for pattern in patterns)
 
@@ -129,6 +175,18 @@ class Rule:
 
     pattern: str
     scheme: Scheme | None
+
+
+def _pair(rule: Any) -> tuple[Pattern, Scheme | str | None]:
+    """Pattern and scheme of a rule."""
+    if isinstance(rule, Rule):
+        return rule.pattern, rule.scheme
+    if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+        raise TypeError(f"a rule is a pair (pattern, scheme), not {rule!r}")
+    pattern, scheme = rule
+    if isinstance(pattern, Scheme) or (pattern in PRESETS and isinstance(scheme, str) and scheme not in PRESETS):
+        raise TypeError(f"a rule is a pair (pattern, scheme): ({scheme!r}, {pattern!r}), not {rule!r}")
+    return pattern, scheme
 
 
 @dataclass(frozen=True, init=False)
@@ -152,7 +210,12 @@ class Recipe:
         rules: Sequence[Rule | tuple[Pattern, Scheme | str | None]],
         exclude: Pattern | Iterable[Pattern] = (),
     ) -> None:
-        pairs = [(rule.pattern, rule.scheme) if isinstance(rule, Rule) else rule for rule in rules]
+        if isinstance(rules, (str, type, Mapping, Scheme, Rule)) or not isinstance(rules, Iterable):
+            raise TypeError(
+                f"the rules of a recipe are a list of pairs (pattern, scheme), not {rules!r}; Recipe.of takes whatever "
+                "convert_model does"
+            )
+        pairs = [_pair(rule) for rule in rules]
         if not pairs:
             raise ValueError("a recipe needs at least one rule")
         object.__setattr__(self, "rules", tuple(Rule(_pattern(p), s) for p, given in pairs for s in _schemes(given)))
@@ -160,14 +223,20 @@ class Recipe:
 
     @classmethod
     def of(cls, recipe: RecipeLike) -> Recipe:
-        """A recipe from what stands for one: a preset's name, a scheme for every layer, {pattern: scheme}, a recipe."""
+        """A recipe from what stands for one: a preset's name, a scheme for every layer, {pattern: scheme}, a recipe, or
+        what ``to_json`` of a recipe or a scheme made.
+        """
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, (str, Scheme)):
             return cls([("*", recipe)])
         if isinstance(recipe, Mapping):
-            return cls(list(recipe.items()))
-        raise TypeError(f"a recipe is a Recipe, a scheme, the name of a preset or a dict of them, not {recipe!r}")
+            if {"version", "rules"} <= set(recipe):
+                return cls.from_json(dict(recipe))
+            return cls([("*", scheme_from_json(recipe))] if {"version", "scheme"} <= set(recipe) else [*recipe.items()])
+        raise TypeError(
+            f"a recipe is a Recipe, a scheme, the name of a preset or a dict of them, not {_no_scheme(recipe)}"
+        )
 
     def excluding(self, patterns: Pattern | Iterable[Pattern]) -> Recipe:
         """The same recipe with further patterns excluded."""

@@ -19,12 +19,13 @@ from torch import nn
 
 from tilewright.convert import calibrate
 from tilewright.convert.account import Account, ReportedOther, account_of
+from tilewright.convert.arguments import check_module
 from tilewright.convert.plan import layers_of
 from tilewright.convert.record import LayerRecord, Record, original_of, record_of
 from tilewright.convert.schemes import registered_schemes
+from tilewright.convert.structure import trains
 from tilewright.convert.table import Column, fit, wrapped
 from tilewright.convert.text import by_reason, display_name, listed, name_patterns, percent, size
-from tilewright.convert.timing import single_or_many
 from tilewright.kernels.dispatch.router import describe, route
 from tilewright.nn import ConvLayer, QuantizedLinear
 
@@ -97,6 +98,7 @@ class Report:
     untraced: dict[str, str] = dataclasses.field(default_factory=dict)
     attention: tuple[str, ...] = ()
     others: tuple[ReportedOther, ...] = ()
+    training: bool = False
 
     @property
     def converted(self) -> list[ReportedLayer]:
@@ -132,6 +134,7 @@ class Report:
         return {
             "model": self.model,
             "totals": self.totals,
+            "training": self.training,
             "untraced": self.untraced,
             "attention": list(self.attention),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
@@ -180,6 +183,8 @@ class Report:
                         f"largest {which.replace('_', ' ')}: {100 * errors[worst]:.2f} %, {display_name(worst)}"
                     )
                     break
+        if self.training:
+            lines.append("in training mode: model.eval() comes before inference")
         if self.attention:
             lines.append(f"attention of {len(self.attention)} modules by tilewright::attention in inference on a CPU")
         return lines
@@ -358,38 +363,46 @@ def report(
     model: nn.Module,
     example_inputs: Iterable[Any] | Mapping[str, Any] | torch.Tensor | None = None,
     original: nn.Module | None = None,
+    *,
+    transform: calibrate.Transform | None = None,
+    forward_fn: calibrate.ForwardFunction | None = None,
 ) -> Report:
     """What became of each layer of a model that ``convert_model`` made or ``load_model`` read.
 
-    example_inputs: sample inputs, one or an iterable of them, each a mapping (keyword arguments), a tuple or list
-        (positional ones) or a tensor. The original model is run on them, and each converted layer on what reaches the
-        same layer there: that gives its output error. Convolutions keep the error measured at conversion.
+    example_inputs: sample inputs, in the forms that ``convert_model`` takes as ``calibration_data``. The original model
+        is run on them, and each converted layer on what reaches the same layer there: that gives its output error.
+        Convolutions keep the error measured at conversion.
     original: the model before its conversion. Not needed as long as the model that was given to ``convert_model``
-    exists.
+    exists. transform, forward_fn: of ``example_inputs``, as of ``convert_model``.
 
     Without inputs the errors measured at conversion are shown: that of the weight, and that of the output if there was
     calibration data. A model without converted layers is reported as such. Raises ValueError if there are inputs but no
     original, or if that lacks a layer.
     """
+    check_module(model)
     record = record_of(model)
     errors = {}
     if example_inputs is not None:
         original = original or original_of(model)
         if original is None:
             raise ValueError("an output error needs original=, the model before its conversion, which exists no longer")
-        errors = _output_errors(model, original, example_inputs)
+        inputs = calibrate.samples(original, example_inputs, "example_inputs", transform, forward_fn)
+        errors = _output_errors(model, original, inputs)
     modules = layers_of(model)
     account = account_of(model, modules)
     found = [_layer(module, names[0], record, errors, account) for module, names in modules.items()]
-    return whole_report(type(model).__name__, found, account.others, record)
+    return whole_report(type(model).__name__, found, account.others, record, trains(model))
 
 
-def whole_report(model: str, layers: list[ReportedLayer], others: list[ReportedOther], record: Record) -> Report:
+def whole_report(
+    model: str, layers: list[ReportedLayer], others: list[ReportedOther], record: Record, training: bool
+) -> Report:
     """The report of a model that holds these parts and nothing else."""
     rest = sum(other.bytes for other in others)
     before = rest + sum(layer.bytes_before for layer in layers)
     after = rest + sum(layer.bytes_after for layer in layers)
-    return Report(model, tuple(layers), before, after, record.untraced, tuple(record.attention), tuple(others))
+    attention = tuple(record.attention)
+    return Report(model, tuple(layers), before, after, record.untraced, attention, tuple(others), training)
 
 
 def _layer(
@@ -433,12 +446,12 @@ def _label(made: LayerRecord) -> str:
     return made.label.replace(kind.__name__, kind.stem(), 1) if kind else made.label
 
 
-def _output_errors(model: nn.Module, original: nn.Module, example_inputs: Any) -> dict[str, float | None]:
+def _output_errors(model: nn.Module, original: nn.Module, example_inputs: Iterable[Any]) -> dict[str, float | None]:
     """Relative output error of every converted layer, on the inputs that reach the same layer of the original."""
     converted = {names[0]: module for module, names in layers_of(model).items() if isinstance(module, QuantizedLinear)}
     modules = dict(original.named_modules(remove_duplicate=False))
     if missing := [display_name(name) for name in converted if name not in modules]:
         raise ValueError(f"original ({type(original).__name__}) has no layer called {listed(missing)}")
     plain = {name: modules[name] for name in converted}
-    samples = calibrate.observe(original, plain, single_or_many(example_inputs))
+    samples = calibrate.observe(original, plain, example_inputs, called="example_inputs")
     return {name: calibrate.output_error(plain[name], converted[name], samples[name]) for name in converted}

@@ -138,6 +138,12 @@ def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
+def trains(model: nn.Module) -> bool:
+    """Whether the model is in training mode, or a part of it whose mode is known to matter is."""
+    matters = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+    return model.training or any(module.training for module in model.modules() if isinstance(module, matters))
+
+
 class Places:
     """A model and where each of its modules is registered. root: the model, which a replacement may change."""
 

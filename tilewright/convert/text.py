@@ -7,9 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` for the known name nearest to ``name``, or nothing if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
+    """``", did you mean 'x'?"`` for the known name nearest to ``name``, or nothing if none is near.
+
+    Upper case, hyphens and underscores make no name another one.
+    """
+    plain = {_plain(each): each for each in reversed(list(known))}
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
+    return f", did you mean {plain[near[0]]!r}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:

@@ -48,11 +48,6 @@ class Times:
         return f"{1e6 * self.before:.4g} us as it was, {1e6 * self.after:.4g} us converted, {what}"
 
 
-def single_or_many(inputs: Any) -> list[Any]:
-    """Example inputs as a list: a mapping or a tensor is one of them, anything else holds several."""
-    return [inputs] if isinstance(inputs, (Mapping, torch.Tensor)) else list(inputs)
-
-
 def inputs_of(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Iterable[Any]) -> dict[str, list[Reached]]:
     """Run ``inputs`` through ``model`` in eval mode and keep one input of each shape that reaches a layer."""
     found: dict[str, dict[tuple[Any, ...], Reached]] = {name: {} for name in layers}
@@ -68,7 +63,7 @@ def inputs_of(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Iterabl
             known[key] = Reached(x.detach().clone(), 1)
 
     with calibrate.listening(layers, hear):
-        calibrate.run(model, inputs)
+        calibrate.run(model, inputs, "example_inputs")
     return {name: list(kept.values()) for name, kept in found.items()}
 
 

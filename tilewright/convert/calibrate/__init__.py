@@ -1,5 +1,6 @@
 """What sample inputs tell about a layer before it is replaced."""
 
+from tilewright.convert.calibrate.binding import ForwardFunction
 from tilewright.convert.calibrate.observers import Observer, check_observer
 from tilewright.convert.calibrate.rows import (
     MAX_ROWS,
@@ -11,4 +12,5 @@ from tilewright.convert.calibrate.rows import (
     sampling,
 )
 from tilewright.convert.calibrate.running import call, evaluation, first_input, first_of, listening, run
+from tilewright.convert.calibrate.samples import Transform, samples
 from tilewright.convert.calibrate.smoothing import search_smoothing

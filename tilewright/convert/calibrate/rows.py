@@ -58,15 +58,19 @@ def sampling(layers: Mapping[str, nn.Module], max_rows: int = MAX_ROWS) -> Itera
 
 
 def observe(
-    model: nn.Module, layers: Mapping[str, nn.Module], data: Iterable[Any], max_rows: int = MAX_ROWS
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    data: Iterable[Any],
+    max_rows: int = MAX_ROWS,
+    called: str = "calibration_data",
 ) -> dict[str, RowSample]:
     """Run ``model`` on every item of ``data`` (see ``run``) and sample what reaches each of ``layers``.
 
-    Raises ValueError if there is no data.
+    called: the argument of ours that holds the data. Raises ValueError if there is none.
     """
     with sampling(layers, max_rows) as samples:
-        if not run(model, data):
-            raise ValueError("calibration_data is empty")
+        if not run(model, data, called):
+            raise ValueError(f"{called} is empty")
     return samples
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from tilewright.convert.calibrate.binding import Binder, Sample, arguments
 from tilewright.convert.state import HeldState, private_copy, same_random_numbers
 
 #: Is told of every call of a layer: its name, what it is called with by position, and by keyword.
@@ -35,39 +37,53 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-def run(model: nn.Module, data: Iterable[Any]) -> int:
-    """Run ``model`` on every item of ``data``, as in ``evaluation``. What its forward writes, the next call finds.
+def run(model: nn.Module, data: Iterable[Any], called: str = "calibration_data") -> int:
+    """Run ``model`` on every item of ``data`` (see ``call``), as in ``evaluation``. What its forward writes, the next
+    call finds.
 
-    An item is a mapping (keyword arguments), a tuple or list (positional arguments) or a single argument. Returns how
-    many there were.
+    Returns how many there were. called: the argument of ours that holds the data. An error that a call raises is raised
+    again with the index of the item and what is unusual about its arguments.
     """
-    count = 0
+    binder, count = Binder(model, called), 0
     with evaluation(model):
         for item in data:
-            call(model, item)
+            where = f"{called}, item {count}"
+            try:
+                if isinstance(item, Sample):
+                    _run_function(model, item, functools.partial(binder.check_values, where=where))
+                else:
+                    call(model, item)
+            except Exception as error:
+                raise binder.explained(error, item, where) from error
             count += 1
     return count
 
 
+def _run_function(model: nn.Module, sample: Sample, check: Callable[..., None]) -> None:
+    """Let the user's function call the model, and check what it calls it with."""
+    handle = model.register_forward_pre_hook(lambda module, args, kwargs: check(args, kwargs), with_kwargs=True)
+    try:
+        call(model, sample)
+    finally:
+        handle.remove()
+
+
 def call(model: nn.Module, item: Any) -> Any:
-    """``model`` on one sample input, in one of the forms that ``run`` describes. It may write to what it is given."""
-    if isinstance(item, Mapping):
-        return model(**private_copy(dict(item)))
-    if isinstance(item, (tuple, list)):
-        return model(*private_copy(list(item)))
-    return model(private_copy(item))
+    """``model`` on one item: a mapping (keyword arguments), a tuple or list (positional ones), a single argument, or a
+    ``Sample``. It may write to what it is given.
+    """
+    if isinstance(item, Sample):
+        return item.forward_fn(model, private_copy(item.item))
+    args, kwargs = arguments(item)
+    return model(*private_copy(list(args)), **private_copy(kwargs))
 
 
-def first_of(data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
-    """The first item of ``data``, or None, and all of it, that item included. A mapping is one item."""
+def first_of(data: Iterator[Any] | None) -> tuple[Any, Iterator[Any] | None]:
+    """The first item of ``data``, or None, and all of it, that item included."""
     if data is None:
         return None, None
-    if isinstance(data, Mapping):
-        data = [data]
-    items = iter(data)
-    first = next(items, None)
-    # What can be gone through once only has lost its first item.
-    return first, itertools.chain([] if first is None else [first], items) if items is data else data
+    first = next(data, None)
+    return first, itertools.chain([] if first is None else [first], data)
 
 
 class _Watching(TorchFunctionMode):

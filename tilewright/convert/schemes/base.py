@@ -34,6 +34,16 @@ class Scheme(ABC):
     conversion: ClassVar[str] = "linear layers"
     lossless: ClassVar[bool] = False
 
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Refuse options that the scheme does not have. Raises TypeError, which names those that have them."""
+        known = _options(cls)
+        for option in options:
+            if option not in known:
+                others = [kind.__name__ for kind in _registered.values() if option in _options(kind)]
+                having = f"; {', '.join(others)} have it" if others else closest(option, known)
+                raise TypeError(f"{cls.__name__} has no option {option!r}{having}; known: {', '.join(known)}")
+        return super().__new__(cls)
+
     @property
     def calibrated(self) -> bool:
         """Whether ``build`` can make use of what calibration data tells."""
@@ -114,10 +124,14 @@ def scheme_from_json(data: Any) -> Scheme:
         raise ValueError(f"scheme {name!r} is unknown{closest(name, _registered)}; known: {', '.join(_registered)}")
     if version != kind.version:
         raise ValueError(f"scheme {name} has version {version!r}, this Tilewright reads version {kind.version}")
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = _options(kind)
     for option in options:
         if option not in known:
             raise ValueError(
                 f"scheme {name} has no option {option!r}{closest(option, known)}; known: {', '.join(known)}"
             )
     return kind(**options)
+
+
+def _options(kind: type[Scheme]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate, layers
+from tilewright.convert import arguments, calibrate, layers
 from tilewright.convert.compress.pruning import CALIBRATED, check_pruning, prune
 from tilewright.convert.plan import make_plan
 from tilewright.convert.recipes import Pattern, Recipe, Rule, patterns_of
@@ -47,14 +47,16 @@ def prune_model(
     exclude: Pattern | Iterable[Pattern] = (),
     masks: Mapping[str, torch.Tensor] | None = None,
     calibration_data: Iterable[Any] | None = None,
+    transform: calibrate.Transform | None = None,
+    forward_fn: calibrate.ForwardFunction | None = None,
     heads: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Make the weights of linear layers and convolutions 2:4 and return the pruned model, of the same classes.
 
     pruning: "magnitude", or with ``calibration_data`` "wanda" or "sparsegpt" (``convert.compress.pruning``).
-        Convolutions are pruned by magnitude whatever it says. patterns, exclude, heads, calibration_data: as of
-        ``convert_model``.
+        Convolutions are pruned by magnitude whatever it says. patterns, exclude, heads, calibration_data, transform,
+        forward_fn: as of ``convert_model``.
     masks: name of a layer -> bool mask of its weight's shape, for layers whose choice is made; if given, no other layer
         is pruned.
     inplace: write into the parameters of ``model``. Otherwise the result has parameters of its own.
@@ -66,6 +68,8 @@ def prune_model(
     >>> int((model[0].weight == 0).sum()), 64 * 32 // 2
     (1024, 1024)
     """
+    arguments.check_model(model)
+    arguments.check_switches(heads=heads, inplace=inplace)
     check_pruning(pruning)
     if pruning in CALIBRATED and calibration_data is None:
         raise ValueError(f"pruning {pruning!r} needs calibration_data")
@@ -74,7 +78,7 @@ def prune_model(
         raise ValueError("masks names no layer")
     # The schemes say which layers there are, and why one must be left alone.
     rules = [Rule(pattern, scheme) for pattern in required for scheme in (Sparse24(), Fuse())]
-    plan = make_plan(model, Recipe(rules, exclude), heads=heads or masks is not None)
+    plan = make_plan(model, Recipe(rules, arguments.excluded(model, exclude)), heads=heads or masks is not None)
     if masks is not None and (missing := [name for name in masks if name not in plan.convert]):
         reason = plan.skipped.get(missing[0], "there is no such layer")
         raise ValueError(f"a mask is given for {listed(missing)}, which cannot be pruned: {reason}")
@@ -84,7 +88,8 @@ def prune_model(
     samples: dict[str, calibrate.RowSample] = {}
     if pruning in CALIBRATED and calibration_data is not None:
         linear = {name: layer for name, layer in planned.items() if layers.is_linear(layer)}
-        samples = calibrate.observe(model, linear, calibration_data, Sparse24().sample_rows)
+        data = calibrate.samples(model, calibration_data, transform=transform, forward_fn=forward_fn)
+        samples = calibrate.observe(model, linear, data, Sparse24().sample_rows)
     for name, layer in planned.items():
         sample = samples.get(name)
         rows = None if sample is None else sample.rows

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import calibrate, layers, structure
+from tilewright.convert import arguments, calibrate, layers, structure
 from tilewright.convert.converter import convert_model
 from tilewright.convert.recipes import Pattern, Recipe, Rule
 from tilewright.convert.record import record_of
@@ -68,6 +68,8 @@ def search_pruning(
     scheme: Scheme | None = None,
     *,
     exclude: Pattern | Iterable[Pattern] = (),
+    transform: calibrate.Transform | None = None,
+    forward_fn: calibrate.ForwardFunction | None = None,
     heads: bool = False,
     measure: Callable[[nn.Module], float] | None = None,
     progress: bool | None = None,
@@ -81,10 +83,10 @@ def search_pruning(
     if not budget >= 0:
         raise ValueError(f"budget must not be negative, not {budget!r}")
     scheme = scheme or Sparse24()
-    data = list(calibration_data)
-    everything = convert_model(
-        model, Recipe([("*", scheme)], exclude), heads=heads, calibration_data=data, fuse=False, progress=progress
-    )
+    arguments.check_model(model)
+    data = list(calibrate.samples(model, calibration_data, transform=transform, forward_fn=forward_fn))
+    recipe = Recipe([("*", scheme)], arguments.excluded(model, exclude))
+    everything = convert_model(model, recipe, heads=heads, calibration_data=data, fuse=False, progress=progress)
     record = record_of(everything)
     errors = {
         name: layer.output_error if layer.output_error is not None else layer.weight_error or 0.0
@@ -105,10 +107,10 @@ def search_pruning(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if with_first(middle) <= budget else (low, middle - 1)
     rules = [Rule(name, scheme) for name in order[:low]]
-    recipe = Recipe([*rules, Rule("*", None)]) if rules else None
+    chosen = Recipe([*rules, Rule("*", None)]) if rules else None
     saved = {name: layer.bytes_before - layer.bytes_after for name, layer in record.layers.items()}
     searched = [SearchedLayer(name, errors[name], i < low, saved[name]) for i, name in enumerate(order)]
-    return PruneSearch(recipe, measured[low], budget, measured[len(order)], tuple(searched))
+    return PruneSearch(chosen, measured[low], budget, measured[len(order)], tuple(searched))
 
 
 def _mixed(model: nn.Module, converted: nn.Module, names: list[str]) -> nn.Module:
