@@ -24,7 +24,7 @@ root_doc = "docs/README"
 include_patterns = ["*.md", "docs/**.md", "bench/results/*.md"]
 CONTENTS = {
     "docs/README": {
-        "Use it": ["/README", "torch_compile", "sparse24", "autotune", "measured", "api/index"],
+        "Use it": ["/README", "calibration", "torch_compile", "sparse24", "autotune", "measured", "api/index"],
         "Understand it": ["cpu", "ahead-of-time", "emulator", "/bench/results/README"],
         "Extend it": ["/CONTRIBUTING", "/CHANGELOG"],
     },

@@ -12,6 +12,17 @@ model = make_model().eval()
 batches = [{"input_ids": torch.randint(100, (4, 8))} for _ in range(2)]
 """
 
+_DATA = (
+    _ENCODER
+    + """
+from torch.utils.data import DataLoader
+
+encoder = small = model
+dataset = [{"input_ids": torch.randint(100, (8,)), "label": 3} for _ in range(16)]
+tokenize = lambda sentence: {"input_ids": torch.tensor([[len(word) for word in sentence.split()]])}
+"""
+)
+
 _PERCEPTRON = """
 import torch, tilewright
 from torch import nn
@@ -47,6 +58,7 @@ problem = Problem("int8_linear", m=128, n=256, k=256, x_dtype=torch.float16)
 SETUP = {
     "README.md": _ENCODER,
     "ahead-of-time.md": _LAUNCH,
+    "calibration.md": _DATA,
     "autotune.md": _PERCEPTRON + _TUNING,
     "emulator.md": _LAUNCH,
     "sparse24.md": _PERCEPTRON,

@@ -201,7 +201,7 @@ PYTHON_PAGES = [page for page in PAGES if blocks(page, "python") and page.name !
 def test_the_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of CONTRIBUTING are the plugin package of ``test_plugins.py``."""
     needs = {"README.md": "transformers", "ahead-of-time.md": "triton", "emulator.md": "triton"}
-    needs |= {"autotune.md": "triton", "torch_compile.md": "onnxscript"}
+    needs |= {"calibration.md": "transformers", "autotune.md": "triton", "torch_compile.md": "onnxscript"}
     if page.name in needs:
         pytest.importorskip(needs[page.name], reason=f"the page is about what needs {needs[page.name]}")
     if page.name in NEED_A_COMPILER and not (shutil.which("g++") or shutil.which("clang++")):

@@ -58,6 +58,14 @@ X, IDS = torch.randn(4, 64), torch.arange(8).reshape(2, 4)
 IMAGES = torch.randn(4, 3, 8, 8)
 
 
+class Anything(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(64, 64))
+
+    def forward(self, input_ids: Any = None, positions: Any = None, *more: Any) -> torch.Tensor:
+        return super().forward(input_ids if positions is None else input_ids[positions + 100])
+
+
 class Opaque:
     pass
 
@@ -233,6 +241,16 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         RuntimeError,
         ("calibration_data, item 0", "'input' is a list of numbers", "torch.tensor"),
     ),
+    "data of token ids": (
+        data([101, 102, 103], model=Anything()),
+        TypeError,
+        ("calibration_data, item 0", "A list gives its values one by one", "torch.tensor"),
+    ),
+    "a forward_fn that forgets": (
+        data(X, forward_fn=lambda model, item: NET(item)),
+        ValueError,
+        ("calibration_data, item 0: forward_fn(model, item) did not call the model that it was given",),
+    ),
     "data of PIL images": (
         lambda: data(image(), model=network())(),
         TypeError,
@@ -268,6 +286,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         data((IDS,), model=ENCODER),
         TypeError,
         ("calibration_data, item 0 gives 1 argument", "Encoder.forward(input_ids, mask) needs 'mask' too"),
+    ),
+    "a label that is taken": (
+        data((X, torch.arange(4)), model=Anything()),
+        RuntimeError,
+        ("calibration_data, item 0", "If a label is among its values: transform=lambda item: item[0]"),
     ),
     "a key too few": (
         data({"input_ids": IDS, "label": 3}, model=ENCODER),

@@ -203,6 +203,29 @@ def test_packed_sequences_are_one_argument() -> None:
     assert same(seen(Reading(), [packed]), [packed.data])
 
 
+@pytest.mark.parametrize("label", [torch.arange(4), torch.tensor(3), 3])
+def test_a_label_is_no_mask_and_no_switch(label: Any) -> None:
+    class Masked(Net):
+        def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
+            self.seen.append(attn_mask)
+            return self.fc(x)
+
+    class Switched(Net):
+        def forward(self, x: torch.Tensor, output_hidden_states: bool | None = None) -> torch.Tensor:
+            self.seen.append(output_hidden_states)
+            return self.fc(x)
+
+    class Counted(Net):
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+            self.seen.append(lengths)
+            return self.fc(x)
+
+    for kind in (Masked, Switched):
+        assert seen(kind(), [(x(), label), [x(), label, "name"]]) == [None, None]
+    assert seen(Masked(), [(x(), x() > 0)])[0] is not None and seen(Switched(), [(x(), True)]) == [True]
+    assert seen(Counted(), [(x(), label)])[0] is label
+
+
 # ---- functions of the user's
 def tokenized(sentence: str) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([[ord(letter) - 97 for letter in sentence]]), "length": torch.tensor(3)}

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from tilewright.convert.account import account_of_sizes
 from tilewright.convert.checkpoint.manifest import Manifest, read_manifest
-from tilewright.convert.report import Report, ReportedLayer, from_record, whole_report
+from tilewright.convert.report import Report, ReportedLayer
+from tilewright.convert.reporting import from_record, whole_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

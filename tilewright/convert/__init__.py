@@ -7,7 +7,8 @@ from tilewright.convert.converter import convert_model, revert_model
 from tilewright.convert.linears import Linears
 from tilewright.convert.network.convolutions import Convolutions
 from tilewright.convert.recipes import PRESETS, Recipe, Rule
-from tilewright.convert.report import Report, report
+from tilewright.convert.report import Report
+from tilewright.convert.reporting import report
 from tilewright.convert.schemes import (
     Fuse,
     Int4WeightOnly,

@@ -14,6 +14,8 @@ from tilewright.convert.recipes import Recipe, Rule, matches, names_explicitly
 from tilewright.convert.schemes.base import Scheme, registered_schemes
 from tilewright.convert.text import by_reason, display_name, listed
 
+#: In place of a module of which the name is all that is known.
+_UNKNOWN = nn.Module()
 FilterFunction = Callable[[nn.Module, str], bool]
 
 
@@ -76,7 +78,10 @@ def decide(
     tied: dict[int, str],
     above: Mapping[str, nn.Module] | None = None,
 ) -> Planned | str:
-    """What happens to one layer: converted, or left alone for the reason returned. above: modules that may hold it."""
+    """What happens to one layer: converted, or left alone for the reason returned.
+
+    above: by name, the modules that it may lie in; where they are not known, their names say enough for most patterns.
+    """
     if is_converted(module):
         return f"already converted ({type(module).__name__})"
     for pattern in recipe.exclude:
@@ -109,10 +114,8 @@ def _leaves_alone(pattern: str, names: list[str], module: nn.Module, above: Mapp
     """Whether a pattern that leaves alone what it matches matches a layer, or a module around it but for the root."""
     for name in names:
         parts = name.split(".")
-        around = (".".join(parts[:count]) for count in range(1, len(parts)))
-        if matches(pattern, name, module) or any(
-            matches(pattern, outer, above[outer]) for outer in around if outer in above
-        ):
+        around = [".".join(parts[:count]) for count in range(1, len(parts))]
+        if matches(pattern, name, module) or any(matches(pattern, each, above.get(each, _UNKNOWN)) for each in around):
             return True
     return False
 

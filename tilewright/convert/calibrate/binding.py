@@ -103,6 +103,10 @@ class Binder:
         gives = f"{where} gives {len(args)} argument{'s' * (len(args) != 1)}"
         if missing := [each.name for each in [*positional[len(args) :], *unnamed] if _required(each)]:
             raise TypeError(f"{gives}: {self.forward} needs {listed(missing)} too")
+        for place, (parameter, value) in enumerate(zip(positional, args, strict=False)):
+            if _is_flag(parameter) and _is_label(value, args[0]):
+                self._leave_out([f"value {place + 1} of {len(args)}"])
+                return args[:place]
         if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters) or len(args) <= len(positional):
             return args
         if not positional or (len(args) >= _MANY_ALIKE and _alike(args)):
@@ -165,6 +169,11 @@ class Binder:
             given = self._named(*arguments(item))
             shown = ", ".join(f"{name}={_short(value)}" for name, value in given.items())
             unusual = next((each for name, value in given.items() if (each := self._unusual(name, value))), "")
+            values = list(given.values())
+            if not unusual and any(_is_label(value, values[0]) for value in values[1:]):
+                unusual = "If a label is among its values: transform=lambda item: item[0] leaves it out"
+            if len(given) > 1 and all(isinstance(value, numbers.Number) for value in values):
+                unusual = "A list gives its values one by one: torch.tensor makes one argument of numbers"
             said = f"{where}: {self.forward} raised {said}; it was called with {shown}{unusual and f'. {unusual}'}"
         return same_kind(error)(said)
 
@@ -250,6 +259,20 @@ def _shown(parameters: list[inspect.Parameter] | None) -> str:
 
 def _required(parameter: inspect.Parameter) -> bool:
     return parameter.default is inspect.Parameter.empty
+
+
+def _is_flag(parameter: inspect.Parameter) -> bool:
+    """Whether an argument that may be left away is a mask or a switch, and so none that labels could be meant for."""
+    says = "mask" in parameter.name or "bool" in str(parameter.annotation) or isinstance(parameter.default, bool)
+    return says and not _required(parameter)
+
+
+def _is_label(value: Any, beside: Any) -> bool:
+    """Whether ``value`` is an integer for each row of ``beside``, or one integer."""
+    if not isinstance(value, torch.Tensor) or not isinstance(beside, torch.Tensor):
+        return isinstance(value, int) and not isinstance(value, bool)
+    whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    return whole and beside.dim() > 1 and value.shape in ((), beside.shape[:1])
 
 
 def _alike(values: tuple[Any, ...]) -> bool:

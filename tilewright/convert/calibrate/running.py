@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -50,7 +49,7 @@ def run(model: nn.Module, data: Iterable[Any], called: str = "calibration_data")
             where = f"{called}, item {count}"
             try:
                 if isinstance(item, Sample):
-                    _run_function(model, item, functools.partial(binder.check_values, where=where))
+                    _run_function(model, item, binder, where)
                 else:
                     call(model, item)
             except Exception as error:
@@ -59,13 +58,19 @@ def run(model: nn.Module, data: Iterable[Any], called: str = "calibration_data")
     return count
 
 
-def _run_function(model: nn.Module, sample: Sample, check: Callable[..., None]) -> None:
-    """Let the user's function call the model, and check what it calls it with."""
-    handle = model.register_forward_pre_hook(lambda module, args, kwargs: check(args, kwargs), with_kwargs=True)
-    try:
+def _run_function(model: nn.Module, sample: Sample, binder: Binder, where: str) -> None:
+    """Let the user's function call the model, and check what it calls it with. Raises ValueError if it does not."""
+    called = []
+
+    def hear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called.append(name)
+        if not name:
+            binder.check_values(args, kwargs, where)
+
+    with listening(dict(model.named_modules()), hear):
         call(model, sample)
-    finally:
-        handle.remove()
+    if not called:
+        raise ValueError(f"{where}: forward_fn(model, item) did not call the model that it was given")
 
 
 def call(model: nn.Module, item: Any) -> Any:
