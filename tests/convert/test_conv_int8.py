@@ -400,3 +400,45 @@ def test_int8_keeps_the_accuracy_on_digits(build: Callable[[], nn.Module]) -> No
     assert accuracy(model) > 93
     assert accuracy(fused) == accuracy(model)
     assert accuracy(quantized) >= accuracy(model) - 0.5
+
+
+class BiasOnly(nn.Module):
+    """Convolutions without a bias, with one, with a batch-norm; their inputs are not zero on average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv1d(8, 8, 3, groups=8, bias=False)
+        self.plain = nn.Conv1d(8, 8, 1, bias=False)
+        self.biased = nn.Conv1d(8, 8, 1)
+        self.normed, self.norm = nn.Conv1d(8, 8, 1, bias=False), nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.plain(torch.relu(self.depthwise(x))))
+        return self.norm(self.normed(torch.relu(self.biased(y))))
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["converted", "loaded"])
+def test_a_bias_that_only_corrects_goes_with_the_rounding(loaded: bool, tmp_path: Path) -> None:
+    model = settled(BiasOnly())
+    x = torch.rand(4, 8, 40)
+    small = tw.convert_model(model, "int8", calibration_data=[x])
+    assert all(small.get_submodule(name).bias is not None for name in ("depthwise", "plain", "biased", "normed"))
+    if loaded:
+        tw.save_model(small, tmp_path)
+        small = tw.load_model(tmp_path, lambda: BiasOnly().eval())
+    plain = tw.revert_model(small)
+    assert plain.depthwise.bias is None and plain.plain.bias is None
+    assert plain.biased.bias is not None and plain.normed.bias is not None, "the model needs them"
+    torch.testing.assert_close(plain(x), model(x), rtol=0.02, atol=0.02)
+    without = tw.convert_model(model, "int8", calibration_data=[x], exclude="normed")
+    BiasOnly().load_state_dict(tw.revert_model(without).state_dict())
+
+
+@pytest.mark.parametrize("how", ["trained", "set"])
+def test_a_bias_that_the_user_gives_stays(how: str) -> None:
+    small = tw.convert_model(settled(BiasOnly()), "int8", calibration_data=[torch.rand(4, 8, 40)])
+    if how == "trained":
+        small.plain._parameters["bias"].requires_grad_()
+    else:
+        small.plain.bias = nn.Parameter(torch.ones(8))
+    assert tw.revert_model(small).plain.bias is not None

@@ -237,8 +237,9 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Give the plain layers back, with dequantised weights in the original dtype.
 
     The values are those that the quantised layers stood for, not the ones from before the conversion. A batch-norm that
-    was folded into a convolution stays there: its place is taken by ``nn.Identity``. inplace: change ``model`` itself.
-    Raises ValueError if the model holds no converted layer.
+    was folded into a convolution stays there, which then has a bias: its place is taken by ``nn.Identity``. A bias that
+    did nothing but correct the rounding of an int8 convolution goes, so that layers have the parameters they had.
+    inplace: change ``model`` itself. Raises ValueError if the model holds no converted layer.
 
     >>> import tilewright as tw
     >>> model = tw.revert_model(tw.convert_model(nn.Sequential(nn.Linear(64, 64)), "int8"))

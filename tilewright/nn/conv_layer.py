@@ -70,6 +70,8 @@ class ConvLayer(WeightHolder):
 
     transposed = False
     padding_mode = "zeros"
+    #: Whether the bias does nothing but make up for the rounding of the weight, of a layer that had none.
+    corrected: bool = False
 
     def __init__(
         self,
@@ -85,6 +87,7 @@ class ConvLayer(WeightHolder):
         activation: str = "none",
         negative_slope: float = 0.01,
         origin: str = "Conv2d",
+        corrected: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
     ):
@@ -105,6 +108,8 @@ class ConvLayer(WeightHolder):
         self.activation = activation
         self.negative_slope = negative_slope
         self.origin = origin
+        if corrected:
+            self.corrected = True
         self.layer_name = ""
         self.dtype = parse_dtype(dtype) or torch.get_default_dtype()
         self._window, self._stride, self._dilation = map(_as_2d, (self.kernel_size, self.stride, self.dilation))
@@ -182,10 +187,12 @@ class ConvLayer(WeightHolder):
         """Constructor arguments except ``device``, fit for JSON."""
         own = {name: getattr(self, name) for name in (*SIZES, "activation", "negative_slope", "origin")}
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-        return {**own, "bias": self._bias is not None, "dtype": dtype_name(self.dtype)}
+        corrected = {"corrected": True} if self.corrected else {}
+        return {**own, "bias": self._bias is not None, **corrected, "dtype": dtype_name(self.dtype)}
 
     def to_float(self) -> nn.Conv2d | nn.Conv1d:
-        """A plain convolution with the same weight (dequantised) and bias in ``dtype``; batch-norm stays folded in.
+        """A plain convolution with the same weight (dequantised) and bias in ``dtype``; batch-norm stays folded in, and
+        a bias that only corrects goes.
 
         Raises ValueError if an activation is fused in.
         """
@@ -195,12 +202,22 @@ class ConvLayer(WeightHolder):
         kind: Any = nn.Conv1d if self.origin == "Conv1d" else Conv2dSame if same else nn.Conv2d
         padding = 0 if same else self.padding
         sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation)
-        conv = kind(*sizes, self.groups, self._bias is not None, device="meta", dtype=self.dtype)
+        bias = self._bias
+        if self.corrected and bias is not None and not bias.requires_grad:  # nobody has set it or trains it
+            bias = None
+        conv = kind(*sizes, self.groups, bias is not None, device="meta", dtype=self.dtype)
         weight = self._weight_of(self.dequantize_weight()).detach().to(self.dtype)
         conv.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        if (bias := self._bias) is not None:
+        if bias is not None:
             conv.bias = nn.Parameter(bias.detach().to(self.dtype), requires_grad=bias.requires_grad)
         return conv.train(self.training)
+
+    def correct_bias(self, shift: torch.Tensor) -> None:
+        """Add ``shift`` float32 [out_channels], which makes up for the rounding of the weight, to the bias."""
+        bias = self._bias
+        self.corrected = self.corrected or bias is None
+        new = shift if bias is None else bias.detach() + shift
+        self.register_parameter("bias", nn.Parameter(new, requires_grad=False))
 
     def problem(self, m: int = 1, dtype: torch.dtype | None = None, size: int = 56) -> Problem:
         """What the router is asked for ``m`` images of ``size`` x ``size`` pixels; dtype: the layer's by default."""

@@ -136,10 +136,7 @@ class Calibration:
             layer = candidates[name]
             if not counts[name] or not torch.isfinite(total).all():
                 continue
-            shift = (total / counts[name]).to(layer.device, torch.float32)
-            before = layer._parameters["bias"]
-            bias = shift if before is None else before.detach() + shift
-            layer.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+            layer.correct_bias((total / counts[name]).to(layer.device, torch.float32))
 
     def _at_sites(
         self,
