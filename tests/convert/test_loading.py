@@ -245,6 +245,59 @@ def test_an_error_of_the_factory_is_its_own(saved: tuple[Path, torch.Tensor]) ->
     assert raised.value.__context__ is None
 
 
+# ---- what calls leave behind
+class Remembers(Net):
+    """Keeps tensors of its last call: in an attribute that was None, in one that was a number, in one that was not."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        self.state = y.detach().clone() if self.state is None else self.state + y.detach()
+        self.count = self.count + torch.ones(())
+        self.last = [self.state, self.count]
+        self.latest = y.detach().mean()
+        return y + self.state
+
+
+def test_tensors_that_a_call_left_on_the_model(tmp_path: Path) -> None:
+    model = tw.convert_model(Remembers().eval(), "int8-weight-only")
+    with torch.no_grad():
+        model(X)
+        tw.save_model(model, tmp_path)
+        loaded = tw.load_model(tmp_path, Remembers)
+        assert torch.equal(loaded.state, model.state) and torch.equal(loaded.count, model.count)
+        assert not hasattr(loaded, "latest")
+        assert torch.equal(loaded(X), model(X)) and torch.equal(loaded.latest, model.latest)
+
+
+@pytest.mark.parametrize("name", ["missing.state", "_modules", "training", "first"])
+def test_a_manifest_cannot_write_where_no_call_does(name: str, tmp_path: Path) -> None:
+    model = tw.convert_model(Remembers().eval(), "int8-weight-only")
+    model(X)
+    tw.save_model(model, tmp_path)
+    for path in [tmp_path / "tilewright.json", next(tmp_path.glob("*.safetensors"))]:
+        old = b'"latest"'
+        assert old in path.read_bytes()
+        size = len(path.read_bytes())
+        path.write_bytes(path.read_bytes().replace(old, f'"{name}"'.encode()))
+        if path.suffix == ".safetensors":
+            shorten_header(path, len(path.read_bytes()) - size)
+    with pytest.raises(tw.CheckpointError, match=f"unexpected: '{name}'"):
+        tw.load_model(tmp_path, Remembers)
+
+
+def shorten_header(path: Path, longer: int) -> None:
+    """Put the length of the header of a safetensors file right."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little") + longer
+    path.write_bytes(length.to_bytes(8, "little") + data[8:])
+
+
 # ---- with the weights of a real model
 @pytest.fixture
 def minilm() -> str:

@@ -36,6 +36,9 @@ from tilewright.convert.text import display_name, listed
 from tilewright.nn import ConvLayer, QuantizedLinear
 from tilewright.nn.kinds import registered_kinds
 
+#: Attributes of every module, which no checkpoint may write.
+_INTERNAL = frozenset(vars(nn.Module()))
+
 
 def save_model(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_bytes: int = 4 * 2**30) -> None:
     """Write ``model`` into ``directory``, which is made if need be.
@@ -162,11 +165,14 @@ def load_model(
         model = _swap_in(build(make), manifest, folder / FILE_NAME)
         places, current = slots(model), restore.names_of_before(model)
         manifest.rename(current)
+        _settle_what_calls_left(model, places, manifest)
         _check_names(places, manifest, folder / FILE_NAME, type(model).__name__)
         loaded: dict[str, torch.Tensor] = {}
         for shard, (file, entries, start) in shards.items():
             for written, entry in entries.items():
                 name = current.get(written, written)
+                if name not in places:
+                    continue
                 tensor = read_tensor(file, folder / shard, written, entry, start, manifest.tensors[name].sha256)
                 _check_values(places[name], name, tensor, folder / shard)
                 loaded[name] = tensor.to(device)
@@ -224,6 +230,24 @@ def _build_empty(layer: Layer, where: str) -> QuantizedLinear | ConvLayer:
     return module
 
 
+def _settle_what_calls_left(model: nn.Module, places: dict[str, Slot], manifest: Manifest) -> None:
+    """Tensors that a call had left on a module, beside the state that a fresh one has: where it has None or a number
+    now they get a place, where it has no such attribute the next call makes it again.
+    """
+    modules = dict(model.named_modules())
+    left = [name for name, stored in manifest.tensors.items() if stored.kind == "attribute" and name not in places]
+    for name in left:
+        owner, _, attribute = name.rpartition(".")
+        module = modules.get(owner)
+        if module is None or attribute in _INTERNAL:
+            continue
+        if not hasattr(module, attribute):
+            del manifest.tensors[name]
+            manifest.tied = {alias: target for alias, target in manifest.tied.items() if target != name}
+        elif isinstance(getattr(module, attribute), (int, float, type(None))):
+            places[name] = Slot(module, attribute, "attribute", module.__dict__)
+
+
 def _check_names(places: dict[str, Slot], manifest: Manifest, path: Path, model: str) -> None:
     """The manifest and the model must have the same names, each with the same shape and a compatible dtype."""
     names = {*manifest.tensors, *manifest.tied}
@@ -234,7 +258,9 @@ def _check_names(places: dict[str, Slot], manifest: Manifest, path: Path, model:
         problems += [f"has {len(unexpected)} unexpected: {listed(unexpected)}"] if unexpected else []
         raise CheckpointError(f"{path}: does not fit {model}: of its tensors the checkpoint {'; it '.join(problems)}")
     for name, slot in places.items():
-        stored, there = manifest.tensors[manifest.tied.get(name, name)], slot.tensor
+        stored, there = manifest.tensors[manifest.tied.get(name, name)], slot.held
+        if there is None:
+            continue
         # A float tensor may have another float dtype than the factory gives it: that of the model that was saved.
         floats = stored.dtype.is_floating_point and there.dtype.is_floating_point
         fits = stored.dtype == there.dtype or (floats and not _is_fixed(slot))

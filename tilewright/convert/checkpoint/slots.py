@@ -31,6 +31,12 @@ class Slot:
         """What the place holds now."""
         return self.table[self.attribute]
 
+    @property
+    def held(self) -> torch.Tensor | None:
+        """The same, None where it is no tensor."""
+        found = self.table.get(self.attribute)
+        return found if isinstance(found, torch.Tensor) else None
+
     def put(self, tensor: torch.Tensor) -> None:
         """Put a tensor there; a parameter must be an ``nn.Parameter``."""
         self.table[self.attribute] = tensor
