@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from torch import nn
 
 
+def is_somebodys(module: nn.Module) -> bool:
+    """Whether the class of ``module`` is neither PyTorch's nor ours, so that its code may do anything."""
+    return not type(module).__module__.startswith(("torch.", "tilewright."))
+
+
 def names_in(code: types.CodeType) -> Iterator[str]:
     """Global and attribute names in ``code`` and in what is defined inside of it."""
     for each in _codes(code):

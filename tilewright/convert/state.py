@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tilewright.convert.code import is_somebodys
 from tilewright.convert.contents import Contents, changed_keys, children, restore_dict
 from tilewright.convert.structure import memory_extent
 from tilewright.convert.text import display_name
@@ -37,7 +38,7 @@ class HeldState:
         roots: list[Any] = []
         tensors: dict[int, tuple[str, torch.Tensor]] = {}
         for path, module in model.named_modules():
-            if type(module).__module__.startswith(("torch.", "tilewright.")):
+            if not is_somebodys(module):
                 continue
             state = vars(module)
             held = [state, *(state[name] for name in _TABLES if type(state.get(name)) is dict)]

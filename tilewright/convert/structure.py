@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert.code import may_write
+from tilewright.convert.code import is_somebodys, may_write
 from tilewright.convert.text import display_name
 
 #: Direct children of the root with one of these names count as output heads.
@@ -60,15 +60,13 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 def _written_in_forward(model: nn.Module) -> set[int]:
     """``id`` of the tensors, no parameters, that a forward may write to, and that share memory with no other."""
     written: set[int] = set()
-    for module in model.modules():
-        if type(module).__module__.startswith(("torch.", "tilewright.")):
-            continue
-        held = {**vars(module), **module._buffers}
-        for name, value in held.items():
-            found = [] if name in ("_parameters", "_buffers", "_modules") else list(_tensors_in(value))
-            if found and may_write(type(module), name):
-                written |= {id(each) for each in found if each.is_leaf and not isinstance(each, nn.Parameter)}
-    others = {_storage(each) for each in _tensors(model) if id(each) not in written}
+    for module in filter(is_somebodys, model.modules()):
+        for name, value in [*vars(module).items(), *module._buffers.items()]:
+            if name not in ("_parameters", "_buffers", "_modules"):
+                found = [each for each in _tensors_in(value) if each.is_leaf and not isinstance(each, nn.Parameter)]
+                if found and may_write(type(module), name):
+                    written.update(map(id, found))
+    others = {_storage(each) for each in _tensors(model) if id(each) not in written} if written else set()
     return {id(each) for each in _tensors(model) if id(each) in written and _storage(each) not in others}
 
 

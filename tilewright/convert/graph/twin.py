@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tilewright.convert.code import content, functions_behind, methods_of, names_in
+from tilewright.convert.code import content, functions_behind, is_somebodys, methods_of, names_in
 from tilewright.convert.contents import Contents, changed_keys, children, is_constant
 from tilewright.convert.graph.overlay import Overlay
 from tilewright.convert.graph.values import Held, Untraceable
@@ -75,7 +75,7 @@ class Twins:
                 self._memo.setdefault(
                     id(tensor), Held(self.capture, None if path is None else join(path, name), tensor)
                 )
-        for value in _inside(real):
+        for value in _inside(real) if is_somebodys(real) else ():
             if isinstance(value, torch.Tensor):
                 self._memo.setdefault(id(value), Held(self.capture, None, value))
 
@@ -85,6 +85,7 @@ class Twins:
             vars(twin).update(vars(real))
             return
         state: dict[str, Any] = {}
+        own = is_somebodys(real)
         for name, value in vars(real).items():
             if name in _KINDS:
                 state[name] = {n: None if each is None else self._memo[id(each)] for n, each in value.items()}
@@ -93,7 +94,7 @@ class Twins:
             elif isinstance(value, types.FunctionType):
                 state[name] = self.overlay.of(value)
             elif name != "forward":
-                state[name] = value if is_constant(value) else copy.deepcopy(value, self._memo)
+                state[name] = copy.deepcopy(value, self._memo) if own and not is_constant(value) else value
         state["training"] = False
         vars(twin).update(state)
         if isinstance(real, WeightHolder):
@@ -138,12 +139,12 @@ class Twins:
         self._tables: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
         self._inside: list[tuple[str, str, Contents]] = []
         functions: list[types.FunctionType] = []
-        kinds = {type(real) for _, real in reals}
+        kinds = {type(real) for _, real in reals if is_somebodys(real)}
         for path, real in reals:
             state = vars(self._memo[id(real)])
             tables = {"attribute": state, **{kind: state.get(name) for name, kind in _KINDS.items()}}
             self._tables += [(path, kind, table, dict(table)) for kind, table in tables.items() if type(table) is dict]
-            for name, value in state.items():
+            for name, value in state.items() if is_somebodys(real) else ():
                 if name not in _KINDS and "_hooks" not in name and children(value) is not None:
                     self._inside.append((path, name, Contents([value])))
             functions += [value for value in vars(real).values() if isinstance(value, types.FunctionType)]
@@ -201,7 +202,8 @@ def _parts(module: nn.Module) -> Iterator[tuple[str | None, nn.Module]]:
     yield from ((path, part) for part, path in registered.items())
     known, stack = set(registered), list(registered)
     while stack:
-        for value in _inside(stack.pop()):
+        holder = stack.pop()
+        for value in _inside(holder) if is_somebodys(holder) else ():
             if isinstance(value, nn.Module) and value not in known:
                 new = [part for part in value.modules() if part not in known]
                 known.update(new)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from tilewright.convert.code import functions_behind, methods_of, names_in
+from tilewright.convert.code import functions_behind, is_somebodys, methods_of, names_in
 from tilewright.convert.contents import is_constant, is_plain_object
 
 
@@ -35,7 +35,7 @@ def assumptions(owner: nn.Module, called: Iterable[str]) -> list[Assumed]:
     for path, module in owner.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module not in inside:
             found.append(Assumed(path, None, "training", False))
-        if module in inside or type(module).__module__.startswith(("torch.", "tilewright.")):
+        if module in inside or not is_somebodys(module):
             continue
         names = _names_in_code_of(type(module))
         if "training" in names and module is not owner:
