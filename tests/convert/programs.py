@@ -52,6 +52,14 @@ class Writer:
         self.modules[name] = module
         return f"self.{name}"
 
+    def one_of(self, forms: str) -> str:
+        """One of the forms, which stand on lines and between bars, with names in place of ``a`` and ``b``."""
+        form = self.random.choice(
+            [each for line in forms.split("\n") if line.strip() for each in line.strip().split("|")]
+        )
+        identity = self.module(nn.Identity()) if "{identity}" in form else ""
+        return form.format(a=self.name(), b=self.name(), identity=identity)
+
     def convolution(self) -> None:
         conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=self.random.choice((1, 1, 1, WIDTH)))
         self.new(f"{self.module(conv)}({self.name()})")
@@ -81,64 +89,28 @@ class Writer:
             self.new(f"{self.module(nn.Dropout(0.5, inplace=inplace))}({name})")
 
     def addition(self) -> None:
-        a, b = self.name(), self.name()
-        self.new(
-            self.random.choice((f"{a} + {b}", f"torch.add({a}, {b})", f"{a}.add({b}, alpha=0.5)", f"{a} * 0.5 - {b}"))
-        )
+        self.new(self.one_of("{a} + {b}|torch.add({a}, {b})|{a}.add({b}, alpha=0.5)|{a} * 0.5 - {b}"))
 
     def write(self) -> None:
-        a, b = self.name(), self.name()
-        forms = (
-            *(
-                f"{a} += {b}",
-                f"{a}.add_({b})",
-                f"{a} *= 0.5",
-                f"{a} -= 0.1 * {b}",
-                f"{a}.mul_(0.9)",
-                f"{a}.clamp_(-1, 1)",
-            ),
-            *(
-                f"torch.mul({a}, 0.7, out={a})",
-                f"F.relu_({a})",
-                f"{a}.copy_({b})",
-                f"torch.sigmoid_({a})",
-                f"{a}.t = 3",
-            ),
-        )
-        self.lines.append(self.random.choice(forms[:-1]))
+        forms = """
+            {a} += {b}|{a}.add_({b})|{a} *= 0.5|{a} -= 0.1 * {b}|{a}.mul_(0.9)|{a}.clamp_(-1, 1)
+            torch.mul({a}, 0.7, out={a})|F.relu_({a})|{a}.copy_({b})|torch.sigmoid_({a})
+        """
+        self.lines.append(self.one_of(forms))
 
     def write_part(self) -> None:
-        a = self.name()
-        forms = (
-            f"{a}[:, 0] = 0.5",
-            f"{a}[:, :4] += 0.1",
-            f"{a}[0].mul_(0.5)",
-            f"{a}.view(-1).add_(0.1)",
-            f"{a}.flatten(2).relu_()",
-        )
-        self.lines.append(self.random.choice(forms))
+        forms = """
+            {a}[:, 0] = 0.5|{a}[:, :4] += 0.1|{a}[0].mul_(0.5)|{a}.view(-1).add_(0.1)|{a}.flatten(2).relu_()
+        """
+        self.lines.append(self.one_of(forms))
 
     def alias(self) -> None:
-        a = self.name()
-        forms = (
-            *(
-                a,
-                a,
-                f"{a}.view({a}.shape)",
-                f"{a}[:]",
-                f"{a}.detach()",
-                f"{a}.contiguous()",
-                f"{a}.float()",
-                f"{a}.clone()",
-            ),
-            *(
-                f"{a}.flatten(1).view({a}.size())",
-                f"{a}.permute(0, 1, 3, 2).permute(0, 1, 3, 2)",
-                f"{self.module(nn.Identity())}({a})",
-            ),
-            *(f"torch.cat({a}.chunk(2, 1), 1)", f"{a}.reshape({a}.shape[0], -1).reshape({a}.shape)"),
-        )
-        self.new(self.random.choice(forms))
+        forms = """
+            {a}|{a}|{a}.view({a}.shape)|{a}[:]|{a}.detach()|{a}.contiguous()|{a}.float()|{a}.clone()|{identity}({a})
+            {a}.flatten(1).view({a}.size())|{a}.permute(0, 1, 3, 2).permute(0, 1, 3, 2)
+            torch.cat({a}.chunk(2, 1), 1)|{a}.reshape({a}.shape[0], -1).reshape({a}.shape)
+        """
+        self.new(self.one_of(forms))
 
     def cat(self) -> None:
         conv = self.module(nn.Conv2d(2 * WIDTH, WIDTH, 1))

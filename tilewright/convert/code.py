@@ -41,16 +41,21 @@ def content(cell: types.CellType) -> object:
         return None
 
 
-def functions_behind(function: types.FunctionType) -> Iterator[types.FunctionType]:
-    """A function and those that decorators wrapped in it."""
-    found, stack = set(), [function]
+def assigns_globals(code: types.CodeType) -> bool:
+    """Whether there may be a ``global`` that the code assigns to."""
+    return any(dis.opmap["STORE_GLOBAL"] in each.co_code[::2] for each in _codes(code))
+
+
+def functions_behind(function: object) -> Iterator[types.FunctionType]:
+    """A function of Python and those that decorators wrapped in it; nothing for any other object."""
+    found: set[object] = set()
+    stack = [function]
     while stack:
         each = stack.pop()
-        if each not in found:
+        if isinstance(each, types.FunctionType) and each not in found:
             found.add(each)
             yield each
-            inner = (content(cell) for cell in each.__closure__ or ())
-            stack += [other for other in inner if isinstance(other, types.FunctionType)]
+            stack += [content(cell) for cell in each.__closure__ or ()]
 
 
 def methods_of(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
@@ -65,6 +70,12 @@ def methods_of(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
             found[name] = function
             names |= {other for f in functions_behind(function) for other in names_in(f.__code__)} - found.keys()
     return found
+
+
+def names_in_code_of(kind: type[nn.Module]) -> set[str]:
+    """Global and attribute names in ``forward`` of a class and in what it may call."""
+    functions = (f for method in methods_of(kind).values() for f in functions_behind(method))
+    return {name for function in functions for name in names_in(function.__code__)}
 
 
 def may_write(kind: type[nn.Module], attribute: str) -> bool:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from tilewright.convert.code import is_somebodys
 from tilewright.convert.contents import Contents, changed_keys, children, restore_dict
+from tilewright.convert.outside import Outside
 from tilewright.convert.structure import memory_extent
 from tilewright.convert.text import display_name
 from tilewright.kernels.dispatch.same import version_of
@@ -30,7 +31,8 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 class HeldState:
     """What ``model`` holds now, but for PyTorch's own layers and ours, which in eval mode write nothing.
 
-    That is every attribute, what lies in lists, dictionaries and plain objects, and the values of tensors.
+    That is every attribute, what lies in lists, dictionaries and plain objects, the values of tensors, and what the
+    code may write outside of the model.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,19 +56,21 @@ class HeldState:
                 elif id(value) not in seen:
                     seen.add(id(value))
                     stack += children(value) or ()
-        self._contents = Contents(roots)
+        self._contents, self._outside = Contents(roots), Outside(model.modules())
         self._tensors = [_Kept(path, tensor) for path, tensor in tensors.values() if _has_values(tensor)]
 
     def changed(self) -> bool:
         """Whether something was written since."""
         tables = any(changed_keys(before, table) for table, before in self._tables)
-        return tables or bool(self._contents.changed()) or any(kept.changed() for kept in self._tensors)
+        held = bool(self._contents.changed()) or any(kept.changed() for kept in self._tensors)
+        return tables or held or bool(self._outside.changed())
 
     def restore(self) -> None:
         """Put it all back."""
         for table, before in self._tables:
             restore_dict(table, before)
         self._contents.restore()
+        self._outside.restore()
         for kept in self._tensors:
             kept.restore()
 

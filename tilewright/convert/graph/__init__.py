@@ -37,5 +37,5 @@ from tilewright.convert.graph.patterns import (
     reshape_views,
     zero_padding,
 )
-from tilewright.convert.graph.tracing import Region, Watch, bind_call, find_regions
+from tilewright.convert.graph.tracing import Region, Watch, bind_call, call_forward, find_regions
 from tilewright.convert.graph.values import NotAsExpected, Untraceable

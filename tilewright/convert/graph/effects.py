@@ -246,11 +246,23 @@ def _effect_by_schemas(node: fx.Node, schemas: tuple[Any, ...]) -> Effect:
 
 @functools.lru_cache(maxsize=2048)
 def _schemas(operator_or_packet: Any) -> tuple[Any, ...]:
-    """The schemas of an operator, those with ``out=`` left out."""
+    """The schemas of an operator that a tensor may come to."""
     if isinstance(operator_or_packet, torch._ops.OpOverload):
         return (operator_or_packet._schema,)
     found = [getattr(operator_or_packet, each)._schema for each in operator_or_packet.overloads()]
-    return tuple(schema for schema in found if not any(argument.is_out for argument in schema.arguments))
+    return tuple(schema for schema in found if _is_about_tensors(schema))
+
+
+def _is_about_tensors(schema: Any) -> bool:
+    """Not of lists, of which TorchScript sorts one in place by the name of a tensor's ``sort``; nor with ``out=``."""
+    if any(argument.is_out for argument in schema.arguments):
+        return False
+    first = schema.arguments[0] if schema.arguments else None
+    if first is None or "Tensor" not in str(first.type):
+        return first is None
+    return (
+        first.alias_info is None or not str(first.type).startswith("List") or schema.name.startswith("aten::_foreach")
+    )
 
 
 @functools.lru_cache(maxsize=2048)

@@ -11,21 +11,13 @@ import random
 import time
 import types
 from collections.abc import Callable, Mapping
-from opcode import opmap
 from typing import Any, NoReturn
 
-from tilewright.convert.code import content, is_of_torch, names_in
+from tilewright.convert.code import assigns_globals, content, is_of_torch, names_in
 
 _MISSING = object()
 #: Modules whose functions answer otherwise each time they are asked.
 _CHANGING = (random, time)
-
-
-def _assigns_globals(code: types.CodeType) -> bool:
-    """Whether there may be a ``global`` that the code assigns to."""
-    return opmap["STORE_GLOBAL"] in code.co_code[::2] or any(
-        _assigns_globals(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)
-    )
 
 
 class _Changing:
@@ -73,7 +65,7 @@ class Overlay:
         inner = [content(cell) for cell in cells]
         laid_over = [self.of(each) for each in inner]
         changed = [new is not old for new, old in zip(laid_over, inner, strict=True)]
-        names, assigns = set(names_in(function.__code__)), _assigns_globals(function.__code__)
+        names, assigns = set(names_in(function.__code__)), assigns_globals(function.__code__)
         wanted = {name: new for name in names if (new := self._stand_in(function, name)) is not None}
         if not (wanted or assigns or any(changed)):
             return function

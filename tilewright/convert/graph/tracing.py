@@ -109,6 +109,14 @@ def _parameter_names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
+def call_forward(owner: nn.Module, inputs: tuple[str, ...], values: Sequence[Any]) -> Any:
+    """The ``forward`` of the class with these values for ``inputs``."""
+    names = inspect.signature(type(owner).forward).parameters
+    given = dict(zip(inputs, values, strict=True))
+    placed = [given.pop(name) for name in inputs if names[name].kind is inspect.Parameter.POSITIONAL_ONLY]
+    return type(owner).forward(owner, *placed, **given)
+
+
 def bind_call(
     kind: Any,
     inputs: tuple[str, ...],

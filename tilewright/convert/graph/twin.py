@@ -10,17 +10,18 @@ import copy
 import functools
 import inspect
 import types
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from tilewright.convert.code import content, functions_behind, is_somebodys, methods_of, names_in
+from tilewright.convert.code import is_somebodys, methods_of
 from tilewright.convert.contents import Contents, changed_keys, children, is_constant
 from tilewright.convert.graph.overlay import Overlay
 from tilewright.convert.graph.values import Held, Untraceable
+from tilewright.convert.outside import Outside
 from tilewright.convert.record import join
 from tilewright.nn.weight_holder import WeightHolder
 
@@ -138,8 +139,6 @@ class Twins:
         """Remember what the twin holds, and what its code may write outside of it."""
         self._tables: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
         self._inside: list[tuple[str, str, Contents]] = []
-        functions: list[types.FunctionType] = []
-        kinds = {type(real) for _, real in reals if is_somebodys(real)}
         for path, real in reals:
             state = vars(self._memo[id(real)])
             tables = {"attribute": state, **{kind: state.get(name) for name, kind in _KINDS.items()}}
@@ -147,17 +146,7 @@ class Twins:
             for name, value in state.items() if is_somebodys(real) else ():
                 if name not in _KINDS and "_hooks" not in name and children(value) is not None:
                     self._inside.append((path, name, Contents([value])))
-            functions += [value for value in vars(real).values() if isinstance(value, types.FunctionType)]
-        functions += [method for kind in kinds for method in methods_of(kind).values()]
-        outside: list[Any] = []
-        for function in [inner for each in functions for inner in functions_behind(each)]:
-            outside += map(content, function.__closure__ or ())
-            outside += map(function.__globals__.get, names_in(function.__code__))
-        kinds |= {value for value in outside if isinstance(value, type) and issubclass(value, nn.Module)}
-        self._outside = Contents([each for each in outside if isinstance(each, (list, dict, set, deque))], deep=False)
-        bases = {base for kind in kinds for base in kind.__mro__}
-        own = [base for base in bases if base is not object and not base.__module__.startswith("torch")]
-        self._classes = [(base, dict(vars(base))) for base in own]
+        self._outside = Outside(real for _, real in reals)
 
     def check_unchanged(self) -> None:
         """Raise Untraceable if reading the code has written something. What lies outside of the twin is put back."""
@@ -167,13 +156,9 @@ class Twins:
             for key in changed_keys(before, table)
         ]
         written += [(path, f"into its attribute {name!r}") for path, name, each in self._inside if each.changed()]
-        if self._outside.changed():
+        if words := self._outside.changed():
             self._outside.restore()
-            written.append(("", "into a list or dictionary outside of the module"))
-        for base, before in self._classes:
-            for key in changed_keys(before, dict(vars(base))):
-                written.append(("", f"{key!r} of the class {base.__name__}"))
-                setattr(base, key, before[key]) if key in before else delattr(base, key)
+            written += [("", each) for each in words]
         written += [("", f"the global {name!r}") for name in self.overlay.assigned()]
         if written:
             path, what = written[0]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from tilewright.convert.code import functions_behind, is_somebodys, methods_of, names_in
+from tilewright.convert.code import is_somebodys, names_in_code_of
 from tilewright.convert.contents import is_constant, is_plain_object
 
 
@@ -37,7 +37,7 @@ def assumptions(owner: nn.Module, called: Iterable[str]) -> list[Assumed]:
             found.append(Assumed(path, None, "training", False))
         if module in inside or not is_somebodys(module):
             continue
-        names = _names_in_code_of(type(module))
+        names = names_in_code_of(type(module))
         if "training" in names and module is not owner:
             found.append(Assumed(path, None, "training", False))
         for name in sorted(names & vars(module).keys() - {"training", "forward"}):
@@ -50,11 +50,6 @@ def assumptions(owner: nn.Module, called: Iterable[str]) -> list[Assumed]:
         inner = {key: each for key, each in vars(value).items() if key in names and _is_plain(each)}
         found += [Assumed(path, via, key, copy.copy(each)) for key, each in inner.items()]
     return found
-
-
-def _names_in_code_of(kind: type[nn.Module]) -> set[str]:
-    functions = [f for method in methods_of(kind).values() for f in functions_behind(method)]
-    return {name for function in functions for name in names_in(function.__code__)}
 
 
 def _is_plain(value: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from tilewright.convert import calibrate, structure
+from tilewright.convert.code import names_in_code_of
 from tilewright.convert.conversion import Conversion, Job, register_conversion
 from tilewright.convert.graph import Region, find_regions, has_hooks
 from tilewright.convert.network.calibration import Calibration
@@ -94,12 +95,21 @@ class Convolutions(Conversion):
         for region in regions:
             prefix = f"{region.name}." if region.name else ""
             outside = {id(m) for m, all_names in names.items() if not all(n.startswith(prefix) for n in all_names)}
-            for conv, norm in find_folds(region, counts, outside).items():
+            for conv, norm in find_folds(region, counts, outside, self._reads_weights_in(region)).items():
                 if isinstance(norm, str):
                     reasons[conv] = f"batch-norm left apart: {norm}"
                 else:
                     folds[conv] = norm
         return folds, reasons
+
+    def _reads_weights_in(self, region: Region) -> str | None:
+        """A module around ``region`` whose code is in no graph and names weights."""
+        for name in self.untraced:
+            around = region.name != name and (not name or region.name.startswith(f"{name}."))
+            kind = type(self.job.model.get_submodule(name))
+            if around and names_in_code_of(kind) & {"weight", "bias", "parameters", "named_parameters", "state_dict"}:
+                return kind.__name__
+        return None
 
     def _fuse_layer(self, name: str, folds: dict[nn.Module, nn.Module], reasons: dict[nn.Module, str]) -> None:
         old, scheme = self.job.model.get_submodule(name), self.planned[name].scheme

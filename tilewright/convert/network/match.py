@@ -43,10 +43,13 @@ def call_counts(regions: list[Region]) -> Counter[int]:
     return counts
 
 
-def find_folds(region: Region, counts: Counter[int], outside: set[int]) -> dict[nn.Module, nn.Module | str]:
+def find_folds(
+    region: Region, counts: Counter[int], outside: set[int], unread: str | None = None
+) -> dict[nn.Module, nn.Module | str]:
     """For each convolution of ``region`` that is followed by batch-norm: the one to fold in, or why it is not folded.
 
     counts: of calls in all regions. outside: ``id`` of modules that are reached from somewhere else than this region.
+    unread: code around the region that may read weights in it, if there is any.
     """
     modules = region.modules()
     read = {str(node.target).rpartition(".")[0] for node in region.graph.nodes if node.op == "get_attr"}
@@ -70,6 +73,8 @@ def find_folds(region: Region, counts: Counter[int], outside: set[int]) -> dict[
             found[conv] = "it or its batch-norm is part of two modules"
         elif names & read:
             found[conv] = "forward reads its weight, which folding would change"
+        elif unread is not None:
+            found[conv] = f"forward of {unread}, which is no graph, reads weights, and folding would change this one"
         else:
             found[conv] = norm
     return found
@@ -196,14 +201,18 @@ def _placed(start: fx.Node, node: fx.Node, x: fx.Node, modules: Modules, writes:
     """What follows the convolution ``node``, and where to compute it all: where the chain ends, unless something writes
     to what is read in between; then where the convolution stands. start: where ``x`` is read.
     """
-    activation, adds = activates(modules), added_to
-    chain = follow(node, {"residual": adds, "activation": activation}, modules)
+    activation = activates(modules)
+    chain = follow(node, {"residual": added_to, "activation": activation}, modules)
     if chain.residual is None:
         return chain, node if writes.between(start, chain.end, [x], chain.nodes) else chain.end
-    if not writes.between(start, chain.end, [x, chain.residual], chain.nodes):
+    adds = next(each for each in chain.nodes if chain.residual in each.all_input_nodes)
+    late = writes.between(start, chain.end, [x], chain.nodes) or writes.between(
+        adds, chain.end, [chain.residual], chain.nodes
+    )
+    if not late:
         return chain, chain.end
     early = writes.stands_before(chain.residual, node)
-    if early and not writes.between(node, chain.end, [chain.residual], chain.nodes):
+    if early and not writes.between(node, adds, [chain.residual], chain.nodes):
         return chain, node
     return follow(node, {"activation": activation}, modules), node
 

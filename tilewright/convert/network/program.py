@@ -25,6 +25,7 @@ from tilewright.convert.graph import (
     NotAsExpected,
     Region,
     bind_call,
+    call_forward,
     compiled,
     flattened,
     is_known,
@@ -158,11 +159,11 @@ class Program(ReplacedForward):
             raise theirs from error
 
     def _by_layers(self, given: tuple[Any, ...]) -> Any:
-        return type(self.owner).forward(self.owner, **dict(zip(self.inputs, given, strict=True)))
+        return call_forward(self.owner, self.inputs, given)
 
     def _eager(self, *given: Any) -> Any:
         """What a compiled graph calls: as from Python, on the graph's inputs."""
-        return self(**dict(zip(self.inputs, given, strict=True)))
+        return self(*given) if len(given) == 1 else self(**dict(zip(self.inputs, given, strict=True)))
 
     def _traced(self, *given: Any) -> Any:
         """The same operator by operator, for tensors that stand for others."""

@@ -2,8 +2,8 @@
 
 Results may differ by the order in which floats are added. How much that is worth depends on the network: one that
 rounds, compares or divides turns the last bit into more. So where results differ by more than the order of additions
-in a layer explains, the code runs a few times more on its input with the last bits changed, and the difference may be
-as large as a multiple of what that makes of the results.
+in a layer explains, the code runs a few times more on nearby inputs, and the difference may be as large as a multiple
+of what that makes of the results. Nearby is farther away than rounding: where a step turns it is few numbers that do.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from tilewright.convert.state import private_copy
 
 #: (inputs) -> result; may write to the inputs.
 Run = Callable[[tuple[Any, ...]], Any]
-#: Relative differences that need no explanation: at least so much, and so many units in the last place.
+#: Relative difference that needs no explanation: the larger of this and of so many units in the last place.
 _LEAST, _ULPS = 1e-4, 10.0
-#: Units in the last place by which inputs are changed, runs with such, and the multiple of their effect that is fine.
-_CHANGED_BY, _RUNS, _MULTIPLE = 4.0, 3, 30.0
+#: How far inputs are moved to see what rounding may do: relative, or in units in the last place. And how many times.
+_MOVED_BY, _MOVED_ULPS, _RUNS = 1e-4, 4.0, 3
+#: What multiple of the difference that this makes is fine.
+_MULTIPLE = 3.0
 
 
 def why_differs(found: Any, expected: Any, run: Run, given: tuple[Any, ...]) -> str | None:
@@ -34,7 +36,8 @@ def why_differs(found: Any, expected: Any, run: Run, given: tuple[Any, ...]) -> 
         return distance if isinstance(distance, str) else None
     generator = torch.Generator().manual_seed(0)
     for _ in range(_RUNS):
-        other = difference(outcome(run, _nearby(given, eps, generator)), expected)
+        nearby = _nearby(given, max(_MOVED_BY, _MOVED_ULPS * eps), generator)
+        other = difference(outcome(run, nearby), expected)
         explained = max(explained, _MULTIPLE * (math.inf if isinstance(other, str) else other))
     if distance <= explained:
         return None
@@ -90,13 +93,13 @@ def _rounding_of(tree: Any) -> float:
     return max(eps, 2.0**-11) if "cuda" in devices and torch.backends.cudnn.allow_tf32 else eps
 
 
-def _nearby(given: tuple[Any, ...], eps: float, generator: torch.Generator) -> tuple[Any, ...]:
-    """``given`` with the last bits of floats changed."""
+def _nearby(given: tuple[Any, ...], by: float, generator: torch.Generator) -> tuple[Any, ...]:
+    """``given`` with every float changed a little."""
     copied = private_copy(given)
     for x in pytree.tree_leaves(copied):
         if isinstance(x, torch.Tensor) and x.is_floating_point():
             noise = torch.rand(x.shape, generator=generator).mul_(2).sub_(1).to(x.device)
-            x.copy_(x.double() * (1 + _CHANGED_BY * eps * noise))
+            x.copy_(x.double() * (1 + by * noise))
     return copied
 
 
