@@ -25,7 +25,7 @@ include_patterns = ["*.md", "docs/**.md", "bench/results/*.md"]
 CONTENTS = {
     "docs/README": {
         "Use it": ["/README", "calibration", "torch_compile", "sparse24", "autotune", "measured", "api/index"],
-        "Understand it": ["cpu", "ahead-of-time", "emulator", "/bench/results/README"],
+        "Understand it": ["graphs", "cpu", "ahead-of-time", "emulator", "/bench/results/README"],
         "Extend it": ["/CONTRIBUTING", "/CHANGELOG"],
     },
     "docs/api/index": {"Reference": ["convert", "recipes", "nn", "deploy", "autotune", "kernels", "aot"]},
