@@ -21,7 +21,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs bench perf same compiled shortlist compat gpu clean
+.PHONY: help demo test test-slow zoo lint format docs bench perf same compiled shortlist compat gpu clean
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -50,7 +50,19 @@ test: $(STAMP)
 #: make test-slow  every kernel and config emulated, and other tests that take longer than a minute
 test-slow: $(STAMP)
 	$(PARALLEL) tests -m "slow and aot"
-	$(BIN)/python -m pytest tests -m "slow and not aot" -q
+	$(PARALLEL) tests/zoo tests/fuzz -m slow
+	$(BIN)/python -m pytest tests --ignore tests/zoo --ignore tests/fuzz -m "slow and not aot" -q
+
+#: make zoo        timm's and torchvision's networks under the newest PyTorch: an environment of 6 GB, then half an hour
+zoo: .zoo/.installed
+	OMP_WAIT_POLICY=passive .zoo/bin/python -m pytest -n $(TEST_WORKERS) -q tests/zoo/test_networks.py -m slow $(PYTEST_ARGS)
+
+.zoo/.installed: tests/zoo/constraints.txt pyproject.toml
+	$(PYTHON) -m venv .zoo
+	.zoo/bin/python -m pip install --disable-pip-version-check --quiet -c tests/zoo/constraints.txt torch torchvision
+	.zoo/bin/python -m pip install --disable-pip-version-check --quiet -c tests/zoo/constraints.txt \
+		timm pytest pytest-xdist -e .
+	@touch $@
 
 #: make lint       ruff and mypy
 lint: $(STAMP)
@@ -104,5 +116,5 @@ gpu:
 
 #: make clean      remove what these commands made
 clean:
-	rm -rf $(VENV) .compat .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .compat .zoo .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

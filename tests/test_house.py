@@ -49,7 +49,7 @@ TEXT_FILES = [
     path
     for pattern in ("*.md", "*.toml", "*.txt", "Makefile", ".ci/*", "*.py")
     for path in sorted(ROOT.rglob(pattern) if pattern == "*.py" else ROOT.glob(pattern))
-    if not {".venv", ".compat", "build", "dist"} & set(path.relative_to(ROOT).parts)
+    if not {".venv", ".compat", ".zoo", "build", "dist"} & set(path.relative_to(ROOT).parts)
 ]
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|Users|mnt|opt)/[\w.-]+")
 

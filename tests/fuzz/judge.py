@@ -205,7 +205,7 @@ class Judge:
                 raise Wrong(f"{what}, {which}: {tuple(a.shape)} {a.dtype} instead of {tuple(b.shape)} {b.dtype}")
             error = (a - b).double().norm().item()
             allowed = max((each[place] - b).double().norm().item() for each in slack)
-            allowed = 3 * allowed + 2**-18 * b.double().norm().item() + 1e-6
+            allowed = 4 * allowed + 2**-18 * b.double().norm().item() + 1e-6
             if not error <= allowed:
                 raise Wrong(
                     f"{what}, {which}: off by {error / max(b.double().norm().item(), 1e-30):.2e} of its norm,"
