@@ -21,7 +21,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow zoo lint format docs bench perf same compiled shortlist compat gpu clean
+.PHONY: help demo test test-slow nets zoo lint format docs bench perf same compiled shortlist compat gpu clean
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -50,8 +50,11 @@ test: $(STAMP)
 #: make test-slow  every kernel and config emulated, and other tests that take longer than a minute
 test-slow: $(STAMP)
 	$(PARALLEL) tests -m "slow and aot"
-	$(PARALLEL) tests/zoo tests/fuzz -m slow
 	$(BIN)/python -m pytest tests --ignore tests/zoo --ignore tests/fuzz -m "slow and not aot" -q
+
+#: make nets       every architecture of transformers in the zoo, and the long search with random networks
+nets: $(STAMP)
+	$(PARALLEL) tests/zoo tests/fuzz -m slow
 
 #: make zoo        timm's and torchvision's networks under the newest PyTorch: an environment of 6 GB, then half an hour
 zoo: .zoo/.installed
