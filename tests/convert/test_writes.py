@@ -342,7 +342,7 @@ def test_what_may_be_a_view_is_said_to_be_one(name: str, arguments: tuple[Any, .
         ),
         graph_of(torch.ops.aten.add_.Tensor, None, None),
     ],
-    ids=lambda node: f"{node.target}",
+    ids=["add_", "relu_", "inplace=True", "inplace by place", "hardtanh", "requires_grad_", "aten.add_"],
 )
 def test_what_writes_is_said_to(node: fx.Node) -> None:
     assert effect_of(node, {}).writes == (node.args[0],)
