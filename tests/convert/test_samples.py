@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +18,13 @@ import tilewright as tw
 from tests.convert.networks import SmallResNet, settled
 from tilewright.convert import calibrate, timing
 
-#: What models were called on, the latest at the end.
-CALLS: list[Any] = []
+#: What models were called on, the latest at the end. No list: the converter puts back what a forward writes to one.
+CALLS: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+
+def calls() -> list[Any]:
+    """All of them; from now on there are none."""
+    return [CALLS.get() for _ in range(CALLS.qsize())]
 
 
 class Net(nn.Module):
@@ -29,7 +35,7 @@ class Net(nn.Module):
         self.fc = nn.Linear(64, 64, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        CALLS.append(x)
+        CALLS.put(x)
         return self.fc(x)
 
 
@@ -47,7 +53,7 @@ class Texts(nn.Module):
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert input_ids is not None
-        CALLS.append((input_ids, attention_mask, labels))
+        CALLS.put((input_ids, attention_mask, labels))
         return self.fc(self.embed(input_ids))
 
 
@@ -79,10 +85,10 @@ def ids() -> torch.Tensor:
 
 def seen(model: Any, data: Any, **options: Any) -> list[Any]:
     """What the data make of calls: by pruning, which needs each of them once."""
-    CALLS.clear()
+    calls()
     pruned = tw.prune_model(model.eval(), "wanda", calibration_data=data, **options)
     assert int((pruned.get_parameter("fc.weight") == 0).sum()) == 64 * 32
-    return list(CALLS)
+    return calls()
 
 
 def same(actual: list[Any], expected: list[Any]) -> bool:
@@ -181,15 +187,15 @@ def test_one_dict_of_features() -> None:
 
 def test_a_wrapper_takes_what_the_module_inside_takes() -> None:
     model = Handing(Handing(Net()))
-    CALLS.clear()
+    calls()
     tw.prune_model(model, "wanda", calibration_data=[(x(), torch.arange(4)), {"x": x(2), "y": 1}], inplace=True)
-    assert same(CALLS, [x(), x(2)])
+    assert same(calls(), [x(), x(2)])
 
 
 def test_what_takes_everything_is_given_everything() -> None:
     class Anything(Net):
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            CALLS.append((len(args), sorted(kwargs)))
+            CALLS.put((len(args), sorted(kwargs)))
             return self.fc(args[0] if args else kwargs["x"])
 
     assert seen(Anything(), [(x(), 1, 2), {"x": x(), "label": 3}]) == [(3, []), (0, ["label", "x"])]
@@ -208,17 +214,17 @@ def test_packed_sequences_are_one_argument() -> None:
 def test_a_label_is_no_mask_and_no_switch(label: Any) -> None:
     class Masked(Net):
         def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
-            CALLS.append(attn_mask)
+            CALLS.put(attn_mask)
             return self.fc(x)
 
     class Switched(Net):
         def forward(self, x: torch.Tensor, output_hidden_states: bool | None = None) -> torch.Tensor:
-            CALLS.append(output_hidden_states)
+            CALLS.put(output_hidden_states)
             return self.fc(x)
 
     class Counted(Net):
         def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-            CALLS.append(lengths)
+            CALLS.put(lengths)
             return self.fc(x)
 
     for kind in (Masked, Switched):

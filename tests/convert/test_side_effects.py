@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import queue
 import random
 import signal
 import subprocess
@@ -211,7 +212,7 @@ assert torch.equal(before, torch.get_rng_state())
 
 
 def test_calibration_leaves_other_threads_their_switches() -> None:
-    seen: list[bool] = []
+    seen: queue.SimpleQueue[bool] = queue.SimpleQueue()  # no state that the converter would put back
 
     class Asks(nn.Module):
         def __init__(self) -> None:
@@ -219,10 +220,10 @@ def test_calibration_leaves_other_threads_their_switches() -> None:
             self.layer = nn.Linear(64, 64)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            thread = threading.Thread(target=lambda: seen.append(torch.backends.mha.get_fastpath_enabled()))
+            thread = threading.Thread(target=lambda: seen.put(torch.backends.mha.get_fastpath_enabled()))
             thread.start()
             thread.join()
             return self.layer(x)
 
     tw.convert_model(Asks(), "int8", calibration_data=[torch.randn(2, 64)])
-    assert seen and all(seen)
+    assert not seen.empty() and all(seen.get() for _ in range(seen.qsize()))

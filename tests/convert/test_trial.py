@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import queue
 from typing import Any
 
 import pytest
@@ -161,16 +162,16 @@ def test_where_nothing_is_left_the_conversion_says_why() -> None:
 
 @torch.no_grad()
 def test_an_error_that_no_layer_explains_is_raised() -> None:
-    class Once(nn.Module):
-        calls = 0
+    calls: queue.SimpleQueue[int] = queue.SimpleQueue()  # no state that the converter would put back
 
+    class Once(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.fc = nn.Linear(64, 64)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            Once.calls += 1
-            if Once.calls > 1:
+            calls.put(1)
+            if calls.qsize() > 1:
                 raise RuntimeError("I am spent")
             return self.fc(x)
 

@@ -65,7 +65,9 @@ def dispatched() -> Callable[[Callable[[], Any]], bool]:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_leaves_the_dispatcher_out(layer: Any, dispatched: Any, mode: Any):
     x = torch.randn(3, 32)
-    expected = torch.ops.tilewright.int8_linear(x, layer.weight, layer.weight_scale, layer.bias, None, "none", None)
+    expected = torch.ops.tilewright.int8_linear(
+        x, layer.weight_codes, layer.weight_scale, layer.bias, None, "none", None
+    )
     with mode():
         assert not dispatched(lambda: layer(x))
         assert torch.equal(layer(x), expected)
@@ -209,8 +211,8 @@ def test_a_layer_can_be_pickled_and_freed(layer: Any):
             y = layer(torch.ones(1, 32))
         again = pickle.loads(pickle.dumps(layer))  # noqa: S301  (our own bytes)
         assert torch.equal(again(torch.ones(1, 32)), y)
-    weight = weakref.ref(layer.weight)
-    layer.weight = layer.weight.clone()
+    weight = weakref.ref(layer.weight_codes)
+    layer.weight_codes = layer.weight_codes.clone()
     assert weight() is None
 
 
@@ -249,7 +251,7 @@ def test_a_call_reads_no_memory_that_is_freed(kind: str):
 def test_what_the_operator_refused_is_not_prepared(kind: str):
     """The first call after a change is checked, and ends in an error; the second must not pass by the check."""
     layer, x = LAYERS[kind](nn.Linear(32, 16)), torch.randn(5, 32)
-    name = next(name for name in ("weight", "weight_packed", "weight_values") if name in layer._buffers)
+    name = next(name for name in ("weight_codes", "weight_packed", "weight_values") if name in layer._buffers)
     with torch.no_grad():
         for _ in range(3):
             layer(x)
