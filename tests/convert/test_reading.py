@@ -6,7 +6,6 @@ import collections
 import functools
 import random
 import threading
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -288,10 +287,6 @@ def by_numpy(m: Base, x: torch.Tensor) -> torch.Tensor:
     return m.block(x) * float(np.random.random())  # noqa: NPY002 (code as people have it)
 
 
-def by_the_clock(m: Base, x: torch.Tensor) -> torch.Tensor:
-    return m.block(x) * (time.time() % 1 + 1)
-
-
 def partly_without_gradients(m: Base, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         y = m.block(x)
@@ -328,7 +323,6 @@ def from_a_closure(tensor: torch.Tensor, m: Base, x: torch.Tensor) -> torch.Tens
 REFUSED = {
     by_python: "forward asks random.random, which answers otherwise",
     by_numpy: "numpy.random",
-    by_the_clock: "forward asks time.time",
     partly_without_gradients: "switches gradients on or off",
     other_autocast: "switches autocast",
     on_a_value: "branches on a value",
@@ -347,7 +341,7 @@ def test_code_that_is_refused_says_why_and_stays_what_it_is(code: Any) -> None:
     model = settled(Refused())
     fused = tw.convert_model(model, "fuse")
     assert REFUSED[code] in tw.report(fused).untraced[""], tw.report(fused).untraced
-    if code not in (by_python, by_numpy, by_the_clock):
+    if code not in (by_python, by_numpy):
         agree(model, fused, picture())
         agree(model, fused, -picture())
 

@@ -88,9 +88,9 @@ def why_not_linear(module: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weight instead of calling it"
     if reason := _why_not_instance(module):
         return reason
-    if reason := why_not_parameters(module):
-        return reason
-    return None if computes_as(module, plain) else f"{kind} is a subclass of {plain.__name__} with a forward of its own"
+    if not computes_as(module, plain):
+        return f"{kind} is a subclass of {plain.__name__} with a forward of its own"
+    return why_not_parameters(module)
 
 
 def _why_not_instance(module: nn.Module) -> str | None:

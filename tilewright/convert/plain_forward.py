@@ -27,7 +27,11 @@ def computes_as(module: nn.Module, plain: type[nn.Module]) -> bool:
     own = list(_own_functions(type(module), plain))
     if not own:
         return True
-    if plain not in (nn.Linear, nn.Conv1d, nn.Conv2d) or any(map(_takes_more, own)):
+    if (
+        plain not in (nn.Linear, nn.Conv1d, nn.Conv2d)
+        or any(map(_takes_more, own))
+        or "weight" not in module._parameters
+    ):
         return False
     standard = {*dir(plain), *vars(_smallest(plain)), "weight", "bias"} - {"training"}
     held = {*vars(module), *module._parameters, *module._buffers, *module._modules, *dir(type(module))}

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tilewright.convert.state import private_copy
+from tilewright.kernels.dispatch import router
 
 #: (inputs) -> result; may write to the inputs.
 Run = Callable[[tuple[Any, ...]], Any]
@@ -138,4 +139,5 @@ def may_run(given: Sequence[Any]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and not router.records_problems()  # the layers pose others than the program
     )

@@ -185,6 +185,11 @@ def record_problems() -> Iterator[list[Problem]]:
         _notes = before
 
 
+def records_problems() -> bool:
+    """Whether somebody lists the problems that calls pose."""
+    return _notes is not None
+
+
 def route_call(problem: Problem) -> Decision:
     """``route`` for a call that is about to be served: what the user wants tuned on first use is tuned before."""
     if _notes is not None:
