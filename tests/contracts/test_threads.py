@@ -22,6 +22,7 @@ import tilewright as tw
 from tests.contracts.changes import other_values
 from tests.contracts.layers import LAYERS, K
 from tests.convert.networks import SmallMobileNet, SmallResNet, settled
+from tilewright.convert.network import proof
 from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu.replay import Replay, Replays
 
@@ -204,3 +205,56 @@ def test_two_threads_find_the_same_recording_stale(monkeypatch: pytest.MonkeyPat
     assert len(results) == 2
     for result in results:
         torch.testing.assert_close(result, expected)
+
+
+# ---- the proof of a program, which runs its layers as well
+class OwnState(SmallMobileNet):
+    """Holds a parameter and a buffer itself, as models with position embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(1, 1, 1, 1) + 0.5)
+        self.register_buffer("shift", torch.rand(1, 1, 1, 1))
+        self.facts = {"calls": [1, 2]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.scale + self.shift)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("when", ["before", "after", "every"])
+def test_weights_that_come_while_a_program_is_proven(
+    when: str, assign: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They stay, and a difference that comes of them is not held against the program."""
+    x = torch.randn(2, 1, 12, 12)
+    model = tw.convert_model(settled(OwnState()), "fuse")
+    new = {key: other_values(tensor) for key, tensor in model.state_dict().items()}
+    fresh = copy.deepcopy(model)
+    fresh.load_state_dict(new)
+    expected, plainly, left = _answer(fresh, x), proof.outcome, [1]
+
+    def outcome(run: proof.Run, given: tuple[Any, ...]) -> Any:
+        def load() -> None:
+            state = {key: tensor.clone() for key, tensor in new.items()}
+            model.load_state_dict(state, assign=assign)
+
+        if when in ("before", "every") and left:
+            left.clear()
+            _elsewhere(load)
+        result = plainly(run, given)
+        if when == "every" or left:
+            left.clear()
+            _elsewhere(load)
+        return result
+
+    monkeypatch.setattr(proof, "outcome", outcome)
+    _answer(model, x)
+    monkeypatch.undo()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, new[key]), key
+    for _ in range(4):
+        torch.testing.assert_close(_answer(model, x), expected, rtol=1e-4, atol=1e-5)
+    program = vars(model)["forward"]
+    assert program.refused is None and not caplog.records
+    assert program._replays.replays or native.why_no_native()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,8 @@ MOST_BYTES = 64 * 2**20
 #: Up to this size a tensor is compared with its copy, whatever PyTorch counted: it does not see writes by ``.data``.
 _ALWAYS_COMPARED = 2**16
 _TABLES = ("_parameters", "_buffers", "_modules")
+#: Attributes of every module.
+_INTERNAL = frozenset(vars(nn.Module()))
 
 
 class HeldState:
@@ -117,6 +120,48 @@ class _Kept:
 def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same bytes: NaN is NaN."""
     return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (a, b)))
+
+
+def private_twin(model: nn.Module) -> nn.Module | None:
+    """A module that runs as ``model`` does and writes to nothing that this holds, which other threads may use. None
+    where something cannot be copied. Large tensors are shared, and what PyTorch's own layers and ours hold, which in
+    eval mode write nothing.
+    """
+    memo: dict[int, Any] = {id(module): object.__new__(type(module)) for module in model.modules()}
+    try:
+        for module in model.modules():
+            held, twin = vars(module).copy(), memo[id(module)]  # in one step: other threads may add attributes
+            own = {name: value for name, value in held.items() if name not in _INTERNAL and name != "forward"}
+            vars(twin).update(held)
+            vars(twin)["_modules"] = {name: memo.get(id(part), part) for name, part in held["_modules"].items()}
+            if _writes_nothing(module):
+                continue
+            for name in ("_parameters", "_buffers"):
+                own[name] = held[name].copy()
+            _share_what_is_large(own, memo)
+            vars(twin).update(copy.deepcopy(own, memo))
+    except Exception as error:
+        logger.debug("%s has no twin: %s", type(model).__name__, error)
+        return None
+    found: nn.Module = memo[id(model)]
+    return found
+
+
+def _share_what_is_large(tree: Any, memo: dict[int, Any]) -> None:
+    """Have a copy of ``tree`` hold the same large tensors, and the same modules where they have no twin."""
+    stack, seen = [tree], set[int]()
+    while stack:
+        value = stack.pop()
+        large = isinstance(value, torch.Tensor) and value.numel() * value.element_size() > MOST_BYTES
+        if large or isinstance(value, nn.Module):
+            memo.setdefault(id(value), value)
+        elif id(value) not in seen:
+            seen.add(id(value))
+            stack += children(value) or ()
+
+
+def _writes_nothing(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.", "tilewright."))
 
 
 def private_copy(tree: Any) -> Any:

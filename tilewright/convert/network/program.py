@@ -34,10 +34,11 @@ from tilewright.convert.graph import (
 from tilewright.convert.network import proof
 from tilewright.convert.network import replayable as whole
 from tilewright.convert.network.assumed import assumptions, place_of
-from tilewright.convert.state import HeldState, private_copy
+from tilewright.convert.state import HeldState, private_copy, private_twin
 from tilewright.convert.structure import ReplacedForward
 from tilewright.kernels.cpu.replay import Replays
 from tilewright.kernels.dispatch import regions
+from tilewright.kernels.dispatch.same import SameTensors
 from tilewright.nn import FoldedBatchNorm
 from tilewright.nn.conv_int8 import scales_read
 
@@ -158,8 +159,8 @@ class Program(ReplacedForward):
         except Exception as theirs:
             raise theirs from error
 
-    def _by_layers(self, given: tuple[Any, ...]) -> Any:
-        return call_forward(self.owner, self.inputs, given)
+    def _by_layers(self, given: tuple[Any, ...], owner: nn.Module | None = None) -> Any:
+        return call_forward(self.owner if owner is None else owner, self.inputs, given)
 
     def _eager(self, *given: Any) -> Any:
         """What a compiled graph calls: as from Python, on the graph's inputs."""
@@ -225,16 +226,19 @@ class Program(ReplacedForward):
         if kinds in self._proven or self._replays is None or any(self._watched) or not proof.may_run(given):
             return self._flat(self._bound, *given)
         self._proven.add(kinds)
-        return self._prove(given)
+        return self._prove(kinds, given)
 
-    def _prove(self, given: tuple[Any, ...]) -> Any:
+    def _prove(self, kinds: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
         """The result for ``given``, and the end of the program if it is not what the layers give."""
-        before, generators = private_copy(given), proof.Generators()
+        before, generators, held = private_copy(given), proof.Generators(), SameTensors(self._held_tensors())
         result = self._flat(self._bound, *given)
         after = generators.put(generators.start)
         reason = self._why_wrong((result, given), before, generators)
         generators.put(after)
         if reason is None:
+            return result
+        if not held.match(self._held_tensors()):  # by another thread: what was compared is of different weights
+            self._proven.discard(kinds)
             return result
         self.refused = f"its graph does not compute what its layers do: {reason}"
         logger.warning("%s runs layer by layer from now on: %s", type(self.owner).__name__, self.refused)
@@ -246,7 +250,9 @@ class Program(ReplacedForward):
         return self._by_layers(given)
 
     def _why_wrong(self, found: Any, given: tuple[Any, ...], generators: proof.Generators) -> str | None:
-        owner, state = self.owner, HeldState(self.owner)
+        twin = private_twin(self.owner)
+        owner = self.owner if twin is None else twin
+        state = HeldState(owner)
 
         def run(function: proof.Run, inputs: tuple[Any, ...]) -> Any:
             generators.put(generators.start)
@@ -261,16 +267,18 @@ class Program(ReplacedForward):
             function = compiled(*self.steps[number])
             return lambda inputs: function(owner, *inputs)
 
+        by_layers = functools.partial(self._by_layers, owner=owner)
         try:
             if not self.steps:
-                reason = compare(self._by_layers, found)
+                reason = compare(by_layers, found)
             else:
                 floats = proof.outcome(functools.partial(run, step(0)), private_copy(given))
-                reason = compare(self._by_layers, floats) or compare(step(1), found)
+                reason = compare(by_layers, floats) or compare(step(1), found)
         except Exception as error:
             reason = f"they raise {type(error).__name__}"
         if state.changed():
-            state.restore()
+            if twin is None:
+                state.restore()
             reason = "forward writes state that the graph does not know of"
         return reason
 
