@@ -69,6 +69,26 @@ def test_a_converted_model_runs_in_onnx_runtime_at_any_batch(recipe: str, expect
             torch.testing.assert_close(run(path, x), model(x), rtol=slack, atol=slack)
 
 
+class Reads(nn.Module):
+    """Multiplies with a weight instead of calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called = nn.Linear(96, 64), nn.Linear(64, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(nn.functional.linear(x, self.read.weight, self.read.bias).relu())
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4-g32", "sparse24", "sparse24-int4"])
+def test_a_weight_that_is_read_is_dequantised_in_the_graph(recipe: str, tmp_path: Path) -> None:
+    model, path, x = exact(tw.convert_model(Reads().eval(), recipe)), tmp_path / "model.onnx", torch.randn(7, 96)
+    tw.export_onnx(model, path, x)
+    with torch.no_grad():
+        slack = 0.02 if recipe == "int8" else 1e-4
+        torch.testing.assert_close(run(path, x), model(x), rtol=slack, atol=slack)
+
+
 def test_the_packed_weight_is_the_state_dict_byte_for_byte(tmp_path: Path) -> None:
     model = tw.convert_model(nn.Sequential(nn.Linear(128, 24)), "int4-g32").eval()
     path = tmp_path / "model.onnx"

@@ -63,7 +63,8 @@ def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """int32 [R, ceil(columns / 8)] -> uint8 values 0..15 [R, columns]."""
     # Counted on the device: a list would be copied there, which export and CUDA graphs do not like.
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    nibbles = ((packed.unsqueeze(-1) >> shifts) & 15).to(torch.uint8)
+    # By its name: ONNX knows no ``>>`` of two tensors.
+    nibbles = (torch.bitwise_right_shift(packed.unsqueeze(-1), shifts) & 15).to(torch.uint8)
     return nibbles.reshape(len(packed), packed.shape[1] * 8)[:, :columns]
 
 

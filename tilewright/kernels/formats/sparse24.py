@@ -120,7 +120,8 @@ def pack_places(places: torch.Tensor) -> torch.Tensor:
 
 def unpack_places(meta: torch.Tensor, k: int) -> torch.Tensor:
     """uint8 [N, ceil(G / 2)] -> places int64 [N, G, 2]."""
-    nibbles = torch.stack([meta & 15, meta >> 4], dim=-1).reshape(len(meta), 2 * meta.shape[1])[:, : group_count(k)]
+    words = meta.to(torch.int32)  # ONNX shifts no bytes as PyTorch does
+    nibbles = torch.stack([words & 15, words >> 4], dim=-1).reshape(len(meta), 2 * meta.shape[1])[:, : group_count(k)]
     return torch.stack([nibbles & 3, nibbles >> 2], dim=-1).to(torch.int64)
 
 
