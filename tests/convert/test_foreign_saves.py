@@ -102,6 +102,39 @@ def test_layers_that_the_user_gives_back_are_noticed(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+def part_in_place(model: Any) -> None:
+    tw.convert_model(model.model, "int8", inplace=True)
+
+
+def part_put_back(model: Any) -> None:
+    model.model.layers[0].mlp = tw.convert_model(model.model.layers[0].mlp, "int4-g32")
+
+
+def layer_by_hand(model: Any) -> None:
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = tw.nn.Int8Linear.from_float(attention.q_proj)
+
+
+def convolution_by_hand(model: Any) -> None:
+    model.conv = tw.nn.ConvBnAct2d.from_float(nn.Conv2d(4, 4, 3))
+
+
+PARTS = [part_in_place, part_put_back, layer_by_hand, convolution_by_hand]
+
+
+@pytest.mark.parametrize("convert", PARTS)
+def test_a_model_of_which_a_part_was_converted_refuses(convert: Callable[[Any], None], tmp_path: Path) -> None:
+    """No conversion saw the whole: no tensors are written, though transformers has written the config by then."""
+    model = llama()
+    convert(model)
+    for save in (model.save_pretrained, copy.deepcopy(model).save_pretrained):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM.save_pretrained .* tw\.save_model\(model, folder\)"):
+            save(tmp_path / "model")
+    assert not {path.suffix for path in tmp_path.rglob("*")} & {".safetensors", ".bin"}
+    model.load_state_dict(model.state_dict())
+    tw.save_model(model, tmp_path / "ours")
+
+
 def test_a_trainer_that_saves_meets_it(tmp_path: Path) -> None:
     model = tw.convert_model(llama(), "int8")
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path / "run"), report_to=[], use_cpu=True)
@@ -161,6 +194,16 @@ def test_a_converted_wrapper_saves_its_adapter(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_an_adapter_inside_of_the_model_is_saved_alone(tmp_path: Path) -> None:
     model = tw.convert_model(llama(), "int8")
+    model.add_adapter(adapter_config())
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_an_adapter_inside_of_a_model_with_a_converted_part_is_saved_alone(tmp_path: Path) -> None:
+    model = llama()
+    part_in_place(model)
     model.add_adapter(adapter_config())
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

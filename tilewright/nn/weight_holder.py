@@ -11,6 +11,7 @@ from torch import nn
 from tilewright.kernels.formats.ranges import check_range_search
 from tilewright.kernels.formats.weight import Operands, WeightFormat
 from tilewright.nn.float_weight import FloatWeight, check_like
+from tilewright.nn.foreign_saves import check_who_saves
 from tilewright.nn.kinds import DropIn
 from tilewright.nn.stored_weight import Stored, note_read
 
@@ -45,6 +46,10 @@ class WeightHolder(DropIn):
         if cls.base_format is not None:
             scale = ["channel_scale"] if "channel_scale" in cls.options else []
             cls._held_names = (*map(stored_name, cls.base_format.names), *scale)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        check_who_saves()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     # ---- what subclasses provide
     def _weight_size(self) -> tuple[int, ...]:
