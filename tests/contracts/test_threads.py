@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tilewright as tw
@@ -258,3 +259,36 @@ def test_weights_that_come_while_a_program_is_proven(
     program = vars(model)["forward"]
     assert program.refused is None and not caplog.records
     assert program._replays.replays or native.why_no_native()
+
+
+class Drawing(SmallMobileNet):
+    """Drops numbers in eval mode too, as a network does that is asked several times how sure it is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x + 0.1 * torch.rand_like(x)), 0.5, True)
+
+
+@pytest.mark.parametrize("recipe", ["fuse", "int8"])
+@pytest.mark.parametrize("kind", [SmallMobileNet, Drawing])
+def test_random_numbers_go_on_while_a_program_is_proven(
+    kind: type[nn.Module], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread draws what it would have drawn had the program not been proven."""
+    model, x = _network(kind, recipe)
+    x = torch.cat([x, x])  # of a shape that it has not been called on
+    drawn: list[torch.Tensor] = []
+    plainly = proof.outcome
+
+    def outcome(run: proof.Run, given: tuple[Any, ...]) -> Any:
+        result = plainly(run, given)
+        _elsewhere(lambda: drawn.append(torch.rand(4)))
+        return result
+
+    monkeypatch.setattr(proof, "outcome", outcome)
+    torch.manual_seed(0)
+    answer = _answer(model, x)
+    assert drawn and vars(model)["forward"].refused is None
+    drawn.append(torch.rand(4))
+    torch.manual_seed(0)
+    torch.testing.assert_close(_answer(model, x), answer, rtol=1e-3, atol=1e-3)
+    assert torch.equal(torch.rand(4 * len(drawn)), torch.cat(drawn))

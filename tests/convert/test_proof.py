@@ -18,6 +18,7 @@ from tests.convert.networks import Inception, SmallMobileNet, SmallResNet, Squee
 from tests.convert.programs import network
 from tilewright.convert.network import proof
 from tilewright.convert.network.program import Program
+from tilewright.kernels.cpu.replay import MOST_REPLAYS
 
 SETTINGS = {"factor": 2.0}
 
@@ -232,6 +233,37 @@ def test_narrow_floats_and_zeros_and_nan_are_no_difference() -> None:
             if dtype == torch.float32:
                 small(torch.full((4, 1, 16, 16), torch.nan))
         assert program_of(small).refused is None
+
+
+def test_programs_that_draw_random_numbers_are_proven() -> None:
+    class Drawing(Fooled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.dropout(super().forward(x * torch.rand(1)).mean((2, 3)), 0.5, True)
+
+    sound, wrong = (tw.convert_model(settled(Drawing()), "fuse") for _ in range(2))
+    with torch.no_grad():
+        sound(picture())
+        SETTINGS["factor"] = 3.0
+        wrong(picture())
+    assert program_of(sound).refused is None
+    assert "does not compute" in str(program_of(wrong).refused)
+
+
+def test_the_kinds_of_inputs_that_are_remembered_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But more than there are recordings; what is forgotten is proven again."""
+    most = MOST_REPLAYS + 1
+    monkeypatch.setattr("tilewright.convert.network.program.MOST_PROVEN", most)
+    small = tw.convert_model(settled(Fooled()), "fuse")
+    program = program_of(small)
+    with torch.no_grad():
+        for batch in range(1, most + 3):
+            small(picture(batch))
+        assert [kinds[0][0][0] for kinds in program._proven] == list(range(3, most + 3))
+        SETTINGS["factor"] = 3.0
+        small(picture(most))
+        assert program.refused is None, "proven before"
+        small(picture(1))
+        assert program.refused is not None
 
 
 def test_the_proof_has_no_side_effects() -> None:

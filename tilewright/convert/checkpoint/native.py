@@ -46,7 +46,8 @@ def save_model(model: nn.Module, directory: str | os.PathLike[str], *, max_shard
     Everything that holds a tensor is written: parameters, buffers, also non-persistent ones, and tensors in plain
     attributes. Data files are split at ``max_shard_bytes`` (a larger tensor gets a file of its own). An older save
     there is replaced, in one step: whoever loads meanwhile gets the older model or the newer one. Saves into one folder
-    wait for each other, and what killed ones left there is removed. Raises ValueError for what cannot be stored
+    wait for each other, and what killed ones left there is removed; on Windows and on file systems without locks
+    (``flock``) neither is done, so there let one process save at a time. Raises ValueError for what cannot be stored
     faithfully: tensors on the meta device or of an exotic dtype, extra state, partly overlapping tensors.
     """
     if max_shard_bytes <= 0:

@@ -8,6 +8,7 @@ for: in training mode, with other arguments than the graph was made for, with ho
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -34,6 +35,7 @@ from tilewright.convert.graph import (
 from tilewright.convert.network import proof
 from tilewright.convert.network import replayable as whole
 from tilewright.convert.network.assumed import assumptions, place_of
+from tilewright.convert.network.draws import Draws, Unrepeatable
 from tilewright.convert.state import HeldState, private_copy, private_twin
 from tilewright.convert.structure import ReplacedForward
 from tilewright.kernels.cpu.replay import Replays
@@ -43,6 +45,8 @@ from tilewright.nn import FoldedBatchNorm
 from tilewright.nn.conv_int8 import scales_read
 
 logger = logging.getLogger("tilewright")
+#: Kinds of inputs of which a program remembers that it is proven.
+MOST_PROVEN = 4096
 #: What is kept in copies and pickles.
 _KEPT = (
     "owner",
@@ -89,7 +93,8 @@ class Program(ReplacedForward):
     def _make(self) -> None:
         self._function = compiled(self.source, self.names)
         self._flat = compiled(self.flat_source, self.names)
-        self._proven: set[Any] = set()
+        #: Kinds of inputs, the oldest first.
+        self._proven: dict[Any, None] = {}
         #: What the fast form refers to, as attributes.
         self._bound: types.SimpleNamespace | None = None
         self._replays: Replays | None = None
@@ -225,43 +230,51 @@ class Program(ReplacedForward):
         kinds = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else type(x) for x in given)
         if kinds in self._proven or self._replays is None or any(self._watched) or not proof.may_run(given):
             return self._flat(self._bound, *given)
-        self._proven.add(kinds)
+        if len(self._proven) >= MOST_PROVEN:
+            with contextlib.suppress(StopIteration, KeyError, RuntimeError):  # another thread does the same
+                del self._proven[next(iter(self._proven))]
+        self._proven[kinds] = None
         return self._prove(kinds, given)
 
     def _prove(self, kinds: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
         """The result for ``given``, and the end of the program if it is not what the layers give."""
-        before, generators, held = private_copy(given), proof.Generators(), SameTensors(self._held_tensors())
+        before, held = private_copy(given), SameTensors(self._held_tensors())
         result = self._flat(self._bound, *given)
-        after = generators.put(generators.start)
-        reason = self._why_wrong((result, given), before, generators)
-        generators.put(after)
+        reason = self._why_wrong((result, given), before)
         if reason is None:
             return result
         if not held.match(self._held_tensors()):  # by another thread: what was compared is of different weights
-            self._proven.discard(kinds)
+            self._proven.pop(kinds, None)
             return result
         self.refused = f"its graph does not compute what its layers do: {reason}"
         logger.warning("%s runs layer by layer from now on: %s", type(self.owner).__name__, self.refused)
-        generators.put(generators.start)
         with torch.no_grad():
             for x, values in zip(pytree.tree_leaves(given), pytree.tree_leaves(before), strict=True):
                 if isinstance(x, torch.Tensor) and not torch.equal(x, values):
                     x.copy_(values)
         return self._by_layers(given)
 
-    def _why_wrong(self, found: Any, given: tuple[Any, ...], generators: proof.Generators) -> str | None:
+    def _why_wrong(self, found: Any, given: tuple[Any, ...]) -> str | None:
         twin = private_twin(self.owner)
         owner = self.owner if twin is None else twin
-        state = HeldState(owner)
+        state, drew = HeldState(owner), False
 
         def run(function: proof.Run, inputs: tuple[Any, ...]) -> Any:
-            generators.put(generators.start)
-            with torch.no_grad():
-                return function(inputs)
+            nonlocal drew
+            with torch.no_grad(), Draws() as draws:
+                result = function(inputs)
+            drew |= draws.any
+            return result
 
-        def compare(function: proof.Run, found: Any) -> str | None:
-            again = functools.partial(run, function)
-            return proof.why_differs(found, proof.outcome(again, private_copy(given)), again, given)
+        def outcome(function: proof.Run) -> Any:
+            return proof.outcome(functools.partial(run, function), private_copy(given))
+
+        def compare(function: proof.Run, found: Callable[[], Any]) -> str | None:
+            expected = outcome(function)
+            return proof.why_differs(found(), expected, functools.partial(run, function), given)
+
+        def answer() -> Any:
+            return outcome(lambda inputs: self._flat(self._bound, *inputs)) if drew else found
 
         def step(number: int) -> proof.Run:
             function = compiled(*self.steps[number])
@@ -270,10 +283,11 @@ class Program(ReplacedForward):
         by_layers = functools.partial(self._by_layers, owner=owner)
         try:
             if not self.steps:
-                reason = compare(by_layers, found)
+                reason = compare(by_layers, answer)
             else:
-                floats = proof.outcome(functools.partial(run, step(0)), private_copy(given))
-                reason = compare(by_layers, floats) or compare(step(1), found)
+                reason = compare(by_layers, functools.partial(outcome, step(0))) or compare(step(1), answer)
+        except Unrepeatable:
+            reason = None
         except Exception as error:
             reason = f"they raise {type(error).__name__}"
         if state.changed():

@@ -104,27 +104,6 @@ def _nearby(given: tuple[Any, ...], by: float, generator: torch.Generator) -> tu
     return copied
 
 
-class Generators:
-    """PyTorch's generators of random numbers, so that two runs draw the same."""
-
-    def __init__(self) -> None:
-        self.start = self._states()
-
-    @staticmethod
-    def _states() -> list[torch.Tensor]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return [torch.get_rng_state(), *cuda]
-
-    def put(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Draw from ``states`` on. Returns what they were. Writes nothing if nothing was drawn in between."""
-        now = self._states()
-        if not all(map(torch.equal, now, states)):
-            torch.set_rng_state(states[0])
-            for device, state in enumerate(states[1:]):
-                torch.cuda.set_rng_state(state, device)
-        return now
-
-
 def may_run(given: Sequence[Any]) -> bool:
     """Whether a second run on these inputs means something: real tensors, and nobody who watches what is called."""
     leaves = pytree.tree_leaves(list(given))
