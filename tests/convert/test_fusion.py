@@ -274,6 +274,20 @@ def test_parts_of_a_fused_model_are_taken_elsewhere(x: torch.Tensor) -> None:
     assert torch.equal(twin(x), expected)
 
 
+def test_the_report_names_a_fused_layer_that_was_moved_by_hand() -> None:
+    """Its activation may be applied twice there: nobody can tell at the time when it is moved."""
+    source, moved, alone = tw.convert_model(Gated(), "int8"), Gated(), nn.Sequential()
+    moved.gate, alone.gate = source.gate, source.gate
+    kept = tw.convert_model(Gated(), "int8", fuse=False)
+    for model, told in ((moved, "here that is a SiLU"), (alone, "there is no such module here")):
+        report = tw.report(model)
+        (layer,) = [each for each in report.converted if each.name == "gate"]
+        assert layer.reason.startswith("it applies silu for the module 'act'") and told in layer.reason
+        assert "fuse=False" in str(report).replace("\n", " ")
+    for model in (source, kept, source.gate):
+        assert not any(layer.reason for layer in tw.report(model).converted)
+
+
 def test_the_state_dict_is_one_for_all_that_take_one(x: torch.Tensor, tmp_path: Path) -> None:
     model = tw.convert_model(Gated(), "int8")
     state, expected = model.state_dict(), model(x)

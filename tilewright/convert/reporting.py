@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from tilewright.convert.schemes import registered_schemes
 from tilewright.convert.structure import trains
 from tilewright.convert.text import display_name, listed
 from tilewright.kernels.dispatch.router import describe, route
-from tilewright.nn import ConvLayer, QuantizedLinear
+from tilewright.nn import ConvLayer, FusedActivation, QuantizedLinear
+from tilewright.nn.taken_over import TakesActivation
 
 
 def report(
@@ -54,6 +56,7 @@ def report(
     modules = layers_of(model)
     account = account_of(model, modules)
     found = [_layer(module, names[0], record, errors, account) for module, names in modules.items()]
+    found = [_with_note(each, _why_astray(model, each.name)) for each in found]
     return whole_report(type(model).__name__, found, account.others, record, trains(model))
 
 
@@ -94,6 +97,27 @@ def _layer(
     served = {"device": device, "implementations": implementations, "declined": declined}
     seen = {"bytes_before": made.bytes_before - shared, "bytes_after": held}
     return from_record(name, kind, made, **served, **seen, output_error=errors.get(name, made.output_error))
+
+
+def _why_astray(model: nn.Module, name: str) -> str:
+    """What is odd about the activation that the layer ``name`` has taken over; "" if nothing is."""
+    parent, _, attribute = name.rpartition(".")
+    siblings = model.get_submodule(parent)._modules
+    layer = siblings.get(attribute) if name else None
+    if not isinstance(layer, TakesActivation) or not layer.fused_activation:
+        return ""
+    place = siblings.get(layer.fused_activation)
+    if isinstance(place, FusedActivation) and place.source == attribute:
+        return ""
+    here = "there is no such module here" if place is None else f"here that is a {type(place).__name__}"
+    return (
+        f"it applies {layer.activation} for the module {layer.fused_activation!r} of the model that it was taken from, "
+        f"and {here}: convert with fuse=False before layers are moved"
+    )
+
+
+def _with_note(layer: ReportedLayer, note: str) -> ReportedLayer:
+    return replace(layer, reason="; ".join(filter(None, (layer.reason, note))))
 
 
 def from_record(name: str, kind: str, made: LayerRecord, **seen: Any) -> ReportedLayer:
