@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz.parts import Writer, lines, part, written
+from tests.fuzz.parts import Writer, channels, is_image, lines, part, written
 
 
 @part(2, hazard="alias")
@@ -51,6 +51,13 @@ def remembers(w: Writer, v: str, u: str, n: int) -> bool:
     return w.run(f"{name} = {v}")
 
 
+@part(hazard="state")
+def counting_block(w: Writer, v: str, u: str, n: int) -> bool:
+    if not is_image(w, v):
+        return False
+    return w.new(f"{w.layer(f'blocks.Counting({channels(w, v)})')}({v})")
+
+
 @part(hazard="input")
 def write_into_input(w: Writer, v: str, u: str, n: int) -> bool:
     return w.run(
@@ -64,11 +71,11 @@ def write_into_input(w: Writer, v: str, u: str, n: int) -> bool:
 def reads_weight(w: Writer, v: str, u: str, n: int) -> bool:
     """A weight that is read by somebody else than its layer."""
     c = w.shape(v)[-1]
-    fits = [name for name, takes in w.layers if takes == f"linear of {c}"]
+    fits = w.weighted(f"linear of {c}")
     if fits and w.value(v).dim() < 4:
         name = fits[n % len(fits)]
         return w.new((f"F.linear({v}, {name}.weight)", f"{v} @ {name}.weight.t()")[n % 2])
-    fits = [name for name, takes in w.layers if takes == f"2d of {w.shape(v)[1]}" and "Sequential" not in str(w.init)]
+    fits = w.weighted(f"2d of {w.shape(v)[1]}")
     if not fits or w.value(v).dim() != 4:
         return False
     return w.new(f"{v} * {fits[n % len(fits)]}.weight.norm()")

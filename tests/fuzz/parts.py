@@ -90,6 +90,58 @@ def linear(w: Writer, v: str, u: str, n: int) -> bool:
 
 
 @part(2)
+def functional(w: Writer, v: str, u: str, n: int) -> bool:
+    """Layers without a module: the network holds their weights itself."""
+    dims, shape = w.value(v).dim(), w.shape(v)
+    c, features = shape[1], shape[-1]
+    if is_image(w, v) and max(shape[2:]) <= 40:
+        forms = (
+            f"F.conv2d({v}, {{}}, padding=1)|torch.randn(8, {c}, 3, 3) / {3 * c**0.5}",
+            f"F.conv2d({v}, {{}}, padding=1, groups={c})|torch.randn({c}, 1, 3, 3) / 3",
+            f"F.batch_norm({v}, {{}}, torch.ones({c}))|torch.randn({c})",
+            f"F.group_norm({v}, 1, {{}})|torch.rand({c}) + 0.5",
+            f"F.conv_transpose2d({v}, {{}}, stride=2)|torch.randn({c}, 4, 2, 2) / {c**0.5}",
+        )
+    elif dims in (2, 3):
+        forms = (
+            f"F.linear({v}, {{}})|torch.randn(16, {features}) / {features**0.5}",
+            f"F.layer_norm({v}, ({features},), {{}})|torch.rand({features}) + 0.5",
+            f"{v} @ {{}}|torch.randn({features}, 32) / {features**0.5}",
+            f"torch.einsum('...i,ij->...j', {v}, {{}})|torch.randn({features}, 16) / {features**0.5}",
+        )
+    else:
+        return False
+    call, _, weight = forms[n % len(forms)].partition("|")
+    return w.new(call.format(w.layer(f"nn.Parameter({weight})")))
+
+
+@part()
+def tied(w: Writer, v: str, u: str, n: int) -> bool:
+    """A layer that shares the weight of another."""
+    c = w.shape(v)[-1]
+    fits = w.weighted(f"linear of {c}")
+    if not fits or w.value(v).dim() not in (2, 3):
+        return False
+    first = fits[n % len(fits)]
+    layer = w.layer(f"nn.Linear({c}, {first}.out_features)", f"linear of {c}")
+    w.start(f"{layer}.weight = {first}.weight")
+    return w.new(f"{layer}({v})")
+
+
+@part(2)
+def block(w: Writer, v: str, u: str, n: int) -> bool:
+    """A module of several layers with a forward of its own."""
+    if is_image(w, v) and max(w.shape(v)[2:]) <= 40:
+        c = channels(w, v)
+        kind = ("Residual", "PreActivated", "Picky")[n % 3]
+        return w.new(f"{w.layer(f'blocks.{kind}({c})', f'2d of {c}')}({v})")
+    if w.value(v).dim() in (2, 3):
+        c = w.shape(v)[-1]
+        return w.new(f"{w.layer(f'blocks.FeedForward({c})', f'linear of {c}')}({v})")
+    return False
+
+
+@part(2)
 def feed_forward(w: Writer, v: str, u: str, n: int) -> bool:
     """A linear layer and an activation right after it."""
     if w.value(v).dim() not in (2, 3):
@@ -358,7 +410,9 @@ def dropout(w: Writer, v: str, u: str, n: int) -> bool:
 
 @part()
 def branch(w: Writer, v: str, u: str, n: int) -> bool:
-    """Control flow that looks at a shape or at the mode."""
+    """Control flow that looks at a shape, at the mode or at a value."""
+    if n % 4 == 3:
+        return w.new(f"{v} if {v}.isnan().any() else {v} * 0.5")
     if n % 3 == 0:
         return w.new(f"{v} * 2 if {v}.shape[0] > 1 else {v} * 2")
     if n % 3 == 1 and is_image(w, v):

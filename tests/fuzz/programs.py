@@ -56,6 +56,8 @@ HEAD = """import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.fuzz import blocks
+
 
 class Net(nn.Module):
     def __init__(self):

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from tests.fuzz import blocks
+
 Part = Callable[["Writer", str, str, int], bool]
 PARTS: dict[str, Part] = {}
 HAZARDS: dict[str, str] = {}
@@ -31,6 +33,7 @@ class Writer:
             "torch": torch,
             "nn": nn,
             "F": nn.functional,
+            "blocks": blocks,
         }
         self.values = ["x"]
         self.layers: list[tuple[str, str]] = []  # the name and what it takes: "conv2d of 8", "linear of 16"
@@ -51,22 +54,27 @@ class Writer:
     def layer(self, code: str, takes: str = "") -> str:
         """A submodule, parameter or buffer made by ``code``; its name."""
         name = f"self.m{len(self.init)}"
-        self._run_init(f"{name} = {code}")
+        self.start(f"{name} = {code}")
         if takes:
             self.layers.append((name, takes))
         return name
 
     def buffer(self, code: str) -> str:
         name = f"b{len(self.init)}"
-        self._run_init(f'self.register_buffer("{name}", {code})')
+        self.start(f'self.register_buffer("{name}", {code})')
         return f"self.{name}"
 
     def attribute(self, code: str) -> str:
         name = f"self.a{len(self.init)}"
-        self._run_init(f"{name} = {code}")
+        self.start(f"{name} = {code}")
         return name
 
-    def _run_init(self, line: str) -> None:
+    def weighted(self, takes: str) -> list[str]:
+        """Layers that take such values and hold a weight themselves."""
+        return [name for name, each in self.layers if each == takes and hasattr(eval(name, self.scope), "weight")]
+
+    def start(self, line: str) -> None:
+        """A line of ``__init__``."""
         exec(line, self.scope)
         self.module.eval()
         self.init.append(line)
