@@ -7,6 +7,7 @@ import torch
 from tilewright.kernels.attention.operator import why_not_shapes
 from tilewright.kernels.dispatch.layers import can_bypass_dispatcher, profiler_enabled
 from tilewright.kernels.dispatch.router import resolve
+from tilewright.kernels.dispatch.same import holds_values
 
 
 def supports(
@@ -18,6 +19,8 @@ def supports(
     given = [query, key, value] if mask is None else [query, key, value, mask]
     for tensor in given:
         if tensor.device.type != "cpu" or (tensor.requires_grad and torch.is_grad_enabled()):
+            return False
+        if not torch.compiler.is_compiling() and not holds_values(tensor):  # a graph asks the dispatcher
             return False
     if any(t.dim() != 4 or t.dtype != torch.float32 for t in (query, key, value)) or torch.is_autocast_enabled("cpu"):
         return False

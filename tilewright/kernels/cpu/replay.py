@@ -27,7 +27,7 @@ from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.replay_steps import NATIVE, Lowering, NotNative
 from tilewright.kernels.cpu.steps import Description
-from tilewright.kernels.dispatch.same import SameTensors, version_of
+from tilewright.kernels.dispatch.same import SameTensors, holds_values, version_of
 
 _local = threading.local()
 #: Replays kept for one function: one for each combination of input shapes.
@@ -356,7 +356,9 @@ class Replays:
     def __call__(self, *inputs: Any) -> Any:
         """What ``function(*inputs)`` returns."""
         for x in inputs:
-            if type(x) is not torch.Tensor or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+            if type(x) is not torch.Tensor or x.device.type != "cpu" or not holds_values(x):
+                return self.function(*inputs)
+            if x.requires_grad and torch.is_grad_enabled():
                 return self.function(*inputs)
         if _is_special():
             return self.function(*inputs)

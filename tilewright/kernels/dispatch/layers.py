@@ -17,7 +17,7 @@ import torch
 
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.card import Card, card_of
-from tilewright.kernels.dispatch.same import SameTensors, TensorCache, version_of
+from tilewright.kernels.dispatch.same import SameTensors, TensorCache, holds_values, version_of
 
 Call = Callable[..., torch.Tensor]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -68,14 +68,17 @@ def can_bypass_dispatcher(x: torch.Tensor, *, profiler: bool = False) -> bool:
         or tracing()
         or _forward_ad._current_level >= 0
         or (not profiler and profiling())
+        or not holds_values(x)
     )
 
 
 def _leave_traces(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether a change of ``tensors`` can be seen: writes into inference tensors cannot, and subclasses dispatch for
-    themselves.
+    """Whether a kernel may read the memory of ``tensors`` and a change of it can be seen: writes into inference tensors
+    cannot, and subclasses dispatch for themselves.
     """
-    return all(t is None or (type(t) in _PLAIN and t.is_cpu and version_of(t) >= 0) for t in tensors)
+    return all(
+        t is None or (type(t) in _PLAIN and t.is_cpu and version_of(t) >= 0 and holds_values(t)) for t in tensors
+    )
 
 
 def _find(calls: dict[Any, Call | None], key: Any, prepare: Callable[[], Call | None]) -> Call | None:

@@ -16,6 +16,7 @@ import torch
 from tilewright.kernels.dispatch.card import Card, add
 from tilewright.kernels.dispatch.layers import Repeats, can_bypass_dispatcher, prepare
 from tilewright.kernels.dispatch.router import on_invalidate, register, route_call
+from tilewright.kernels.dispatch.same import holds_values
 
 NAMESPACE = "tilewright"
 #: Calls of one operator, by shapes and dtypes, whose implementation is remembered.
@@ -80,7 +81,7 @@ def define(card: Card) -> None:
         # the operator, though, and everything below this kernel.
         if can_bypass_dispatcher(args[0]):
             given = args[residual] if len(args) > residual else None
-            if given is None or type(given) is torch.Tensor:
+            if given is None or (type(given) is torch.Tensor and holds_values(given)):
                 call = repeats.find(args, kwargs)
                 if call is not None:
                     return call(args[0], given)

@@ -32,6 +32,13 @@ def version_of(tensor: torch.Tensor) -> int:
         return -1
 
 
+def holds_values(tensor: torch.Tensor) -> bool:
+    """Whether the memory of ``tensor`` holds its values. PyTorch leaves some to the next operator: a sign to change
+    (of ``z.conj().imag``), zeros that were never written (of some derivatives).
+    """
+    return not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
+
+
 def storage_of(tensor: torch.Tensor) -> int:
     """A number for the memory of ``tensor`` and its views that no other memory has as long as this one lives."""
     return int(tensor.untyped_storage()._cdata)
