@@ -84,6 +84,7 @@ class WeightHolder(DropIn):
         What is written into it, or assigned, is stored as ``from_float`` would store it, with ``range_search`` and the
         group size of this layer; rows that do not change stay as they are to the bit. Raises TypeError or ValueError
         for one of another shape, dtype or device, and for one that is not finite.
+        In a graph that PyTorch compiles or exports it is a value: what the graph writes into it in place is not stored.
         """
         held = self._held_weight()
         if torch.compiler.is_compiling():
