@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from tilewright.convert.graph.capture import Capture, arguments_of
 from tilewright.convert.graph.leaves import has_hooks, holds_convolution, is_leaf, replaces_forward
+from tilewright.convert.graph.listeners import told_by_hooks
 from tilewright.convert.graph.memory import settle
 from tilewright.convert.graph.values import Untraceable
 from tilewright.convert.record import join
@@ -155,6 +156,8 @@ def trace(name: str, module: nn.Module, opaque: frozenset[str] = frozenset()) ->
     inputs, defaults = arguments_of(module)
     capture = Capture(module, lambda part, path: path in opaque or is_leaf(part))
     graph = capture.run(inputs)
+    if paths := told_by_hooks(capture.modules, {str(node.target) for node in graph.nodes if node.op == "call_module"}):
+        raise Untraceable(min(paths), "a hook inside may tell its code what it heard", paths)
     settle(graph, capture.modules)
     return Region(name, module, graph, inputs, defaults, capture.gradients is not False)
 
