@@ -309,7 +309,8 @@ class Case:
         more = {name for name in shapes.keys() - expected.keys() if name.endswith(".bias")}
         if self.recipe.recipe != "fuse" and not any("running" in name for name in expected) and changed - more:
             raise Broken(f"another state dict: {sorted(changed - more)[:4]}")
-        floor = 36 if self.recipe.weights_alone and not self.jumps else self.floor - 3
+        # A product with float activations may be taken in bfloat16, which errs so much less than the least bits.
+        floor = min(36, self.floor + 28) if self.recipe.weights_alone and not self.jumps else self.floor - 3
         self.measured["revert"] = close(self.main(self.run(reverted)), self.main(self.answer), floor, "reverted")
         self._again(self.converted, "the converted model after revert_model")
 

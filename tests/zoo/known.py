@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from tests.zoo.checks import RECIPES
 
-HOOKS = "transformers reads hidden states by hooks on layers, which the converted forward does not call"
-
 #: Names of architectures, names of recipes ("*" for all), the check, and why it fails.
 KNOWN: tuple[tuple[str, str, str, str], ...] = (
-    ("dpt", "int8 fuse", "call", HOOKS),
-    ("dpt", "int8-calibrated", "convert", HOOKS),
-    ("recurrent_gemma", "*", "save and load", "tensors that a call leaves on modules are written into the checkpoint"),
     ("mobilenet_v1 mobilenet_v2", "int8-calibrated", "call", "one scale for channels of very different size"),
 )
 

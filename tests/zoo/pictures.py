@@ -28,7 +28,7 @@ PICTURES = {
         "Swinv2ForImageClassification",
         SWIN,
         pixels(),
-        gains={"*continuous_position_bias_mlp*": 0.1},
+        gains={"*continuous_position_bias_mlp*": 0.3},
         floors=floors(28, 24, 30, -3, 7),
     ),
     "hiera": Row(
