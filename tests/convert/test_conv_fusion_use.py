@@ -244,3 +244,23 @@ def test_compiled_and_exported(recipe: str) -> None:
         exported = torch.export.export(model, (x,))
         torch.testing.assert_close(exported.module()(x), model(x))
     assert set(exported.state_dict) <= set(model.state_dict())
+
+
+@torch.no_grad()
+def test_samples_that_a_graph_was_not_made_for_are_observed_too() -> None:
+    """Its layers run one by one for them, and a scale must hold what comes to them there."""
+
+    class Choosy(SmallResNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * 2 if x.shape[0] > 1 else x / 2)
+
+    plain, choosy, x = settled(SmallResNet()), settled(Choosy()), torch.randn(4, 1, 16, 16)
+    choosy.load_state_dict(plain.state_dict())
+    small = tw.convert_model(choosy, "int8", calibration_data=[x[:1], x])
+    expected = tw.convert_model(plain, "int8", calibration_data=[x[:1] / 2, x * 2])
+    scales, wanted = ({n: v for n, v in each.named_buffers() if "input_scale" in n} for each in (small, expected))
+    assert scales.keys() == wanted.keys() and scales
+    for name, scale in scales.items():
+        torch.testing.assert_close(scale, wanted[name], rtol=0.1, atol=0)
+    y = choosy(x)
+    assert (small(x) - y).norm() < 0.06 * y.norm()

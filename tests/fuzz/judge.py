@@ -38,7 +38,9 @@ FORMATS = {
     "int8": Format("int8", calibrated=True, inputs=127, weights=127),
     "int8-dynamic": Format("int8", inputs=127, weights=127),
     "int8-weight-only": Format("int8-weight-only", weights=127),
+    "int8-static": Format("int8-static", calibrated=True, inputs=127, weights=127),
     "int4": Format("int4-g32", weights=15),
+    "w4a8": Format("w4a8-g32", inputs=127, weights=15),
 }
 #: How the numbers of a float kernel may differ from PyTorch's by the order of their sums, relative to the largest;
 #: and products with weights of few bits, which a processor may take in bfloat16.

@@ -185,14 +185,16 @@ def private_copy(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """What is drawn from PyTorch's generators while this is open is drawn again afterwards."""
+    """What is drawn from PyTorch's generators while this is open is drawn again afterwards.
+
+    So is what other threads draw meanwhile: the generators are of the whole process.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     states = [torch.cuda.get_rng_state(device) for device in devices]
     state = torch.get_rng_state()
     try:
         yield
     finally:
-        # Whoever else draws numbers meanwhile is disturbed only if the model drew some.
         if not torch.equal(torch.get_rng_state(), state):
             torch.set_rng_state(state)
         for device, before in zip(devices, states, strict=True):

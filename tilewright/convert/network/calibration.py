@@ -1,7 +1,8 @@
 """Calibration of static int8: what reaches each convolution on sample inputs, and what quantising it costs there.
 
 The model runs with its convolutions fused in float, region by region through ``torch.fx.Interpreter``, which sees every
-tensor between layers. Convolutions outside of any region are watched by a hook.
+tensor between layers. Convolutions are watched by hooks too, for those outside of any region, and for what the model is
+called on that a graph was not made for: there its layers run one by one.
 """
 
 from __future__ import annotations
@@ -52,21 +53,19 @@ class Calibration:
                 watched = self._by_node.setdefault(node, [])
                 if not any(known is observer for known, _ in watched):
                     watched.append((observer, layer))
-        self.outside = sorted(required - inside)
-        for layer in self.outside:
+        for layer in sorted(required - inside):
             self.observers[Scale(layer, "x")] = Observer()
 
     # ---- running
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """While this is open, whatever the model is called on is observed."""
-        outside = {layer: self.model.get_submodule(layer) for layer in self.outside}
+        called = {layer: self.model.get_submodule(layer) for layer in sorted(self.required)}
 
         def hear(layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if args:
-                _add(self.observers[Scale(layer, "x")], args[0], layer)
+            _add(self.observers[Scale(layer, "x")], calibrate.first_input(args, kwargs), layer)
 
-        with calibrate.listening(outside, hear), self._interpreted(self._observe):
+        with calibrate.listening(called, hear), self._interpreted(self._observe):
             yield
 
     @contextlib.contextmanager
