@@ -264,6 +264,23 @@ def test_quantising_is_the_reference_bit_for_bit(isa: str, shape: tuple[int, ...
         assert torch.equal(y, int8_reference.quantize_per_tensor(given_x, 0.03125, dtype))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 17, 19), (3, 64, 9, 9), (2, 1, 5, 37), (7, 33), (3, 4, 5), (5,)], ids=str)
+def test_marks_are_the_references(isa: str, shape: tuple[int, ...]) -> None:
+    needs_c()
+    clean = torch.randn(shape)
+    for layout in (clean, clean.transpose(0, -1).contiguous().transpose(0, -1)):
+        for bad in (float("nan"), float("inf"), -float("inf"), 3e38):
+            for place in {0, clean.numel() // 2, clean.numel() - 1}:
+                x = layout.clone()
+                x[tuple(int(i) for i in torch.unravel_index(torch.tensor(place), shape))] = bad
+                for dims in range(2 if x.dim() == 4 else x.dim()):
+                    q, marks = int8_cpu.quantize_per_tensor_marked(x, 0.03125, dims)
+                    expected, expected_marks = int8_reference.quantize_per_tensor_marked(x, 0.03125, dims)
+                    assert torch.equal(q, expected)
+                    assert torch.equal(marks.isnan(), expected_marks.isnan())
+                    assert torch.equal(marks.nan_to_num(0.0), expected_marks.nan_to_num(0.0))
+
+
 def test_changed_weights_and_biases_are_noticed() -> None:
     needs_c()
     x, weight, bias = image(1, 16, 8, 8), torch.randn(16, 1, 1, 16), torch.randn(16)

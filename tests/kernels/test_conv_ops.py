@@ -66,6 +66,9 @@ def test_opcheck(changes: dict[str, Any]) -> None:
 def test_opcheck_of_quantisation(shape: tuple[int, ...]) -> None:
     torch.library.opcheck(operator("quantize_per_tensor").default, (torch.randn(shape), 0.1))
     torch.library.opcheck(operator("quantize_per_tensor").default, (torch.randn(shape), 0.1, torch.uint8))
+    for sample_dims in (0, 1):
+        arguments = (torch.randn(shape), 0.1, sample_dims)
+        torch.library.opcheck(operator("quantize_per_tensor_marked").default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8, torch.uint8], ids=str)
@@ -262,6 +265,12 @@ def test_bad_arguments_are_named(op: str, changes: dict[str, Any], error: Any, w
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_bad_scale_is_named(scale: float) -> None:
+    for dims, most in ((4, 1), (3, 2), (0, 0)):
+        for given in (-1, most + 1):
+            with pytest.raises(
+                ValueError, match=f"sample_dims must be 0 to {most} for x of {dims} dimensions, not {given}"
+            ):
+                torch.ops.tilewright.quantize_per_tensor_marked(torch.ones((2,) * dims), 1.0, given)
     with pytest.raises(ValueError, match="quantize_per_tensor: scale must be positive and finite"):
         torch.ops.tilewright.quantize_per_tensor(torch.ones(3), scale)
     with pytest.raises(TypeError, match="out_dtype must be int8 or uint8, not torch.int16"):

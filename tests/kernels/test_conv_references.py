@@ -16,7 +16,7 @@ from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.activation import CONV_ACTIVATIONS, apply_activation
 from tilewright.kernels.conv2d.reference import conv2d_fused
 from tilewright.kernels.conv_geometry import to_channels_last
-from tilewright.kernels.int8_conv2d.reference import int8_conv2d_fused, quantize_per_tensor
+from tilewright.kernels.int8_conv2d.reference import int8_conv2d_fused, marks_of, quantize_per_tensor
 
 SMALL = st.integers(1, 3)
 
@@ -137,6 +137,23 @@ def test_quantisation_is_that_of_numpy(shape: tuple[int, ...], dtype: torch.dtyp
 def test_ties_go_to_even_and_what_is_not_finite_to_an_integer() -> None:
     x = torch.tensor([0.5, 1.5, -0.5, -2.5, 126.5, 127.5, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
     assert quantize_per_tensor(x, 1.0).tolist() == [0, 2, 0, -2, 126, 127, 127, -127, 127, -127, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_marks_are_of_what_is_not_finite(bad: float, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for shape in ((), (3,), (5, 3), (2, 3, 4, 5)):
+        for place in range(torch.Size(shape).numel()):
+            x = torch.full(shape, -largest, dtype=dtype)
+            x.view(-1)[place] = bad
+            for sample_dims in range(max(x.dim(), 1)):
+                marks = marks_of(x, sample_dims)
+                assert (marks.shape, marks.dtype) == (x.shape[:sample_dims], torch.float32)
+                index = np.unravel_index(place, shape)[:sample_dims]
+                assert torch.isnan(marks).sum() == 1 and torch.isnan(marks[tuple(map(int, index))])
+                assert torch.equal(marks.nan_to_num(0.0), torch.zeros_like(marks))
+    assert torch.equal(marks_of(torch.empty(3, 0, 2), 1), torch.zeros(3))
 
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "relu6", "hardswish"])

@@ -161,6 +161,10 @@ def test_quantisation_per_tensor(shape: tuple[int, ...], gpu: list[str]) -> None
     q = launcher("int8_conv2d.triton_quantize", "quantize_per_tensor")(x, 0.017)
     assert gpu == ["quantize_per_tensor_kernel"]
     assert torch.equal(q, quantize_per_tensor(x, 0.017, torch.int8))
+    x.view(-1)[-1] = torch.inf
+    q, marks = launcher("int8_conv2d.triton_quantize", "quantize_per_tensor_marked")(x, 0.017, min(x.dim() - 1, 1))
+    assert torch.equal(q, quantize_per_tensor(x, 0.017, torch.int8))
+    assert marks.view(-1)[-1].isnan() and not marks.view(-1)[:-1].any()
 
 
 @pytest.mark.parametrize("op, module, rows", LINEAR[1:], ids=lambda value: str(value))

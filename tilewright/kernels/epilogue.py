@@ -7,6 +7,7 @@ from typing import TypedDict
 import torch
 
 from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.cpu import native
 
 
 class End(TypedDict):
@@ -33,6 +34,15 @@ def finish(
     return y.to(out_dtype)
 
 
+def activate_in_place(y: torch.Tensor, activation: str, negative_slope: float = 0.01) -> torch.Tensor:
+    """``apply_activation`` in place, on a CPU by the C kernel if there is one: PyTorch's own round otherwise where a
+    vector is not full, so that a result depends on its place in the batch.
+    """
+    if activation == "none" or (y.is_cpu and native.activate(y, activation)):
+        return y
+    return apply_activation(y, activation, inplace=True, negative_slope=negative_slope)
+
+
 def finish_rows(
     y: torch.Tensor,
     row_scale: torch.Tensor | None,
@@ -52,8 +62,7 @@ def finish_rows(
         y.mul_(row_scale)
     elif bias is not None:
         y.add_(bias)
-    if activation != "none":
-        y = apply_activation(y, activation, inplace=True)
+    y = activate_in_place(y, activation)
     if residual is not None:
         y.add_(residual.reshape(y.shape))
     return y if y.dtype == out_dtype else y.to(out_dtype)

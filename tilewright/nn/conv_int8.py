@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.formats import int8
+from tilewright.nn import quantized_ops
 from tilewright.nn.conv import ConvBnAct2d
-from tilewright.nn.conv_layer import ConvLayer, Epilogue, check_conv, common_options, folded
+from tilewright.nn.conv_layer import ConvLayer, Epilogue, Padding, check_conv, common_options, folded
 from tilewright.nn.weight_holder import CODES
 
 _reads = 0
@@ -31,8 +33,8 @@ class Int8ConvBnAct2d(ConvLayer):
     is taken to be so quantised already. Without ``output_scale`` the result is a float tensor.
 
     The kernels take the scales of tensors as numbers. They are read from the buffers when those are loaded, which costs
-    the one wait for the device; after writing into a buffer by hand, call ``refresh``. Inf and NaN cannot be kept in
-    int8: see ``quantize_per_tensor``.
+    the one wait for the device; after writing into a buffer by hand, call ``refresh``. An image of a float input that
+    holds NaN or an infinity comes out as NaN, and no other does; int8 holds neither.
     """
 
     scheme_name = "w8a8-static"
@@ -118,6 +120,21 @@ class Int8ConvBnAct2d(ConvLayer):
         global _reads
         _reads += 1
 
+    def run(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        padding: Padding | None = None,
+        out_scale: float | None = None,
+        x_nonnegative: bool = False,
+        marks: Iterable[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """As of ``ConvLayer``. marks: those of an int8 x and residual (``quantized_ops``), for a float result."""
+        y = super().run(x, residual, activation, negative_slope, padding, out_scale, x_nonnegative)
+        return quantized_ops.mark(y, marks)
+
     def dequantize_weight(self) -> torch.Tensor:
         """The weight as float32, OHWI."""
         return self._matrix(self._held_weight()).view(self.weight_shape)
@@ -142,9 +159,9 @@ class Int8ConvBnAct2d(ConvLayer):
         residual: float, or int8 with ``residual_scale``.
         """
         activation, negative_slope, padding, out_scale, x_nonnegative = end
-        dtype = x.dtype
+        dtype, marks = x.dtype, None
         if dtype.is_floating_point:
-            x = torch.ops.tilewright.quantize_per_tensor(x, self.x_scale)
+            x, marks = quantized_ops.quantize(x, self.x_scale)
         else:
             dtype = self.dtype
         r_scale = self.r_scale if residual is not None and residual.dtype == torch.int8 else 1.0
@@ -170,10 +187,12 @@ class Int8ConvBnAct2d(ConvLayer):
             None if quantized else out_dtype,
             x_nonnegative,
         )
-        if residual is None or not separate:
-            return y if quantized or y.dtype == dtype else y.to(dtype)
-        y = apply_activation(y + residual.to(y.dtype) * r_scale, activation, negative_slope=negative_slope)
-        return y.to(dtype) if out_scale is None else torch.ops.tilewright.quantize_per_tensor(y, out_scale)
+        if residual is not None and separate:
+            y = apply_activation(y + residual.to(y.dtype) * r_scale, activation, negative_slope=negative_slope)
+            if out_scale is not None:
+                return torch.ops.tilewright.quantize_per_tensor(y, out_scale)
+        y = y if quantized or y.dtype == dtype else y.to(dtype)
+        return y if quantized or marks is None else quantized_ops.mark(y, (marks,))
 
     def extra_repr(self) -> str:
         """As of ``ConvLayer``, then the scales."""

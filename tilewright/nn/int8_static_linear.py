@@ -25,9 +25,9 @@ class Int8StaticLinear(QuantizedLinear):
 
     q = clamp(round(x / input_scale), -127, 127), then as ``kernels.int8_linear`` of quantised activations.
     ``input_scale`` float32 without dimensions is read as a number when it is loaded, which costs the one wait for the
-    device; after writing into it by hand, call ``refresh``. Values beyond 127 steps are clipped, and so is Inf; NaN
-    becomes 0. Where the input wants a gradient, the layer computes the same in float32, and the gradient
-    passes the rounding as if that were not there.
+    device; after writing into it by hand, call ``refresh``. Values beyond 127 steps are clipped. A row that holds NaN
+    or an infinity comes out as NaN, and no other does. Where the input wants a gradient, the layer computes the same in
+    float32, and the gradient passes the rounding as if that were not there.
     """
 
     scheme_name = "w8a8-static"
@@ -90,8 +90,8 @@ class Int8StaticLinear(QuantizedLinear):
         kind = x.device.type
         if kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        q = torch.ops.tilewright.quantize_per_tensor(x, self.x_scale)
-        rows = self.input_scale.expand(x.shape[:-1]).contiguous()
+        q, marks = torch.ops.tilewright.quantize_per_tensor_marked(x.detach(), self.x_scale, x.dim() - 1)
+        rows = self.input_scale + marks
         return torch.ops.tilewright.int8_linear_quantized(
             q, rows, self._buffers[CODES], self.weight_scale, self.bias, residual, self.activation, x.dtype
         )

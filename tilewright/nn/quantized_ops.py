@@ -1,15 +1,63 @@
-"""What stands between int8 convolutions and works on their int8 tensors: symmetric, one scale for a whole tensor."""
+"""What stands between int8 convolutions and works on their int8 tensors: symmetric, one scale for a whole tensor.
+
+int8 holds neither NaN nor an infinity. Whoever quantises floats therefore keeps marks beside them, and whoever makes
+floats again puts the marks on those: a sample that was not finite somewhere is NaN everywhere, and no other is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from tilewright.kernels.cpu.replay import recorded
+from tilewright.kernels.cpu.replay import is_special, recorded
 
 
-def quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """Float ``x`` of any shape -> int8, q = clamp(round(x / scale), -127, 127)."""
-    return torch.ops.tilewright.quantize_per_tensor(x, scale)
+def quantize(x: torch.Tensor, scale: float, image_dims: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float ``x`` -> int8, q = clamp(round(x / scale), -127, 127), and marks: float32 [N], NaN where a sample of ``x``
+    holds a value that is not finite, else 0; one mark without dimensions if ``x`` is no batch.
+
+    image_dims: of an image, beside its channels.
+    """
+    sample_dims = 1 if x.dim() > image_dims + 1 else 0
+    return torch.ops.tilewright.quantize_per_tensor_marked(x.detach(), scale, sample_dims)
+
+
+def marks_of(x: torch.Tensor, image_dims: int = 2) -> torch.Tensor:
+    """The marks of float ``x`` as ``quantize`` makes them."""
+    return quantize(x, 1.0, image_dims)[1]
+
+
+def reshaped_marks(marks: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The marks of ``after``, which holds the values of ``before`` in the same order, whose marks are given."""
+    if not marks.dim() or before.shape[0] == after.shape[0]:
+        return marks
+    return _along(marks, before).expand(before.shape).reshape(after.shape[0], -1).sum(1)
+
+
+def mark(y: torch.Tensor, marks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Float ``y``, a tensor of the caller's own, with NaN written over what stands under a NaN of ``marks``."""
+    for each in marks:
+        if not _is_seen_clean(each):
+            y = _mark(y, each)
+    return y
+
+
+def _is_seen_clean(marks: torch.Tensor) -> bool:
+    """Whether no sample is marked, and a call on a CPU may look, which is quicker than to add zeros."""
+    if torch.compiler.is_compiling() or type(marks) is not torch.Tensor or not marks.is_cpu or is_special():
+        return False
+    return not bool(marks if marks.numel() == 1 else marks.any())
+
+
+@recorded("mark")
+def _mark(y: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+    return y.add_(_along(marks, y))
+
+
+def _along(marks: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``marks`` with the dimensions of ``y``."""
+    return marks.reshape(marks.shape + (1,) * (y.dim() - marks.dim()))
 
 
 @recorded("dequantize")
@@ -18,9 +66,10 @@ def dequantize(q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32
     return (q.to(torch.float32) * scale).to(dtype)
 
 
-def rounded(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """Float ``x`` of any shape as ``quantize`` and ``dequantize`` leave it."""
-    return dequantize(quantize(x, scale), scale, x.dtype)
+def rounded(x: torch.Tensor, scale: float, image_dims: int = 2) -> torch.Tensor:
+    """Float ``x`` of any shape as ``quantize`` and ``dequantize`` leave it, with its marks."""
+    q, marks = quantize(x, scale, image_dims)
+    return mark(dequantize(q, scale, x.dtype), (marks,))
 
 
 @recorded("mean")

@@ -135,7 +135,9 @@ def test_the_example_is_served_and_its_sample_poses_it(card: Card) -> None:
         assert getattr(posed, name) == getattr(card.example, name), name
     for tensor in result if isinstance(result, tuple) else (result,):
         assert torch.isfinite(tensor.float()).all()
-        if tensor.is_floating_point():
+        if card.name == "quantize_per_tensor_marked" and tensor.is_floating_point():
+            assert not tensor.any()  # marks
+        elif tensor.is_floating_point():
             assert 0.001 < tensor.float().std() < 10  # scales of rows, or sums of order 1
 
 

@@ -5,6 +5,9 @@ convolution (as its residual too), pooling, a reshape, a concatenation. Otherwis
 for all int8 convolutions that read it. Scales live in the convolutions: the tensor that a layer convolves has the
 layer's ``input_scale``, the one it adds its ``residual_scale``. Where a value passes through unchanged (pooling with a
 maximum, a reshape, a concatenation) the tensors before and after share one scale.
+
+What in a sample is not finite is lost in int8: marks of it go from where floats are quantised to where there are floats
+again (``quantized_ops``). A sample is an index of the first dimension, which therefore stays first and whole in int8.
 """
 
 from __future__ import annotations
@@ -27,16 +30,31 @@ from tilewright.convert.graph import (
     module_of,
     zero_padding,
 )
+from tilewright.convert.network.marks import MarkWriter
 from tilewright.convert.network.match import Site, dynamic_padding
 from tilewright.kernels.activation import TABLE
 from tilewright.nn import Int8ConvBnAct2d, quantized_ops
 
 _PASSING_MODULES = (nn.MaxPool2d, nn.ReLU, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle)
 _MAX_POOLS = (F.max_pool2d, torch.max_pool2d)
-_RESHAPES = ("reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split")
+
+
+def _forms(*names: str) -> tuple[Any, ...]:
+    """The methods called so and the functions."""
+    return tuple(form for name in names for form in (name, getattr(torch, name)))
+
+
+def _is_inside(dim: object) -> bool:
+    """Whether ``dim`` is surely another than the first one."""
+    return isinstance(dim, int) and (dim > 0 or dim in (-1, -2))
+
+
+_TURNS, _PARTS = _forms("permute", "transpose"), _forms("chunk", "split")
+#: Values stay in order, and may be another number of samples.
+_RESHAPES = ("view", *_forms("reshape", "flatten", "squeeze", "unsqueeze"))
 _PASSING = (
-    *(*_MAX_POOLS, F.relu, torch.relu, "relu", "relu_", F.channel_shuffle, F.pixel_shuffle, "view", "contiguous"),
-    *(form for name in _RESHAPES for form in (name, getattr(torch, name))),
+    *(*_MAX_POOLS, F.relu, torch.relu, "relu", "relu_", F.channel_shuffle, F.pixel_shuffle, "contiguous"),
+    *(*_RESHAPES, *_TURNS, *_PARTS),
 )
 
 
@@ -73,8 +91,29 @@ class Flow:
         if module is not None:
             return type(module) in _PASSING_MODULES and not getattr(module, "return_indices", False)
         if calls(node, operator.getitem):
-            return isinstance(node.args[1], (int, slice, tuple)) and not self.asks_size(node.args[0])
-        return calls(node, *_PASSING) and not node.kwargs.get("return_indices")
+            return self._takes_part(node, node.args[0])
+        return calls(node, *_PASSING) and not node.kwargs.get("return_indices") and self._keeps_samples(node)
+
+    def _takes_part(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether an index takes a part of every sample, or one of the parts that a tensor was cut into."""
+        index = node.args[1]
+        if calls(source, *_PARTS):
+            return isinstance(index, int)
+        if not isinstance(index, tuple) or not index or self.asks_size(source):
+            return False
+        return bool(index[0] == slice(None)) or (index[0] is ... and len(index) < 4)
+
+    def _keeps_samples(self, node: fx.Node) -> bool:
+        """Whether the first dimension stays the first, and whole."""
+        if calls(node, *_PARTS):
+            return _is_inside(argument(node, 2, "dim", 0))
+        if calls(node, *_forms("transpose")):
+            return _is_inside(argument(node, 1, "dim0")) and _is_inside(argument(node, 2, "dim1"))
+        if not calls(node, *_forms("permute")):
+            return True
+        order: Any = node.kwargs.get("dims", node.args[1:])
+        order = order[0] if len(order) == 1 and isinstance(order[0], (list, tuple)) else order
+        return bool(order) and order[0] == 0
 
     def max_window(self, node: fx.Node) -> tuple[Any, ...] | None:
         """Kernel size, stride, padding, dilation and ceil_mode of a pooling with a maximum, or None."""
@@ -88,7 +127,9 @@ class Flow:
 
     def joins(self, node: fx.Node) -> list[fx.Node]:
         """What ``node`` concatenates."""
-        parts = argument(node, 0, "tensors") if calls(node, torch.cat, torch.concat) else ()
+        if not calls(node, torch.cat, torch.concat) or not _is_inside(argument(node, 1, "dim", 0)):
+            return []
+        parts = argument(node, 0, "tensors")
         return list(parts) if isinstance(parts, (list, tuple)) and all(isinstance(p, fx.Node) for p in parts) else []
 
     def averages(self, node: fx.Node) -> tuple[Any, bool] | None:
@@ -96,8 +137,16 @@ class Flow:
         if not calls(node, torch.mean, "mean"):
             return None
         dim, keep = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
-        plain = dim is not None and not isinstance(dim, fx.Node) and "dtype" not in node.kwargs
+        plain = all(map(_is_inside, dim if isinstance(dim, (list, tuple)) else (dim,))) and "dtype" not in node.kwargs
         return (tuple(dim) if isinstance(dim, list) else dim, keep) if plain else None
+
+    def reshapes(self, node: fx.Node) -> bool:
+        """Whether ``node``, which passes, has the values of its first argument in the same order and another shape."""
+        return calls(node, *_RESHAPES) or isinstance(module_of(node, self.modules), (nn.Flatten, nn.Unflatten))
+
+    def image_dims(self, scale: Scale) -> int:
+        """Dimensions of the images, beside their channels, that the layer of a scale reads."""
+        return self.modules[scale.layer]._dims  # type: ignore[return-value]
 
     def asks_size(self, node: object) -> bool:
         """Whether ``node`` looks at the shape of its argument only."""
@@ -220,7 +269,8 @@ def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> tuple[fx
         if scale.port == "x" or getattr(layer, "residual_scale", None) is not None:
             scales.setdefault(flow.leader(node), scale)
     stored = flow.stored(scales)
-    steps = _copied(graph, flow, {}), _copied(graph, flow, {node: scales[flow.leader(node)] for node in stored})
+    tensors = [node for node in stored if not calls(node, *_PARTS)]
+    steps = _copied(graph, flow, {}), _copied(graph, flow, {node: scales[flow.leader(node)] for node in tensors})
     nonnegative = _nonnegative(flow, stored)
     order = list(graph.nodes)
     layer_nodes: dict[str, fx.Node] = {}
@@ -241,6 +291,7 @@ def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> tuple[fx
 
     last_placeholder = [node for node in order if node.op == "placeholder"][-1]
     in_int8: dict[fx.Node, fx.Node] = {}
+    marks = MarkWriter(graph)
 
     def as_int8(node: fx.Node) -> fx.Node:
         """An int8 form of a float tensor, made once, right after it."""
@@ -248,29 +299,41 @@ def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> tuple[fx
             return node
         if node not in in_int8:
             scale = scale_of(node)
-            with graph.inserting_after(scale if node.op == "placeholder" else node):
-                in_int8[node] = graph.call_function(quantized_ops.quantize, (node, scale))
+            after = scale if node.op == "placeholder" else node
+            in_int8[node] = marks.quantize(node, scale, flow.image_dims(scales[flow.leader(node)]), after)
         return in_int8[node]
 
     for node in order:
         site = flow.sites.get(node)
         if site is not None:
             arguments: list[Any] = [*node.args]
-            nonneg = site.x in nonnegative
+            nonneg, residual = site.x in nonnegative, site.residual
             arguments[1] = as_int8(site.x)
-            node.args = (*arguments, scale_of(node) if node in stored else None, nonneg)
+            if node in stored:
+                node.args = (*arguments, scale_of(node), nonneg)
+                marks.of[node] = marks.absorbed((arguments[1], residual), flow.image_dims(Scale(site.name, "x")), node)
+            else:
+                given = marks.joined((arguments[1], residual if residual in stored else None))
+                node.args = (*arguments, None, nonneg, given)
         elif node in stored and (window := flow.max_window(node)) is not None:
             with graph.inserting_before(node):
-                flow.replace(node, graph.call_function(quantized_ops.max_pool2d, (node.args[0], *window)))
+                new = graph.call_function(quantized_ops.max_pool2d, (node.args[0], *window))
+            marks.of[new] = marks.of[node.args[0]]
+            flow.replace(node, new)
         elif node in stored and flow.joins(node):
-            parts = flow.joins(node)
-            node.args = ([as_int8(part) for part in parts], *node.args[1:])
-        elif (pair := addends(node)) is not None and any(part in stored for part in pair):
-            _write_addition(flow, node, pair, stored, scale_of, dtype_of)
-        elif (average := flow.averages(node)) is not None and node.args[0] in stored:
+            parts = [as_int8(part) for part in flow.joins(node)]
+            node.args = (parts, *node.args[1:])
+            marks.of[node] = marks.joined(parts)
+        elif node in stored and flow.passes(node):
             source: fx.Node = node.args[0]
+            marks.of[node] = marks.reshaped(node, source) if flow.reshapes(node) else marks.of[source]
+        elif (pair := addends(node)) is not None and any(part in stored for part in pair):
+            _write_addition(flow, node, pair, marks, scales, scale_of, dtype_of)
+        elif (average := flow.averages(node)) is not None and node.args[0] in stored:
+            source = node.args[0]
             with graph.inserting_before(node):
                 new = graph.call_function(quantized_ops.mean, (source, scale_of(source), dtype_of(source), *average))
+                new = graph.call_function(quantized_ops.mark, (new, marks.of[source]))
             flow.replace(node, new)
     return steps
 
@@ -287,27 +350,35 @@ def _copied(graph: fx.Graph, flow: Flow, rounded: dict[fx.Node, Scale]) -> fx.Gr
         with new.inserting_after(layer):
             scale = new.call_function(getattr, (layer, f"{place.port}_scale"))
         with new.inserting_after(scale):
-            value = new.call_function(quantized_ops.rounded, (twin, scale))
+            value = new.call_function(quantized_ops.rounded, (twin, scale, flow.image_dims(place)))
         for reader in readers:
             reader.replace_input_with(twin, value)
     return new
 
 
 def _write_addition(
-    flow: Flow, node: fx.Node, pair: tuple[fx.Node, fx.Node], stored: set[fx.Node], scale_of: Any, dtype_of: Any
+    flow: Flow,
+    node: fx.Node,
+    pair: tuple[fx.Node, fx.Node],
+    marks: MarkWriter,
+    places: dict[fx.Node, Scale],
+    scale_of: Any,
+    dtype_of: Any,
 ) -> None:
     """An addition that no convolution took over, of tensors of which at least one is int8."""
-    graph = flow.graph
+    graph, stored = flow.graph, flow.stored_nodes
     scales = [scale_of(part) if part in stored else 1.0 for part in pair]
     if node in stored:
         with graph.inserting_before(node):
             new = graph.call_function(quantized_ops.add, (pair[0], scales[0], pair[1], scales[1], scale_of(node)))
+        marks.of[new] = marks.absorbed(pair, flow.image_dims(places[flow.leader(node)]), new)
         flow.replace(node, new)
         return
     for part, scale in zip(pair, scales, strict=True):
         if part in stored:
             with graph.inserting_before(node):
                 wide = graph.call_function(quantized_ops.dequantize, (part, scale, dtype_of(part)))
+                wide = graph.call_function(quantized_ops.mark, (wide, marks.of[part]))
             node.replace_input_with(part, wide)
 
 

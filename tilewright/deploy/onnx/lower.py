@@ -4,7 +4,8 @@ int4 weights        com.microsoft.MatMulNBits; the packed weight bit for bit
 int8 weights        DequantizeLinear, then MatMul (QDQ)
 int8 activations    by row, found on the fly: ReduceMax, Round, MatMulInteger. Integers are exact
 static int8         QuantizeLinear and DequantizeLinear around Conv and MatMul (QDQ). Where ours clamps to -127,
-                    QuantizeLinear goes down to -128, which concerns values beyond the calibrated range alone
+                    QuantizeLinear goes down to -128, which concerns values beyond the calibrated range alone. Marks of
+                    what is not finite are sums of 0 * x, added behind the products
 2:4 weights         the dense weight with its zeros, then as above: ONNX has no 2:4 products
 """
 
@@ -197,22 +198,30 @@ def _sparse24_int4_linear(place: Place) -> None:
 @_lowering
 def _int8_linear_quantized(place: Place) -> None:
     types = place.types
-    if (static := _expanded(place["x_scale"])) is not None:
+    if (known := _static_scale(place["x_scale"])) is not None:
+        static, marks = known
         x = place.write("DequantizeLinear", [place["x"], static, _zero_point(place, types.INT8)], dtype=types.FLOAT)
         transposed = place.derived("weight", "weight_int8", place.tensor("weight").t())
         weight = place.write("DequantizeLinear", [transposed, place["weight_scale"]], {"axis": 1}, dtype=types.FLOAT)
-        place.replace(_finished(place, place.write("MatMul", [x, weight], dtype=types.FLOAT)))
+        y = _finished(place, place.write("MatMul", [x, weight], dtype=types.FLOAT))
+        if marks is not None:
+            last = place.constant("last_axis", [-1], types.INT64)
+            column = place.cast(place.write("Unsqueeze", [marks, last], dtype=types.FLOAT), y.dtype)
+            y = place.write("Add", [y, column], like=y)
+        place.replace(y)
         return
     last = place.constant("last_axis", [-1], types.INT64)
     scale = place.write("Unsqueeze", [place["x_scale"], last], dtype=types.FLOAT)
     place.replace(_finished(place, _integer_product(place, place["x"], scale)))
 
 
-def _expanded(scale: Any) -> Any:
-    """The one constant that stands in all of ``scale``, if there is one."""
-    while (node := scale.producer()) is not None and node.op_type in ("Identity", "Expand"):
-        scale = node.inputs[0]
-    return scale if scale.const_value is not None and not scale.shape else None
+def _static_scale(scale: Any) -> tuple[Any, Any] | None:
+    """The one constant that stands in all of ``scale``, and the marks that were added to it; None if there is none."""
+    marks = None
+    while (node := scale.producer()) is not None and node.op_type in ("Identity", "Expand", "Add"):
+        scale, *added = node.inputs
+        marks = added[0] if node.op_type == "Add" else marks
+    return (scale, marks) if scale.const_value is not None and not scale.shape else None
 
 
 @_lowering
@@ -234,6 +243,15 @@ def _zero_point(place: Place, dtype: Any) -> Any:
 @_lowering
 def _quantize_per_tensor(place: Place) -> None:
     place.replace(_quantized(place, place["x"], place["scale"]))
+
+
+@_lowering
+def _quantize_per_tensor_marked(place: Place) -> None:
+    types, x = place.types, place["x"]
+    nothing = place.write("Mul", [x, place.constant("nothing", 0.0, x.dtype)], like=x)
+    axes = place.constant("axes", list(range(place["sample_dims"], len(x.shape))), types.INT64)
+    marks = place.write("ReduceSum", [nothing, axes], {"keepdims": 0}, dtype=x.dtype)
+    place.replace(_quantized(place, x, place["scale"]), place.cast(marks, types.FLOAT))
 
 
 def _quantized(place: Place, value: Any, scale: float) -> Any:

@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.activation import TABLE, apply_activation
+from tilewright.kernels.activation import TABLE
 from tilewright.kernels.conv2d import reference
 from tilewright.kernels.conv_geometry import empty_channels_last, oihw, out_size, pad_image, to_channels_last
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.probes import _Case, _probe
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import activate_in_place
 from tilewright.kernels.formats.weight import Draw
 
 #: Those that oneDNN's fused convolution has: name, scalars, algorithm.
 _ONEDNN_ACTIVATIONS = {row.name: row.onednn for row in TABLE.values() if row.onednn is not None}
+#: Those of which it makes 0 where NaN was.
+_ONEDNN_LOSES_NAN = ("relu", "relu6")
 
 
 def why_not(problem: Problem) -> str | None:
@@ -116,16 +119,13 @@ def onednn_conv2d_fused(
         ),
     )
     bias = None if bias is None else bias.to(x.dtype).contiguous()  # oneDNN looks at no strides
-    name, scalars, algorithm = _ONEDNN_ACTIVATIONS[activation]
+    after = "none" if residual is not None or activation in _ONEDNN_LOSES_NAN else activation
     if residual is None:
-        y = torch.ops.mkldnn._convolution_pointwise(x, fused, bias, *window, groups, name, scalars, algorithm)
-        return to_channels_last(y)
-    residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    if activation not in ("none", "relu"):  # the only ones that it can apply to a sum
-        y = torch.ops.mkldnn._convolution_pointwise(x, fused, bias, *window, groups, "none", [], "")
-        return to_channels_last(apply_activation(y.add_(residual), activation, inplace=True))
-    after = None if activation == "none" else name
-    y = torch.ops.mkldnn._convolution_pointwise.binary(
-        x, residual, fused, bias, *window, groups, "add", None, after, [], ""
-    )
-    return to_channels_last(y)
+        attributes = _ONEDNN_ACTIVATIONS[after]
+        y = torch.ops.mkldnn._convolution_pointwise(x, fused, bias, *window, groups, *attributes)
+    else:
+        residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, fused, bias, *window, groups, "add", None, None, [], ""
+        )
+    return to_channels_last(y if after == activation else activate_in_place(y, activation))

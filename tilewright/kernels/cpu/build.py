@@ -26,6 +26,7 @@ COMMON = ("runtime.c", "conv_zeros.c")
 #: Built for each instruction set.
 KERNELS = (
     "quantize.c",
+    "activate.c",
     "int8_linear.c",
     "int4_int8_linear.c",
     "weight_only.c",

@@ -32,6 +32,7 @@ _SIGNATURES = {
     "run_steps": "p c n",
     "conv_lanes": "-> n",
     "quantize_rows": "p n ccc p n pp n",
+    "activate": "p c nn",
     "panel": "-> c",
     "int8_packed_bytes": "cc -> c",
     "int8_row_bytes": "c -> c",
@@ -149,3 +150,17 @@ def quantize_rows(
     rows = (x.data_ptr(), DTYPES[x.dtype], m, k, x.stride(0))
     factors = None if channel_scale is None else channel_scale.data_ptr()
     return function("quantize_rows")(*rows, factors, zero_point, q.data_ptr(), scale.data_ptr(), threads) == 0
+
+
+def activate(y: torch.Tensor, name: str) -> bool:
+    """Put float32 ``y``, contiguous or channels-last, through the activation called ``name``, in place, each number as
+    if it stood alone.
+
+    Returns False, having done nothing, where there is no C kernel for it.
+    """
+    if why_no_native() or name not in ACTIVATIONS or y.dtype != torch.float32:
+        return False
+    if not (y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last)):
+        return False
+    threads = torch.get_num_threads() if y.numel() >= _GRAIN else 1
+    return function("activate")(y.data_ptr(), y.numel(), ACTIVATIONS[name], threads) == 0

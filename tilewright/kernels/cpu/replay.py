@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu import steps as conv_steps
-from tilewright.kernels.cpu.replay_steps import NATIVE, Lowering, NotNative
+from tilewright.kernels.cpu.replay_steps import IN_PLACE, NATIVE, Lowering, NotNative
 from tilewright.kernels.cpu.steps import Description
 from tilewright.kernels.dispatch.same import SameTensors, holds_values, version_of
 
@@ -61,8 +61,9 @@ class _Recorder(TorchDispatchMode):
 
 
 def recorded(step: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a recording see a call of a function (of tensors, without side effects) as one ``step`` of ``NATIVE``, which
-    computes the same from the same arguments. What a function is called says nothing of what it computes.
+    """Let a recording see a call of a function (of tensors, without side effects but those of ``IN_PLACE``) as one
+    ``step`` of ``NATIVE``, which computes the same from the same arguments. What a function is called says nothing of
+    what it computes.
     """
     if f"step {step}" not in NATIVE:
         raise ValueError(f"there is no step {step!r}")
@@ -100,6 +101,8 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 def _written(call: Call) -> list[torch.Tensor]:
     """What a call writes to, of what it is given."""
+    if call.name in IN_PLACE:
+        return [call.args[0]]
     schema = getattr(call.function, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
@@ -360,7 +363,7 @@ class Replays:
                 return self.function(*inputs)
             if x.requires_grad and torch.is_grad_enabled():
                 return self.function(*inputs)
-        if _is_special():
+        if is_special():
             return self.function(*inputs)
         same, known = self._known
         if not same.match(tensors := self.tensors()):  # which this call keeps alive until the kernels have read them
@@ -420,7 +423,7 @@ class Replays:
         return result
 
 
-def _is_special() -> bool:
+def is_special() -> bool:
     """Whether something watches or changes what operators do: a mode, autocast, a transformation, a compiler."""
     return (
         torch._C._len_torch_dispatch_stack() > 0

@@ -90,14 +90,39 @@ def _conv(operator: str) -> Callable[..., list[Description]]:
 
 
 def _quantize(
-    plan: Lowering, x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None, *, result: torch.Tensor
+    plan: Lowering,
+    x: torch.Tensor,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+    *,
+    result: torch.Tensor,
+    marks: torch.Tensor | None = None,
 ) -> list[Description]:
     source, target = plan.live(x), plan.image(result)
     if source.dim() == 2:
         source = source[:, :, None, None]
     if source.dtype != torch.float32 or source.dim() != 4:
         raise NotNative
-    return [conv_steps.describe_convert(source, target, scale)]
+    return [conv_steps.describe_convert(source, target, scale, marks)]
+
+
+def _quantize_marked(
+    plan: Lowering,
+    x: torch.Tensor,
+    scale: float,
+    sample_dims: int,
+    out_dtype: torch.dtype | None = None,
+    *,
+    result: Any,
+) -> list[Description]:
+    return _quantize(plan, x, scale, out_dtype, result=result[0], marks=plan.live(result[1]))
+
+
+def _mark(plan: Lowering, y: torch.Tensor, marks: torch.Tensor, *, result: torch.Tensor) -> list[Description]:
+    target, given = plan.image(y), plan.live(marks)
+    if target.dtype != torch.float32 or given.dtype != torch.float32 or given.numel() not in (1, len(target)):
+        raise NotNative
+    return [conv_steps.describe_mark(target, given)]
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -247,6 +272,7 @@ NATIVE: dict[str, Callable[..., list[Description]]] = {
     "tilewright.conv2d_fused.default": _conv("conv2d_fused"),
     "tilewright.int8_conv2d_fused.default": _conv("int8_conv2d_fused"),
     "tilewright.quantize_per_tensor.default": _quantize,
+    "tilewright.quantize_per_tensor_marked.default": _quantize_marked,
     "aten.max_pool2d_with_indices.default": _max_pool,
     "aten.max_pool2d.default": _max_pool,
     "aten.mean.dim": _mean,
@@ -268,4 +294,7 @@ NATIVE: dict[str, Callable[..., list[Description]]] = {
     "step mean": _quantized_mean,
     "step add": _quantized_add,
     "step dequantize": _dequantize,
+    "step mark": _mark,
 }
+#: Steps that write to their first argument.
+IN_PLACE = ("step mark",)

@@ -21,7 +21,7 @@ from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.same import TensorCache, version_of
 
 FLOAT32, INT8, UINT8, NONNEGATIVE = range(4)
-CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD = range(9)
+CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD, MARK = range(10)
 TYPES = {torch.float32: FLOAT32, torch.int8: INT8, torch.uint8: UINT8}
 #: Those that the kernels have, by their numbers in C.
 ACTIVATIONS = {row.name: row.number for row in TABLE.values() if "convolution" in row.native}
@@ -82,9 +82,10 @@ class Description(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("kernel_height", "kernel_width", "stride_height", "stride_width")),
         *((name, ctypes.c_int64) for name in ("top", "left", "dilation_height", "dilation_width", "groups")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "r_stride", "x_image", "x_row", "x_channel")),
+        ("marks_count", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
-            for name in ("x", "weight", "residual", "y", "scale", "bias", "compensation", "plain")
+            for name in ("x", "weight", "residual", "y", "scale", "bias", "compensation", "plain", "marks")
         ),
         *((name, ctypes.c_float) for name in ("slope", "x_scale", "r_scale", "y_scale")),
     ]
@@ -312,11 +313,27 @@ def describe_conv(x: torch.Tensor, y: torch.Tensor, weight: PackedWeight, convol
     return d
 
 
-def describe_convert(x: torch.Tensor, y: torch.Tensor, scale: float = 1.0) -> Description:
-    """``x`` float32 [N, C, H, W] of any strides -> ``y`` channels-last, quantised with ``scale`` if it is int8."""
+def describe_convert(
+    x: torch.Tensor, y: torch.Tensor, scale: float = 1.0, marks: torch.Tensor | None = None
+) -> Description:
+    """``x`` float32 [N, C, H, W] of any strides -> ``y`` channels-last, quantised with ``scale`` if it is int8.
+
+    marks: float32, set to NaN where a value is not finite, else to 0; each is of as many of the N H rows.
+    """
     d = describe(CONVERT, x, y)
     d.x_image, d.x_channel, d.x_row, d.x_stride = x.stride()
     d.y_scale = scale
+    if marks is not None:
+        d.marks, d.marks_count = marks.data_ptr(), marks.numel()
+    return d
+
+
+def describe_mark(y: torch.Tensor, marks: torch.Tensor) -> Description:
+    """Write NaN over what stands under a NaN of ``marks``, which are one for each image of ``y`` float32 or one for
+    all.
+    """
+    d = describe(MARK, y, y)
+    d.marks, d.marks_count = marks.data_ptr(), marks.numel()
     return d
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.conv2d.cpu import conv2d_fused
 from tilewright.kernels.conv_geometry import empty_channels_last, oihw, pad_image, to_channels_last
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.probes import _Case, _probe, _random_int8
 from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.epilogue import activate_in_place
 from tilewright.kernels.formats.weight import Draw
 from tilewright.kernels.int8_conv2d import reference
 
@@ -52,6 +52,16 @@ def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | 
     y = empty_channels_last(image.shape, out_dtype or torch.int8, x.device)
     conv_steps.run(conv_steps.describe_convert(image, y, scale))
     return y if x.dim() == 4 else y.view(x.shape)
+
+
+def quantize_per_tensor_marked(
+    x: torch.Tensor, scale: float, sample_dims: int, out_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.quantize_per_tensor_marked``: in one pass."""
+    image = x if x.dim() == 4 else x.contiguous().view(1, 1, -1, x.shape[-1])
+    y, marks = empty_channels_last(image.shape, out_dtype or torch.int8, x.device), torch.empty(x.shape[:sample_dims])
+    conv_steps.run(conv_steps.describe_convert(image, y, scale, marks))
+    return (y if x.dim() == 4 else y.view(x.shape)), marks
 
 
 # ---- oneDNN
@@ -126,7 +136,7 @@ def onednn_int8_conv2d_fused(
         y.add_(bias.float().view(-1, 1, 1))
     if residual is not None:
         y.add_(reference.integers(residual, torch.float32) * torch.full((), residual_scale))
-    y = apply_activation(y, convolution.activation, inplace=True, negative_slope=convolution.negative_slope)
+    y = activate_in_place(y, convolution.activation, convolution.negative_slope)
     if convolution.out_scale is not None:
         return torch.ops.tilewright.quantize_per_tensor(y, convolution.out_scale, out_dtype)
     return to_channels_last(y.to(out_dtype or torch.float32))

@@ -1,4 +1,4 @@
-"""The cards of ``int8_conv2d_fused`` and of ``quantize_per_tensor``, which makes its input."""
+"""The cards of ``int8_conv2d_fused`` and of the two quantisers that make its input."""
 
 from __future__ import annotations
 
@@ -78,6 +78,14 @@ def _check_quantize(op: str, arguments: Arguments) -> torch.dtype:
     return dtype
 
 
+def _check_quantize_marked(op: str, arguments: Arguments) -> torch.dtype:
+    dims, given = arguments["x"].dim(), arguments["sample_dims"]
+    most = 1 if dims == 4 else max(dims - 1, 0)  # rows of an image are no samples
+    if not 0 <= given <= most:
+        raise ValueError(f"{op}: sample_dims must be 0 to {most} for x of {dims} dimensions, not {given}")
+    return _check_quantize(op, arguments)
+
+
 def _quantize_problem(op: str, arguments: Arguments, dtype: torch.dtype) -> Problem:
     x = arguments["x"]
     k = x.shape[-1] if x.dim() else 1
@@ -89,6 +97,16 @@ def _fake_quantize(arguments: Arguments, dtype: torch.dtype) -> torch.Tensor:
     if x.dim() == 4:
         return empty_channels_last(x.shape, dtype, x.device)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _fake_quantize_marked(arguments: Arguments, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    x = arguments["x"]
+    marks = torch.empty(x.shape[: arguments["sample_dims"]], dtype=torch.float32, device=x.device)
+    return _fake_quantize(arguments, dtype), marks
+
+
+def _sample_quantize_marked(problem: Problem, draw: Draw) -> dict[str, Any]:
+    return {**_sample_quantize(problem, draw), "sample_dims": 1}
 
 
 def _sample_quantize(problem: Problem, draw: Draw) -> dict[str, Any]:
@@ -125,6 +143,21 @@ CARDS = (
         _fake_quantize,
         _sample_quantize,
         Problem("quantize_per_tensor", 5, 0, 96, torch.float32, out_dtype=torch.int8),
+        implementations=(
+            on_gpu("Triton", ".triton_quantize"),
+            on_cpu("C", ".cpu", ".cpu:why_not_quantize"),
+            everywhere("reference", ".reference"),
+        ),
+    ),
+    Card(
+        "quantize_per_tensor_marked",
+        __package__,
+        "(Tensor x, float scale, int sample_dims, ScalarType? out_dtype=None) -> (Tensor, Tensor)",
+        _check_quantize_marked,
+        _quantize_problem,
+        _fake_quantize_marked,
+        _sample_quantize_marked,
+        Problem("quantize_per_tensor_marked", 5, 0, 96, torch.float32, out_dtype=torch.int8),
         implementations=(
             on_gpu("Triton", ".triton_quantize"),
             on_cpu("C", ".cpu", ".cpu:why_not_quantize"),

@@ -8,11 +8,13 @@ result, it is q = clamp(round_half_even(y / s_y), -127, 127) by an IEEE division
 Integers are symmetric: int8 is its own value; uint8 stands for value + 128.
 
 A static scale leaves no place for what is not finite: in a quantised tensor NaN becomes 0 and an infinity the largest
-integer of its sign. (Whoever must notice a NaN looks at the float that is quantised; calibration does.)
+integer of its sign. So where floats are quantised, each sample that is not finite gets a mark, NaN, and whoever makes
+floats again of what was made of its integers adds the mark to them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +38,22 @@ def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | 
     steps = torch.round(v / torch.full((), scale, device=x.device)).clamp(-127, 127).nan_to_num(0.0)
     q = (steps + 128).to(torch.uint8) if out_dtype == torch.uint8 else steps.to(torch.int8)
     return to_channels_last(q) if q.dim() == 4 else q.contiguous()
+
+
+def marks_of(x: torch.Tensor, sample_dims: int) -> torch.Tensor:
+    """float32 of the first ``sample_dims`` dimensions of ``x``, at most all but its last: 0, and NaN where a value of
+    that sample is not finite.
+    """
+    if not x.numel():
+        return torch.zeros(x.shape[:sample_dims], device=x.device)
+    return torch.linalg.vector_norm(x, math.inf, tuple(range(sample_dims, x.dim()))).mul(0).float()
+
+
+def quantize_per_tensor_marked(
+    x: torch.Tensor, scale: float, sample_dims: int, out_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``quantize_per_tensor``, and ``marks_of`` the same tensor."""
+    return quantize_per_tensor(x, scale, out_dtype), marks_of(x, sample_dims)
 
 
 def int8_conv2d_fused(

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from tilewright.aot.launch import Launch
 from tilewright.kernels.conv_geometry import empty_channels_last
+from tilewright.kernels.int8_conv2d.reference import marks_of
 from tilewright.kernels.triton.common import why_not_float_rows
 from tilewright.kernels.triton.rounding import requantize, store_quantized
 
@@ -83,3 +84,10 @@ def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | 
         for launch in plan_quantize_per_tensor(x, scale, q):
             launch.run()
     return q
+
+
+def quantize_per_tensor_marked(
+    x: torch.Tensor, scale: float, sample_dims: int, out_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``reference.quantize_per_tensor_marked``; the marks are a reduction of PyTorch's."""
+    return quantize_per_tensor(x, scale, out_dtype), marks_of(x, sample_dims)

@@ -14,7 +14,7 @@
 
 /* How a value is stored. UINT8 stands for value + 128; NONNEGATIVE is an int8 that is known to be 0 to 127. */
 enum { FLOAT32, INT8, UINT8, NONNEGATIVE };
-enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD };
+enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD, MARK };
 
 /* kernels/cpu/steps.py holds the same structure. Strides count elements from one pixel to the next. */
 typedef struct {
@@ -23,11 +23,13 @@ typedef struct {
     int64_t kernel_height, kernel_width, stride_height, stride_width, top, left, dilation_height, dilation_width, groups;
     int64_t x_stride, y_stride, r_stride;
     int64_t x_image, x_row, x_channel; /* CONVERT alone: strides of the source */
+    int64_t marks_count;               /* CONVERT and MARK: each mark stands for as many rows, or pixels */
     const void *x, *weight, *residual;
     void *y;
     const float *scale, *bias;   /* padded to whole vectors for each group */
     const int32_t *compensation; /* likewise: what the products with an offset of 128 add up to, with its sign changed */
     const float *plain; /* WINOGRAD alone: the weight itself, OHWI */
+    float *marks;       /* NaN, or 0: written by CONVERT where a value is not finite, read by MARK */
     float slope, x_scale, r_scale, y_scale;
 } tw_step;
 

@@ -1,5 +1,6 @@
 /* What stands between convolutions in a network: pooling, sums, products by channel, and changes of type or order. */
 #include "conv_vector.h"
+#include "parallel.h"
 
 #ifdef LANES
 /* The numbers that n stored values stand for. */
@@ -64,8 +65,12 @@ static void combine(const tw_step *s, int64_t pixel) {
     }
 }
 
-/* A row of a float image of any strides. */
-static void convert_row(const tw_step *s, int64_t row) {
+/* 0 in every lane, and NaN where `seen` or v is not finite. */
+INLINE vec v_unless_finite(vec seen, vec v) { return v_fma(v, v_zero(), seen); }
+
+/* A row of a float image of any strides. Returns whether it is quantised and holds a value that is not finite. */
+static int convert_row(const tw_step *s, int64_t row) {
+    vec seen = v_zero();
     const float *x = (const float *)s->x + row / s->height * s->x_image + row % s->height * s->x_row;
     const int64_t pixel = row * s->width;
     if (s->x_channel == 1 || s->channels == 1) { /* one of the two is already in order: whole vectors of it */
@@ -73,10 +78,11 @@ static void convert_row(const tw_step *s, int64_t row) {
         for (int64_t q = 0; q < s->width * s->channels / inner; q++)
             for (int64_t i = 0; i < inner; i += LANES) {
                 const int lanes = lanes_left(inner - i);
-                store_values(s->y, s->y_type, (pixel + q) * s->y_stride + i, lanes,
-                             v_load_first(x + q * s->x_stride + i, lanes), v_set(s->y_scale));
+                const vec v = v_load_first(x + q * s->x_stride + i, lanes);
+                seen = v_unless_finite(seen, v);
+                store_values(s->y, s->y_type, (pixel + q) * s->y_stride + i, lanes, v, v_set(s->y_scale));
             }
-        return;
+        return !v_all_ordered(seen);
     }
     if (s->x_stride != 1 || s->channels > LANES) {
         float values[LANES];
@@ -84,10 +90,11 @@ static void convert_row(const tw_step *s, int64_t row) {
             for (int64_t channel = 0; channel < s->channels; channel += LANES) {
                 const int lanes = lanes_left(s->channels - channel);
                 for (int i = 0; i < lanes; i++) values[i] = x[q * s->x_stride + (channel + i) * s->x_channel];
-                store_values(s->y, s->y_type, (pixel + q) * s->y_stride + channel, lanes, v_load_first(values, lanes),
-                             v_set(s->y_scale));
+                const vec v = v_load_first(values, lanes);
+                seen = v_unless_finite(seen, v);
+                store_values(s->y, s->y_type, (pixel + q) * s->y_stride + channel, lanes, v, v_set(s->y_scale));
             }
-        return;
+        return !v_all_ordered(seen);
     }
     /* A few planes, as of a picture: whole vectors are rounded before they are interleaved. */
     int8_t q8[LANES];
@@ -99,10 +106,37 @@ static void convert_row(const tw_step *s, int64_t row) {
             if (s->y_type == FLOAT32) {
                 for (int i = 0; i < lanes; i++) ((float *)s->y)[to + i * s->y_stride] = from[i];
             } else {
-                store_values(q8, s->y_type, 0, lanes, v_load_first(from, lanes), v_set(s->y_scale));
+                const vec v = v_load_first(from, lanes);
+                seen = v_unless_finite(seen, v);
+                store_values(q8, s->y_type, 0, lanes, v, v_set(s->y_scale));
                 for (int i = 0; i < lanes; i++) ((int8_t *)s->y)[to + i * s->y_stride] = q8[i];
             }
         }
+    return !v_all_ordered(seen);
+}
+
+/* Rows begin to end. A mark has several rows, which may be those of several threads. */
+static void convert_rows(const tw_step *s, int64_t begin, int64_t end) {
+    const int64_t rows = s->batch * s->height;
+    for (int64_t row = begin; row < end; row++)
+        if (convert_row(s, row) && s->marks) {
+            float nan = __builtin_nanf("");
+            __atomic_store(s->marks + row * s->marks_count / rows, &nan, __ATOMIC_RELAXED);
+        }
+}
+
+/* Writes NaN over all that stands under a mark, of which there is one for each image or one for all. */
+static void mark(const tw_step *s, int64_t begin, int64_t end) {
+    const int64_t pixels = s->batch * s->out_height * s->out_width;
+    for (int64_t pixel = begin; pixel < end; pixel++) {
+        const int64_t of = pixel * s->marks_count / pixels;
+        if (s->marks[of] == s->marks[of]) {
+            pixel = ((of + 1) * pixels + s->marks_count - 1) / s->marks_count - 1; /* the last one under that mark */
+            continue;
+        }
+        float *y = (float *)s->y + pixel * s->y_stride;
+        for (int64_t c = 0; c < s->out_channels; c++) y[c] = __builtin_nanf("");
+    }
 }
 
 void JOIN(tw_simple_step, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) {
@@ -114,11 +148,19 @@ void JOIN(tw_simple_step, TILEWRIGHT_ISA)(const tw_step *s, int number, int coun
         return;
     }
     if (s->kind == CONVERT && s->x_type == FLOAT32) {
+        if (s->marks) {
+            if (!number) memset(s->marks, 0, (size_t)s->marks_count * sizeof *s->marks);
+            tw_barrier();
+        }
         share_of(s->batch * s->height, number, count, &begin, &end);
-        for (int64_t row = begin; row < end; row++) convert_row(s, row);
+        convert_rows(s, begin, end);
         return;
     }
     share_of(s->batch * s->out_height * s->out_width, number, count, &begin, &end);
+    if (s->kind == MARK) {
+        mark(s, begin, end);
+        return;
+    }
     for (int64_t pixel = begin; pixel < end; pixel++) {
         if (s->kind != MAX_POOL) combine(s, pixel);
         else if (s->x_type == FLOAT32) max_pool_float(s, pixel);
