@@ -34,6 +34,13 @@ class Fooled(nn.Module):
         return self.last(F.relu(self.block(x)) * SETTINGS["factor"])
 
 
+class Unread(nn.Module):
+    """Passes its input on, by code that is not read."""
+
+    def forward(self, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 @pytest.fixture(autouse=True)
 def _settings() -> None:
     SETTINGS["factor"] = 2.0
@@ -82,6 +89,33 @@ def test_a_program_that_differs_ends_with_one_warning(
     assert tw.report(loaded).untraced == {"": reason} and "forward" not in vars(loaded)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_program_that_raises_where_its_layers_do_not_ends_too(
+    readable: bool, recipe: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Shaped(Fooled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unread = nn.Identity() if readable else Unread()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.unread(super().forward(x)).reshape(int(SETTINGS["rows"]), -1)
+
+    SETTINGS["rows"] = 3
+    model = settled(Shaped())
+    small = converted(model, recipe, picture(3, size=7))
+    SETTINGS["rows"] = 2
+    with caplog.at_level(logging.WARNING, "tilewright"), torch.no_grad():
+        for _ in range(3):
+            x = picture(2, size=7)
+            expected, found = model(x), small(x)
+            assert (found - expected).norm() < (1e-5 if recipe == "fuse" else 0.1) * expected.norm()
+    (said,) = [each.getMessage() for each in caplog.records if "layer by layer" in each.getMessage()]
+    assert "it raises RuntimeError: shape '[3, -1]' is invalid" in said
+    with pytest.raises(ValueError, match="with 3 channels"):
+        small(picture(2, channels=5))
 
 
 def test_every_shape_is_looked_at(recipe: str) -> None:

@@ -90,6 +90,7 @@ class Capture(fx.proxy.TracerBase):
         #: What code finds under a global name.
         self.stand_ins = {
             "isinstance": lambda _: self.is_instance,
+            "is_tensor": lambda found: self.is_tensor if found is torch.is_tensor else found,
             **dict.fromkeys(SAME_PADDING_FUNCTIONS, self._as_call),
         }
         self.twins = Twins(self, module, opaque)
@@ -215,6 +216,10 @@ class Capture(fx.proxy.TracerBase):
         if kind is torch.Tensor and value.node.op == "placeholder":
             self.create_node("call_function", expect_tensor, (value.node,), {})
         return issubclass(kind, kinds)
+
+    def is_tensor(self, value: Any) -> bool:
+        """``torch.is_tensor``, as the code of a module sees it."""
+        return self.is_instance(value, torch.Tensor)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """The usual answer to a question about a shape, which the graph asks again; others are refused."""

@@ -13,6 +13,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+import torch
+
 from tilewright.convert.code import assigns_globals, content, is_of_torch, names_in
 
 _MISSING = object()
@@ -30,6 +32,17 @@ class _Changing:
         if self._module in _CHANGING or name == "random":
             self._refuse(f"forward asks {self._module.__name__}.{name}, which answers otherwise in each call")
         return getattr(self._module, name)
+
+
+class _Torch:
+    """Stands for PyTorch, but for some of its functions."""
+
+    def __init__(self, stand_ins: Mapping[str, Callable[[Any], Any]]):
+        self._stand_ins = stand_ins
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        return self._stand_ins[name](found) if name in self._stand_ins else found
 
 
 class Overlay:
@@ -66,7 +79,7 @@ class Overlay:
         laid_over = [self.of(each) for each in inner]
         changed = [new is not old for new, old in zip(laid_over, inner, strict=True)]
         names, assigns = set(names_in(function.__code__)), assigns_globals(function.__code__)
-        wanted = {name: new for name in names if (new := self._stand_in(function, name)) is not None}
+        wanted = {name: new for name in names if (new := self._stand_in(function, name, names)) is not None}
         if not (wanted or assigns or any(changed)):
             return function
         space = self._space(function.__globals__)
@@ -84,12 +97,16 @@ class Overlay:
     def _space(self, names: dict[str, Any]) -> dict[str, Any]:
         return self._spaces.setdefault(id(names), (names, dict(names)))[1]
 
-    def _stand_in(self, function: types.FunctionType, name: str) -> Any:
+    def _stand_in(self, function: types.FunctionType, name: str, names: set[str]) -> Any:
         found = function.__globals__.get(name, getattr(builtins, name, _MISSING))
         if found is _MISSING:
             return None
         if name in self._stand_ins:
             return self._stand_ins[name](found)
+        if isinstance(found, types.FunctionType):  # which the code may call
+            return new if (new := self.of(found)) is not found else None
+        if found is torch:
+            return _Torch(self._stand_ins) if names & self._stand_ins.keys() else None
         if isinstance(found, types.ModuleType):
             return _Changing(found, self._refuse) if found in _CHANGING or found.__name__ == "numpy" else None
         if isinstance(getattr(found, "__self__", None), random.Random) or getattr(found, "__module__", "") == "time":

@@ -29,6 +29,7 @@ from tilewright.convert.graph import (
     call_forward,
     compiled,
     flattened,
+    is_kept,
     is_known,
     source_of,
 )
@@ -60,6 +61,7 @@ _KEPT = (
     "whole",
     "assumed",
     "refused",
+    "writes_outside",
 )
 
 
@@ -75,6 +77,8 @@ class Program(ReplacedForward):
     call with inputs of a shape (``proof``).
     """
 
+    writes_outside = False  # of those that were pickled before there was such a thing
+
     def __init__(self, region: Region, steps: Sequence[fx.Graph] = ()):
         self.owner, self.inputs, self.defaults = region.module, region.inputs, region.defaults
         self.gradients = region.gradients
@@ -85,6 +89,8 @@ class Program(ReplacedForward):
         self.whole = whole.runs_whole(region.graph, modules)
         self.flat_source, _ = source_of(flat)
         self.steps = [source_of(graph) for graph in steps]
+        #: Whether it writes to its inputs, or to what somebody else may hold: after an error nobody knows how much.
+        self.writes_outside = any(map(is_kept, region.graph.nodes))
         self.assumed = assumptions(self.owner, [self.leaves[leaf] for leaf in self.called])
         #: Runs instead of the program while activations are observed: inputs -> outputs.
         self.observer: Callable[..., Any] | None = None
@@ -149,20 +155,28 @@ class Program(ReplacedForward):
         except NotAsExpected:
             return type(owner).forward(owner, *args, **kwargs)
         except Exception as error:
-            self._raise_as_layers(given, error)
-            raise
+            return self._after(error, given)
 
-    def _raise_as_layers(self, given: tuple[Any, ...], error: Exception) -> None:
-        """Raise what the layers raise for inputs that the graph does not take, if they do: they name themselves. For a
-        single image raise what the batch-norm did that is folded now.
+    def _after(self, error: Exception, given: tuple[Any, ...]) -> Any:
+        """Raise what the layers raise for inputs that the graph does not take: they name themselves. For a single image
+        raise what the batch-norm did that is folded now. Where the layers take the inputs it is the end of the program.
         """
         norms = (part for part in self.owner.modules() if isinstance(part, FoldedBatchNorm))
         if any(norm.images for norm in norms) and isinstance(given[0], torch.Tensor) and given[0].dim() == 3:
             raise ValueError("expected 4D input (got 3D input): a batch of images [N, C, H, W]") from error
         try:
-            self._by_layers(private_copy(given))
+            result = self._by_layers(private_copy(given))
         except Exception as theirs:
             raise theirs from error
+        scarce = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if scarce or self.writes_outside or self.observer is not None or not proof.may_run(given):
+            raise error
+        self._refuse(f"it raises {type(error).__name__}: {error}")
+        return result
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = f"its graph does not compute what its layers do: {reason}"
+        logger.warning("%s runs layer by layer from now on: %s", type(self.owner).__name__, self.refused)
 
     def _by_layers(self, given: tuple[Any, ...], owner: nn.Module | None = None) -> Any:
         return call_forward(self.owner if owner is None else owner, self.inputs, given)
@@ -246,8 +260,7 @@ class Program(ReplacedForward):
         if not held.match(self._held_tensors()):  # by another thread: what was compared is of different weights
             self._proven.pop(kinds, None)
             return result
-        self.refused = f"its graph does not compute what its layers do: {reason}"
-        logger.warning("%s runs layer by layer from now on: %s", type(self.owner).__name__, self.refused)
+        self._refuse(reason)
         with torch.no_grad():
             for x, values in zip(pytree.tree_leaves(given), pytree.tree_leaves(before), strict=True):
                 if isinstance(x, torch.Tensor) and not torch.equal(x, values):
