@@ -165,4 +165,23 @@ DIFFUSION = {
         library="diffusers",
         floors=floors(13, 9, 15, 4, 5),
     ),
+    "controlnet": Row(
+        "ControlNetModel",
+        {
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 32,
+            "attention_head_dim": 8,
+            "norm_num_groups": 4,
+            "conditioning_embedding_out_channels": (8, 16),
+        },
+        lambda: {
+            "sample": latents(4, 16),
+            "timestep": TIME,
+            "encoder_hidden_states": wave(2, 5, 32),
+            "controlnet_cond": wave(2, 3, 32, 32),
+        },
+        library="diffusers",
+    ),
 }

@@ -16,6 +16,11 @@ SWIN = {
 }
 CLIP_TEXT = {**SMALL, **TEXT, "projection_dim": 32}
 CLIP_VISION = {**VIT, "projection_dim": 32}
+STAGES = {
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [16, 16, 32, 32],
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
 
 PICTURES = {
     "vit": Row("ViTForImageClassification", VIT, pixels()),
@@ -157,6 +162,37 @@ PICTURES = {
         pixels(),
         seed=1,
         gains={"neck.*weight": 1.7, "head.*weight": 1.7},
+    ),
+    "maskformer": Row(
+        "MaskFormerForInstanceSegmentation",
+        {
+            "backbone_config": {**STAGES, "model_type": "resnet", "embedding_size": 16},
+            "fpn_feature_size": 32,
+            "mask_feature_size": 32,
+            "decoder_config": {
+                "model_type": "detr",
+                "d_model": 32,
+                "decoder_layers": 1,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "decoder_attention_heads": 2,
+                "num_queries": 8,
+                "decoder_ffn_dim": 64,
+                "encoder_ffn_dim": 64,
+            },
+        },
+        pixels(64),
+        floors=floors(28, 18, 31, 9, 9),
+    ),
+    "upernet": Row(
+        "UperNetForSemanticSegmentation",
+        {
+            "backbone_config": {**STAGES, "model_type": "convnext"},
+            "hidden_size": 32,
+            "auxiliary_in_channels": 32,
+            "pool_scales": [1, 2],
+        },
+        pixels(64),
     ),
     "detr": Row(
         "DetrForObjectDetection",

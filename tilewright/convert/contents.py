@@ -67,6 +67,54 @@ def _held(value: Any) -> Any:
     return items, dict(vars(value)) if is_plain_object(value) else None
 
 
+def modules_in(values: Iterable[Any]) -> set[nn.Module]:
+    """The modules to which ``values`` lead through containers and plain objects; not what lies inside of these."""
+    found: set[nn.Module] = set()
+    seen: set[int] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if isinstance(value, nn.Module):
+            found.add(value)
+        elif id(value) not in seen and (inner := children(value)):
+            seen.add(id(value))
+            stack += inner
+    return found
+
+
+def exchanged(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    """``value`` with ``new`` wherever ``old`` can be reached in it: written into it, but tuples are made anew."""
+    return _exchanged(value, old, new, set())
+
+
+def _exchanged(value: Any, old: nn.Module, new: nn.Module, seen: set[int]) -> Any:
+    if value is old:
+        return new
+    if id(value) in seen or not children(value):
+        return value
+    seen.add(id(value))
+    if isinstance(value, tuple):
+        items = [_exchanged(each, old, new, seen) for each in value]
+        if any(after is not before for after, before in zip(items, value, strict=True)):
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    elif isinstance(value, set) and old in value:
+        value.remove(old)
+        value.add(new)
+    elif isinstance(value, dict):
+        _exchange_items(value, list(value.items()), old, new, seen)
+    elif isinstance(value, (list, collections.deque)):
+        _exchange_items(value, list(enumerate(value)), old, new, seen)
+    if is_plain_object(value):
+        _exchange_items(vars(value), list(vars(value).items()), old, new, seen)
+    return value
+
+
+def _exchange_items(into: Any, items: list[Any], old: nn.Module, new: nn.Module, seen: set[int]) -> None:
+    for key, each in items:
+        if (after := _exchanged(each, old, new, seen)) is not each:
+            into[key] = after
+
+
 class Contents:
     """What can be reached from ``roots`` through containers and plain objects, as it is now. deep: not only at once."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tilewright.convert.code import is_somebodys, may_write
+from tilewright.convert.contents import exchanged, modules_in
 from tilewright.convert.text import display_name
 
 #: Direct children of the root with one of these names count as output heads.
@@ -142,16 +143,31 @@ def trains(model: nn.Module) -> bool:
     return model.training or any(module.training for module in model.modules() if isinstance(module, matters))
 
 
+def held_beside(module: nn.Module) -> dict[str, set[nn.Module]]:
+    """Modules that somebody's module holds without registering them, in a list or an object: by the attribute."""
+    if not is_somebodys(module):
+        return {}
+    tables = ("_parameters", "_buffers", "_modules")
+    held = {name: value for name, value in vars(module).items() if name not in tables and "_hooks" not in name}
+    return {name: found for name, value in held.items() if (found := modules_in([value]))}
+
+
 class Places:
-    """A model and where each of its modules is registered. root: the model, which a replacement may change."""
+    """A model and where each of its modules is registered, or held beside. root: the model, which a replacement may
+    change.
+    """
 
     def __init__(self, root: nn.Module):
         self.root = root
         self._places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        self._beside: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         for parent in root.modules():
             for name, child in parent._modules.items():
                 if child is not None:
                     self._places.setdefault(child, []).append((parent, name))
+            for name, children in held_beside(parent).items():
+                for child in children:
+                    self._beside.setdefault(child, []).append((parent, name))
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         """Put ``new`` wherever ``old`` stands, and keep no hold of ``old``."""
@@ -159,6 +175,10 @@ class Places:
         for parent, name in places:
             setattr(parent, name, new)
         self._places[new] = places
+        beside = self._beside.pop(old, [])
+        for owner, name in beside:
+            vars(owner)[name] = exchanged(vars(owner)[name], old, new)
+        self._beside[new] = beside
         if old is self.root:
             self.root = new
 

@@ -18,6 +18,7 @@ from tilewright.convert.graph.leaves import has_hooks
 from tilewright.convert.graph.memory import settle
 from tilewright.convert.graph.values import Untraceable
 from tilewright.convert.record import join
+from tilewright.convert.structure import held_beside
 from tilewright.kernels.activation import ACTIVATIONS, module_activation
 from tilewright.nn import FusedActivation, QuantizedLinear
 
@@ -33,6 +34,7 @@ def activation_name(module: nn.Module) -> str | None:
 def fuse_activations(model: nn.Module) -> dict[str, str]:
     """Fuse every activation that can be, in place. Returns the name of each such activation and of its layer."""
     places = Counter(id(child) for module in model.modules() for child in module._modules.values() if child is not None)
+    places.update(id(each) for module in model.modules() for found in held_beside(module).values() for each in found)
     fused = {}
     for prefix, parent in model.named_modules():
         children = parent._modules
