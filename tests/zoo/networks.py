@@ -45,6 +45,8 @@ NETWORKS |= {f"torchvision-{name}": size for size, names in TORCHVISION.items() 
 SIZES = {"alexnet": 96, "inception_v3": 96, "crossvit_tiny_240": 240}
 #: Networks of torchvision that are given another one's weights unless told not to be.
 WITH_BACKBONE = ("fcn", "deeplab", "lraspp", "ssd", "fasterrcnn", "retinanet", "fcos", "maskrcnn", "keypointrcnn")
+#: Detectors of torchvision, whose code goes through as many boxes as it finds: they are not compiled.
+DETECTORS = ("ssd", "fasterrcnn", "retinanet", "fcos", "maskrcnn", "keypointrcnn")
 #: Networks of linear layers for the most part.
 LINEAR = ("vit", "deit", "swin", "mixer", "gmlp", "xcit", "pit", "crossvit", "tiny_vit", "levit")
 
@@ -109,7 +111,7 @@ def case(name: str, recipe: str, floor: float) -> Case:
         floor=floor,
         calibration=lambda: [pictures(name, 4, turn) for turn in range(3)],
         first=lambda model: _call(model, pictures(name, 2)[:1]),
-        compile_with="aot_eager" if recipe == "fuse" else None,
+        compile_with="aot_eager" if recipe == "fuse" and not name.partition("-")[2].startswith(DETECTORS) else None,
         deep=False,
         convolutional=True,
     )
