@@ -195,6 +195,20 @@ def test_static_int8_linear_layers_are_standard_qdq(tmp_path: Path) -> None:
         torch.testing.assert_close(run(path, x), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("recipe", ["int8", "int8-static"])
+def test_what_is_not_finite_is_seen_behind_static_int8(recipe: str, bad: float, tmp_path: Path) -> None:
+    network, x = (Residual(), torch.randn(4, 3, 32, 32)) if recipe == "int8" else (layers(), torch.randn(4, 96))
+    path = tmp_path / "model.onnx"
+    tw.export_onnx(tw.convert_model(network.eval(), recipe, calibration_data=[x]), path, x)
+    clean = run(path, x)
+    for place in (0, -1):
+        spoilt = x.clone()
+        spoilt[2].view(-1)[place] = bad
+        y = run(path, spoilt)
+        assert y[2].isnan().all() and torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]]) and clean.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "recipe, expected",
     [("sparse24", "MatMul"), ("sparse24-int8", "MatMulInteger"), ("sparse24-int4", "MatMulNBits")],
