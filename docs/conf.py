@@ -24,7 +24,16 @@ root_doc = "docs/README"
 include_patterns = ["*.md", "docs/**.md", "bench/results/*.md"]
 CONTENTS = {
     "docs/README": {
-        "Use it": ["/README", "calibration", "torch_compile", "sparse24", "autotune", "measured", "api/index"],
+        "Use it": [
+            "/README",
+            "calibration",
+            "torch_compile",
+            "derivatives",
+            "sparse24",
+            "autotune",
+            "measured",
+            "api/index",
+        ],
         "Understand it": ["graphs", "cpu", "ahead-of-time", "emulator", "/bench/results/README"],
         "Extend it": ["/CONTRIBUTING", "/CHANGELOG"],
     },

@@ -60,6 +60,7 @@ SETUP = {
     "ahead-of-time.md": _LAUNCH,
     "calibration.md": _DATA,
     "autotune.md": _PERCEPTRON + _TUNING,
+    "derivatives.md": "import tilewright as tw\n" + _PERCEPTRON,
     "emulator.md": _LAUNCH,
     "sparse24.md": _PERCEPTRON,
 }

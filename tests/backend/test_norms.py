@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import tilewright as tw
 from tests.backend.networks import Feed, compiled, last
@@ -100,3 +102,31 @@ def test_a_norm_stays_where_only_the_definition_would_serve_it() -> None:
     with torch.no_grad():
         compiled(Feed().eval(), recipe="int8")(torch.randn(2, 64))
     assert "no kernel but the definition" in last().left["norm"]
+
+
+@pytest.mark.usefixtures("kernels_for_norms")
+@pytest.mark.parametrize("mode", ["tangent", "gradient", "dual"])
+def test_a_norm_that_is_differentiated_stays(mode: str) -> None:
+    model = tw.convert_model(nn.Sequential(LlamaNorm(32), nn.Linear(32, 8)).eval(), "int8")
+    x, v = torch.randn(4, 32), torch.randn(4, 32)
+    level = forward_ad.dual_level() if mode == "dual" else contextlib.nullcontext()
+
+    def differentiate(run: Callable[..., torch.Tensor]) -> torch.Tensor:
+        if mode == "dual":
+            return forward_ad.unpack_dual(run(forward_ad.make_dual(x, v))).tangent.clone()
+        return run(x, v)
+
+    def transformed(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if mode == "tangent":
+            return torch.func.jvp(model, (x,), (v,))[1]
+        return torch.func.grad(lambda x: (model(x) * v[:, :8]).sum())(x)
+
+    function = model if mode == "dual" else transformed
+    torch._dynamo.reset()
+    with torch.no_grad(), level:
+        expected = differentiate(function)
+        found = differentiate(compiled(function))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert expected.any()
+    said = [*last().left.values(), *last().notes]
+    assert any("gradients are on" in each or "torch.func" in each for each in said)

@@ -166,11 +166,18 @@ def test_only_the_gradient_asked_for(required: str, changes: dict[str, Any]) -> 
     assert bool(value.grad.any()) == ("batch" not in changes)
 
 
-def test_quantised_operators_say_that_they_have_no_gradient() -> None:
-    arguments = arguments_of("int8_conv2d_fused", out_dtype=torch.float32)
+def test_the_gradient_of_the_bias_of_a_quantised_convolution() -> None:
+    arguments = arguments_of("int8_conv2d_fused", out_dtype=torch.float32, activation="relu")
+    bias = arguments["bias"].requires_grad_()
+    y = operator("int8_conv2d_fused")(**arguments)
+    y.sum().backward()
+    assert torch.equal(bias.grad, (y > 0).float().sum((0, 2, 3)))
+
+
+def test_integers_have_no_gradient() -> None:
+    arguments = arguments_of("int8_conv2d_fused", out_dtype=torch.int8)
     arguments["bias"].requires_grad_()
-    with pytest.raises(RuntimeError, match="tilewright::int8_conv2d_fused is for inference: it has no gradient"):
-        operator("int8_conv2d_fused")(**arguments).sum().backward()
+    assert not operator("int8_conv2d_fused")(**arguments).requires_grad
 
 
 # ---- autocast

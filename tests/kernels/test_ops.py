@@ -208,10 +208,22 @@ def test_the_gradient_of_a_1d_input() -> None:
     assert torch.equal(bias.grad, torch.ones(40))
 
 
-def test_a_quantiser_says_that_it_has_no_gradient() -> None:
-    _, scale = torch.ops.tilewright.quantize_per_row(torch.randn(2, 8, requires_grad=True))
-    with pytest.raises(RuntimeError, match="tilewright::quantize_per_row is for inference: it has no gradient"):
-        scale.sum().backward()
+def test_the_gradient_of_a_scale_is_that_of_the_largest_magnitude() -> None:
+    x = torch.tensor([[1.0, -3.0, 2.0], [0.5, 0.25, -0.125]], requires_grad=True)
+    q, scale = torch.ops.tilewright.quantize_per_row(x)
+    assert not q.requires_grad, "integers have no derivative"
+    scale.sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([[0.0, -1 / 127, 0.0], [1 / 127, 0.0, 0.0]]))
+
+
+def test_the_gradient_of_a_scale_of_rows() -> None:
+    arguments = arguments_of("int8_linear_quantized")
+    scale = arguments["x_scale"].requires_grad_()
+    y = call("int8_linear_quantized", arguments | {"activation": "relu", "out_dtype": torch.float32})
+    y.sum().backward()
+    rows = arguments["x"].double() @ dequantized_weight(Int8, arguments, torch.float64).T
+    slope = ((rows * scale[:, None] + arguments["bias"]) > 0).double()
+    torch.testing.assert_close(scale.grad.double(), (rows * slope).sum(-1), rtol=1e-4, atol=1e-4)
 
 
 # ---- autocast

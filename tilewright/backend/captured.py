@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from tilewright.backend.record import GraphReport
 from tilewright.convert.graph import added_to
+from tilewright.kernels.dispatch.derivatives import is_differentiated
 from tilewright.kernels.dispatch.same import TensorCache, version_of
 
 Make = Callable[..., Sequence[torch.Tensor]]
@@ -117,10 +118,10 @@ class Captured:
         self.prepared: list[Prepared] = []
         self.made: list[torch.Tensor] = []
         self.report = GraphReport()
-        #: Whether somebody may ask for gradients of what this graph computes.
-        self.trains = torch.is_grad_enabled() and any(
-            isinstance(each, torch.Tensor) and each.requires_grad for each in inputs
-        )
+        #: Whether somebody may ask for derivatives of what this graph computes.
+        self.trains = is_differentiated(*inputs)
+        #: Whether it calls a transformation of ``torch.func`` or enters a level of forward-mode AD.
+        self.transforms = any(map(_begins_transformation, self.graph.nodes))
 
     # ---- reading the graph
     def weight(self, node: Any) -> torch.Tensor | None:
@@ -201,6 +202,11 @@ class Captured:
                 kept.append(i)
         self.gm.recompile()
         return kept, [*(self.inputs[i] for i in kept), *self.made]
+
+
+def _begins_transformation(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return name.endswith(("_increment_nesting", "_enter_dual_level"))
 
 
 def _fake(value: torch.Tensor) -> torch.Tensor:

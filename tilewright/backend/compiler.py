@@ -29,6 +29,11 @@ def tilewright(
     settings = Options.of(options)
     patches = _inductor_options(mode, settings)
     captured = Captured(gm, example_inputs)
+    if captured.transforms:
+        # Nodes that nobody reads are what switches them on and off, and layers are called on tensors of their own.
+        captured.report.notes.append("it calls a transformation of torch.func: it is compiled as it is")
+        keep(captured.report)
+        return _compile(gm, list(example_inputs), settings, mode, patches)
     recipe = None if settings.recipe is None else settings.recipe.excluding(settings.exclude)
     if "convolution" in settings.rewrites:
         convolutions.rewrite(captured, recipe, settings.exclude)

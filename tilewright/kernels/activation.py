@@ -102,6 +102,13 @@ def _gelu(name: str, kind: str, forms: Mapping[Any, Reader], number: int) -> Act
     )
 
 
+def _silu_backward(grad: torch.Tensor, z: torch.Tensor, slope: float) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return aten.silu_backward(grad, z)
+    gate = z.sigmoid()  # the operator has no derivative itself
+    return grad * gate * (1 + z * (1 - gate))
+
+
 _ROWS = (
     _ours(
         "none",
@@ -140,7 +147,7 @@ _ROWS = (
     _ours(
         "silu",
         forward=lambda x, inplace, slope: F.silu(x, inplace=inplace),
-        backward=lambda grad, z, slope: aten.silu_backward(grad, z),
+        backward=_silu_backward,
         forms=dict.fromkeys((nn.SiLU, F.silu, "transformers.activations.SiLUActivation"), _always),
         number=4,
         aten=("silu", ()),

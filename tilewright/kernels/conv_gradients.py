@@ -5,7 +5,7 @@ With z = conv(x, w) + b + r and y = act(z):
     dz = dy * act'(z)        dr = dz        db = sum of dz over images and pixels
 
 and dx, dw are those of a plain convolution. z is recomputed in the backward pass, and only where an activation needs
-it.
+it. ``smooth_conv`` is the function that these are the gradients of, for all other modes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,23 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.activation import activation_gradient
+from tilewright.kernels.activation import activation_gradient, apply_activation
 from tilewright.kernels.conv2d.reference import convolve
 from tilewright.kernels.conv_geometry import oihw, pad_image
+from tilewright.kernels.dispatch.derivatives import wide
+
+
+def smooth_conv(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """act(conv(x, w) + b + r) in float32, or float64 for x of that."""
+    x, bias, residual = arguments["x"], arguments["bias"], arguments["residual"]
+    dtype = wide(x)
+    window = (arguments[name] for name in ("stride", "padding", "dilation", "groups"))
+    z = convolve(x.to(dtype), arguments["weight"].to(dtype), *window)
+    if bias is not None:
+        z = z + bias.to(dtype).view(-1, 1, 1)
+    if residual is not None:
+        z = z + residual.to(dtype)
+    return apply_activation(z, arguments["activation"], negative_slope=arguments["negative_slope"])
 
 
 def conv_gradients(

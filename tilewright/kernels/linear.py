@@ -8,6 +8,7 @@ weight:
 
 Rounding of activations is passed straight through (the straight-through estimator, Bengio et al. 2013): its derivative
 is zero almost everywhere and of no use. z is recomputed in the backward pass, and only where an activation needs it.
+``smooth_linear`` is the function that these are the gradients of, for all other modes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tilewright.kernels.activation import activation_gradient
+from tilewright.kernels.activation import activation_gradient, apply_activation
 from tilewright.kernels.checks import check_devices, check_epilogue, check_input, check_vector
 from tilewright.kernels.dispatch.card import Arguments, Card, Kernel, Way
+from tilewright.kernels.dispatch.derivatives import fold_rows, wide
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.formats.int4 import Int4
 from tilewright.kernels.formats.weight import Draw, WeightFormat
@@ -49,7 +51,7 @@ def linear_card(
     """The card of a linear operator on weights of a format.
 
     weight_of: the very format in a problem. An operator whose rows come quantised has ``x_scale`` among its
-    arguments, and no gradient for x.
+    arguments, and their gradient in the place of that of x.
     """
     quantized = "x_scale" in schema
     options: dict[str, Any] = {"group_size": 32, "symmetric": False} if "group_size" in schema else {}
@@ -65,8 +67,10 @@ def linear_card(
         tuple(implementations),
         tuple(kernels),
         autocast=("x", "residual"),
-        differentiable=("bias", "residual") if quantized else ("x", "bias", "residual"),
+        differentiable=("x_scale" if quantized else "x", "bias", "residual"),
         gradients=functools.partial(linear_gradients, weight),
+        smooth=functools.partial(smooth_linear, weight),
+        fold=fold_rows("x", "x_scale", "residual"),
         remembered=remembered,
         integer="compute_dtype" not in schema,
         weight_of=weight_of,
@@ -150,24 +154,38 @@ def dequantized_weight(
     return found if channel_scale is None else found * channel_scale.to(dtype)
 
 
+def smooth_linear(weight: type[WeightFormat], arguments: Arguments) -> torch.Tensor:
+    """act(x W^T + b) + r in float32, or float64 for x of that; int8 rows times their scales."""
+    x, (x_scale, bias, residual) = arguments["x"], map(arguments.get, ("x_scale", "bias", "residual"))
+    dtype = wide(x)
+    rows = x.to(dtype) if x_scale is None else x.to(dtype) * x_scale.unsqueeze(-1).to(dtype)
+    matrix = dequantized_weight(weight, arguments, dtype)
+    z = F.linear(rows, matrix, None if bias is None else bias.to(dtype))
+    y = apply_activation(z, arguments["activation"])
+    return y if residual is None else y + residual.to(dtype)
+
+
 def linear_gradients(
     weight: type[WeightFormat], grad: torch.Tensor, arguments: Arguments, required: frozenset[str]
 ) -> dict[str, torch.Tensor | None]:
-    """Gradients by argument name. grad: of the output. required: which of "x", "bias" and "residual" are needed."""
+    """Gradients by argument name. grad: of the output. required: which of those that are differentiable are needed."""
     gradients: dict[str, torch.Tensor | None] = {}
     if "residual" in required:
         gradients["residual"] = grad.to(arguments["residual"].dtype)
-    if not required & {"x", "bias"}:
+    if not required - {"residual"}:
         return gradients
     x, bias, activation = arguments["x"], arguments["bias"], arguments["activation"]
     matrix = dequantized_weight(weight, arguments).to(grad.dtype)
     if activation != "none":
+        rows = x.to(grad.dtype)
         if "x_scale" in arguments:
-            x = x.to(grad.dtype) * arguments["x_scale"].unsqueeze(-1).to(grad.dtype)
-        z = F.linear(x.to(grad.dtype), matrix, None if bias is None else bias.to(grad.dtype))
+            rows = rows * arguments["x_scale"].unsqueeze(-1).to(grad.dtype)
+        z = F.linear(rows, matrix, None if bias is None else bias.to(grad.dtype))
         grad = activation_gradient(z, grad, activation)
     if "x" in required:
         gradients["x"] = (grad @ matrix).to(x.dtype)
+    if "x_scale" in required:
+        gradients["x_scale"] = ((grad @ matrix).float() * x).sum(-1)
     if "bias" in required:
         rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
         gradients["bias"] = rows.sum(0, dtype=torch.float32).to(bias.dtype)

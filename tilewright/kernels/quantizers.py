@@ -9,15 +9,24 @@ import torch
 
 from tilewright.kernels.checks import check_devices, check_input, check_vector
 from tilewright.kernels.dispatch.card import Arguments, Card, Kernel, Way, everywhere, on_gpu
+from tilewright.kernels.dispatch.derivatives import fold_rows
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.formats.weight import Draw
 
 
 def quantizer_card(
-    name: str, package: str, schema: str, sample: Callable[[Problem, Draw], dict[str, Any]], kernel: str, *others: Way
+    name: str,
+    package: str,
+    schema: str,
+    sample: Callable[[Problem, Draw], dict[str, Any]],
+    kernel: str,
+    *others: Way,
+    rounded: Callable[[Arguments], torch.Tensor],
 ) -> Card:
     """The card of an operator that makes int8 rows and their scales. kernel: the module of the Triton kernel. others:
-    implementations that follow it.
+    implementations that follow it. rounded: what is rounded, [..., K] in float32 or float64, in operators of PyTorch.
+
+    Integers have no derivative, as in PyTorch; the scales have that of the largest magnitude.
     """
     return Card(
         name,
@@ -31,7 +40,17 @@ def quantizer_card(
         implementations=(on_gpu("Triton", kernel), *others, everywhere("reference", ".reference")),
         kernels=(Kernel(kernel, rows_of(name)),),
         autocast=("x", "residual"),
+        differentiable=("x", "weight", "bias", "channel_scale"),
+        smooth=lambda arguments: (None, _scale(rounded(arguments))),
+        fold=fold_rows("x"),
     )
+
+
+def _scale(v: torch.Tensor) -> torch.Tensor:
+    if not v.shape[-1]:
+        return v.new_ones(v.shape[:-1])
+    scale = v.abs().amax(dim=-1) / 127
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def _check(op: str, arguments: Arguments) -> int:

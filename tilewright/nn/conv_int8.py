@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.conv2d.reference import convolve
+from tilewright.kernels.dispatch.derivatives import is_differentiated, straight_through, wide
 from tilewright.kernels.formats import int8
 from tilewright.nn import quantized_ops
 from tilewright.nn.conv import ConvBnAct2d
@@ -34,7 +37,8 @@ class Int8ConvBnAct2d(ConvLayer):
 
     The kernels take the scales of tensors as numbers. They are read from the buffers when those are loaded, which costs
     the one wait for the device; after writing into a buffer by hand, call ``refresh``. An image of a float input that
-    holds NaN or an infinity comes out as NaN, and no other does; int8 holds neither.
+    holds NaN or an infinity comes out as NaN, and no other does; int8 holds neither. Derivatives pass the rounding of a
+    float input as if that were not there; integers have none.
     """
 
     scheme_name = "w8a8-static"
@@ -158,6 +162,26 @@ class Int8ConvBnAct2d(ConvLayer):
 
         residual: float, or int8 with ``residual_scale``.
         """
+        if x.is_floating_point() and end[3] is None and is_differentiated(x, residual):
+            integers, smooth = functools.partial(self._integers, end=end), functools.partial(self._smooth, end=end)
+            return straight_through(integers, smooth, x, residual)
+        return self._integers(x, residual, end)
+
+    def _smooth(self, x: torch.Tensor, residual: torch.Tensor | None, end: Epilogue) -> torch.Tensor:
+        """The same in float32, or float64 for x of that; the rounding of x has the derivative 1."""
+        activation, negative_slope, padding, _, _ = end
+        image = quantized_ops.rounded(x.to(wide(x)), self.x_scale)
+        pads = padding or self._padding or self.same_padding_for(x.shape[2], x.shape[3])
+        window = (self._stride, pads, self._dilation, self.groups)
+        y = convolve(image, self.dequantize_weight().to(image.dtype), *window)
+        if self._bias is not None:
+            y = y + self._bias.to(y.dtype).view(-1, 1, 1)
+        if residual is not None:
+            y = y + residual.to(y.dtype) * (self.r_scale if residual.dtype == torch.int8 else 1.0)
+        return apply_activation(y, activation, negative_slope=negative_slope)
+
+    def _integers(self, x: torch.Tensor, residual: torch.Tensor | None, end: Epilogue) -> torch.Tensor:
+        """By the operators."""
         activation, negative_slope, padding, out_scale, x_nonnegative = end
         dtype, marks = x.dtype, None
         if dtype.is_floating_point:

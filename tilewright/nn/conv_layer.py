@@ -11,6 +11,7 @@ from torch import nn
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.convolution import convolution_problem
+from tilewright.kernels.dispatch.derivatives import is_transformed
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.nn.float_weight import FloatWeight
 from tilewright.nn.quantized_linear import dtype_name, parse_dtype
@@ -177,8 +178,10 @@ class ConvLayer(WeightHolder):
         x = input
         self._check_input(x)
         y = self.run(x, residual, self.activation, self.negative_slope, None, self._own_out_scale())
-        image = self._as_images(x)
-        return y if image.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+        # In ``torch.vmap`` nobody says in which order an image is.
+        known = not is_transformed()
+        channels_last = known and self._as_images(x).is_contiguous(memory_format=torch.channels_last)
+        return y if channels_last else y.contiguous()
 
     def _own_out_scale(self) -> float | None:
         return None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tilewright.kernels.activation import apply_activation
+from tilewright.kernels.dispatch.derivatives import is_transformed, joined, straight_through, wide
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.int8 import Int8
 from tilewright.nn.nested import on_rows
@@ -27,7 +28,7 @@ class Int8StaticLinear(QuantizedLinear):
     ``input_scale`` float32 without dimensions is read as a number when it is loaded, which costs the one wait for the
     device; after writing into it by hand, call ``refresh``. Values beyond 127 steps are clipped. A row that holds NaN
     or an infinity comes out as NaN, and no other does. Where the input wants a gradient, the layer computes the same in
-    float32, and the gradient passes the rounding as if that were not there.
+    float32, and derivatives of every mode pass the rounding as if that were not there.
     """
 
     scheme_name = "w8a8-static"
@@ -85,8 +86,14 @@ class Int8StaticLinear(QuantizedLinear):
         if x.dim() == 4:  # four dimensions are an image to the quantiser, with columns last but one
             rest = None if residual is None else residual.flatten(0, 1)
             return self.forward(x.flatten(0, 1), rest).unflatten(0, x.shape[:2])
+        if is_transformed():
+            return straight_through(self._integers, self._differentiable, x, residual)
         if torch.is_grad_enabled() and x.requires_grad:
             return self._differentiable(x, residual)
+        return self._integers(x, residual)
+
+    def _integers(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """By the operators."""
         kind = x.device.type
         if kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -97,11 +104,11 @@ class Int8StaticLinear(QuantizedLinear):
         )
 
     def _differentiable(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        """The same in float32."""
-        wide = x.float()
-        rounded = (wide / self.x_scale).round().clamp(-127, 127) * self.x_scale
-        wide = wide + (rounded - wide).detach()
-        y = F.linear(wide, self.dequantize_weight(), None if self.bias is None else self.bias.float())
+        """The same in float32, or float64 for x of that."""
+        dtype = wide(x)
+        rows = x.to(dtype)
+        rows = joined((rows / self.x_scale).round().clamp(-127, 127) * self.x_scale, rows)
+        y = F.linear(rows, self.dequantize_weight().to(dtype), None if self.bias is None else self.bias.to(dtype))
         y = apply_activation(y, self.activation)
         return (y if residual is None else y + residual).to(x.dtype)
 

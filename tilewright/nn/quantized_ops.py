@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from tilewright.kernels.cpu.replay import is_special, recorded
+from tilewright.kernels.dispatch.derivatives import is_differentiated, straight_through
 
 
 def quantize(x: torch.Tensor, scale: float, image_dims: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +68,13 @@ def dequantize(q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32
 
 
 def rounded(x: torch.Tensor, scale: float, image_dims: int = 2) -> torch.Tensor:
-    """Float ``x`` of any shape as ``quantize`` and ``dequantize`` leave it, with its marks."""
+    """Float ``x`` of any shape as ``quantize`` and ``dequantize`` leave it, with its marks; derivatives pass."""
+    if is_differentiated(x):
+        return straight_through(lambda x: _rounded(x, scale, image_dims), lambda x: x, x)
+    return _rounded(x, scale, image_dims)
+
+
+def _rounded(x: torch.Tensor, scale: float, image_dims: int) -> torch.Tensor:
     q, marks = quantize(x, scale, image_dims)
     return mark(dequantize(q, scale, x.dtype), (marks,))
 

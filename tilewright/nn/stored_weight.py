@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from tilewright.kernels.dispatch.derivatives import is_transformed
 from tilewright.kernels.dispatch.packed import invalidate
 from tilewright.kernels.dispatch.same import SameTensors, version_of
 
@@ -49,7 +50,7 @@ class Stored:
     def made(self) -> Made:
         """The float weight as it is now."""
         global _last
-        if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._len_torch_dispatch_stack() or is_transformed():
             return Made(self)  # perhaps of tensors that mean nothing elsewhere
         made = self._made
         if made is None:

@@ -397,3 +397,26 @@ def _nonnegative(flow: Flow, stored: set[fx.Node]) -> set[fx.Node]:
         if positive:
             found.add(node)
     return found
+
+
+def before_integers(rounded: fx.Graph, modules: Modules) -> list[str]:
+    """Modules whose parameters have a part in what is rounded. rounded: the last of what ``write_int8`` returns."""
+    ends: list[fx.Node] = []
+    for node in rounded.nodes:
+        if calls(node, quantized_ops.rounded):
+            ends.append(node)
+        elif node.op == "call_method" and node.target == "run" and len(node.args) > 2:
+            layer = modules.get(str(node.args[0].target))
+            ends += [each for each in node.args[1:3] if isinstance(layer, Int8ConvBnAct2d) and each is not None]
+    found: dict[str, None] = {}
+    seen: set[fx.Node] = set()
+    while ends:
+        node = ends.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        ends += node.all_input_nodes
+        if node.op in ("call_module", "get_attr"):
+            name = str(node.target)
+            found[name if name in modules else name.rpartition(".")[0]] = None
+    return list(found)

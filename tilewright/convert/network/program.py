@@ -37,10 +37,12 @@ from tilewright.convert.network import proof
 from tilewright.convert.network import replayable as whole
 from tilewright.convert.network.assumed import assumptions, place_of
 from tilewright.convert.network.draws import Draws, Unrepeatable
+from tilewright.convert.network.int8_flow import before_integers
 from tilewright.convert.state import HeldState, private_copy, private_twin
 from tilewright.convert.structure import ReplacedForward
 from tilewright.kernels.cpu.replay import Replays
 from tilewright.kernels.dispatch import regions
+from tilewright.kernels.dispatch.derivatives import detached, is_differentiated, is_transformed, joined, without_graph
 from tilewright.kernels.dispatch.same import SameTensors
 from tilewright.nn import FoldedBatchNorm
 from tilewright.nn.conv_int8 import scales_read
@@ -62,6 +64,7 @@ _KEPT = (
     "assumed",
     "refused",
     "writes_outside",
+    "before",
 )
 
 
@@ -91,6 +94,8 @@ class Program(ReplacedForward):
         self.steps = [source_of(graph) for graph in steps]
         #: Whether it writes to its inputs, or to what somebody else may hold: after an error nobody knows how much.
         self.writes_outside = any(map(is_kept, region.graph.nodes))
+        #: Modules that something is computed with before int8 is handed on.
+        self.before = before_integers(steps[1], modules) if steps else []
         self.assumed = assumptions(self.owner, [self.leaves[leaf] for leaf in self.called])
         #: Runs instead of the program while activations are observed: inputs -> outputs.
         self.observer: Callable[..., Any] | None = None
@@ -99,6 +104,8 @@ class Program(ReplacedForward):
     def _make(self) -> None:
         self._function = compiled(self.source, self.names)
         self._flat = compiled(self.flat_source, self.names)
+        if self.steps:
+            self._smooth = compiled(*self.steps[1])
         #: Kinds of inputs, the oldest first.
         self._proven: dict[Any, None] = {}
         #: What the fast form refers to, as attributes.
@@ -140,6 +147,8 @@ class Program(ReplacedForward):
             with torch.no_grad():
                 return self(*args, **kwargs)
         if torch.compiler.is_compiling():
+            if self._loses_derivatives(given):
+                return self._straight_through(functools.partial(self._function, owner), given)
             if self.whole and whole.supports(given):
                 return torch.ops.tilewright.region(list(given), self._region_name)
             return self._function(owner, *given)
@@ -148,10 +157,9 @@ class Program(ReplacedForward):
                 return self.observer(given)
             if not self._is_current():
                 return type(owner).forward(owner, *args, **kwargs)
-            # A recording misses hooks on what it calls.
-            if self._replays is not None and not torch.is_grad_enabled() and not any(self._watched):
-                return self._replays(*given)
-            return self._run(*given)
+            if self._loses_derivatives(given):
+                return self._straight_through(self._fast, given)
+            return self._fast(*given)
         except NotAsExpected:
             return type(owner).forward(owner, *args, **kwargs)
         except Exception as error:
@@ -191,6 +199,25 @@ class Program(ReplacedForward):
             return self._function(self.owner, *given)
         except NotAsExpected:
             return self._by_layers(given)
+
+    def _fast(self, *given: Any) -> Any:
+        # A recording misses hooks on what it calls.
+        if self._replays is not None and not torch.is_grad_enabled() and not any(self._watched):
+            return self._replays(*given)
+        return self._run(*given)
+
+    # ---- derivatives
+    def _loses_derivatives(self, given: tuple[Any, ...]) -> bool:
+        """Whether somebody may ask for a derivative that ends where int8 is handed on."""
+        if not self.steps or not (torch.is_grad_enabled() or is_transformed()):
+            return False
+        trained = [each for name in self.before for each in self.owner.get_submodule(name).parameters()]
+        return is_differentiated(*given, *trained)
+
+    def _straight_through(self, run: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+        """What ``run`` computes, with derivatives that pass the rounding: those of the steps that hand floats on."""
+        own = pytree.tree_map_only(torch.Tensor, torch.clone, detached(given))  # either may write to its inputs
+        return joined(without_graph(run, *own), self._smooth(self.owner, *given))
 
     def _inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """What a call gives the graph's inputs; None if it asks for something else than the graph does."""

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from tilewright.convert.state import private_copy
 from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.derivatives import is_transformed
 
 #: (inputs) -> result; may write to the inputs.
 Run = Callable[[tuple[Any, ...]], Any]
@@ -116,7 +117,7 @@ def may_run(given: Sequence[Any]) -> bool:
         and all(x.layout == torch.strided for x in tensors)
         and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
         and torch._C._get_tracing_state() is None
         and not router.records_problems()  # the layers pose others than the program
     )

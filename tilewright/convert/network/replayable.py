@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from tilewright.convert.graph import calls, is_kept
+from tilewright.kernels.dispatch.derivatives import is_transformed
 from tilewright.nn import ConvLayer, FoldedBatchNorm, FusedActivation, QuantizedLinear
 
 _OURS = (ConvLayer, FoldedBatchNorm, FusedActivation, QuantizedLinear)
@@ -55,6 +56,7 @@ def supports(inputs: Sequence[Any]) -> bool:
     return (
         not torch.compiler.is_exporting()
         and not torch.is_grad_enabled()
+        and not is_transformed()
         and not torch.is_autocast_enabled("cpu")
         and all(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in inputs)
     )

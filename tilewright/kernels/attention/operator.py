@@ -1,12 +1,15 @@
-"""The card of ``attention``, for inference alone. ``call`` is the short way to what serves it."""
+"""The card of ``attention``. ``call`` is the short way to what serves it in inference."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from tilewright.kernels.attention.reference import smooth_attention
 from tilewright.kernels.dispatch.card import Arguments, Card, everywhere, on_cpu
+from tilewright.kernels.dispatch.derivatives import fold_images
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.formats.weight import Draw
 
@@ -63,6 +66,23 @@ def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
     return {name: draw.normal(1, 1, length, problem.k, dtype=problem.x_dtype) for name, length in lengths.items()}
 
 
+def _fold(arguments: Arguments, dims: Mapping[str, int], size: int) -> Any:
+    """The batch becomes part of the first dimension."""
+    mask, dims = arguments["mask"], dict(dims)
+    if mask is not None:
+        if "mask" in dims:
+            mask = mask.movedim(dims["mask"], 0)
+            missing = 5 - mask.dim()
+            dims["mask"] = 0
+            mask = mask.reshape(size, *[1] * missing, *mask.shape[1:])
+        else:
+            mask = mask[(None,) * (4 - mask.dim())]
+        first = arguments["query"].select(dims["query"], 0).shape[0] if "query" in dims else arguments["query"].shape[0]
+        leading = (size,) if "mask" in dims else ()
+        mask = mask.expand(*leading, first, *mask.shape[-3:])
+    return fold_images("query", "key", "value", "mask")({**arguments, "mask": mask}, dims, size)
+
+
 CARDS = (
     Card(
         "attention",
@@ -79,5 +99,8 @@ CARDS = (
             everywhere("reference", ".reference"),
         ),
         autocast=("query", "key", "value"),
+        differentiable=("query", "key", "value", "mask"),
+        smooth=smooth_attention,
+        fold=_fold,
     ),
 )

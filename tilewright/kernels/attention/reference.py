@@ -10,8 +10,12 @@ A query that sees no key gives zeros. Fewer heads of k and v than of q: each ser
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+
+from tilewright.kernels.dispatch.derivatives import wide
 
 
 def attention(
@@ -26,18 +30,26 @@ def attention(
     broadcasts to [B, H, L, S], bool (True: seen) or float (added) -> [B, H, L, E] of that dtype. scale None is
     1 / sqrt(D).
     """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    given = {"query": query, "key": key, "value": value, "mask": mask, "causal": causal, "scale": scale}
+    return smooth_attention(given).to(query.dtype)
+
+
+def smooth_attention(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """The same before the cast, in float32, or float64 for such arguments: what derivatives are those of."""
+    query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "mask"))
+    dtype = wide(query)
     groups = query.shape[1] // max(key.shape[1], 1)
     k, v = (t.to(dtype).repeat_interleave(groups, dim=1) for t in (key, value))
-    scores = query.to(dtype) @ k.transpose(-1, -2) * default_scale(query, scale)
+    scores = query.to(dtype) @ k.transpose(-1, -2) * default_scale(query, arguments["scale"])
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    if causal:
+    if arguments["causal"]:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~seen, -math.inf)
     blind = (scores == -math.inf).all(dim=-1, keepdim=True)
-    probabilities = torch.softmax(scores, dim=-1).masked_fill(blind, 0)
-    return (probabilities @ v).to(query.dtype)
+    # Before the softmax too, whose derivative is NaN at a row of nothing but -inf.
+    probabilities = torch.softmax(scores.masked_fill(blind, 0), dim=-1).masked_fill(blind, 0)
+    return probabilities @ v
 
 
 def default_scale(query: torch.Tensor, scale: float | None) -> float:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from tilewright.kernels import convolution
-from tilewright.kernels.conv_gradients import conv_gradients
+from tilewright.kernels.conv_gradients import conv_gradients, smooth_conv
 from tilewright.kernels.dispatch.card import Card, everywhere, on_cpu
+from tilewright.kernels.dispatch.derivatives import fold_images
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.weight import Draw
 
@@ -41,5 +42,7 @@ CARDS = (
         autocast=("x", "weight", "residual"),
         differentiable=("x", "weight", "bias", "residual"),
         gradients=conv_gradients,
+        smooth=smooth_conv,
+        fold=fold_images("x", "residual"),
     ),
 )

@@ -27,6 +27,7 @@ from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.replay_steps import IN_PLACE, NATIVE, Lowering, NotNative
 from tilewright.kernels.cpu.steps import Description
+from tilewright.kernels.dispatch.derivatives import is_transformed
 from tilewright.kernels.dispatch.same import SameTensors, holds_values, version_of
 
 _local = threading.local()
@@ -424,11 +425,13 @@ class Replays:
 
 
 def is_special() -> bool:
-    """Whether something watches or changes what operators do: a mode, autocast, a transformation, a compiler."""
+    """Whether something watches or changes what operators do: a mode, autocast, a transformation, forward-mode AD, a
+    compiler.
+    """
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch.is_autocast_enabled("cpu")
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_transformed()
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
     )

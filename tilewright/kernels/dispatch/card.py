@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from tilewright.kernels.dispatch.derivatives import Fold
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import Implementation, imported
 from tilewright.kernels.formats.weight import Draw, WeightFormat
@@ -119,8 +120,10 @@ class Card:
 
     autocast: arguments that are cast to the autocast dtype where they are float, without any there is no rule.
     differentiable: arguments with a gradient, which ``gradients`` returns by name for (gradient of the output,
-    arguments, those of ``differentiable`` that are needed). remembered: a compiled graph's calls that repeat go
-    straight to what the implementation prepared.
+    arguments, those of ``differentiable`` that are needed). smooth: the operator in float32 or float64 without the
+    rounding of activations, in operators of PyTorch: what its derivatives are those of (``derivatives``); None in the
+    place of a result that has none. fold: how ``torch.vmap`` makes one call of many. remembered: a compiled graph's
+    calls that repeat go straight to what the implementation prepared.
     integer: it multiplies integers. weight_of: the format of a linear operator's weight in a problem.
     """
 
@@ -137,6 +140,8 @@ class Card:
     autocast: tuple[str, ...] = ()
     differentiable: tuple[str, ...] = ()
     gradients: Gradients | None = None
+    smooth: Callable[[Arguments], Any] | None = None
+    fold: Fold | None = None
     remembered: bool = False
     integer: bool = False
     weight_of: Callable[[Problem], WeightFormat] | None = None

@@ -1,19 +1,27 @@
 """How the operator of a card is registered with ``torch.library``: the only place that does.
 
 Each operator has one kernel for every device, which checks its arguments and asks the router who serves the call; a
-fake kernel; an autograd formula; and, where it has one, an autocast rule. Calls that repeat on a CPU take a short cut,
-before anything of autograd where no gradient is asked for (``Repeats``).
+fake kernel; derivatives; a rule for ``torch.vmap``; and, where it has one, an autocast rule. Calls that repeat on a CPU
+take a short cut, before anything of autograd where no gradient is asked for (``Repeats``).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from tilewright.kernels.dispatch.card import Card, add
+from tilewright.kernels.dispatch.derivatives import (
+    batched,
+    detached,
+    has_tangent,
+    is_tracked,
+    is_transformed,
+    joined,
+)
 from tilewright.kernels.dispatch.layers import Repeats, can_bypass_dispatcher, prepare
 from tilewright.kernels.dispatch.router import on_invalidate, register, route_call
 from tilewright.kernels.dispatch.same import holds_values
@@ -72,8 +80,11 @@ def define(card: Card) -> None:
             cast = _autocast(overload, bind, device.lower(), card.autocast)
             _library.impl(name, cast, "Autocast" + device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    _register_vmap(card, overload, positional, bind)
     general = _register_autograd(card, overload, positional, bind)
-    if repeats is None or general is None:
+    _library.impl(name, general, "AutogradCUDA", with_keyset=True)
+    if repeats is None:
+        _library.impl(name, general, "AutogradCPU", with_keyset=True)
         return
 
     def before_autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +99,10 @@ def define(card: Card) -> None:
         return general(keyset, *args, **kwargs)
 
     _library.impl(name, before_autograd, "AutogradCPU", with_keyset=True)
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    return [each for each in values if isinstance(each, torch.Tensor)]
 
 
 def _signature(value: Any) -> Any:
@@ -114,10 +129,17 @@ def _autocast(overload: Any, bind: Binder, device: str, names: tuple[str, ...]) 
     return run
 
 
-def _register_autograd(
-    card: Card, overload: Any, positional: tuple[str, ...], bind: Binder
-) -> Callable[..., Any] | None:
-    """Returns the kernel that PyTorch makes of the formula; None where this version hides it."""
+def _register_vmap(card: Card, overload: Any, positional: tuple[str, ...], bind: Binder) -> None:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        given = dict(zip(positional, in_dims, strict=False))
+        dims = {name: dim for name, dim in given.items() if isinstance(dim, int)}
+        return batched(lambda **named: overload(**named), card.fold, bind(args, kwargs), dims, info.batch_size)
+
+    torch.library.register_vmap(f"{NAMESPACE}::{card.name}", rule, lib=_library)
+
+
+def _register_autograd(card: Card, overload: Any, positional: tuple[str, ...], bind: Binder) -> Callable[..., Any]:
+    """Returns the kernel for autograd's keys: hand-written gradients in an ordinary backward pass, else ``joined``."""
 
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Mapping[str, Any] | None = None
@@ -139,12 +161,36 @@ def _register_autograd(
         found = card.gradients(grads[0], arguments, required)
         return tuple(found.get(name) for name in positional)
 
+    def below(keyset: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    def straight_through(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = bind(args, kwargs)
+        if not is_tracked(_tensors(arguments.values())):
+            return below(keyset, args, kwargs)
+        if card.smooth is None:
+            raise RuntimeError(f"{NAMESPACE}::{card.name} is for inference: it has no derivative")
+        constant = {
+            name: value if name in card.differentiable else detached(value) for name, value in arguments.items()
+        }
+        return joined(below(keyset, detached(args), kwargs), card.smooth(constant))
+
     torch.library.register_autograd(overload, backward, setup_context=setup_context, lib=_library)
+    if card.gradients is None:
+        return straight_through
     try:
         from torch._library.autograd import Info, make_autograd_impl
-    except ImportError:
-        return None
-    return make_autograd_impl(overload, Info(backward, setup_context))
+    except ImportError:  # as right, and slower
+        return straight_through
+    general = make_autograd_impl(overload, Info(backward, setup_context))
+
+    def differentiable(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_transformed() or (torch._C._len_torch_dispatch_stack() and has_tangent(_tensors(args))):
+            return straight_through(keyset, *args, **kwargs)
+        return general(keyset, *args, **kwargs)
+
+    return differentiable
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ import torch
 from tilewright.kernels import convolution
 from tilewright.kernels.checks import check_input, check_vector
 from tilewright.kernels.conv_geometry import empty_channels_last
+from tilewright.kernels.conv_gradients import smooth_conv
 from tilewright.kernels.convolution import INTEGERS
 from tilewright.kernels.dispatch.card import Arguments, Card, everywhere, on_cpu, on_gpu
+from tilewright.kernels.dispatch.derivatives import fold_images, fold_rows
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.formats.weight import SCALE_DTYPES, Draw
+from tilewright.kernels.int8_conv2d.reference import integers
 
 
 def _check_scale(op: str, name: str, value: float | None) -> None:
@@ -52,6 +56,20 @@ def _out_dtype(op: str, arguments: Arguments) -> torch.dtype:
             f"{op}: out_dtype must be one of {names} {'with' if quantized else 'without'} out_scale: {dtype}"
         )
     return dtype
+
+
+def _smooth(arguments: Arguments) -> torch.Tensor | None:
+    """None for integers, which have no derivative."""
+    if arguments["out_scale"] is not None:
+        return None
+    x, residual = arguments["x"], arguments["residual"]
+    if residual is not None and residual.dtype in INTEGERS:
+        residual = integers(residual, torch.float32)
+    if residual is not None:
+        residual = residual.float() * arguments["residual_scale"]
+    weight = arguments["weight"].float() * arguments["weight_scale"].view(-1, 1, 1, 1)
+    image = integers(x, torch.float32) * arguments["x_scale"]
+    return smooth_conv({**arguments, "x": image, "weight": weight, "residual": residual})
 
 
 def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
@@ -113,6 +131,21 @@ def _sample_quantize(problem: Problem, draw: Draw) -> dict[str, Any]:
     return {"x": draw.normal(problem.m, problem.k, dtype=problem.x_dtype), "scale": 1 / 40}
 
 
+def _fold_quantize(arguments: Arguments, dims: Mapping[str, int], size: int) -> Any:
+    """Images stay images: their result is channels-last."""
+    images = arguments["x"].dim() == 5
+    return (fold_images if images else fold_rows)("x")(arguments, dims, size)
+
+
+def _fold_marked(arguments: Arguments, dims: Mapping[str, int], size: int) -> Any:
+    """What has samples has more of them; of what is one sample the batch makes samples."""
+    if arguments["sample_dims"]:
+        return fold_images("x")(arguments, dims, size)
+    if arguments["x"].dim() == 1:
+        return None
+    return fold_rows("x")({**arguments, "sample_dims": 1}, dims, size)
+
+
 CARDS = (
     Card(
         "int8_conv2d_fused",
@@ -132,6 +165,9 @@ CARDS = (
             everywhere("reference", ".reference"),
         ),
         kernels=convolution.KERNELS,
+        differentiable=("bias", "residual"),
+        smooth=_smooth,
+        fold=fold_images("x", "residual"),
         integer=True,
     ),
     Card(
@@ -148,6 +184,8 @@ CARDS = (
             on_cpu("C", ".cpu", ".cpu:why_not_quantize"),
             everywhere("reference", ".reference"),
         ),
+        smooth=lambda arguments: None,
+        fold=_fold_quantize,
     ),
     Card(
         "quantize_per_tensor_marked",
@@ -163,5 +201,7 @@ CARDS = (
             on_cpu("C", ".cpu", ".cpu:why_not_quantize"),
             everywhere("reference", ".reference"),
         ),
+        smooth=lambda arguments: (None, None),
+        fold=_fold_marked,
     ),
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tilewright.kernels.dispatch.card import on_cpu
+import torch
+
+from tilewright.kernels.dispatch.card import Arguments, on_cpu
+from tilewright.kernels.dispatch.derivatives import wide
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.weight import Draw
 from tilewright.kernels.quantizers import quantizer_card
@@ -15,6 +18,12 @@ def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
     return {"x": x, "channel_scale": draw.positive(problem.k) if problem.bias else None}
 
 
+def _rounded(arguments: Arguments) -> torch.Tensor:
+    x, channel_scale = arguments["x"], arguments["channel_scale"]
+    v = x.to(wide(x))
+    return v if channel_scale is None else v * channel_scale.to(v.dtype)
+
+
 CARDS = (
     quantizer_card(
         "quantize_per_row",
@@ -23,5 +32,6 @@ CARDS = (
         _sample,
         ".triton_quantize",
         on_cpu("blocks of rows", ".cpu"),
+        rounded=_rounded,
     ),
 )

@@ -10,8 +10,9 @@ import torch
 
 from tilewright.kernels import convolution
 from tilewright.kernels.checks import check_input
-from tilewright.kernels.conv_gradients import conv_gradients
+from tilewright.kernels.conv_gradients import conv_gradients, smooth_conv
 from tilewright.kernels.dispatch.card import Arguments, Card, everywhere
+from tilewright.kernels.dispatch.derivatives import fold_images
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats import sparse24
 from tilewright.kernels.formats.weight import Draw, Float, check_dtype
@@ -47,9 +48,13 @@ def _check(op: str, arguments: Arguments) -> convolution.Checked:
     return convolution.check_float(op, {**arguments, "weight": dense})
 
 
-def _gradients(grad: torch.Tensor, arguments: Arguments, required: frozenset[str]) -> Mapping[str, torch.Tensor | None]:
+def _dense(arguments: Arguments) -> Arguments:
     names = ("x", "weight_values", "weight_meta", "kernel_size", "groups")
-    return conv_gradients(grad, {**arguments, "weight": unpack_weight(*(arguments[name] for name in names))}, required)
+    return {**arguments, "weight": unpack_weight(*(arguments[name] for name in names))}
+
+
+def _gradients(grad: torch.Tensor, arguments: Arguments, required: frozenset[str]) -> Mapping[str, torch.Tensor | None]:
+    return conv_gradients(grad, _dense(arguments), required)
 
 
 def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
@@ -79,5 +84,7 @@ CARDS = (
         autocast=("x", "residual"),
         differentiable=("x", "bias", "residual"),
         gradients=_gradients,
+        smooth=lambda arguments: smooth_conv(_dense(arguments)),
+        fold=fold_images("x", "residual"),
     ),
 )
