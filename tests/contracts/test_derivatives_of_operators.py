@@ -62,7 +62,7 @@ def test_forward_and_reverse_mode_of_an_operator_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "sample_dims"), [((3,), 0), ((4, 3), 1), ((4, 3), 0), ((2, 3, 4, 5), 1), ((2, 3, 5), 0), ((2, 4, 3), 2)]
+    "shape, sample_dims", [((3,), 0), ((4, 3), 1), ((4, 3), 0), ((2, 3, 4, 5), 1), ((2, 3, 5), 0), ((2, 4, 3), 2)]
 )
 def test_vmap_of_what_quantises_with_marks(shape: tuple[int, ...], sample_dims: int) -> None:
     x = torch.randn(3, *shape)
