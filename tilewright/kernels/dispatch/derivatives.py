@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
@@ -42,7 +43,16 @@ def is_transformed() -> bool:
     """Whether a transformation of ``torch.func`` or a level of forward-mode AD is active. Dynamo can trace it."""
     if not (_knows_transforms and _knows_levels):
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _in_functorch() or forward_ad._current_level >= 0
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Dynamo traces the answer wrongly. It is asked for once, while the transformations are as in the call, and Dynamo
+# guards on them itself. What ``torch.compiler.assume_constant_result`` does, without importing a compiler.
+_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_differentiated(*tensors: Any) -> bool:
@@ -64,7 +74,10 @@ def is_tracked(tensors: Sequence[torch.Tensor]) -> bool:
 
 def has_tangent(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether one of ``tensors`` is dual, outside of ``torch.func``."""
-    # Level 0 even where PyTorch says that there is none: a graph that is traced enters it behind Python's back.
+    # A graph that is traced enters its level behind Python's back. Elsewhere nobody is asked who need not be: what
+    # tells of tangents is an operator itself, which modes would see and cannot execute.
+    if _knows_levels and forward_ad._current_level < 0 and not any(type(t) is FunctionalTensor for t in tensors):
+        return False
     return any(t.is_floating_point() and forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
 
 

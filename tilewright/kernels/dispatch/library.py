@@ -186,7 +186,7 @@ def _register_autograd(card: Card, overload: Any, positional: tuple[str, ...], b
     general = make_autograd_impl(overload, Info(backward, setup_context))
 
     def differentiable(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_transformed() or (torch._C._len_torch_dispatch_stack() and has_tangent(_tensors(args))):
+        if is_transformed() or has_tangent(_tensors(args)):
             return straight_through(keyset, *args, **kwargs)
         return general(keyset, *args, **kwargs)
 
