@@ -89,3 +89,22 @@ def rolled() -> float:
 class Rolls(Base):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block(x) * rolled()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_and_scripted_parts_are_called_as_they_are() -> None:
+    class Mixed(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.traced = torch.jit.trace(nn.Conv2d(4, 4, 1), torch.randn(1, 4, 9, 7))
+            self.scripted = torch.jit.script(nn.Conv2d(4, 4, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.block(x)
+            return self.traced(y) + self.scripted(y)
+
+    model, x = settled(Mixed()), torch.randn(2, 4, 9, 7)
+    converted = tw.convert_model(model, "fuse")
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)

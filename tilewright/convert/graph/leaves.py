@@ -58,6 +58,8 @@ def is_leaf(module: nn.Module) -> bool:
 
 def _keeps_forward(module: nn.Module) -> bool:
     """Whether ``module`` is of a subclass that keeps the forward of one of PyTorch's layers: it is that layer."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     return any(
         base.__module__.startswith("torch.nn.modules") and base not in (nn.Module, *_CONTAINERS)
         for base in type(module).__mro__
