@@ -115,6 +115,8 @@ def _shapes(family: str) -> Iterator[tuple[str, ConvShape]]:
         yield "tf32", replace(first, dtype=torch.float32, allow_tf32=True)
     if family in ("implicit", "depthwise"):
         yield "uint8", replace(first, dtype=torch.uint8)
+    if family != "pointwise":
+        yield "int8 zero point", replace(first, dtype=torch.int8, zero_points=(-127, 40, -9))
     if family in _RAGGED:
         yield "bf16 ragged", _RAGGED[family]
         yield "int8 ragged", replace(_RAGGED[family], dtype=torch.int8)

@@ -22,6 +22,7 @@ class ConvShape:
 
     size: height and width, or both at once; window, stride, dilation likewise. padding: top, bottom, left, right, or
     None for half of the window on each side. int8 and uint8 are requantised; out_dtype: a float dtype instead.
+    zero_points: of x, of the residual, of the result, as far as these are integers.
     """
 
     batch: int
@@ -39,6 +40,7 @@ class ConvShape:
     residual: bool = False
     activation: str = "none"
     allow_tf32: bool = False
+    zero_points: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def op(self) -> str:
@@ -106,7 +108,11 @@ def _arguments(shape: ConvShape, generator: torch.Generator | None) -> dict[str,
     if not integer:
         return arguments | {"allow_tf32": shape.allow_tf32}
     quantized = out_dtype in INTEGERS
+    zero, residual_zero, out_zero = shape.zero_points
     return arguments | {
+        "x_zero_point": zero,
+        "residual_zero_point": residual_zero if quantized and shape.residual else 0,
+        "out_zero_point": out_zero if quantized else 0,
         "residual_scale": 1 / 73 if quantized else 1.0,
         "out_scale": 1 / 40 if quantized else None,
         "out_dtype": out_dtype,
@@ -122,7 +128,7 @@ def exact_before_rounding(op: str, arguments: dict[str, Any]) -> torch.Tensor:
     """The convolution in float64 from the operands as they are: before division by out_scale, or the final cast."""
     x, weight = int8_reference.integers(arguments["x"], torch.float64), arguments["weight"].double()
     window = (arguments[name] for name in ("stride", "padding", "dilation", "groups"))
-    y = float_reference.convolve(x, weight, *window)
+    y = float_reference.convolve(x - arguments.get("x_zero_point", 0), weight, *window)
     residual_scale = 1.0
     if op == "int8_conv2d_fused":
         y = y * (arguments["x_scale"] * arguments["weight_scale"].double()).view(-1, 1, 1)
@@ -130,7 +136,8 @@ def exact_before_rounding(op: str, arguments: dict[str, Any]) -> torch.Tensor:
     if arguments["bias"] is not None:
         y = y + arguments["bias"].double().view(-1, 1, 1)
     if arguments["residual"] is not None:
-        y = y + int8_reference.integers(arguments["residual"], torch.float64) * residual_scale
+        residual = int8_reference.integers(arguments["residual"], torch.float64)
+        y = y + (residual - arguments.get("residual_zero_point", 0)) * residual_scale
     return apply_activation(y, arguments["activation"], negative_slope=arguments["negative_slope"])
 
 

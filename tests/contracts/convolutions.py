@@ -67,6 +67,7 @@ def random_norm(norm: nn.Module) -> nn.Module:
 
 
 STATIC = {"input_scale": 3 / 127}
+ZERO_POINTS = {"input_zero_point": 20, "residual_scale": 0.02, "residual_zero_point": -7}
 CONVOLUTIONS = (
     Convolution("float", ConvBnAct2d, {"padding": 1, "bias": False}),
     Convolution("float-strided-grouped", ConvBnAct2d, {"stride": 3, "padding": (2, 1), "groups": 3}),
@@ -80,5 +81,6 @@ CONVOLUTIONS = (
     Convolution("int8-strided-grouped", Int8ConvBnAct2d, {"stride": 3, "padding": (2, 1), "groups": 3}, STATIC),
     Convolution("int8-no_bias-mse", Int8ConvBnAct2d, {"bias": False}, {**STATIC, "range_search": "mse"}, norm=False),
     Convolution("int8-1d-residual", Int8ConvBnAct2d, {"padding": 1}, {**STATIC, "residual_scale": 0.02}, dims=1),
+    Convolution("int8-zero-points", Int8ConvBnAct2d, {"padding": 1, "groups": 3}, {**STATIC, **ZERO_POINTS}),
 )
 each_convolution = pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=[each.name for each in CONVOLUTIONS])

@@ -156,22 +156,29 @@ def test_residual_and_activation(convolution: Convolution, activation: str) -> N
     torch.testing.assert_close(fused(x, broadcast), apply[activation](linear(x) + broadcast), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("zeros", [(None, None, None), (-127, 40, -90)], ids=["symmetric", "zero points"])
 @torch.no_grad()
-def test_int8_in_and_out() -> None:
+def test_int8_in_and_out(zeros: tuple[int | None, ...]) -> None:
     """The integers that a float call would round to, step by step."""
+    names = ("input", "residual", "output")
     scales = {"input_scale": 0.03, "residual_scale": 0.02, "output_scale": 0.05}
-    convolution = Convolution("", Int8ConvBnAct2d, {"padding": 1}, scales)
+    given = {f"{name}_zero_point": zero for name, zero in zip(names, zeros, strict=True)}
+    convolution = Convolution("", Int8ConvBnAct2d, {"padding": 1}, {**scales, **given})
     conv, norm = convolution.plain()
     module = convolution.fuse(conv, norm, activation="relu")
-    unfused = convolution.fuse(conv, norm, activation="relu", output_scale=None)
+    unfused = convolution.fuse(conv, norm, activation="relu", output_scale=None, output_zero_point=None)
     q = torch.randint(-127, 128, (2, CHANNELS, 7, 5), dtype=torch.int8)
     r = torch.randint(-127, 128, (2, OUT, 7, 5), dtype=torch.int8)
     y = module(q, r)
     assert y.dtype == torch.int8
-    expected = (unfused(q * torch.tensor(0.03), r * torch.tensor(0.02)) / 0.05).round().clamp(-127, 127)
+    zx, zr, zy = (zero or 0 for zero in zeros)
+    x, added = (q.float() - zx) * torch.tensor(0.03), (r.float() - zr) * torch.tensor(0.02)
+    expected = ((unfused(x, added) / 0.05).round() + zy).clamp(-127, 127)
     assert (y - expected).abs().max() <= 1
     assert (y != expected).float().mean() < 0.01  # ties, which the rounding of r * 0.02 decides
-    assert torch.equal(y, module(q * torch.tensor(0.03), r))
+    assert torch.equal(y, module(x, r))
+    broadcast = module(q, r[:1])
+    assert torch.equal(broadcast[0], y[0]) and not torch.equal(broadcast[1], y[1])
 
 
 @each_convolution
@@ -253,11 +260,12 @@ def test_the_state_dict_holds_plain_canonical_tensors(convolution: Convolution) 
     expected = {*weights, *(["bias"] if "bias" in state else [])}
     if convolution.is_int8:
         expected |= {"weight_scale", "input_scale"}
-        expected |= {name for name in ("residual_scale", "output_scale") if name in convolution.options}
+        grids = ("residual_scale", "output_scale", "input_zero_point", "residual_zero_point", "output_zero_point")
+        expected |= {name for name in grids if name in convolution.options}
     assert state.keys() == expected
     for name, value in state.items():
         assert type(value) is torch.Tensor and value.is_contiguous()
-        assert name in weights or value.dtype == torch.float32
+        assert name in weights or value.dtype == (torch.int32 if name.endswith("_zero_point") else torch.float32)
     module(convolution.input().half())
     assert module.state_dict().keys() == state.keys(), "a forward added to the state"
 
@@ -394,3 +402,6 @@ def test_from_float_refuses_what_it_cannot_be_true_to() -> None:
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="input_scale must be positive and finite"):
             Int8ConvBnAct2d.from_float(nn.Conv2d(2, 2, 3), input_scale=bad)
+    for wrong in ({"input_zero_point": 128}, {"input_zero_point": -128}, {"output_zero_point": 3}):
+        with pytest.raises(ValueError, match="_zero_point must lie in -127 to 127, and have a scale"):
+            Int8ConvBnAct2d.from_float(nn.Conv2d(2, 2, 3), input_scale=1.0, **wrong)

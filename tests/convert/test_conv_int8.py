@@ -60,6 +60,7 @@ def test_observers_of_nothing_and_of_what_is_no_number() -> None:
     seen.add(torch.zeros(5))
     seen.add(torch.zeros(0))
     assert [seen.scale(name) for name in ("minmax", "percentile", "mse")] == [1.0] * 3
+    assert [seen.grid(name) for name in ("minmax", "percentile", "mse")] == [(1.0, 0)] * 3
     for bad in (torch.nan, torch.inf, -torch.inf):
         with pytest.raises(ValueError, match="NaN or Inf"):
             seen.add(torch.tensor([1.0, bad]))
@@ -69,6 +70,8 @@ def test_observers_of_nothing_and_of_what_is_no_number() -> None:
         tw.Int8Static(percentile=0)
     with pytest.raises(ValueError, match="max_error must be positive"):
         tw.Int8Static(max_error=0)
+    with pytest.raises(ValueError, match="symmetric must be True or False, not 'no'"):
+        tw.Int8Static(symmetric="no")
 
 
 # ---- int8 from end to end
@@ -162,8 +165,9 @@ def test_a_layer_called_twice_has_one_scale() -> None:
 
     model, x = Twice().eval(), images(4)
     converted = int8(model, [x], observer="minmax")
-    largest = max(x.abs().max(), F.relu(model.conv(x)).abs().max()).item()
-    assert converted.conv.x_scale == pytest.approx(largest / 127)
+    seen = torch.cat([x.flatten(), F.relu(model.conv(x)).flatten()])
+    assert converted.conv.x_scale == pytest.approx(float(seen.max() - seen.min()) / 254)
+    assert int8(model, [x], observer="minmax", symmetric=True).conv.x_scale == pytest.approx(seen.abs().max() / 127)
     assert sqnr(converted(x), model(x)) > 30
 
 

@@ -54,13 +54,15 @@ def call(op: str, arguments: dict[str, Any]) -> torch.Tensor:
 @DTYPES
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_against_float64(name: str, dtype: torch.dtype, activation: str) -> None:
+    zero_points = (-127, 40, -9) if activation != "none" and dtype in INTEGERS else (0, 0, 0)
     shape = replace(SHAPES[name], dtype=dtype, residual=activation != "none", activation=activation)
+    shape = replace(shape, zero_points=zero_points)
     arguments = make_conv_arguments(shape)
     y = call(shape.op, on_gpu(arguments))
     assert y.is_contiguous(memory_format=torch.channels_last)
     exact = exact_before_rounding(shape.op, arguments)
     if dtype in INTEGERS:
-        assert_rounded(y.cpu(), exact, arguments["out_scale"])
+        assert_rounded(y.cpu(), exact, arguments)
     else:
         assert_close_as_plain(y.cpu(), plain_result(arguments), exact)
 
@@ -90,5 +92,6 @@ def test_quantisation_agrees_to_the_bit(shape: tuple[int, ...]) -> None:
         x = (torch.randn(shape) * 3).to(dtype)
         x.view(-1)[: min(3, x.numel())] = torch.tensor([torch.nan, torch.inf, -torch.inf])[: min(3, x.numel())]
         for out_dtype in INTEGERS:
-            q = torch.ops.tilewright.quantize_per_tensor(x.cuda(), 0.017, out_dtype)
-            assert torch.equal(q.cpu(), quantize_per_tensor(x, 0.017, out_dtype))
+            for zero_point in (0, -127):
+                q = torch.ops.tilewright.quantize_per_tensor(x.cuda(), 0.017, out_dtype, zero_point)
+                assert torch.equal(q.cpu(), quantize_per_tensor(x, 0.017, out_dtype, zero_point))

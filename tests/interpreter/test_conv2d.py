@@ -5,6 +5,7 @@ Warps mean nothing to the interpreter; the emulator runs four and eight (tests/k
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +66,8 @@ ODD = {
 for _shapes in (EVEN, ODD):
     _shapes["flat"] = _shapes["taps"]
 EACH_FAMILY = pytest.mark.parametrize("family", PLANS)
+#: Of x, of the residual, of the result.
+ZERO_POINTS = (-127, 40, -9)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8, torch.uint8], ids=str)
 
 
@@ -79,7 +82,7 @@ def check(y: torch.Tensor, shape: ConvShape, **changes: Any) -> None:
     arguments = make_conv_arguments(shape) | changes
     exact = exact_before_rounding(shape.op, arguments)
     if y.dtype in INTEGERS:
-        assert_rounded(y, exact, arguments["out_scale"])
+        assert_rounded(y, exact, arguments)
     elif shape.dtype in INTEGERS:
         assert_close_as_plain(y, reference_result(shape.op, arguments), exact)
     else:
@@ -93,14 +96,18 @@ def test_every_tile(family: str, dtype: torch.dtype, tile: str) -> None:
     for shapes in (EVEN, ODD):
         shape = replace(shapes[family], dtype=dtype, residual=True, activation="silu")
         check(run(family, shape, TILES[tile]), shape)
+        if dtype in INTEGERS:
+            shape = replace(shape, zero_points=ZERO_POINTS)
+            check(run(family, shape, TILES[tile]), shape)
 
 
 @EACH_FAMILY
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_integer_sums_are_exact(family: str, dtype: torch.dtype) -> None:
     """Without bias and activation both compute one expression in float32, so nothing may differ."""
-    shape = replace(ODD[family], dtype=dtype, out_dtype=torch.float32, bias=False)
-    assert torch.equal(run(family, shape), reference_result(shape.op, make_conv_arguments(shape)))
+    for zero_points in ((0, 0, 0), ZERO_POINTS):
+        shape = replace(ODD[family], dtype=dtype, out_dtype=torch.float32, bias=False, zero_points=zero_points)
+        assert torch.equal(run(family, shape), reference_result(shape.op, make_conv_arguments(shape)))
 
 
 @pytest.mark.parametrize("activation", CONV_ACTIVATIONS)
@@ -167,8 +174,9 @@ def test_no_images_and_one_pixel(family: str) -> None:
 @EACH_FAMILY
 @DTYPES
 def test_nothing_outside_the_tensors_is_touched(family: str, dtype: torch.dtype) -> None:
-    call = make_call(replace(ODD[family], dtype=dtype, residual=True))
-    names = ("x", "weight", "out", "bias", "residual", "weight_scale")
+    zero_points = ZERO_POINTS if dtype == torch.int8 else (0, 0, 0)
+    call = make_call(replace(ODD[family], dtype=dtype, residual=True, zero_points=zero_points))
+    names = ("x", "weight", "out", "bias", "residual", "weight_scale", "weight_sum")
     tensors = {name: getattr(call, name) for name in names}
     call = replace(call, **{name: None if t is None else guarded(t) for name, t in tensors.items()})
     launches = PLANS[family](call, TILES["small"])
@@ -205,9 +213,10 @@ def test_quantisation_agrees_to_the_bit(dtype: torch.dtype) -> None:
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 6e4, -0.0, 0.0085, 0.0255], dtype=dtype)
     channels_last = image.contiguous(memory_format=torch.channels_last)
     for x in (image, channels_last, image[:, 1:3, ::2], image.flatten()[:-1], image[0, 0].t(), special, image[:0]):
-        for out_dtype in (None, torch.uint8):
+        for out_dtype, zero_point in itertools.product((None, torch.uint8), (0, -127, 30)):
             q, expected = (
-                f(x, 0.017, out_dtype) for f in (triton_quantize.quantize_per_tensor, reference.quantize_per_tensor)
+                f(x, 0.017, out_dtype, zero_point)
+                for f in (triton_quantize.quantize_per_tensor, reference.quantize_per_tensor)
             )
             assert torch.equal(q, expected)
             assert (q.dtype, q.stride()) == (expected.dtype, expected.stride())

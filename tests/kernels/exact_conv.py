@@ -58,21 +58,25 @@ def conv2d_fused(arguments: dict[str, Any]) -> torch.Tensor:
 
 def int8_conv2d_fused(arguments: dict[str, Any]) -> torch.Tensor:
     """The int8 operator in float64, before division by out_scale or a cast."""
-    total = sums(integers(arguments["x"]), arguments["weight"].numpy().astype(np.int64), arguments)
+    total = sums(
+        integers(arguments["x"]) - arguments["x_zero_point"], arguments["weight"].numpy().astype(np.int64), arguments
+    )
     y = total * (arguments["x_scale"] * exact.array(arguments["weight_scale"]))[:, None, None]
     residual = arguments["residual"]
     if arguments["bias"] is not None:
         y = y + exact.array(arguments["bias"])[:, None, None]
     if residual is not None:
         values = exact.array(residual) if residual.is_floating_point() else integers(residual)
-        y = y + values * arguments["residual_scale"]
+        y = y + (values - arguments["residual_zero_point"]) * arguments["residual_scale"]
     return torch.from_numpy(activate(y, arguments))
 
 
-def assert_rounded(q: torch.Tensor, y: torch.Tensor, out_scale: float) -> None:
-    """``q`` is clamp(round(y / out_scale), -127, 127) of the exact ``y``; next to a tie either neighbour is right."""
-    steps = y / out_scale
-    expected = steps.round().clamp(-127, 127)
+def assert_rounded(q: torch.Tensor, y: torch.Tensor, arguments: dict[str, Any]) -> None:
+    """``q`` is clamp(round(y / out_scale) + out_zero_point, -127, 127) of the exact ``y``; next to a tie either
+    neighbour is right.
+    """
+    steps = y / arguments["out_scale"]
+    expected = (steps.round() + arguments["out_zero_point"]).clamp(-127, 127)
     difference = (torch.from_numpy(integers(q)) - expected).abs()
     # Float32 arithmetic moves y by some 1e-6 of its largest term; a float64 tie may then fall to the other side.
     near_tie = (steps - steps.floor() - 0.5).abs() < 1e-3

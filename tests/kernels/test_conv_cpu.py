@@ -88,7 +88,8 @@ def needs_c() -> None:
 
 ONE_TAP = {"kernel": (1, 1), "stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1}
 #: A float residual has a scale too. Whole vectors and ragged ones have epilogues of their own, as has each result.
-FLOAT_RESIDUAL = {"x": "int8", "residual": "float", "activation": "none", "threads": 1, "seed": 0}
+FLOAT_RESIDUAL = {"x": "int8", "residual": "float", "activation": "none", "threads": 1, "seed": 0, "zeros": (0, 0, 3)}
+ZERO_POINTS = st.sampled_from((0, -127, -3, 64, 127))
 STRIDED_ROW = {"height": 1, "width": 4, "stride": (2, 2), "padding": (0, 1, 0, 1), "groups": 2}
 
 
@@ -109,10 +110,20 @@ STRIDED_ROW = {"height": 1, "width": 4, "stride": (2, 2), "padding": (0, 1, 0, 1
     activation=st.sampled_from(EXACT),
     threads=st.sampled_from((1, 2)),
     seed=st.integers(0, 1000),
+    zeros=st.tuples(ZERO_POINTS, ZERO_POINTS, ZERO_POINTS),
 )
 def test_int8_is_the_reference_bit_for_bit(
-    isa: str, sizes: dict[str, Any], x: str, residual: str | None, out: Any, activation: str, threads: int, seed: int
+    isa: str,
+    sizes: dict[str, Any],
+    x: str,
+    residual: str | None,
+    out: Any,
+    activation: str,
+    threads: int,
+    seed: int,
+    zeros: tuple[int, int, int],
 ) -> None:
+    """zeros: the zero points of x, of an integer residual, of an integer result."""
     needs_c()
     torch.manual_seed(seed)
     depth = ConvGeometry(**sizes).taps * sizes["in_channels"] // sizes["groups"]
@@ -125,6 +136,9 @@ def test_int8_is_the_reference_bit_for_bit(
         out_scale=None if out == torch.float32 else 0.05 * depth**0.5,
         out_dtype=out,
         x_nonnegative=x == "nonnegative",
+        x_zero_point=0 if x == "nonnegative" else zeros[0],
+        residual_zero_point=zeros[1] if residual in ("int8", "uint8") else 0,
+        out_zero_point=0 if out == torch.float32 else zeros[2],
     )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -155,6 +169,8 @@ def test_ties_are_rounded_to_even(isa: str) -> None:
     arguments |= {"weight_scale": torch.ones(16), "out_scale": 2.0}
     y = int8_cpu.int8_conv2d_fused(**arguments)
     assert torch.equal(y[0, 0].flatten().int(), torch.round(torch.arange(-127, 128) / 2).int())
+    shifted = int8_cpu.int8_conv2d_fused(**arguments, out_zero_point=-3)
+    assert torch.equal(shifted, y - 3), "a tie is rounded before the zero point is added"
 
 
 def test_silu_differs_by_one_step_and_only_beside_a_tie() -> None:
@@ -226,17 +242,19 @@ def test_onednn_float_is_as_good_as_pytorch(residual: bool, activation: str) -> 
     check_float(float_cpu.onednn_conv2d_fused, {**sizes, **window}, residual, activation)
 
 
-@pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
+@pytest.mark.parametrize("x", ["signed", "nonnegative", "with a zero point"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_onednn_int8_is_the_reference_bit_for_bit(activation: str, nonnegative: bool) -> None:
+def test_onednn_int8_is_the_reference_bit_for_bit(activation: str, x: str) -> None:
     if int8_cpu.why_no_qconv():
         pytest.skip(int8_cpu.why_no_qconv())
     torch.manual_seed(0)
     sizes = {"batch": 2, "in_channels": 24, "height": 9, "width": 11, "out_channels": 40, "kernel": (3, 3)}
     window = {"stride": (2, 1), "padding": (0, 1, 1, 1), "dilation": (1, 1), "groups": 2}
     arguments = int8_arguments(
-        {**sizes, **window}, torch.int8, "int8", activation=activation, out_scale=0.7, x_nonnegative=nonnegative
+        {**sizes, **window}, torch.int8, "int8", activation=activation, out_scale=0.7, x_nonnegative=x == "nonnegative"
     )
+    if x == "with a zero point":
+        arguments |= {"x_zero_point": -127, "residual_zero_point": 9, "out_zero_point": -30}
     y = int8_cpu.onednn_int8_conv2d_fused(**arguments)
     assert torch.equal(y, int8_reference.int8_conv2d_fused(**arguments))
 
@@ -260,8 +278,9 @@ def test_quantising_is_the_reference_bit_for_bit(isa: str, shape: tuple[int, ...
     x.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     x.view(-1)[3:5] = torch.tensor([0.03125 * 2.5, -0.03125 * 3.5])
     for given_x in (x, x.transpose(0, -1)):
-        y = int8_cpu.quantize_per_tensor(given_x, 0.03125, dtype)
-        assert torch.equal(y, int8_reference.quantize_per_tensor(given_x, 0.03125, dtype))
+        for zero_point in (0, -127, 10):
+            y = int8_cpu.quantize_per_tensor(given_x, 0.03125, dtype, zero_point)
+            assert torch.equal(y, int8_reference.quantize_per_tensor(given_x, 0.03125, dtype, zero_point))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 17, 19), (3, 64, 9, 9), (2, 1, 5, 37), (7, 33), (3, 4, 5), (5,)], ids=str)

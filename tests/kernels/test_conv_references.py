@@ -41,6 +41,7 @@ def shapes(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> ConvShape:
         bias=draw(st.booleans()),
         residual=draw(st.booleans()),
         activation=draw(st.sampled_from(CONV_ACTIVATIONS)),
+        zero_points=tuple(draw(st.sampled_from((0, -127, 3, 127))) for _ in range(3)),
     )
     for i in range(2):
         span = shape.dilation[i] * (shape.window[i] - 1) + 1
@@ -76,7 +77,7 @@ def test_the_int8_convolution_is_that_of_numpy(shape: ConvShape, quantized: bool
     assert is_channels_last(y)
     expected = exact_conv.int8_conv2d_fused(arguments)
     if quantized:
-        exact_conv.assert_rounded(y, expected, arguments["out_scale"])
+        exact_conv.assert_rounded(y, expected, arguments)
     else:
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -87,9 +88,8 @@ def test_integer_sums_are_exact(shape: ConvShape) -> None:
     arguments = make_conv_arguments(shape)
     arguments |= {"bias": None, "residual": None, "activation": "none", "x_scale": 1.0}
     arguments |= {"weight_scale": torch.ones(shape.out_channels), "out_scale": None, "out_dtype": torch.float32}
-    total = exact_conv.sums(
-        exact_conv.integers(arguments["x"]), arguments["weight"].numpy().astype(np.int64), arguments
-    )
+    x = exact_conv.integers(arguments["x"]) - arguments["x_zero_point"]
+    total = exact_conv.sums(x, arguments["weight"].numpy().astype(np.int64), arguments)
     assert torch.equal(int8_conv2d_fused(**arguments), torch.from_numpy(total).float())
 
 

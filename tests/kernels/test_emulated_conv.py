@@ -90,7 +90,7 @@ def test_families(family: str, target: str, dtype: torch.dtype, warps: int) -> N
     y = emulate(family, shape, warps, target)
     exact = exact_before_rounding(shape.op, arguments)
     if dtype in INTEGERS:
-        assert_rounded(y, exact, arguments["out_scale"])
+        assert_rounded(y, exact, arguments)
     else:
         assert_close_as_plain(y, plain_result(arguments), exact)
 
@@ -124,6 +124,14 @@ def test_integer_sums_are_exact(family: str) -> None:
     assert torch.equal(y, reference_result(shape.op, make_conv_arguments(shape)))
 
 
+@pytest.mark.parametrize("target, dtype", [("sm_80", torch.uint8), ("sm_90", torch.int8)])
+@pytest.mark.parametrize("family", SHAPES)
+def test_zero_points(family: str, target: str, dtype: torch.dtype) -> None:
+    shape = replace(SHAPES[family], dtype=dtype, residual=True, activation="relu", zero_points=(-127, 40, -9))
+    arguments = make_conv_arguments(shape)
+    assert_rounded(emulate(family, shape, 4, target), exact_before_rounding(shape.op, arguments), arguments)
+
+
 def test_offset_bytes_go_through_registers_unharmed_on_sm_90() -> None:
     """There the left operand of wgmma comes from registers, which must not change while it runs: five steps long."""
     shape = replace(SHAPES["pointwise"], channels=160, dtype=torch.uint8, out_dtype=torch.float32, bias=False)
@@ -153,9 +161,9 @@ def test_quantisation_agrees_to_the_bit(target: str, dtype: torch.dtype, memory_
     x[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     for out_dtype in INTEGERS:
         q = torch.full(x.shape, 77, dtype=out_dtype).contiguous(memory_format=torch.channels_last)
-        for launch in plan_quantize_per_tensor(x, 0.017, q):
+        for launch in plan_quantize_per_tensor(x, 0.017, q, -100):
             emulate_launch(launch, target)
-        assert torch.equal(q, reference.quantize_per_tensor(x, 0.017, out_dtype))
+        assert torch.equal(q, reference.quantize_per_tensor(x, 0.017, out_dtype, -100))
 
 
 @dataclass(frozen=True)
@@ -280,7 +288,7 @@ def test_every_config(case: Case) -> None:
     if shape.out_dtype is not None:
         assert torch.equal(call.result, reference_result(shape.op, arguments))
     elif shape.dtype in INTEGERS:
-        assert_rounded(call.result, exact, arguments["out_scale"])
+        assert_rounded(call.result, exact, arguments)
     elif shape.allow_tf32:
         assert (call.result.double() - exact).norm() <= 1e-3 * exact.norm()
     else:

@@ -150,7 +150,7 @@ def test_convolutions(family: str, dtype: torch.dtype, gpu: list[str]) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last) and gpu == [f"{family}_kernel"]
     exact = exact_before_rounding(shape.op, arguments)
     if dtype == torch.int8:
-        assert_rounded(y, exact, arguments["out_scale"])
+        assert_rounded(y, exact, arguments)
     else:
         assert_close_as_plain(y, plain_conv(arguments), exact)
 

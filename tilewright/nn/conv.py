@@ -64,7 +64,7 @@ class FloatConv(ConvLayer):
 
     # ---- internal
     def _convolve(self, x: torch.Tensor, residual: torch.Tensor | None, end: Epilogue) -> torch.Tensor:
-        activation, negative_slope, padding, _, _ = end
+        activation, negative_slope, padding, *_ = end
         pads = padding or self._padding or self.same_padding_for(x.shape[2], x.shape[3])
         window = (self._stride, pads, self._dilation, self.groups)
         if residual is None or self._residual_fits(x, residual, pads):

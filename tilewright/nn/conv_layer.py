@@ -27,8 +27,8 @@ SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dil
 Padding = tuple[int, int, int, int]
 #: Where nothing is strided, "same" does not depend on the size.
 ANY_IMAGE = (1 << 20, 1 << 20)
-#: activation, negative_slope, padding, out_scale, x_nonnegative: as of ``ConvLayer.run``.
-Epilogue = tuple[str, float, Padding | None, float | None, bool]
+#: activation, negative_slope, padding, out_scale, x_nonnegative, out_zero_point: as of ``ConvLayer.run``.
+Epilogue = tuple[str, float, Padding | None, float | None, bool, int]
 
 
 def pair(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
@@ -154,14 +154,16 @@ class ConvLayer(WeightHolder):
         padding: Padding | None = None,
         out_scale: float | None = None,
         x_nonnegative: bool = False,
+        out_zero_point: int = 0,
     ) -> torch.Tensor:
         """The convolution with an epilogue of the caller's choice, its result channels-last.
 
         x: as of ``forward``. residual: added before the activation; if its shape is another than the result's, as
         broadcasting allows, after the kernel instead of in it. padding: top, bottom, left, right, in place of the
-        layer's own. out_scale: of an int8 result. x_nonnegative: an int8 x holds 0..127.
+        layer's own. out_scale, out_zero_point: of an int8 result. x_nonnegative: an int8 x stands for no negative
+        value.
         """
-        end = (activation, negative_slope, padding, out_scale, x_nonnegative)
+        end = (activation, negative_slope, padding, out_scale, x_nonnegative, out_zero_point)
         if self._plain and x.dim() == 4:
             return self._convolve(x, residual, end)
         other = None if residual is None else self._as_images(residual)
@@ -177,14 +179,15 @@ class ConvLayer(WeightHolder):
         """
         x = input
         self._check_input(x)
-        y = self.run(x, residual, self.activation, self.negative_slope, None, self._own_out_scale())
+        y = self.run(x, residual, self.activation, self.negative_slope, None, *self._own_output())
         # In ``torch.vmap`` nobody says in which order an image is.
         known = not is_transformed()
         channels_last = known and self._as_images(x).is_contiguous(memory_format=torch.channels_last)
         return y if channels_last else y.contiguous()
 
-    def _own_out_scale(self) -> float | None:
-        return None
+    def _own_output(self) -> tuple[float | None, bool, int]:
+        """out_scale and what follows it, of ``forward``."""
+        return None, False, 0
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments except ``device``, fit for JSON."""

@@ -1,4 +1,4 @@
-"""What stands between int8 convolutions and works on their int8 tensors: symmetric, one scale for a whole tensor.
+"""What stands between int8 convolutions and works on their int8 tensors: a scale and a zero point for a whole one.
 
 int8 holds neither NaN nor an infinity. Whoever quantises floats therefore keeps marks beside them, and whoever makes
 floats again puts the marks on those: a sample that was not finite somewhere is NaN everywhere, and no other is.
@@ -6,7 +6,7 @@ floats again puts the marks on those: a sample that was not finite somewhere is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -14,14 +14,16 @@ from tilewright.kernels.cpu.replay import is_special, recorded
 from tilewright.kernels.dispatch.derivatives import is_differentiated, straight_through
 
 
-def quantize(x: torch.Tensor, scale: float, image_dims: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float ``x`` -> int8, q = clamp(round(x / scale), -127, 127), and marks: float32 [N], NaN where a sample of ``x``
-    holds a value that is not finite, else 0; one mark without dimensions if ``x`` is no batch.
+def quantize(
+    x: torch.Tensor, scale: float, image_dims: int = 2, zero_point: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float ``x`` -> int8, q = clamp(round(x / scale) + zero_point, -127, 127), and marks: float32 [N], NaN where a
+    sample of ``x`` holds a value that is not finite, else 0; one mark without dimensions if ``x`` is no batch.
 
     image_dims: of an image, beside its channels.
     """
     sample_dims = 1 if x.dim() > image_dims + 1 else 0
-    return torch.ops.tilewright.quantize_per_tensor_marked(x.detach(), scale, sample_dims)
+    return torch.ops.tilewright.quantize_per_tensor_marked(x.detach(), scale, sample_dims, None, zero_point)
 
 
 def marks_of(x: torch.Tensor, image_dims: int = 2) -> torch.Tensor:
@@ -62,39 +64,66 @@ def _along(marks: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 @recorded("dequantize")
-def dequantize(q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """int8 ``q`` of any shape -> ``dtype``; the product is taken in float32."""
-    return (q.to(torch.float32) * scale).to(dtype)
+def dequantize(q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32, zero_point: int = 0) -> torch.Tensor:
+    """(q - zero_point) * scale of int8 ``q`` of any shape, taken in float32 -> ``dtype``."""
+    return ((q.to(torch.float32) - zero_point) * scale).to(dtype)
 
 
-def rounded(x: torch.Tensor, scale: float, image_dims: int = 2) -> torch.Tensor:
+def rounded(x: torch.Tensor, scale: float, image_dims: int = 2, zero_point: int = 0) -> torch.Tensor:
     """Float ``x`` of any shape as ``quantize`` and ``dequantize`` leave it, with its marks; derivatives pass."""
     if is_differentiated(x):
-        return straight_through(lambda x: _rounded(x, scale, image_dims), lambda x: x, x)
-    return _rounded(x, scale, image_dims)
+        return straight_through(lambda x: _rounded(x, scale, image_dims, zero_point), lambda x: x, x)
+    return _rounded(x, scale, image_dims, zero_point)
 
 
-def _rounded(x: torch.Tensor, scale: float, image_dims: int) -> torch.Tensor:
-    q, marks = quantize(x, scale, image_dims)
-    return mark(dequantize(q, scale, x.dtype), (marks,))
+def _rounded(x: torch.Tensor, scale: float, image_dims: int, zero_point: int) -> torch.Tensor:
+    q, marks = quantize(x, scale, image_dims, zero_point)
+    return mark(dequantize(q, scale, x.dtype, zero_point), (marks,))
 
 
 @recorded("mean")
 def mean(
-    q: torch.Tensor, scale: float, dtype: torch.dtype, dim: int | tuple[int, ...], keepdim: bool = False
+    q: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    dim: int | tuple[int, ...],
+    keepdim: bool = False,
+    zero_point: int = 0,
 ) -> torch.Tensor:
-    """The mean of int8 ``q`` over ``dim`` as a float tensor: summed in float32, which is exact up to 2^17 values."""
-    return (q.mean(dim, keepdim=keepdim, dtype=torch.float32) * scale).to(dtype)
+    """The mean over ``dim`` of what int8 ``q`` stands for: summed in float32, which is exact up to 2^17 values."""
+    return ((q.mean(dim, keepdim=keepdim, dtype=torch.float32) - zero_point) * scale).to(dtype)
 
 
 @recorded("add")
-def add(a: torch.Tensor, a_scale: float, b: torch.Tensor, b_scale: float, out_scale: float) -> torch.Tensor:
-    """a + b as int8 with ``out_scale``; each of a and b is float (its scale is not read) or int8. Shapes broadcast."""
+def add(
+    a: torch.Tensor,
+    a_scale: float,
+    b: torch.Tensor,
+    b_scale: float,
+    out_scale: float,
+    zero_points: Sequence[int] = (0, 0, 0),
+) -> torch.Tensor:
+    """a + b as int8 with ``out_scale``; each of a and b is float (its scale is not read) or int8. Shapes broadcast.
+
+    zero_points: of a, b and the result.
+    """
     wide = [
-        t.to(torch.float32) * s if t.dtype == torch.int8 else t.to(torch.float32)
-        for t, s in ((a, a_scale), (b, b_scale))
+        dequantize(t, s, zero_point=z) if t.dtype == torch.int8 else t.to(torch.float32)
+        for t, s, z in ((a, a_scale, zero_points[0]), (b, b_scale, zero_points[1]))
     ]
-    return torch.ops.tilewright.quantize_per_tensor(wide[0] + wide[1], out_scale)
+    return torch.ops.tilewright.quantize_per_tensor(wide[0] + wide[1], out_scale, None, zero_points[2])
+
+
+def relu(q: torch.Tensor, zero_point: int, inplace: bool = False) -> torch.Tensor:
+    """ReLU of what int8 ``q`` stands for, with the same scale."""
+    return q.clamp_min_(zero_point) if inplace else q.clamp_min(zero_point)
+
+
+def pad(q: torch.Tensor, padding: Sequence[int], zero_point: int) -> torch.Tensor:
+    """int8 ``q`` [..., H, W] or [..., W] with what stands for zeros around it. padding: top, bottom, left, right."""
+    top, bottom, left, right = padding
+    sides = (left, right, top, bottom) if top or bottom else (left, right)
+    return torch.nn.functional.pad(q, sides, value=zero_point)
 
 
 def _pair(value: int | list[int] | tuple[int, ...]) -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""Observers: from the values that a tensor takes on calibration data, one symmetric int8 scale for all of it.
+"""Observers: from the values that a tensor takes on calibration data, one int8 scale (and zero point) for all of it.
 
-All keep a histogram of magnitudes over [0, limit) and the largest magnitude; when a value exceeds the limit, the limit
-is doubled until it does not, and neighbouring bins are joined. So memory is constant and the data may come once only.
+All keep a histogram of the values over [-limit, limit) and the least and the largest; when a magnitude exceeds the
+limit, the limit is doubled until it does not, and neighbouring bins are joined. So memory is constant and the data may
+come once only.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import torch
 
 OBSERVERS = ("minmax", "percentile", "mse")
+#: On either side of zero.
 BINS = 4096
-#: Fractions of the largest magnitude that "mse" tries as the clipping range.
+#: Fractions of what was seen that "mse" tries as the clipping range.
 CANDIDATES = 96
 #: Where activations all but vanish; products of scales must not.
 SMALLEST_SCALE = 2.0**-60
@@ -25,28 +27,29 @@ def check_observer(observer: str, percentile: float) -> None:
 
 
 class Observer:
-    """What was seen of one tensor. counts: float64 [BINS]. largest: of all magnitudes. seen: values counted."""
+    """What was seen of one tensor. counts: float64 [2 BINS]. least, largest: 0 if all values are above, below. seen:
+    values counted.
+    """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.counts = torch.zeros(2 * BINS, dtype=torch.float64)
         self.limit = 0.0
-        self.largest = 0.0
+        self.least = self.largest = 0.0
         self.seen = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Count the magnitudes of ``x``. Raises ValueError if it holds NaN or Inf."""
+        """Count the values of ``x``. Raises ValueError if it holds NaN or Inf."""
         if not x.numel():
             return
-        magnitudes = x.detach().abs().float()
-        largest = float(magnitudes.amax())
-        if not largest < float("inf"):
+        values = x.detach().float()
+        least, largest = (float(each) for each in torch.aminmax(values))
+        if not (least > -float("inf") and largest < float("inf")):
             raise ValueError("NaN or Inf")
-        self.seen += magnitudes.numel()
-        if largest > self.largest:
-            self.largest = largest
-            self._widen(largest)
+        self.seen += values.numel()
+        self.least, self.largest = min(self.least, least), max(self.largest, largest)
+        self._widen(max(-least, largest))
         if self.limit:
-            counts = torch.histc(magnitudes, BINS, 0.0, self.limit)
+            counts = torch.histc(values, 2 * BINS, -self.limit, self.limit)
             self.counts += counts.to("cpu", torch.float64)
 
     def _widen(self, largest: float) -> None:
@@ -54,37 +57,83 @@ class Observer:
             # Room for twice what came first, so that a later, slightly larger value costs no resolution.
             self.limit = 2 * largest
         while self.limit < largest:
-            self.counts = torch.cat([self.counts.view(-1, 2).sum(1), self.counts.new_zeros(BINS // 2)])
+            ends = self.counts.new_zeros(BINS // 2)
+            self.counts = torch.cat([ends, self.counts.view(-1, 2).sum(1), ends])
             self.limit *= 2
 
     def scale(self, observer: str = "minmax", percentile: float = 99.99) -> float:
         """The scale s of q = round(x / s) in -127..127; 1 for a tensor that was zero throughout."""
         check_observer(observer, percentile)
-        if not self.largest:
+        most = max(-self.least, self.largest)
+        if not most:
             return 1.0
         if observer == "percentile":
-            largest = self._percentile(percentile)
-        else:
-            largest = self._least_squares() if observer == "mse" else self.largest
-        return max(largest / 127, SMALLEST_SCALE)
+            most = min(most, _percentile(self.counts[BINS:] + self.counts[:BINS].flip(0), percentile) * self.limit)
+        elif observer == "mse":
+            ranges = most * _fractions()
+            most = float(ranges[int(self._errors(-ranges, ranges).argmin())])
+        return max(most / 127, SMALLEST_SCALE)
 
-    def _percentile(self, percentile: float) -> float:
-        reached = self.counts.cumsum(0) >= percentile / 100 * self.counts.sum()
-        edge = (int(reached.to(torch.uint8).argmax()) + 1) * self.limit / BINS
-        return min(edge, self.largest)
+    def grid(self, observer: str = "minmax", percentile: float = 99.99) -> tuple[float, int]:
+        """The scale s and the zero point z of q = round(x / s) + z in -127..127; 1 and 0 for a tensor that was zero
+        throughout.
+        """
+        check_observer(observer, percentile)
+        least, largest = self.least, self.largest
+        if not largest - least:
+            return 1.0, 0
+        if observer == "percentile":
+            outside = (100 - percentile) / (2 if least and largest else 1)  # on each side that has values
+            largest = min(largest, _percentile(self.counts[BINS:], 100 - outside, self.counts[:BINS]) * self.limit)
+            below = self.counts[:BINS].flip(0)
+            least = max(least, -_percentile(below, 100 - outside, self.counts[BINS:]) * self.limit)
+        elif observer == "mse":
+            least, largest = self._least_squares()
+        scale = max((largest - least) / 254, SMALLEST_SCALE)
+        return scale, int(_zero_points(torch.tensor(least, dtype=torch.float64), scale))
 
-    def _least_squares(self) -> float:
-        """The clipping range with the least squared error, of rounding within it and of clipping beyond."""
+    def _least_squares(self) -> tuple[float, float]:
+        """The clipping range with the least error: both ends drawn in together, then each by itself."""
+        fractions = _fractions()
+        lows, highs = self.least * fractions, self.largest * fractions
+        best = int(self._errors(lows, highs).argmin())
+        low, high = lows[best], highs[best]
+        for _ in range(2 if self.least and self.largest else 0):
+            low = lows[int(self._errors(lows, high.expand_as(lows)).argmin())]
+            high = highs[int(self._errors(low.expand_as(highs), highs).argmin())]
+        return float(low), float(high)
+
+    def _errors(self, lows: torch.Tensor, highs: torch.Tensor) -> torch.Tensor:
+        """Squared error of the values seen, of rounding within each range and of clipping beyond. lows, highs: float64
+        [candidates].
+        """
         width = self.limit / BINS
-        used = int(self.counts.nonzero().max()) + 1
-        counts = self.counts[:used]
-        centres = (torch.arange(used, dtype=torch.float64) + 0.5) * width
-        ranges = self.largest * torch.linspace(1.0 / CANDIDATES, 1.0, CANDIDATES, dtype=torch.float64).unsqueeze(1)
-        step = ranges / 127
+        used = self.counts.nonzero().flatten()
+        counts = self.counts[used]
+        centres = (used - BINS + 0.5) * width
+        lows, highs = lows.unsqueeze(1), highs.unsqueeze(1)
+        step = ((highs - lows) / 254).clamp_min(SMALLEST_SCALE)
+        zero = _zero_points(lows, step)
+        rounded = (((centres / step).round() + zero).clamp(-127, 127) - zero) * step
         # Where a step is wider than a bin, rounding the centre is exact enough; else the error is that of a uniform
         # value within the step.
-        rounded = (centres / step).round().clamp(max=127) * step
-        error = torch.where((centres <= ranges) & (step < 4 * width), step.square() / 12, (rounded - centres).square())
+        inside = (centres >= lows) & (centres <= highs)
+        error = torch.where(inside & (step < 4 * width), step.square() / 12, (rounded - centres).square())
         # Exact zeros, which ReLU makes in numbers, round to themselves whatever the step: they weigh nothing.
-        total = (error * counts)[:, 1:].sum(1) if used > 1 else error[:, 0]
-        return float(ranges[int(total.argmin())])
+        return (error * torch.where(used == BINS, 0.0, counts)).sum(1)
+
+
+def _fractions() -> torch.Tensor:
+    return torch.linspace(1.0 / CANDIDATES, 1.0, CANDIDATES, dtype=torch.float64)
+
+
+def _zero_points(low: torch.Tensor, step: float | torch.Tensor) -> torch.Tensor:
+    """Where 0 lies if ``low`` is -127."""
+    return (-127 - low / step).round().clamp(-127, 127)
+
+
+def _percentile(counts: torch.Tensor, percentile: float, others: torch.Tensor | None = None) -> float:
+    """The fraction of the range of ``counts`` that ``percentile`` % of them, and of ``others``, stay below."""
+    rest = 0.0 if others is None else float(others.sum())
+    reached = rest + counts.cumsum(0) >= percentile / 100 * (rest + counts.sum())
+    return (int(reached.to(torch.uint8).argmax()) + 1) / len(counts)

@@ -89,13 +89,17 @@ class Calibration:
         """Whether any value came to a layer."""
         return self.observers[Scale(layer, "x")].seen > 0
 
-    def scales(self, layer: str, observer: str, percentile: float) -> dict[str, float]:
+    def scales(self, layer: str, observer: str, percentile: float, symmetric: bool) -> dict[str, Any]:
         """Keyword arguments of ``Int8ConvBnAct2d.from_float``."""
-        found = {}
-        for port, name in (("x", "input_scale"), ("r", "residual_scale")):
+        found: dict[str, Any] = {}
+        for port, name in (("x", "input"), ("r", "residual")):
             seen = self.observers.get(Scale(layer, port))
-            if seen is not None and seen.seen:
-                found[name] = seen.scale(observer, percentile)
+            if seen is None or not seen.seen:
+                continue
+            if symmetric:
+                found[f"{name}_scale"] = seen.scale(observer, percentile)
+            else:
+                found[f"{name}_scale"], found[f"{name}_zero_point"] = seen.grid(observer, percentile)
         return found
 
     def errors(self, candidates: dict[str, ConvLayer], samples: Iterable[Any]) -> dict[str, float | None]:
@@ -165,7 +169,7 @@ class Calibration:
 def _quantized_run(layer: ConvLayer, given: tuple[Any, ...]) -> torch.Tensor:
     x, residual, *rest = given
     if residual is not None and getattr(layer, "residual_scale", None) is not None:
-        residual = torch.ops.tilewright.quantize_per_tensor(residual, layer.r_scale)
+        residual = torch.ops.tilewright.quantize_per_tensor(residual, layer.r_scale, None, layer.r_zero)
     return layer.run(x, residual, *rest)
 
 

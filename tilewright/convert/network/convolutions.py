@@ -159,7 +159,7 @@ class Convolutions(Conversion):
             if not calibration.reached(name):
                 self.records[name].note = "the calibration data did not reach it: fused in float"
                 continue
-            scales = calibration.scales(name, scheme.observer, scheme.percentile)
+            scales = calibration.scales(name, scheme.observer, scheme.percentile, scheme.symmetric)
             made[name] = scheme.build(self.job.model.get_submodule(name), **scales)  # type: ignore[assignment]
         calibration.correct_biases(made, samples)
         errors = calibration.errors(made, samples)

@@ -286,6 +286,10 @@ def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> tuple[fx
         scale = scales[flow.leader(node)]
         return attribute(scale, f"{scale.port}_scale")
 
+    def zero_of(node: fx.Node) -> fx.Node:
+        scale = scales[flow.leader(node)]
+        return attribute(scale, f"{scale.port}_zero")
+
     def dtype_of(node: fx.Node) -> fx.Node:
         return attribute(scales[flow.leader(node)], "dtype")
 
@@ -298,9 +302,9 @@ def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> tuple[fx
         if node in stored:
             return node
         if node not in in_int8:
-            scale = scale_of(node)
+            scale, zero = scale_of(node), zero_of(node)  # the one made first stands last
             after = scale if node.op == "placeholder" else node
-            in_int8[node] = marks.quantize(node, scale, flow.image_dims(scales[flow.leader(node)]), after)
+            in_int8[node] = marks.quantize(node, scale, zero, flow.image_dims(scales[flow.leader(node)]), after)
         return in_int8[node]
 
     for node in order:
@@ -310,14 +314,12 @@ def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> tuple[fx
             nonneg, residual = site.x in nonnegative, site.residual
             arguments[1] = as_int8(site.x)
             if node in stored:
-                node.args = (*arguments, scale_of(node), nonneg)
+                node.args = (*arguments, scale_of(node), nonneg, zero_of(node))
                 marks.of[node] = marks.absorbed((arguments[1], residual), flow.image_dims(Scale(site.name, "x")), node)
             else:
                 given = marks.joined((arguments[1], residual if residual in stored else None))
-                node.args = (*arguments, None, nonneg, given)
-        elif node in stored and (window := flow.max_window(node)) is not None:
-            with graph.inserting_before(node):
-                new = graph.call_function(quantized_ops.max_pool2d, (node.args[0], *window))
+                node.args = (*arguments, None, nonneg, 0, given)
+        elif node in stored and (new := _in_int8(flow, node, zero_of)) is not None:
             marks.of[new] = marks.of[node.args[0]]
             flow.replace(node, new)
         elif node in stored and flow.joins(node):
@@ -328,11 +330,12 @@ def write_int8(graph: fx.Graph, modules: Modules, sites: list[Site]) -> tuple[fx
             source: fx.Node = node.args[0]
             marks.of[node] = marks.reshaped(node, source) if flow.reshapes(node) else marks.of[source]
         elif (pair := addends(node)) is not None and any(part in stored for part in pair):
-            _write_addition(flow, node, pair, marks, scales, scale_of, dtype_of)
+            _write_addition(flow, node, pair, marks, scales, scale_of, zero_of, dtype_of)
         elif (average := flow.averages(node)) is not None and node.args[0] in stored:
             source = node.args[0]
             with graph.inserting_before(node):
-                new = graph.call_function(quantized_ops.mean, (source, scale_of(source), dtype_of(source), *average))
+                arguments = [source, scale_of(source), dtype_of(source), *average, zero_of(source)]
+                new = graph.call_function(quantized_ops.mean, tuple(arguments))
                 new = graph.call_function(quantized_ops.mark, (new, marks.of[source]))
             flow.replace(node, new)
     return steps
@@ -350,7 +353,9 @@ def _copied(graph: fx.Graph, flow: Flow, rounded: dict[fx.Node, Scale]) -> fx.Gr
         with new.inserting_after(layer):
             scale = new.call_function(getattr, (layer, f"{place.port}_scale"))
         with new.inserting_after(scale):
-            value = new.call_function(quantized_ops.rounded, (twin, scale, flow.image_dims(place)))
+            zero = new.call_function(getattr, (layer, f"{place.port}_zero"))
+        with new.inserting_after(zero):
+            value = new.call_function(quantized_ops.rounded, (twin, scale, flow.image_dims(place), zero))
         for reader in readers:
             reader.replace_input_with(twin, value)
     return new
@@ -363,27 +368,54 @@ def _write_addition(
     marks: MarkWriter,
     places: dict[fx.Node, Scale],
     scale_of: Any,
+    zero_of: Any,
     dtype_of: Any,
 ) -> None:
     """An addition that no convolution took over, of tensors of which at least one is int8."""
     graph, stored = flow.graph, flow.stored_nodes
     scales = [scale_of(part) if part in stored else 1.0 for part in pair]
+    zeros = [zero_of(part) if part in stored else 0 for part in pair]
     if node in stored:
         with graph.inserting_before(node):
-            new = graph.call_function(quantized_ops.add, (pair[0], scales[0], pair[1], scales[1], scale_of(node)))
+            numbers = (scale_of(node), (*zeros, zero_of(node)))
+            new = graph.call_function(quantized_ops.add, (pair[0], scales[0], pair[1], scales[1], *numbers))
         marks.of[new] = marks.absorbed(pair, flow.image_dims(places[flow.leader(node)]), new)
         flow.replace(node, new)
         return
-    for part, scale in zip(pair, scales, strict=True):
+    for part, scale, zero in zip(pair, scales, zeros, strict=True):
         if part in stored:
             with graph.inserting_before(node):
-                wide = graph.call_function(quantized_ops.dequantize, (part, scale, dtype_of(part)))
+                wide = graph.call_function(quantized_ops.dequantize, (part, scale, dtype_of(part), zero))
                 wide = graph.call_function(quantized_ops.mark, (wide, marks.of[part]))
             node.replace_input_with(part, wide)
 
 
+def _in_int8(flow: Flow, node: fx.Node, zero_of: Any) -> fx.Node | None:
+    """In front of ``node``, which passes values on: what does the same to int8, where that is another function."""
+    graph, modules, source = flow.graph, flow.modules, node.args[0]
+    call: tuple[Any, ...]
+    if (window := flow.max_window(node)) is not None:
+        call = quantized_ops.max_pool2d, (source, *window)
+    elif (pads := zero_padding(node, modules)) is not None:
+        call = quantized_ops.pad, (source, pads, zero_of(node))
+    elif activation_of(node, modules) is not None:  # a ReLU: others do not pass values on
+        call = quantized_ops.relu, (source, zero_of(node), _in_place(node, modules))
+    else:
+        return None
+    with graph.inserting_before(node):
+        return graph.call_function(*call)
+
+
+def _in_place(node: fx.Node, modules: Modules) -> bool:
+    """Whether a ReLU writes to its argument."""
+    module = module_of(node, modules)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    return node.target == "relu_" or bool(argument(node, 1, "inplace", False))
+
+
 def _nonnegative(flow: Flow, stored: set[fx.Node]) -> set[fx.Node]:
-    """Stored tensors that hold no negative value, whatever the input."""
+    """Stored tensors that stand for no negative value, whatever the input."""
     found: set[fx.Node] = set()
     for node in flow.graph.nodes:
         if node not in stored:

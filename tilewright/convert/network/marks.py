@@ -23,10 +23,10 @@ class MarkWriter:
         #: Of each int8 tensor, and of floats that were quantised.
         self.of: dict[fx.Node, Marks] = {}
 
-    def quantize(self, x: fx.Node, scale: fx.Node, image_dims: int, after: fx.Node) -> fx.Node:
+    def quantize(self, x: fx.Node, scale: fx.Node, zero_point: fx.Node, image_dims: int, after: fx.Node) -> fx.Node:
         """``x`` in int8, written behind ``after``."""
         with self.graph.inserting_after(after):
-            pair = self.graph.call_function(quantized_ops.quantize, (x, scale, image_dims))
+            pair = self.graph.call_function(quantized_ops.quantize, (x, scale, image_dims, zero_point))
         with self.graph.inserting_after(pair):
             marks = self.graph.call_function(operator.getitem, (pair, 1))
             q = self.graph.call_function(operator.getitem, (pair, 0))

@@ -94,12 +94,12 @@ class Sparse24Conv(ConvScheme):
 @register_scheme
 @dataclass(frozen=True)
 class Int8Static(ConvScheme):
-    """int8 convolutions: weights with a scale per output channel, activations with one scale for each whole tensor,
-    found from calibration data. Tensors between such layers stay int8.
+    """int8 convolutions: weights with a scale per output channel, activations with one scale and zero point for each
+    whole tensor, found from calibration data. Tensors between such layers stay int8.
 
-    observer: how a scale is chosen: "minmax" (the largest magnitude seen), "percentile" (the magnitude that
-    ``percentile`` % of the values stay below) or "mse" (the least squared error of the values seen). range_search: of
-    the weights, "minmax" or "mse". max_error: a layer whose output errs by more, relative to its norm on calibration
+    observer: how the range of a tensor is chosen: "minmax" (all that was seen), "percentile" (``percentile`` % of the
+    values seen) or "mse" (the least squared error of the values seen). symmetric: no zero points. range_search: of the
+    weights, "minmax" or "mse". max_error: a layer whose output errs by more, relative to its norm on calibration
     data, stays in float; None: none does.
     """
 
@@ -107,6 +107,7 @@ class Int8Static(ConvScheme):
     percentile: float = 99.99
     range_search: str = "minmax"
     max_error: float | None = None
+    symmetric: bool = False
 
     module: ClassVar[Any] = Int8ConvBnAct2d
     calibrated = True  # there is no scale without
@@ -116,8 +117,10 @@ class Int8Static(ConvScheme):
         check_range_search(self.range_search)
         if self.max_error is not None and not self.max_error > 0:
             raise ValueError(f"max_error must be positive or None, not {self.max_error!r}")
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric must be True or False, not {self.symmetric!r}")
 
     def build(self, module: nn.Module, **calibration: Any) -> nn.Module:
-        """The quantised layer. calibration: ``input_scale`` and, for an int8 residual, ``residual_scale``."""
+        """The quantised layer. calibration: ``input_scale``, for an int8 residual ``residual_scale``, zero points."""
         with torch.no_grad():
             return Int8ConvBnAct2d.from_float(module, range_search=self.range_search, **calibration)  # type: ignore[arg-type]

@@ -235,14 +235,14 @@ def _number(place: Place, name: str, value: float) -> Any:
     return place.constant(name, value, place.types.FLOAT)
 
 
-def _zero_point(place: Place, dtype: Any) -> Any:
+def _zero_point(place: Place, dtype: Any, value: int = 0) -> Any:
     """Integers are int8, or uint8 that stand for value + 128."""
-    return place.constant("zero_point", 128 if dtype == place.types.UINT8 else 0, dtype)
+    return place.constant("zero_point", value + (128 if dtype == place.types.UINT8 else 0), dtype)
 
 
 @_lowering
 def _quantize_per_tensor(place: Place) -> None:
-    place.replace(_quantized(place, place["x"], place["scale"]))
+    place.replace(_quantized(place, place["x"], place["scale"], place["zero_point"]))
 
 
 @_lowering
@@ -251,22 +251,22 @@ def _quantize_per_tensor_marked(place: Place) -> None:
     nothing = place.write("Mul", [x, place.constant("nothing", 0.0, x.dtype)], like=x)
     axes = place.constant("axes", list(range(place["sample_dims"], len(x.shape))), types.INT64)
     marks = place.write("ReduceSum", [nothing, axes], {"keepdims": 0}, dtype=x.dtype)
-    place.replace(_quantized(place, x, place["scale"]), place.cast(marks, types.FLOAT))
+    place.replace(_quantized(place, x, place["scale"], place["zero_point"]), place.cast(marks, types.FLOAT))
 
 
-def _quantized(place: Place, value: Any, scale: float) -> Any:
+def _quantized(place: Place, value: Any, scale: float, zero: int) -> Any:
     types, dtype = place.types, place.node.outputs[0].dtype
-    inputs = [place.cast(value, types.FLOAT), _number(place, "scale", scale), _zero_point(place, dtype)]
+    inputs = [place.cast(value, types.FLOAT), _number(place, "scale", scale), _zero_point(place, dtype, zero)]
     return place.write("QuantizeLinear", inputs, dtype=dtype)
 
 
-def _dequantized(place: Place, value: Any, scale: float) -> Any:
+def _dequantized(place: Place, value: Any, scale: float, zero: int) -> Any:
     """What a tensor stands for in float32: integers times ``scale``, and so float values if it is not 1."""
     types = place.types
     if value.dtype not in (types.INT8, types.UINT8):
         wide = place.cast(value, types.FLOAT)
         return wide if scale == 1.0 else place.write("Mul", [wide, _number(place, "scale", scale)], like=wide)
-    inputs = [value, _number(place, "scale", scale), _zero_point(place, value.dtype)]
+    inputs = [value, _number(place, "scale", scale), _zero_point(place, value.dtype, zero)]
     return place.write("DequantizeLinear", inputs, dtype=types.FLOAT)
 
 
@@ -324,13 +324,14 @@ def _int8_conv2d_fused(place: Place) -> None:
         bias = place.write("DequantizeLinear", inputs, {"axis": 0}, dtype=types.FLOAT)
     residual = None
     if place["residual"] is not None:
-        residual = _dequantized(place, place["residual"], place["residual_scale"])
-    y = _conv(place, _dequantized(place, place["x"], place["x_scale"]), weight, bias)
+        residual = _dequantized(place, place["residual"], place["residual_scale"], place["residual_zero_point"])
+    x = _dequantized(place, place["x"], place["x_scale"], place["x_zero_point"])
+    y = _conv(place, x, weight, bias)
     y = _after_conv(place, y, residual)
     if place["out_scale"] is None:
         place.replace(place.cast(y, place.node.outputs[0].dtype))
     else:
-        place.replace(_quantized(place, y, place["out_scale"]))
+        place.replace(_quantized(place, y, place["out_scale"], place["out_zero_point"]))
 
 
 def lower(ir: Any, model: Any, accuracy_level: int) -> None:

@@ -44,6 +44,7 @@ def conv2d_fused(
     residual_scale: float = 1.0,
     out_dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
+    residual_zero_point: int = 0,
     **rest: Any,
 ) -> torch.Tensor:
     """See ``reference.conv2d_fused``, and of int8 x ``int8_conv2d.reference``. rest: of ``steps.convolution``."""
@@ -57,7 +58,8 @@ def conv2d_fused(
     width = out_size(w, kernel_width, stride[1], padding[2:], dilation[1])
     dtype = out_dtype or (torch.float32 if convolution.out_scale is None else torch.int8)
     y = empty_channels_last((n, out_channels, height, width), dtype, x.device)
-    conv_steps.run_with(conv_steps.description_of(prepared, x, y, convolution), x, y, residual, residual_scale)
+    description = conv_steps.description_of(prepared, x, y, convolution)
+    conv_steps.run_with(description, x, y, residual, residual_scale, residual_zero_point)
     return y
 
 

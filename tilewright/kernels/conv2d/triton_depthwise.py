@@ -75,11 +75,15 @@ def depthwise_kernel(
     w_ptr,
     out_ptr,
     w_scale_ptr,
+    w_sum_ptr,
     bias_ptr,
     residual_ptr,
     x_scale,
+    x_zero,
     residual_scale,
+    residual_zero,
     out_scale,
+    out_zero,
     negative_slope,
     M,
     H,
@@ -129,18 +133,27 @@ def depthwise_kernel(
         for j in tl.static_range(S):
             w = w0 + j * DILATION_W
             inside = (row_mask & (w >= 0) & (w < W))[:, None] & n_mask
-            x = load_signed(x_row + tl.full((), j * DILATION_W * UNIT_C, tl.int64) * x_pixel_units, inside)
+            x = load_signed(
+                x_row + tl.full((), j * DILATION_W * UNIT_C, tl.int64) * x_pixel_units,
+                inside,
+                x_zero,
+                w_sum_ptr is not None,
+            )
             tap = tl.load(w_ptr + (i * S + j) * N + n, mask=n_mask, other=0)
             acc += x.to(TYPE) * tap.to(TYPE)
     finish_conv_tile(
         acc,
         out_ptr,
         w_scale_ptr,
+        w_sum_ptr,
         bias_ptr,
         residual_ptr,
         x_scale,
+        x_zero,
         residual_scale,
+        residual_zero,
         out_scale,
+        out_zero,
         negative_slope,
         m[:, None],
         n,

@@ -20,12 +20,15 @@ def pixel(m, P, Q):
 
 
 @triton.jit
-def load_signed(pointers, mask):
-    """Values at ``pointers``, 0 where ``mask`` is false; offset uint8 become int8."""
+def load_signed(pointers, mask, zero, SHIFTED: tl.constexpr):
+    """Values at ``pointers``, 0 where ``mask`` is false, or ``zero`` if SHIFTED; offset uint8 become int8."""
     x = tl.load(pointers, mask=mask, other=0)
+    # Not by ``other``: Triton 3.7 fills a packed register with 0xffffff80 instead of 0x80808080 (seen in PTX).
     if pointers.dtype.element_ty == tl.uint8:
-        # Not other=128: Triton 3.7 fills a packed register with 0xffffff80 instead of 0x80808080 (seen in PTX).
-        x = tl.where(mask, (x ^ 128).to(tl.int8, bitcast=True), 0)
+        x = (x ^ 128).to(tl.int8, bitcast=True)
+        x = tl.where(mask, x, tl.full((), zero, tl.int8) if SHIFTED else 0)
+    elif SHIFTED:
+        x = tl.where(mask, x, tl.full((), zero, tl.int8))
     return x
 
 
@@ -44,11 +47,15 @@ def finish_conv_tile(
     acc,
     out_ptr,
     w_scale_ptr,
+    w_sum_ptr,
     bias_ptr,
     residual_ptr,
     x_scale,
+    x_zero,
     residual_scale,
+    residual_zero,
     out_scale,
+    out_zero,
     negative_slope,
     row,
     column,
@@ -58,14 +65,18 @@ def finish_conv_tile(
     ACTIVATION: tl.constexpr,
     QUANTIZE: tl.constexpr,
 ):
-    """out[row, column] = activation(acc * (x_scale * w_scale[column]) + bias[column] + residual[row, column] *
-    residual_scale), in float32, then divided by out_scale and rounded if QUANTIZE, and cast.
+    """out[row, column] = activation((acc - x_zero * w_sum[column]) * (x_scale * w_scale[column]) + bias[column] +
+    (residual[row, column] - residual_zero) * residual_scale), in float32, then divided by out_scale and rounded, plus
+    out_zero, if QUANTIZE, and cast.
 
     acc: int32 or float32 tile. row [BM, 1], column [1, BN] int32. out, residual: contiguous [., N]; w_scale_ptr,
-    bias_ptr, residual_ptr may be None. Nothing outside the masks is read or written.
+    w_sum_ptr, bias_ptr, residual_ptr may be None. Zero points are whole numbers, as float32. Nothing outside the masks
+    is read or written.
     """
     inside = row_mask & column_mask
     offset = row.to(tl.int64) * N + column
+    if w_sum_ptr is not None:
+        acc -= tl.full((), x_zero, tl.int32) * tl.load(w_sum_ptr + column, mask=column_mask, other=0)
     y = acc.to(tl.float32)
     if w_scale_ptr is not None:
         y *= x_scale * tl.load(w_scale_ptr + column, mask=column_mask, other=0.0)
@@ -73,12 +84,14 @@ def finish_conv_tile(
         y += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offset, mask=inside, other=0)
+        values = residual.to(tl.float32)
         if residual_ptr.dtype.element_ty == tl.uint8:
-            y += (residual.to(tl.float32) - 128.0) * residual_scale
-        else:
-            y += residual.to(tl.float32) * residual_scale
+            values -= 128.0
+        if residual_ptr.dtype.element_ty.is_int():
+            values -= residual_zero
+        y += values * residual_scale
     y = activate(y, ACTIVATION, negative_slope)
     if QUANTIZE:
-        store_quantized(out_ptr + offset, requantize(y, out_scale), inside)
+        store_quantized(out_ptr + offset, requantize(y, out_scale, out_zero), inside)
     else:
         tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -94,11 +94,15 @@ def implicit_kernel(
     w_ptr,
     out_ptr,
     w_scale_ptr,
+    w_sum_ptr,
     bias_ptr,
     residual_ptr,
     x_scale,
+    x_zero,
     residual_scale,
+    residual_zero,
     out_scale,
+    out_zero,
     negative_slope,
     M,
     H,
@@ -167,7 +171,7 @@ def implicit_kernel(
                 c_mask = (c + k)[None, :] < C
                 x_mask = x_mask & c_mask
                 w_mask = w_mask & c_mask
-            x = load_signed(x_window + (i * down + j * right + c), x_mask)
+            x = load_signed(x_window + (i * down + j * right + c), x_mask, x_zero, w_sum_ptr is not None)
             w = tl.load(w_row + (tap * C + c), mask=w_mask, other=0)
             acc = multiply(x, w, acc, INTEGER, PRECISION)
     else:
@@ -178,11 +182,11 @@ def implicit_kernel(
                 w_tap = w_row + (i * S + j) * C
                 for c in range(0, C, BLOCK_K):
                     if EVEN_C:
-                        x = load_signed(x_tap + c, tap_mask)
+                        x = load_signed(x_tap + c, tap_mask, x_zero, w_sum_ptr is not None)
                         w = tl.load(w_tap + c, mask=n_mask, other=0)
                     else:
                         c_mask = (c + k)[None, :] < C
-                        x = load_signed(x_tap + c, tap_mask & c_mask)
+                        x = load_signed(x_tap + c, tap_mask & c_mask, x_zero, w_sum_ptr is not None)
                         w = tl.load(w_tap + c, mask=n_mask & c_mask, other=0)
                     acc = multiply(x, w, acc, INTEGER, PRECISION)
     WIDTH: tl.constexpr = BLOCK_N // EPILOGUE_PARTS
@@ -192,11 +196,15 @@ def implicit_kernel(
             slice_of(acc, part, EPILOGUE_PARTS),
             out_ptr,
             w_scale_ptr,
+            w_sum_ptr,
             bias_ptr,
             residual_ptr,
             x_scale,
+            x_zero,
             residual_scale,
+            residual_zero,
             out_scale,
+            out_zero,
             negative_slope,
             m[:, None],
             group * N + column,

@@ -19,6 +19,7 @@ from tilewright.aot.launch import Launch
 from tilewright.kernels.activation import CONV_ACTIVATIONS, check_activation
 from tilewright.kernels.conv_geometry import ConvGeometry, check_sizes, empty_channels_last, to_channels_last
 from tilewright.kernels.convolution import INTEGERS, convolution_problem
+from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 from tilewright.kernels.matrices import FLOAT_DTYPES
 from tilewright.kernels.triton.common import MAX_K, why_not_on_gpu
@@ -33,7 +34,8 @@ class ConvCall:
     """One convolution as the kernels take it. M = N P Q pixels of the result, K = values in the window of one group.
 
     x [N, H, W, C], channels contiguous. weight OHWI, contiguous. out, residual [M, Co] contiguous. weight_scale: None
-    for a float convolution. out_scale: None unless the result is requantised.
+    for a float convolution. out_scale: None unless the result is requantised. weight_sum: int32 [Co], sums of the
+    weights of each output channel, None unless x has a zero point.
     """
 
     geometry: ConvGeometry
@@ -45,9 +47,13 @@ class ConvCall:
     activation: str = "none"
     negative_slope: float = 0.01
     weight_scale: torch.Tensor | None = None
+    weight_sum: torch.Tensor | None = None
     x_scale: float = 1.0
+    x_zero_point: int = 0
     residual_scale: float = 1.0
+    residual_zero_point: int = 0
     out_scale: float | None = None
+    out_zero_point: int = 0
     allow_tf32: bool = False
 
     @property
@@ -81,11 +87,15 @@ class ConvCall:
         return {
             "out_ptr": self.out,
             "w_scale_ptr": self.weight_scale,
+            "w_sum_ptr": self.weight_sum,
             "bias_ptr": self.bias,
             "residual_ptr": self.residual,
             "x_scale": float(self.x_scale),
+            "x_zero": float(self.x_zero_point),
             "residual_scale": float(self.residual_scale),
+            "residual_zero": float(self.residual_zero_point),
             "out_scale": 1.0 if self.out_scale is None else float(self.out_scale),
+            "out_zero": float(self.out_zero_point),
             "negative_slope": float(self.negative_slope),
         }
 
@@ -225,6 +235,11 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
     return view if view.stride(3) == 1 or view.shape[3] == 1 else view.contiguous()
 
 
+def weight_sum(weight: torch.Tensor) -> torch.Tensor:
+    """int32 [Co] of an int8 OHWI weight; made once for each weight."""
+    return packed(weight, "conv sums", lambda: weight.detach().sum((1, 2, 3), dtype=torch.int32))
+
+
 def _as_rows(y: torch.Tensor) -> torch.Tensor:
     """[N, Co, P, Q] -> [M, Co] contiguous; a view where ``y`` is channels-last."""
     y = to_channels_last(y)
@@ -251,6 +266,8 @@ def make_call(
     geometry = _sizes(op, x.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups)
     if "weight_scale" in rest:
         rest["weight_scale"] = rest["weight_scale"].contiguous()
+        if rest.get("x_zero_point"):
+            rest["weight_sum"] = weight_sum(weight)
         dtype = out_dtype or (torch.float32 if rest.get("out_scale") is None else torch.int8)
     else:
         dtype = x.dtype

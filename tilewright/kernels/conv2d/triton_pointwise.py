@@ -66,11 +66,15 @@ def pointwise_kernel(
     w_ptr,
     out_ptr,
     w_scale_ptr,
+    w_sum_ptr,
     bias_ptr,
     residual_ptr,
     x_scale,
+    x_zero,
     residual_scale,
+    residual_zero,
     out_scale,
+    out_zero,
     negative_slope,
     M,
     P,
@@ -113,11 +117,11 @@ def pointwise_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
-            x = load_signed(x_tile, m_mask)
+            x = load_signed(x_tile, m_mask, 0, False)
             w = tl.load(w_tile, mask=n_mask, other=0)
         else:
             k_mask = (start + k)[None, :] < K
-            x = load_signed(x_tile, m_mask & k_mask)
+            x = load_signed(x_tile, m_mask & k_mask, 0, False)
             w = tl.load(w_tile, mask=n_mask & k_mask, other=0)
         acc = multiply(x, w, acc, INTEGER, PRECISION)
         x_tile += BLOCK_K
@@ -129,11 +133,15 @@ def pointwise_kernel(
             slice_of(acc, part, EPILOGUE_PARTS),
             out_ptr,
             w_scale_ptr,
+            w_sum_ptr,
             bias_ptr,
             residual_ptr,
             x_scale,
+            x_zero,
             residual_scale,
+            residual_zero,
             out_scale,
+            out_zero,
             negative_slope,
             m[:, None],
             column,

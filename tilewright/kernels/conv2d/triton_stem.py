@@ -70,11 +70,15 @@ def stem_kernel(
     w_ptr,
     out_ptr,
     w_scale_ptr,
+    w_sum_ptr,
     bias_ptr,
     residual_ptr,
     x_scale,
+    x_zero,
     residual_scale,
+    residual_zero,
     out_scale,
+    out_zero,
     negative_slope,
     M,
     H,
@@ -126,7 +130,7 @@ def stem_kernel(
         w = w0[:, None] + right[None, :]
         inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & (m < M)[:, None] & (k < R * S * C)[None, :]
         offset = (down.to(tl.int64) * x_row_units + right.to(tl.int64) * x_pixel_units) * UNIT_C + k % C
-        x_tile = load_signed(x_window + offset[None, :], inside)
+        x_tile = load_signed(x_window + offset[None, :], inside, x_zero, w_sum_ptr is not None)
         w_tile = tl.load(w_ptr + n[:, None].to(tl.int64) * PADDED_K + k[None, :], mask=n_mask, other=0)
         acc = multiply(x_tile, w_tile, acc, INTEGER, PRECISION)
     column = n[None, :]
@@ -134,11 +138,15 @@ def stem_kernel(
         acc,
         out_ptr,
         w_scale_ptr,
+        w_sum_ptr,
         bias_ptr,
         residual_ptr,
         x_scale,
+        x_zero,
         residual_scale,
+        residual_zero,
         out_scale,
+        out_zero,
         negative_slope,
         m[:, None],
         column,

@@ -66,7 +66,7 @@ def _conv(operator: str) -> Callable[..., list[Description]]:
         declared = getattr(torch.ops.tilewright, operator).default._schema.arguments
         given = {**dict(zip([argument.name for argument in declared], args, strict=False)), **kwargs}
         x, weight, residual = given.pop("x"), given.pop("weight"), given.pop("residual", None)
-        scale = given.pop("residual_scale", 1.0)
+        scale, zero = given.pop("residual_scale", 1.0), given.pop("residual_zero_point", 0)
         for name in ("allow_tf32", "out_dtype"):
             given.pop(name, None)
         convolution = conv_steps.convolution(weight, **given)
@@ -81,8 +81,8 @@ def _conv(operator: str) -> Callable[..., list[Description]]:
         # Not the weight itself: that it is gone shows that the module has another.
         plan.kept.append((description.kept, weight.detach()))
         if residual is not None:
-            set_residual(description, plan.image(residual), scale)
-        if result.dtype == torch.int8 and TABLE[convolution.activation].nonnegative:
+            set_residual(description, plan.image(residual), scale, zero)
+        if result.dtype == torch.int8 and not convolution.out_zero_point and TABLE[convolution.activation].nonnegative:
             plan.set_nonnegative(result)
         return [*made, description]
 
@@ -94,6 +94,7 @@ def _quantize(
     x: torch.Tensor,
     scale: float,
     out_dtype: torch.dtype | None = None,
+    zero_point: int = 0,
     *,
     result: torch.Tensor,
     marks: torch.Tensor | None = None,
@@ -103,7 +104,7 @@ def _quantize(
         source = source[:, :, None, None]
     if source.dtype != torch.float32 or source.dim() != 4:
         raise NotNative
-    return [conv_steps.describe_convert(source, target, scale, marks)]
+    return [conv_steps.describe_convert(source, target, scale, zero_point, marks)]
 
 
 def _quantize_marked(
@@ -112,10 +113,11 @@ def _quantize_marked(
     scale: float,
     sample_dims: int,
     out_dtype: torch.dtype | None = None,
+    zero_point: int = 0,
     *,
     result: Any,
 ) -> list[Description]:
-    return _quantize(plan, x, scale, out_dtype, result=result[0], marks=plan.live(result[1]))
+    return _quantize(plan, x, scale, out_dtype, zero_point, result=result[0], marks=plan.live(result[1]))
 
 
 def _mark(plan: Lowering, y: torch.Tensor, marks: torch.Tensor, *, result: torch.Tensor) -> list[Description]:
@@ -150,12 +152,14 @@ def _max_pool(
     return [d]
 
 
-def _mean_of_images(plan: Lowering, x: torch.Tensor, scale: float, result: torch.Tensor) -> list[Description]:
+def _mean_of_images(
+    plan: Lowering, x: torch.Tensor, scale: float, result: torch.Tensor, zero_point: int = 0
+) -> list[Description]:
     source, target = plan.image(x), plan.live(result)
     if target.dtype != torch.float32 or not target.is_contiguous() or target.numel() != x.shape[0] * x.shape[1]:
         raise NotNative
     d = describe(conv_steps.MEAN, source, target.view(x.shape[0], x.shape[1], 1, 1))
-    d.x_scale = scale
+    d.x_scale, d.x_zero = scale, zero_point
     return [d]
 
 
@@ -177,12 +181,20 @@ def _pool_to_one(
 
 
 def _quantized_mean(
-    plan: Lowering, q: torch.Tensor, scale: float, dtype: torch.dtype, dim: Any, keepdim: bool = False, *, result: Any
+    plan: Lowering,
+    q: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    dim: Any,
+    keepdim: bool = False,
+    zero_point: int = 0,
+    *,
+    result: Any,
 ) -> list[Description]:
     dims = (dim,) if isinstance(dim, int) else dim
     if q.dim() != 4 or sorted(each % 4 for each in dims) != [2, 3] or dtype != torch.float32:
         raise NotNative
-    return _mean_of_images(plan, q, scale, result)
+    return _mean_of_images(plan, q, scale, result, zero_point)
 
 
 def _add(plan: Lowering, a: Any, b: Any, alpha: float = 1, *, result: torch.Tensor) -> list[Description]:
@@ -198,21 +210,31 @@ def _combine(
     b: torch.Tensor,
     result: torch.Tensor,
     scales: Sequence[float] = (1, 1, 1),
+    zero_points: Sequence[int] = (0, 0, 0),
 ) -> list[Description]:
-    """scales: of a, of b, of the result."""
+    """scales, zero_points: of a, of b, of the result."""
     d = describe(kind, plan.image(a), plan.image(result))
-    set_residual(d, plan.image(b), scales[1])
+    set_residual(d, plan.image(b), scales[1], zero_points[1])
     d.x_scale, d.y_scale = scales[0], scales[2]
+    d.x_zero, d.y_zero = zero_points[0], zero_points[2]
     plan.clear_signs([result])
     return [d]
 
 
 def _quantized_add(
-    plan: Lowering, a: Any, a_scale: float, b: Any, b_scale: float, out_scale: float, *, result: torch.Tensor
+    plan: Lowering,
+    a: Any,
+    a_scale: float,
+    b: Any,
+    b_scale: float,
+    out_scale: float,
+    zero_points: Sequence[int] = (0, 0, 0),
+    *,
+    result: torch.Tensor,
 ) -> list[Description]:
     if a.shape != b.shape:
         raise NotNative
-    return _combine(plan, conv_steps.ADD, a, b, result, (a_scale, b_scale, out_scale))
+    return _combine(plan, conv_steps.ADD, a, b, result, (a_scale, b_scale, out_scale), zero_points)
 
 
 def _multiply(plan: Lowering, a: Any, b: Any, *, result: torch.Tensor) -> list[Description]:
@@ -226,10 +248,16 @@ def _multiply(plan: Lowering, a: Any, b: Any, *, result: torch.Tensor) -> list[D
 
 
 def _dequantize(
-    plan: Lowering, q: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32, *, result: torch.Tensor
+    plan: Lowering,
+    q: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+    zero_point: int = 0,
+    *,
+    result: torch.Tensor,
 ) -> list[Description]:
     d = describe(conv_steps.ACTIVATE, plan.image(q), plan.image(result))
-    d.x_scale = scale
+    d.x_scale, d.x_zero = scale, zero_point
     return [d]
 
 

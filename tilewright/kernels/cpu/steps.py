@@ -7,6 +7,7 @@ interpreter in between.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -47,6 +48,8 @@ class Convolution(NamedTuple):
     x_scale: float
     out_scale: float | None
     x_nonnegative: bool
+    x_zero_point: int
+    out_zero_point: int
     bias: torch.Tensor | None
     weight_scale: torch.Tensor | None
 
@@ -64,10 +67,12 @@ def convolution(
     x_scale: float = 1.0,
     out_scale: float | None = None,
     x_nonnegative: bool = False,
+    x_zero_point: int = 0,
+    out_zero_point: int = 0,
 ) -> Convolution:
     """The arguments of ``conv2d_fused`` and ``int8_conv2d_fused`` with their defaults, fit for the key of a cache."""
     window = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    scales = (x_scale, out_scale, x_nonnegative)
+    scales = (x_scale, out_scale, x_nonnegative, x_zero_point, out_zero_point)
     return Convolution(weight.shape[1:3], window, activation, negative_slope, *scales, bias, weight_scale)
 
 
@@ -85,9 +90,10 @@ class Description(ctypes.Structure):
         ("marks_count", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
-            for name in ("x", "weight", "residual", "y", "scale", "bias", "compensation", "plain", "marks")
+            for name in ("x", "weight", "residual", "y", "scale", "bias", "compensation", "outside", "plain", "marks")
         ),
         *((name, ctypes.c_float) for name in ("slope", "x_scale", "r_scale", "y_scale")),
+        *((name, ctypes.c_float) for name in ("x_zero", "r_zero", "y_zero")),
     ]
 
 
@@ -133,13 +139,13 @@ def gathers(group_channels: int, taps: int, integer: bool) -> bool:
 # ---- weights
 @dataclass(frozen=True)
 class PackedWeight:
-    """weight: in the kernels' order. compensation: int32, -128 times the sum of each output channel's int8 weights.
-    kind: CONV, DEPTHWISE or WINOGRAD. plain: address of the weight that it was made of, for WINOGRAD. descriptions: of
-    calls that were made with it, by all that they depend on.
+    """weight: in the kernels' order. sums: int32, of each output channel's int8 weights. kind: CONV, DEPTHWISE or
+    WINOGRAD. plain: address of the weight that it was made of, for WINOGRAD. descriptions: of calls that were made with
+    it, by all that they depend on.
     """
 
     weight: torch.Tensor
-    compensation: torch.Tensor | None
+    sums: torch.Tensor | None
     kind: int
     gather: bool
     plain: int | None = None
@@ -157,7 +163,7 @@ def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
     weight = weight.detach()
     out_channels, height, width, channels = weight.shape
     integer, taps = weight.dtype == torch.int8, height * width
-    total = weight.sum((1, 2, 3), dtype=torch.int32) * -128 if integer else None
+    total = weight.sum((1, 2, 3), dtype=torch.int32) if integer else None
     if groups > 1 and groups == out_channels and channels == 1:
         packed_taps = _pack_depthwise(weight.reshape(out_channels, taps))
         return PackedWeight(packed_taps, None if total is None else padded_vector(total, 1), DEPTHWISE, False)
@@ -174,8 +180,8 @@ def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
             # [channels, depth] -> [depth / step, channels, step]
             blocks.append(block.reshape(wide * lanes(), -1, step).transpose(0, 1).reshape(-1))
             first += wide
-    compensation = None if total is None else padded_vector(total, groups)
-    return PackedWeight(torch.cat(blocks), compensation, CONV, gathers(channels, taps, integer))
+    sums = None if total is None else padded_vector(total, groups)
+    return PackedWeight(torch.cat(blocks), sums, CONV, gathers(channels, taps, integer))
 
 
 def _pack_depthwise(flat: torch.Tensor) -> torch.Tensor:
@@ -298,31 +304,40 @@ def describe_conv(x: torch.Tensor, y: torch.Tensor, weight: PackedWeight, convol
 
     if bias is not None:
         d.bias = own(bias.float())
-    if scale is not None and weight.compensation is not None:
+    if scale is not None and weight.sums is not None:
+        zero = convolution.x_zero_point
         d.scale = own(scale * torch.full((), convolution.x_scale))
         if bias is None:
             d.bias = own(torch.zeros_like(scale))
         if convolution.x_nonnegative and x.dtype == torch.int8:
             d.x_type = NONNEGATIVE
         else:
-            kept.append(weight.compensation)
-            d.compensation = weight.compensation.data_ptr()
+            kept.append(weight.sums * -(128 + zero))
+            d.compensation = kept[-1].data_ptr()
+        kept.append(padding_pixel(x.dtype, zero, x.shape[1]))
+        d.outside = kept[-1].data_ptr()
     if convolution.out_scale is not None:
-        d.y_scale = convolution.out_scale
+        d.y_scale, d.y_zero = convolution.out_scale, convolution.out_zero_point
     d.kept = tuple(kept)
     return d
 
 
+@functools.lru_cache(maxsize=64)
+def padding_pixel(dtype: torch.dtype, zero_point: int, channels: int) -> torch.Tensor:
+    """A pixel of int8 or uint8 that stands for zeros."""
+    return torch.full((channels,), zero_point + (128 if dtype == torch.uint8 else 0), dtype=dtype)
+
+
 def describe_convert(
-    x: torch.Tensor, y: torch.Tensor, scale: float = 1.0, marks: torch.Tensor | None = None
+    x: torch.Tensor, y: torch.Tensor, scale: float = 1.0, zero_point: int = 0, marks: torch.Tensor | None = None
 ) -> Description:
-    """``x`` float32 [N, C, H, W] of any strides -> ``y`` channels-last, quantised with ``scale`` if it is int8.
+    """``x`` float32 [N, C, H, W] of any strides -> ``y`` channels-last, quantised as these say if it is int8.
 
     marks: float32, set to NaN where a value is not finite, else to 0; each is of as many of the N H rows.
     """
     d = describe(CONVERT, x, y)
     d.x_image, d.x_channel, d.x_row, d.x_stride = x.stride()
-    d.y_scale = scale
+    d.y_scale, d.y_zero = scale, zero_point
     if marks is not None:
         d.marks, d.marks_count = marks.data_ptr(), marks.numel()
     return d
@@ -337,9 +352,9 @@ def describe_mark(y: torch.Tensor, marks: torch.Tensor) -> Description:
     return d
 
 
-def set_residual(d: Description, residual: torch.Tensor, scale: float = 1.0) -> None:
-    """Add ``residual``, channels-last of the shape of the result (or [N, C, 1, 1] for MULTIPLY), times ``scale``."""
-    d.residual, d.r_type, d.r_scale = residual.data_ptr(), TYPES[residual.dtype], scale
+def set_residual(d: Description, residual: torch.Tensor, scale: float = 1.0, zero_point: int = 0) -> None:
+    """Add what ``residual`` stands for, channels-last of the shape of the result (or [N, C, 1, 1] for MULTIPLY)."""
+    d.residual, d.r_type, d.r_scale, d.r_zero = residual.data_ptr(), TYPES[residual.dtype], scale, zero_point
     d.r_stride = pixel_stride(residual)
 
 
@@ -367,11 +382,12 @@ def run_with(
     y: torch.Tensor,
     residual: torch.Tensor | None,
     residual_scale: float = 1.0,
+    residual_zero_point: int = 0,
 ) -> None:
     """Run ``description`` on these tensors. It is copied first, so that threads can share it."""
     d = Description.from_buffer_copy(description)
     d.x, d.y = x.data_ptr(), y.data_ptr()
     if residual is not None:
         residual = channels_last(residual)
-        set_residual(d, residual, residual_scale)
+        set_residual(d, residual, residual_scale, residual_zero_point)
     run(d)

@@ -46,31 +46,36 @@ def why_not_quantize(problem: Problem) -> str | None:
     return conv_steps.why_no_kernels()
 
 
-def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def quantize_per_tensor(
+    x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None, zero_point: int = 0
+) -> torch.Tensor:
     """See ``reference.quantize_per_tensor``."""
     image = x if x.dim() == 4 else x.contiguous().view(1, 1, -1, x.shape[-1])
     y = empty_channels_last(image.shape, out_dtype or torch.int8, x.device)
-    conv_steps.run(conv_steps.describe_convert(image, y, scale))
+    conv_steps.run(conv_steps.describe_convert(image, y, scale, zero_point))
     return y if x.dim() == 4 else y.view(x.shape)
 
 
 def quantize_per_tensor_marked(
-    x: torch.Tensor, scale: float, sample_dims: int, out_dtype: torch.dtype | None = None
+    x: torch.Tensor, scale: float, sample_dims: int, out_dtype: torch.dtype | None = None, zero_point: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.quantize_per_tensor_marked``: in one pass."""
     image = x if x.dim() == 4 else x.contiguous().view(1, 1, -1, x.shape[-1])
     y, marks = empty_channels_last(image.shape, out_dtype or torch.int8, x.device), torch.empty(x.shape[:sample_dims])
-    conv_steps.run(conv_steps.describe_convert(image, y, scale, marks))
+    conv_steps.run(conv_steps.describe_convert(image, y, scale, zero_point, marks))
     return (y if x.dim() == 4 else y.view(x.shape)), marks
 
 
 # ---- oneDNN
-def _sums(x: torch.Tensor, weight: torch.Tensor, window: conv_steps.Window, x_nonnegative: bool) -> torch.Tensor:
+def _sums(
+    x: torch.Tensor, weight: torch.Tensor, window: conv_steps.Window, x_nonnegative: bool, x_zero_point: int = 0
+) -> torch.Tensor:
     """float32 of the integer sums, channels-last."""
     stride, padding, dilation, groups = window
-    zero_point = 0 if x_nonnegative and x.dtype == torch.int8 else 128
+    offset = 0 if x_nonnegative and x.dtype == torch.int8 else 128
+    zero_point = offset + x_zero_point
     u8 = x.view(torch.uint8) if x.dtype == torch.int8 else x
-    if x.dtype == torch.int8 and zero_point:
+    if x.dtype == torch.int8 and offset:
         u8 = u8 ^ 128
     u8, symmetric = pad_image(u8, padding, zero_point)
     u8 = u8.contiguous(memory_format=torch.channels_last)
@@ -123,6 +128,7 @@ def onednn_int8_conv2d_fused(
     residual: torch.Tensor | None = None,
     residual_scale: float = 1.0,
     out_dtype: torch.dtype | None = None,
+    residual_zero_point: int = 0,
     **rest: Any,
 ) -> torch.Tensor:
     """See ``reference.int8_conv2d_fused``: oneDNN gives the integer sums, PyTorch the definition's own epilogue.
@@ -130,13 +136,13 @@ def onednn_int8_conv2d_fused(
     oneDNN's own would multiply by 1 / out_scale where the definition divides, and add the residual after rounding it.
     """
     convolution = conv_steps.convolution(weight, bias, **rest)
-    y = _sums(x, weight, convolution.window, convolution.x_nonnegative)
+    y = _sums(x, weight, convolution.window, convolution.x_nonnegative, convolution.x_zero_point)
     y.mul_((rest["weight_scale"] * torch.full((), convolution.x_scale)).view(-1, 1, 1))
     if bias is not None:
         y.add_(bias.float().view(-1, 1, 1))
     if residual is not None:
-        y.add_(reference.integers(residual, torch.float32) * torch.full((), residual_scale))
+        y.add_((reference.integers(residual, torch.float32) - residual_zero_point) * torch.full((), residual_scale))
     y = activate_in_place(y, convolution.activation, convolution.negative_slope)
     if convolution.out_scale is not None:
-        return torch.ops.tilewright.quantize_per_tensor(y, convolution.out_scale, out_dtype)
+        return torch.ops.tilewright.quantize_per_tensor(y, convolution.out_scale, out_dtype, convolution.out_zero_point)
     return to_channels_last(y.to(out_dtype or torch.float32))

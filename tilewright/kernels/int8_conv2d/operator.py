@@ -26,6 +26,14 @@ def _check_scale(op: str, name: str, value: float | None) -> None:
         raise ValueError(f"{op}: {name} must be positive and finite, not {value}")
 
 
+def _check_zero_point(op: str, name: str, value: int, quantized: bool = True) -> None:
+    """``value`` is one of the integers that quantised values have, or 0 where there are none."""
+    if not -127 <= value <= 127:
+        raise ValueError(f"{op}: {name} must lie in -127 to 127, not {value}")
+    if value and not quantized:
+        raise ValueError(f"{op}: {name} must be 0 where there are no integers, not {value}")
+
+
 # ---- int8_conv2d_fused
 def _check(op: str, arguments: Arguments) -> convolution.Checked:
     x, weight, residual = (arguments[name] for name in ("x", "weight", "residual"))
@@ -41,6 +49,12 @@ def _check(op: str, arguments: Arguments) -> convolution.Checked:
         raise TypeError(f"{op}: residual must be int8, uint8, float16, bfloat16 or float32, not {residual.dtype}")
     for name in ("x_scale", "residual_scale", "out_scale"):
         _check_scale(op, name, arguments[name])
+    _check_zero_point(op, "x_zero_point", arguments["x_zero_point"])
+    if arguments["x_nonnegative"] and arguments["x_zero_point"]:
+        raise ValueError(f"{op}: x_nonnegative is a promise about integers whose zero point is 0")
+    integers = residual is not None and residual.dtype in INTEGERS
+    _check_zero_point(op, "residual_zero_point", arguments["residual_zero_point"], integers)
+    _check_zero_point(op, "out_zero_point", arguments["out_zero_point"], arguments["out_scale"] is not None)
     return geometry, _out_dtype(op, arguments)
 
 
@@ -90,6 +104,7 @@ def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
 def _check_quantize(op: str, arguments: Arguments) -> torch.dtype:
     check_input(op, arguments["x"])
     _check_scale(op, "scale", arguments["scale"])
+    _check_zero_point(op, "zero_point", arguments["zero_point"])
     dtype: torch.dtype = arguments["out_dtype"] or torch.int8
     if dtype not in INTEGERS:
         raise TypeError(f"{op}: out_dtype must be int8 or uint8, not {dtype}")
@@ -152,7 +167,8 @@ CARDS = (
         __package__,
         "(Tensor x, float x_scale, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? residual=None, "
         f"float residual_scale=1.0, {convolution.WINDOW}, {convolution.ACTIVATION}, float? out_scale=None, "
-        "ScalarType? out_dtype=None, bool x_nonnegative=False) -> Tensor",
+        "ScalarType? out_dtype=None, bool x_nonnegative=False, int x_zero_point=0, int residual_zero_point=0, "
+        "int out_zero_point=0) -> Tensor",
         _check,
         convolution.posed,
         convolution.fake,
@@ -173,7 +189,7 @@ CARDS = (
     Card(
         "quantize_per_tensor",
         __package__,
-        "(Tensor x, float scale, ScalarType? out_dtype=None) -> Tensor",
+        "(Tensor x, float scale, ScalarType? out_dtype=None, int zero_point=0) -> Tensor",
         _check_quantize,
         _quantize_problem,
         _fake_quantize,
@@ -190,7 +206,7 @@ CARDS = (
     Card(
         "quantize_per_tensor_marked",
         __package__,
-        "(Tensor x, float scale, int sample_dims, ScalarType? out_dtype=None) -> (Tensor, Tensor)",
+        "(Tensor x, float scale, int sample_dims, ScalarType? out_dtype=None, int zero_point=0) -> (Tensor, Tensor)",
         _check_quantize_marked,
         _quantize_problem,
         _fake_quantize_marked,

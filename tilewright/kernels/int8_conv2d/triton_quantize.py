@@ -1,6 +1,6 @@
 """Static int8 quantisation of activations, one scale for the whole tensor, in Triton.
 
-    q = clamp(round_half_even(x / s), -127, 127), or that + 128 as uint8; NaN becomes 0
+    q = clamp(round_half_even(x / s) + z, -127, 127), or that + 128 as uint8; NaN becomes z
 
 x fp16, bf16 or fp32 of any shape and strides; q contiguous, channels-last if there are four dimensions. Agrees with the
 reference to the bit: the division is an IEEE division. An image that comes as NCHW is turned on the way.
@@ -29,6 +29,7 @@ def quantize_per_tensor_kernel(
     x_ptr,
     q_ptr,
     scale,
+    zero,
     count,
     H,
     W,
@@ -51,10 +52,10 @@ def quantize_per_tensor_kernel(
         line = row // W
         offset = i % C * stride_c + row % W * stride_w + line % H * stride_h + line // H * stride_n
     v = tl.load(x_ptr + offset, mask=i < count, other=0.0).to(tl.float32)
-    store_quantized(q_ptr + i, requantize(v, scale), i < count)
+    store_quantized(q_ptr + i, requantize(v, scale, zero), i < count)
 
 
-def plan_quantize_per_tensor(x: torch.Tensor, scale: float, q: torch.Tensor) -> list[Launch]:
+def plan_quantize_per_tensor(x: torch.Tensor, scale: float, q: torch.Tensor, zero_point: int = 0) -> list[Launch]:
     """The launch that fills ``q``, which has the shape of ``x`` and the layout above."""
     if x.dim() == 4:
         nhwc = x.permute(0, 2, 3, 1)
@@ -64,6 +65,7 @@ def plan_quantize_per_tensor(x: torch.Tensor, scale: float, q: torch.Tensor) -> 
         "x_ptr": x if x.dim() == 4 else nhwc,
         "q_ptr": q,
         "scale": float(scale),
+        "zero": float(zero_point),
         "count": x.numel(),
         **dict(zip(("H", "W", "C"), nhwc.shape[1:], strict=True)),
         **dict(zip(("stride_n", "stride_h", "stride_w", "stride_c"), nhwc.stride(), strict=True)),
@@ -73,7 +75,9 @@ def plan_quantize_per_tensor(x: torch.Tensor, scale: float, q: torch.Tensor) -> 
     return [Launch(quantize_per_tensor_kernel, grid, args, constants, num_warps=WARPS)]
 
 
-def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def quantize_per_tensor(
+    x: torch.Tensor, scale: float, out_dtype: torch.dtype | None = None, zero_point: int = 0
+) -> torch.Tensor:
     """See ``reference.quantize_per_tensor``."""
     dtype = out_dtype or torch.int8
     if x.dim() == 4:
@@ -81,13 +85,13 @@ def quantize_per_tensor(x: torch.Tensor, scale: float, out_dtype: torch.dtype | 
     else:
         q = torch.empty(x.shape, dtype=dtype, device=x.device)
     if q.numel():
-        for launch in plan_quantize_per_tensor(x, scale, q):
+        for launch in plan_quantize_per_tensor(x, scale, q, zero_point):
             launch.run()
     return q
 
 
 def quantize_per_tensor_marked(
-    x: torch.Tensor, scale: float, sample_dims: int, out_dtype: torch.dtype | None = None
+    x: torch.Tensor, scale: float, sample_dims: int, out_dtype: torch.dtype | None = None, zero_point: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.quantize_per_tensor_marked``; the marks are a reduction of PyTorch's."""
-    return quantize_per_tensor(x, scale, out_dtype), marks_of(x, sample_dims)
+    return quantize_per_tensor(x, scale, out_dtype, zero_point), marks_of(x, sample_dims)

@@ -40,11 +40,14 @@ def nearest_byte(y):
 
 
 @triton.jit
-def requantize(y, scale):
-    """clamp(round_half_even(y / scale), -127, 127) of float32 ``y`` in the lowest byte of int32; NaN becomes 0."""
-    limit = tl.minimum(127.0 * scale, 3.0e38)  # infinite y have a quotient, too
-    steps = nearest_byte(quotient(tl.minimum(tl.maximum(y, -limit), limit), scale))
-    return tl.where(y == y, steps, 0)
+def requantize(y, scale, zero):
+    """clamp(round_half_even(y / scale) + zero, -127, 127) of float32 ``y`` in the lowest byte of int32; NaN becomes
+    zero. zero: a whole number, as float32.
+    """
+    low = tl.maximum((-127.0 - zero) * scale, -3.0e38)  # infinite y have a quotient, too
+    high = tl.minimum((127.0 - zero) * scale, 3.0e38)
+    steps = nearest_byte(quotient(tl.minimum(tl.maximum(y, low), high), scale))
+    return tl.where(y == y, steps, 0) + tl.full((), zero, tl.int32)
 
 
 @triton.jit

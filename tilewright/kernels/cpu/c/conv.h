@@ -27,10 +27,12 @@ typedef struct {
     const void *x, *weight, *residual;
     void *y;
     const float *scale, *bias;   /* padded to whole vectors for each group */
-    const int32_t *compensation; /* likewise: what the products with an offset of 128 add up to, with its sign changed */
+    const int32_t *compensation; /* likewise: the sums of the weights times -(128 + x_zero) */
+    const void *outside; /* of integers: a pixel of padding, channels bytes that stand for zeros */
     const float *plain; /* WINOGRAD alone: the weight itself, OHWI */
     float *marks;       /* NaN, or 0: written by CONVERT where a value is not finite, read by MARK */
     float slope, x_scale, r_scale, y_scale;
+    float x_zero, r_zero, y_zero; /* whole numbers: integers stand for (value - zero) * scale */
 } tw_step;
 
 /* A part of each kernel's work: that of thread `number` of `count`. */
@@ -41,10 +43,9 @@ void JOIN(tw_int8_conv, TILEWRIGHT_ISA)(const tw_step *step, int number, int cou
 void JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 void JOIN(tw_simple_step, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 
-/* What padding reads: as many zeros as the largest pixel that the kernels take has bytes. */
+/* What padding of float32 reads: as many zeros as the largest pixel that the kernels take has bytes. */
 #define LARGEST_PIXEL 65536
 extern const char tw_zeros[LARGEST_PIXEL];
-extern const char tw_offset_zeros[LARGEST_PIXEL]; /* of UINT8 */
 
 /* Room for each thread to work in. */
 #define TW_SCRATCH_BYTES (768 << 10)

@@ -1,8 +1,9 @@
 /* int8 convolution with four products an instruction, or what stands for it (simd.h): tiles of pixels and output channels,
    and depthwise.
 
-   Unsigned is multiplied by signed. Activations get their top bit flipped, which adds 128; the sums start from -128 times
-   the sum of their weights (`compensation`). Padding reads 128, so every window has the same. */
+   Unsigned is multiplied by signed. Activations get their top bit flipped, which adds 128; the sums start from -(128 + the
+   zero point) times the sum of their weights (`compensation`). Padding reads the zero point, so every window has the
+   same. */
 #include "simd.h" /* first: vector.h makes a macro of LANES */
 
 #include "conv_vector.h"
@@ -310,7 +311,7 @@ INLINE void depthwise_pixel(const int epilogue, const tw_step *s, const int8_t *
 }
 
 void JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) {
-    const int8_t *outside = s->x_type == UINT8 ? (const int8_t *)tw_offset_zeros : (const int8_t *)tw_zeros;
+    const int8_t *outside = s->outside;
     const int taps = (int)round_up(s->kernel_height * s->kernel_width, 4);
     const vector flip = flip_of(s);
     const int8_t *pointers[MOST_TAPS];

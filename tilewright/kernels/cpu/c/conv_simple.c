@@ -4,9 +4,9 @@
 
 #ifdef LANES
 /* The numbers that n stored values stand for. */
-INLINE vec numbers(const void *p, int type, float scale, int64_t at, int n) {
+INLINE vec numbers(const void *p, int type, float scale, float zero, int64_t at, int n) {
     vec v = load_values(p, type, at, n);
-    return type == FLOAT32 ? v : v_mul(v, v_set(scale));
+    return type == FLOAT32 ? v : v_mul(v_sub(v, v_set(zero)), v_set(scale));
 }
 
 static inline int lanes_left(int64_t left) { return left < LANES ? (int)left : LANES; }
@@ -46,8 +46,8 @@ static void mean(const tw_step *s, int64_t n, int64_t channel) {
     vec sum = v_zero();
     for (int64_t i = 0; i < area; i++)
         sum = v_add(sum, load_values(s->x, s->x_type, (n * area + i) * s->x_stride + channel, lanes));
-    if (s->x_type != FLOAT32) sum = v_mul(sum, v_set(s->x_scale));
-    store_values(s->y, s->y_type, n * s->y_stride + channel, lanes, v_div(sum, v_set((float)area)), v_set(s->y_scale));
+    if (s->x_type != FLOAT32) sum = v_mul(v_sub(sum, v_set(s->x_zero * (float)area)), v_set(s->x_scale));
+    store_values(s, n * s->y_stride + channel, lanes, v_div(sum, v_set((float)area)));
 }
 
 /* activation(x + residual), or x times the residual's value [N, C] for its image and channel; x alone for CONVERT and ACTIVATE. */
@@ -55,13 +55,13 @@ static void combine(const tw_step *s, int64_t pixel) {
     const int64_t area = s->out_height * s->out_width;
     for (int64_t channel = 0; channel < s->channels; channel += LANES) {
         const int lanes = lanes_left(s->channels - channel);
-        vec v = numbers(s->x, s->x_type, s->x_scale, pixel * s->x_stride + channel, lanes);
+        vec v = numbers(s->x, s->x_type, s->x_scale, s->x_zero, pixel * s->x_stride + channel, lanes);
         if (s->kind == ADD)
-            v = v_add(v, numbers(s->residual, s->r_type, s->r_scale, pixel * s->r_stride + channel, lanes));
+            v = v_add(v, numbers(s->residual, s->r_type, s->r_scale, s->r_zero, pixel * s->r_stride + channel, lanes));
         else if (s->kind == MULTIPLY)
-            v = v_mul(v, numbers(s->residual, s->r_type, s->r_scale, pixel / area * s->r_stride + channel, lanes));
+            v = v_mul(v, numbers(s->residual, s->r_type, s->r_scale, s->r_zero, pixel / area * s->r_stride + channel, lanes));
         v = activate(v, s->activation, s->slope);
-        store_values(s->y, s->y_type, pixel * s->y_stride + channel, lanes, v, v_set(s->y_scale));
+        store_values(s, pixel * s->y_stride + channel, lanes, v);
     }
 }
 
@@ -80,7 +80,7 @@ static int convert_row(const tw_step *s, int64_t row) {
                 const int lanes = lanes_left(inner - i);
                 const vec v = v_load_first(x + q * s->x_stride + i, lanes);
                 seen = v_unless_finite(seen, v);
-                store_values(s->y, s->y_type, (pixel + q) * s->y_stride + i, lanes, v, v_set(s->y_scale));
+                store_values(s, (pixel + q) * s->y_stride + i, lanes, v);
             }
         return !v_all_ordered(seen);
     }
@@ -92,12 +92,14 @@ static int convert_row(const tw_step *s, int64_t row) {
                 for (int i = 0; i < lanes; i++) values[i] = x[q * s->x_stride + (channel + i) * s->x_channel];
                 const vec v = v_load_first(values, lanes);
                 seen = v_unless_finite(seen, v);
-                store_values(s->y, s->y_type, (pixel + q) * s->y_stride + channel, lanes, v, v_set(s->y_scale));
+                store_values(s, (pixel + q) * s->y_stride + channel, lanes, v);
             }
         return !v_all_ordered(seen);
     }
     /* A few planes, as of a picture: whole vectors are rounded before they are interleaved. */
     int8_t q8[LANES];
+    tw_step to_q8 = *s;
+    to_q8.y = q8;
     for (int64_t channel = 0; channel < s->channels; channel++)
         for (int64_t q = 0; q < s->width; q += LANES) {
             const int lanes = lanes_left(s->width - q);
@@ -108,7 +110,7 @@ static int convert_row(const tw_step *s, int64_t row) {
             } else {
                 const vec v = v_load_first(from, lanes);
                 seen = v_unless_finite(seen, v);
-                store_values(q8, s->y_type, 0, lanes, v, v_set(s->y_scale));
+                store_values(&to_q8, 0, lanes, v);
                 for (int i = 0; i < lanes; i++) ((int8_t *)s->y)[to + i * s->y_stride] = q8[i];
             }
         }

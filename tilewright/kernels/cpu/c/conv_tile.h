@@ -1,5 +1,5 @@
 /* Convolution as a product without a copy: a block of pixels, for each of its tiles a list of pointers to the pixels that
-   a tap reads (to zeros outside the image), and for each tile a kernel that keeps rows x vectors of sums in registers.
+   a tap reads (to padding outside the image), and for each tile a kernel that keeps rows x vectors of sums in registers.
 
    The file that includes this defines
 
@@ -36,7 +36,8 @@ static inline const element *tap_pixel(const tw_step *s, int64_t n, int64_t p, i
     return (const element *)s->x + ((n * s->height + row) * s->width + column) * s->x_stride;
 }
 
-/* Copies the window of each of `count` pixels to `rows`, `length` elements apart; the rest of each row is zeros. */
+/* Copies the window of each of `count` pixels to `rows`, `length` elements apart. The rest of each row is multiplied by
+   zeros. */
 static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64_t offset, int64_t channels,
                            element *rows, int64_t length) {
     const int64_t area = s->out_height * s->out_width, run = s->kernel_width * channels;
@@ -58,7 +59,7 @@ static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64
             for (int64_t k = s->kernel_height * run; k < length; k++) rows[k] = 0;
             continue;
         }
-        memset(rows, s->x_type == UINT8 ? 128 : 0, (size_t)length * sizeof *rows);
+        memset(rows, s->x_type == FLOAT32 ? 0 : *(const char *)s->outside, (size_t)length * sizeof *rows);
         element *to = rows;
         for (int64_t i = 0; i < s->kernel_height; i++)
             for (int64_t j = 0; j < s->kernel_width; j++, to += channels) {
@@ -110,7 +111,7 @@ static void convolve_part(const tw_step *s, int number, int threads) {
     const int64_t tile_windows = windows, tile_length = length;
 #endif
     if (block > most) block = most < most_rows(2) ? most : most - most % most_rows(2);
-    const element *outside = (const element *)(s->x_type == UINT8 ? tw_offset_zeros : tw_zeros);
+    const element *outside = (const element *)(s->x_type == FLOAT32 ? tw_zeros : s->outside);
     const element *pointers[BLOCK_POINTERS];
     _Alignas(64) element gathered[(GATHER_BYTES + GATHER_STEP) / sizeof(element)];
     const int64_t area = s->out_height * s->out_width;

@@ -1,7 +1,7 @@
 /* The epilogue that every kernel of convolutions ends with:
 
-       v = activation(sum * scale + bias + residual * r_scale)      (float: scale = 1, as does r_scale)
-       q = clamp(round_half_even(v / y_scale), -127, 127)           (where the result is quantised; NaN gives 0)
+       v = activation(sum * scale + bias + (residual - r_zero) * r_scale)   (float: scale = 1, as does r_scale)
+       q = clamp(round_half_even(v / y_scale) + y_zero, -127, 127)          (where the result is quantised; NaN gives y_zero)
 
    Multiplications and additions are rounded one by one, as the definition does. */
 #ifndef TILEWRIGHT_CONV_VECTOR_H
@@ -33,21 +33,22 @@ INLINE vec load_values(const void *p, int type, int64_t at, int n) {
     return v_load_int8((const int8_t *)p + at, n);
 }
 
-INLINE void store_values(void *p, int type, int64_t at, int n, vec v, vec scale) {
-    if (type == FLOAT32)
-        v_store_first((float *)p + at, v, n);
+INLINE void store_values(const tw_step *step, int64_t at, int n, vec v) {
+    if (step->y_type == FLOAT32)
+        v_store_first((float *)step->y + at, v, n);
     else
-        v_store_int8((int8_t *)p + at, v_div(v, scale), type == UINT8 ? 128 : 0, n);
+        v_store_int8((int8_t *)step->y + at, v_div(v, v_set(step->y_scale)), v_set(step->y_zero),
+                     step->y_type == UINT8 ? 128 : 0, n);
 }
 
 /* sum + bias, then all that follows, of n channels from `channel` on of the pixel numbered `pixel`. */
 INLINE void finish(const tw_step *step, vec v, int64_t pixel, int64_t channel, int n) {
     if (step->residual) {
         const vec r = load_values(step->residual, step->r_type, pixel * step->r_stride + channel, n);
-        v = v_add(v, v_mul(r, v_set(step->r_scale)));
+        v = v_add(v, v_mul(v_sub(r, v_set(step->r_zero)), v_set(step->r_scale)));
     }
     v = activate(v, step->activation, step->slope);
-    store_values(step->y, step->y_type, pixel * step->y_stride + channel, n, v, v_set(step->y_scale));
+    store_values(step, pixel * step->y_stride + channel, n, v);
 }
 
 /* The epilogues that most layers have, without a branch: the activation cuts off at two bounds, the result and the
@@ -55,7 +56,8 @@ INLINE void finish(const tw_step *step, vec v, int64_t pixel, int64_t channel, i
 enum { ANY, TO_FLOAT, ADD_TO_FLOAT, TO_INT8, ADD_TO_INT8 };
 
 typedef struct {
-    vec low, high, inverse, scale, r_scale;
+    vec low, high, inverse, scale, zero, r_scale, r_zero;
+    vec least, most, shift; /* of a quotient before the zero point is added */
 } bounds;
 
 static inline int epilogue_of(const tw_step *s) {
@@ -68,7 +70,8 @@ static inline int epilogue_of(const tw_step *s) {
 INLINE bounds bounds_of(const tw_step *s) {
     const float infinity = __builtin_inff();
     return (bounds){v_set(s->activation == NONE ? -infinity : 0.0f), v_set(s->activation == RELU6 ? 6.0f : infinity),
-                    v_set(1.0f / s->y_scale), v_set(s->y_scale), v_set(s->r_scale)};
+                    v_set(1.0f / s->y_scale), v_set(s->y_scale), v_set(s->y_zero), v_set(s->r_scale), v_set(s->r_zero),
+                    v_set(-127.0f - s->y_zero), v_set(127.0f - s->y_zero), v_set(12582912.0f + s->y_zero)};
 }
 
 /* `finish` of a whole vector; `epilogue` is a constant where this is inlined. */
@@ -79,8 +82,10 @@ INLINE void finish_as(const int epilogue, const bounds *b, const tw_step *s, vec
     }
     if (epilogue == ADD_TO_FLOAT)
         v = v_add(v, v_mul(v_load((const float *)s->residual + pixel * s->r_stride + channel), b->r_scale));
-    if (epilogue == ADD_TO_INT8)
-        v = v_add(v, v_mul(v_load_int8((const int8_t *)s->residual + pixel * s->r_stride + channel, LANES), b->r_scale));
+    if (epilogue == ADD_TO_INT8) {
+        const vec r = v_load_int8((const int8_t *)s->residual + pixel * s->r_stride + channel, LANES);
+        v = v_add(v, v_mul(v_sub(r, b->r_zero), b->r_scale));
+    }
     v = v_max(b->low, v_min(b->high, v));
     if (epilogue == TO_FLOAT || epilogue == ADD_TO_FLOAT) {
         v_store((float *)s->y + pixel * s->y_stride + channel, v);
@@ -88,18 +93,18 @@ INLINE void finish_as(const int epilogue, const bounds *b, const tw_step *s, vec
     }
     int8_t *y = (int8_t *)s->y + pixel * s->y_stride + channel;
 #ifdef __AVX512F__
-    /* A product with the reciprocal is within two units in the last place of the quotient: 127 * 2^-22 < 4e-5. Only where
+    /* A product with the reciprocal is within two units in the last place of the quotient: 254 * 2^-22 < 7e-5. Only where
        it lies that close to the middle between two integers, or is NaN, may the quotient be rounded otherwise. Adding
-       1.5 * 2^23 rounds half to even and leaves the integer in the low byte. */
-    const vec product = v_max(v_set(-127.0f), v_min(v_set(127.0f), v_mul(v, b->inverse)));
-    const vec shifted = v_add(product, v_set(12582912.0f));
-    const vec off = _mm512_abs_ps(v_sub(product, v_sub(shifted, v_set(12582912.0f))));
-    if (__builtin_expect(_mm512_cmp_ps_mask(off, v_set(0.49996f), _CMP_NLE_UQ), 0))
-        v_store_int8(y, v_div(v, b->scale), 0, LANES);
+       1.5 * 2^23 and the zero point rounds and leaves the integer in the low byte. */
+    const vec product = v_max(b->least, v_min(b->most, v_mul(v, b->inverse)));
+    const vec shifted = v_add(product, b->shift);
+    const vec off = _mm512_abs_ps(v_sub(product, v_sub(shifted, b->shift)));
+    if (__builtin_expect(_mm512_cmp_ps_mask(off, v_set(0.49993f), _CMP_NLE_UQ), 0))
+        v_store_int8(y, v_div(v, b->scale), b->zero, 0, LANES);
     else
         _mm_storeu_si128((__m128i *)y, _mm512_cvtepi32_epi8(_mm512_castps_si512(shifted)));
 #else
-    v_store_int8(y, v_div(v, b->scale), 0, LANES);
+    v_store_int8(y, v_div(v, b->scale), b->zero, 0, LANES);
 #endif
 }
 

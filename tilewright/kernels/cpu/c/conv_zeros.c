@@ -4,7 +4,6 @@
 #include <string.h>
 
 const char tw_zeros[LARGEST_PIXEL] __attribute__((aligned(64))) = {0};
-const char tw_offset_zeros[LARGEST_PIXEL] __attribute__((aligned(64))) = {[0 ... LARGEST_PIXEL - 1] = (char)128};
 
 /* Of the library and not of each instruction set, or every thread would have one for each. */
 _Alignas(64) _Thread_local char tw_scratch[TW_SCRATCH_BYTES];

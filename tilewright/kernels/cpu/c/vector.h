@@ -35,11 +35,11 @@ static inline vec v_load_int8(const int8_t *p, int n) {
 static inline vec v_load_uint8(const uint8_t *p, int n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
 }
-/* Rounded to int8, 0 for NaN. `flip` is 128 to store value + 128. */
-static inline void v_store_int8(int8_t *p, vec v, int flip, int n) {
+/* clamp(round(v) + zero, -127, 127) of a whole number `zero`; zero for NaN. `flip` is 128 to store value + 128. */
+static inline void v_store_int8(int8_t *p, vec v, vec zero, int flip, int n) {
     v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
-    v = v_max(v_set(-127.0f), v_min(v_set(127.0f), v));
-    __m128i q = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
+    v = v_max(v_sub(v_set(-127.0f), zero), v_min(v_sub(v_set(127.0f), zero), v));
+    __m128i q = _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_cvtps_epi32(zero)));
     _mm_mask_storeu_epi8(p, first_lanes(n), _mm_xor_si128(q, _mm_set1_epi8((char)flip)));
 }
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -93,10 +93,10 @@ static inline vec v_load_int8(const int8_t *p, int n) {
 static inline vec v_load_uint8(const uint8_t *p, int n) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight_bytes(p, n)));
 }
-static inline void v_store_int8(int8_t *p, vec v, int flip, int n) {
+static inline void v_store_int8(int8_t *p, vec v, vec zero, int flip, int n) {
     v = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
-    v = v_max(v_set(-127.0f), v_min(v_set(127.0f), v));
-    const __m256i q = _mm256_cvtps_epi32(v);
+    v = v_max(v_sub(v_set(-127.0f), zero), v_min(v_sub(v_set(127.0f), zero), v));
+    const __m256i q = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_cvtps_epi32(zero));
     __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
     eight = _mm_xor_si128(_mm_packs_epi16(eight, eight), _mm_set1_epi8((char)flip));
     const int64_t bytes = _mm_cvtsi128_si64(eight);
