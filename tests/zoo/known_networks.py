@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 #: By network and recipe, signal over error in dB that the answer must have; "*" is what others must. What int8 leaves
-#: of networks of depthwise convolutions with random weights is little: the largest of their channels is many times the
-#: rest.
+#: of networks with random weights is little: each layer errs by -30 dB, and the networks pass that on enlarged. The
+#: floors of single networks lie 2 to 3 dB below what was measured.
 FLOORS: dict[tuple[str, str], float] = {
     ("*", "fuse"): 70,
     ("*", "int8"): 25,
     ("*", "int8-calibrated"): -3,
-    ("timm-resnet18", "int8-calibrated"): 24,
-    ("timm-regnetx_002", "int8-calibrated"): 23,
-    ("timm-regnety_002", "int8-calibrated"): 23,
-    ("timm-ghostnet_050", "int8-calibrated"): 10,
-    ("timm-ghostnetv2_100", "int8-calibrated"): 10,
-    ("timm-hardcorenas_a", "int8-calibrated"): 9,
+    **{
+        (f"timm-{name}", "int8-calibrated"): floor
+        for name, floor in {
+            "resnet18": 28,
+            "resnet26d": 20,
+            "regnetx_002": 27,
+            "regnety_002": 26,
+            "ghostnet_050": 10,
+            "ghostnetv2_100": 10,
+            "hardcorenas_a": 8,
+            "mobilenetv1_100": 3.5,
+            "mobilenetv2_050": 2,
+            "mobilenetv3_small_050": 12.5,
+            "mnasnet_small": 5,
+            "spnasnet_100": 4.5,
+            "lcnet_050": 8,
+            "densenet121": 10,
+            "repvgg_a0": 10,
+            "efficientnet_lite0": 6,
+            "ese_vovnet19b_dw": 7,
+            "mixnet_s": 10.5,
+            "hgnetv2_b0": 10.5,
+            # Their answer is small beside the terms that it is a sum of: -9.1 and -10.5 dB without zero points.
+            "efficientnet_b0": -8,
+            "mobileone_s0": -9,
+        }.items()
+    },
 }
 #: By network and recipe: the checks that fail, with the cause.
 EXPECTED: dict[tuple[str, str], dict[str, str]] = {}
