@@ -166,7 +166,7 @@ def test_a_layer_called_twice_has_one_scale() -> None:
     model, x = Twice().eval(), images(4)
     converted = int8(model, [x], observer="minmax")
     seen = torch.cat([x.flatten(), F.relu(model.conv(x)).flatten()])
-    assert converted.conv.x_scale == pytest.approx(float(seen.max() - seen.min()) / 254)
+    assert converted.conv.x_scale == pytest.approx(float(seen.max() - seen.min()) / 254, rel=0.01)
     assert int8(model, [x], observer="minmax", symmetric=True).conv.x_scale == pytest.approx(seen.abs().max() / 127)
     assert sqnr(converted(x), model(x)) > 30
 

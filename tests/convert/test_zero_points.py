@@ -45,11 +45,12 @@ def test_a_zero_point_is_chosen_so_that_the_range_holds_what_was_seen(observer: 
         return float((values - (((values / s).round() + z).clamp(-127, 127) - z) * s).square().sum())
 
     low, high = (-127 - zero) * scale, (127 - zero) * scale
-    assert low <= 0 <= high and (kind != "relu" or zero == -127) and (kind != "negative" or zero == 127)
+    assert low <= 0 <= high and (kind != "relu" or zero == -126) and (kind != "negative" or zero == 126)
+    assert zero % 2 == 0, "with odd ones tools disagree on ties"
     if observer == "minmax":
         least, largest = min(0.0, float(values.min())), max(0.0, float(values.max()))
-        assert low == pytest.approx(least, abs=scale) and high == pytest.approx(largest, abs=scale)
-        assert scale == pytest.approx((largest - least) / 254)
+        assert low == pytest.approx(least, abs=3 * scale) and high == pytest.approx(largest, abs=3 * scale)
+        assert scale == pytest.approx((largest - least) / 254, rel=0.01)
     elif observer == "percentile":
         outside = (values < low - scale / 2) | (values > high + scale / 2)
         assert outside.float().mean() <= 0.0015
@@ -170,11 +171,11 @@ def test_zero_points_are_saved_and_a_damaged_one_is_named(tmp_path: Path) -> Non
     model, x = settled(SmallMobileNet()), images()
     converted = int8(model, [x])
     zeros = [layer.x_zero for layer in layers_of(converted)]
-    assert -127 in zeros
+    assert -126 in zeros
     tw.save_model(converted, tmp_path)
     loaded = tw.load_model(tmp_path, SmallMobileNet)
     assert [layer.x_zero for layer in layers_of(loaded)] == zeros and torch.equal(loaded(x), converted(x))
-    assert "input_zero_point=-127" in repr(loaded)
+    assert "input_zero_point=-126" in repr(loaded)
     with torch.no_grad():
         layers_of(converted)[0].input_zero_point.fill_(128)
     tw.save_model(converted, tmp_path / "damaged")

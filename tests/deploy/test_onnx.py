@@ -176,7 +176,8 @@ def test_zero_points_are_even(tmp_path: Path) -> None:
     graph = onnx.load(path).graph
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     nodes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
-    assert nodes and all(constants[node.input[2]].item() in (0, 128) for node in nodes)
+    zeros = [constants[node.input[2]].item() for node in nodes]
+    assert any(zeros) and all(zero % 2 == 0 for zero in zeros)
 
 
 def test_static_int8_linear_layers_are_standard_qdq(tmp_path: Path) -> None:

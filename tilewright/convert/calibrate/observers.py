@@ -89,8 +89,8 @@ class Observer:
             least = max(least, -_percentile(below, 100 - outside, self.counts[BINS:]) * self.limit)
         elif observer == "mse":
             least, largest = self._least_squares()
-        scale = max((largest - least) / 254, SMALLEST_SCALE)
-        return scale, int(_zero_points(torch.tensor(least, dtype=torch.float64), scale))
+        step, zero = _grids(torch.tensor(least, dtype=torch.float64), torch.tensor(largest, dtype=torch.float64))
+        return float(step), int(zero)
 
     def _least_squares(self) -> tuple[float, float]:
         """The clipping range with the least error: both ends drawn in together, then each by itself."""
@@ -112,8 +112,7 @@ class Observer:
         counts = self.counts[used]
         centres = (used - BINS + 0.5) * width
         lows, highs = lows.unsqueeze(1), highs.unsqueeze(1)
-        step = ((highs - lows) / 254).clamp_min(SMALLEST_SCALE)
-        zero = _zero_points(lows, step)
+        step, zero = _grids(lows, highs)
         rounded = (((centres / step).round() + zero).clamp(-127, 127) - zero) * step
         # Where a step is wider than a bin, rounding the centre is exact enough; else the error is that of a uniform
         # value within the step.
@@ -127,9 +126,15 @@ def _fractions() -> torch.Tensor:
     return torch.linspace(1.0 / CANDIDATES, 1.0, CANDIDATES, dtype=torch.float64)
 
 
-def _zero_points(low: torch.Tensor, step: float | torch.Tensor) -> torch.Tensor:
-    """Where 0 lies if ``low`` is -127."""
-    return (-127 - low / step).round().clamp(-127, 127)
+def _grids(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and the zero point with which the integers reach from ``low`` <= 0 to ``high`` >= 0.
+
+    Zero points are even: with odd ones tools disagree on ties (findings/odd_zero_point_ties.sh).
+    """
+    below = 2 * ((-127 - low * 254 / (high - low)) / 2).floor()
+    zeros = torch.stack([below, below + 2]).clamp(-126, 126)
+    steps = torch.maximum(high / (127 - zeros), -low / (127 + zeros))
+    return steps.amin(0).clamp_min(SMALLEST_SCALE), torch.where(steps[0] < steps[1], zeros[0], zeros[1])
 
 
 def _percentile(counts: torch.Tensor, percentile: float, others: torch.Tensor | None = None) -> float:
