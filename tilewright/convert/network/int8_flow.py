@@ -393,25 +393,16 @@ def _write_addition(
 def _in_int8(flow: Flow, node: fx.Node, zero_of: Any) -> fx.Node | None:
     """In front of ``node``, which passes values on: what does the same to int8, where that is another function."""
     graph, modules, source = flow.graph, flow.modules, node.args[0]
-    call: tuple[Any, ...]
-    if (window := flow.max_window(node)) is not None:
-        call = quantized_ops.max_pool2d, (source, *window)
-    elif (pads := zero_padding(node, modules)) is not None:
-        call = quantized_ops.pad, (source, pads, zero_of(node))
-    elif activation_of(node, modules) is not None:  # a ReLU: others do not pass values on
-        call = quantized_ops.relu, (source, zero_of(node), _in_place(node, modules))
-    else:
-        return None
     with graph.inserting_before(node):
-        return graph.call_function(*call)
-
-
-def _in_place(node: fx.Node, modules: Modules) -> bool:
-    """Whether a ReLU writes to its argument."""
-    module = module_of(node, modules)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    return node.target == "relu_" or bool(argument(node, 1, "inplace", False))
+        if (window := flow.max_window(node)) is not None:
+            return graph.call_function(quantized_ops.max_pool2d, (source, *window))
+        if (pads := zero_padding(node, modules)) is not None:
+            return graph.call_function(quantized_ops.pad, (source, pads, zero_of(node)))
+        if activation_of(node, modules) is not None:  # a ReLU: others do not pass values on
+            in_place = getattr(module_of(node, modules), "inplace", node.target == "relu_")
+            in_place = bool(in_place or argument(node, 1, "inplace", False))
+            return graph.call_function(quantized_ops.relu, (source, zero_of(node), in_place))
+    return None
 
 
 def _nonnegative(flow: Flow, stored: set[fx.Node]) -> set[fx.Node]:
