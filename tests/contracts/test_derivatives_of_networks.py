@@ -224,7 +224,7 @@ def test_transformations_inside_of_a_compiled_function(recipe: str, mode: Callab
 
 
 @each_mode
-@pytest.mark.parametrize("recipe", ["int8", "int8 images"])
+@pytest.mark.parametrize("recipe", ["int8", pytest.param("int8 images", marks=pytest.mark.slow)])
 def test_transformations_with_inductor(recipe: str, mode: Callable[..., torch.Tensor]) -> None:
     check_compiled(recipe, mode, "inductor")
 
