@@ -107,7 +107,8 @@ class Int8StaticLinear(QuantizedLinear):
         """The same in float32, or float64 for x of that."""
         dtype = wide(x)
         rows = x.to(dtype)
-        rows = joined((rows / self.x_scale).round().clamp(-127, 127) * self.x_scale, rows)
+        rounded = (rows / self.x_scale).round().clamp(-127, 127) * self.x_scale
+        rows = joined(torch.where(rows.isfinite(), rounded, torch.nan), rows)
         y = F.linear(rows, self.dequantize_weight().to(dtype), None if self.bias is None else self.bias.to(dtype))
         y = apply_activation(y, self.activation)
         return (y if residual is None else y + residual).to(x.dtype)
