@@ -38,9 +38,9 @@ def equal_but_for_order(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 # ---- the definition
-def through(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """Rounded to int8 with a static scale, with the derivative 1."""
-    return x + ((x / scale).round().clamp(-127, 127) * scale - x).detach()
+def through(x: torch.Tensor, scale: float, zero: int = 0) -> torch.Tensor:
+    """Rounded to int8 with a static scale and zero point, with the derivative 1."""
+    return x + ((((x / scale).round() + zero).clamp(-127, 127) - zero) * scale - x).detach()
 
 
 def linear_definition(layer: QuantizedLinear) -> Function:
@@ -60,7 +60,7 @@ def conv_definition(layer: ConvLayer) -> Function:
     options: Any = layer.stride, layer.padding, layer.dilation, layer.groups
 
     def define(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
-        image = through(x, layer.x_scale) if isinstance(layer, Int8ConvBnAct2d) else x
+        image = through(x, layer.x_scale, layer.x_zero) if isinstance(layer, Int8ConvBnAct2d) else x
         y = F.conv1d(image, weight.squeeze(2), bias, *options) if one else F.conv2d(image, weight, bias, *options)
         y = y if residual is None else y + residual
         return apply_activation(y, layer.activation, negative_slope=layer.negative_slope)

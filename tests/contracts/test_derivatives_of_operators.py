@@ -113,3 +113,21 @@ def test_attention(kind: str) -> None:
             attend = torch.ops.tilewright.attention
             found = vmap(attend, (None, None, None, 0))(query, key, value, masks)
             equal_but_for_order(found, torch.stack([attend(query, key, value, each) for each in masks]))
+
+
+def test_a_convolution_of_integers_with_zero_points() -> None:
+    x, residual = (torch.randint(-127, 128, (2, channels, 6, 5), dtype=torch.int8) for channels in (4, 3))
+    weight, scale, bias = torch.randint(-127, 128, (3, 3, 3, 4), dtype=torch.int8), torch.rand(3) * 0.01, torch.randn(3)
+    zeros = {"x_zero_point": -40, "residual_zero_point": 16}
+
+    def ours(bias: torch.Tensor) -> torch.Tensor:
+        return torch.ops.tilewright.int8_conv2d_fused(
+            x, 0.02, weight, scale, bias, residual, 0.03, padding=[1, 1, 1, 1], activation="silu", **zeros
+        )
+
+    def theirs(bias: torch.Tensor) -> torch.Tensor:
+        floats = (weight.double() * scale.double().view(-1, 1, 1, 1)).permute(0, 3, 1, 2)
+        y = torch.nn.functional.conv2d((x.double() + 40) * 0.02, floats, bias, padding=1)
+        return torch.nn.functional.silu(y + (residual.double() - 16) * 0.03)
+
+    check_first_order(ours, theirs, (bias,))

@@ -78,11 +78,11 @@ def _smooth(arguments: Arguments) -> torch.Tensor | None:
         return None
     x, residual = arguments["x"], arguments["residual"]
     if residual is not None and residual.dtype in INTEGERS:
-        residual = integers(residual, torch.float32)
+        residual = integers(residual, torch.float32) - arguments["residual_zero_point"]
     if residual is not None:
         residual = residual.float() * arguments["residual_scale"]
     weight = arguments["weight"].float() * arguments["weight_scale"].view(-1, 1, 1, 1)
-    image = integers(x, torch.float32) * arguments["x_scale"]
+    image = (integers(x, torch.float32) - arguments["x_zero_point"]) * arguments["x_scale"]
     return smooth_conv({**arguments, "x": image, "weight": weight, "residual": residual})
 
 
