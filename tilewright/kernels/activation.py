@@ -37,7 +37,8 @@ class Activation:
 
     triton: whether ``kernels.triton.common.activate`` has it. native: families of C kernels that have it, as ``number``
     of c/activation.h. aten: the operator that PyTorch records for it alone, and the further arguments. onednn: name,
-    scalars and algorithm. onednn_keeps_nan: whether NaN stays NaN in that. onnx: (write, y, slope) -> it in ONNX, by calls of ``write(kind, *inputs, **attributes)``.
+    scalars and algorithm; onednn_keeps_nan: whether NaN stays NaN there. onnx: (write, y, slope) -> it in ONNX, by
+    calls of ``write(kind, *inputs, **attributes)``.
     """
 
     name: str
