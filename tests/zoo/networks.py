@@ -62,7 +62,10 @@ def pictures(name: str, batch: int, phase: float = 0.0) -> torch.Tensor:
     shape = (batch, 3, 4, size, size) if name.endswith("r3d_18") else (batch, 3, size, size)
     coarse = wave(*shape[:-2], size // 4, size // 4).add(phase).mul(3.7).sin()
     fine = nn.functional.interpolate(coarse.flatten(0, -4), size=(size, size), mode="bilinear", align_corners=False)
-    return 1.5 * fine.reshape(shape) + 0.1 * wave(*shape)
+    found = 1.5 * fine.reshape(shape) + 0.1 * wave(*shape)
+    return (
+        found / 4 + 0.5 if name.partition("-")[2].startswith(DETECTORS) else found
+    )  # which shift and scale themselves
 
 
 def is_detector(model: nn.Module) -> bool:
@@ -99,9 +102,9 @@ def _call(model: nn.Module, x: torch.Tensor) -> Any:
     if not is_detector(model):
         return model(x)
     detector: Any = model
-    features = detector.backbone(x)
+    features = detector.backbone(detector.transform(list(x))[0].tensors)
     head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
-    kinds = [sorted(found) for found in detector(list(x / 4 + 0.5))]
+    kinds = [sorted(found) for found in detector(list(x))]
     return features, head(list(features.values())), kinds
 
 
