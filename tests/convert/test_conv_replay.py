@@ -14,7 +14,8 @@ import tilewright as tw
 from tests.convert.networks import SmallMobileNet, SmallResNet, settled
 from tilewright.convert.network.program import Program
 from tilewright.kernels.cpu import steps as conv_steps
-from tilewright.kernels.cpu.replay import Replay, Replays, recorded
+from tilewright.kernels.cpu.recording import recorded
+from tilewright.kernels.cpu.replay import Replay, Replays
 
 reason = conv_steps.why_no_kernels()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))

@@ -17,7 +17,8 @@ from tilewright.kernels.conv2d import cpu as float_cpu
 from tilewright.kernels.conv2d import reference as float_reference
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.cpu import steps as conv_steps
-from tilewright.kernels.cpu.replay import Replay, Replays, recorded
+from tilewright.kernels.cpu.recording import recorded
+from tilewright.kernels.cpu.replay import Replay, Replays
 from tilewright.kernels.int8_conv2d import cpu as int8_cpu
 from tilewright.kernels.int8_conv2d import reference as int8_reference
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from tilewright.kernels.cpu.replay import is_special, recorded
+from tilewright.kernels.cpu.recording import recorded
+from tilewright.kernels.cpu.replay import is_special
 from tilewright.kernels.dispatch.derivatives import is_differentiated, straight_through
 
 

@@ -16,7 +16,8 @@ from tilewright.convert.code import names_in_code_of
 from tilewright.convert.conversion import Conversion, Job, register_conversion
 from tilewright.convert.graph import Region, find_regions, has_hooks
 from tilewright.convert.network.calibration import Calibration
-from tilewright.convert.network.int8_flow import Flow, write_int8
+from tilewright.convert.network.int8_flow import Flow
+from tilewright.convert.network.int8_writing import write_int8
 from tilewright.convert.network.match import Site, call_counts, find_folds, rewrite
 from tilewright.convert.network.program import Program, remove_programs
 from tilewright.convert.plan import Planned

@@ -37,7 +37,7 @@ from tilewright.convert.network import proof
 from tilewright.convert.network import replayable as whole
 from tilewright.convert.network.assumed import assumptions, place_of
 from tilewright.convert.network.draws import Draws, Unrepeatable
-from tilewright.convert.network.int8_flow import before_integers
+from tilewright.convert.network.int8_writing import before_integers
 from tilewright.convert.state import HeldState, private_copy, private_twin
 from tilewright.convert.structure import ReplacedForward
 from tilewright.kernels.cpu.replay import Replays

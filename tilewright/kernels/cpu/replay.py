@@ -12,80 +12,27 @@ says so. ``function`` must do the same operators whenever shapes are the same: a
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu import steps as conv_steps
-from tilewright.kernels.cpu.replay_steps import IN_PLACE, NATIVE, Lowering, NotNative
+from tilewright.kernels.cpu.recording import Call, record, tensors_in, written_by
+from tilewright.kernels.cpu.replay_steps import NATIVE, Lowering, NotNative
 from tilewright.kernels.cpu.steps import Description
 from tilewright.kernels.dispatch.derivatives import is_transformed
 from tilewright.kernels.dispatch.same import SameTensors, holds_values, version_of
 
-_local = threading.local()
 #: Replays kept for one function: one for each combination of input shapes.
 MOST_REPLAYS = 8
 #: Other kinds of tensors need not have memory.
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
-
-
-class Call(NamedTuple):
-    """One recorded call. name: of the operator, or of the step of a function marked with ``recorded``."""
-
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-        self.suspended = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not self.suspended:
-            self.calls.append(Call(str(func), func, args, kwargs, result))
-        return result
-
-
-def recorded(step: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a recording see a call of a function (of tensors, without side effects but those of ``IN_PLACE``) as one
-    ``step`` of ``NATIVE``, which computes the same from the same arguments. What a function is called says nothing of
-    what it computes.
-    """
-    if f"step {step}" not in NATIVE:
-        raise ValueError(f"there is no step {step!r}")
-
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)  # its name too, by which it is pickled
-        def run(*args: Any, **kwargs: Any) -> Any:
-            recorder: _Recorder | None = getattr(_local, "recorder", None)
-            if recorder is None or recorder.suspended:
-                return function(*args, **kwargs)
-            recorder.suspended = True
-            try:
-                result = function(*args, **kwargs)
-            finally:
-                recorder.suspended = False
-            recorder.calls.append(Call(f"step {step}", function, args, kwargs, result))
-            return result
-
-        return run
-
-    return mark
 
 
 class CannotReplay(Exception):
@@ -94,34 +41,6 @@ class CannotReplay(Exception):
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _written(call: Call) -> list[torch.Tensor]:
-    """What a call writes to, of what it is given."""
-    if call.name in IN_PLACE:
-        return [call.args[0]]
-    schema = getattr(call.function, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    given = dict(zip((argument.name for argument in schema.arguments), call.args, strict=False)) | call.kwargs
-    names = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
-    return _tensors([given.get(name) for name in names])
-
-
-def record(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> tuple[list[Call], Any]:
-    """What ``function`` calls for these inputs, and what it returns."""
-    recorder = _Recorder()
-    _local.recorder = recorder
-    try:
-        with recorder:
-            result = function(*inputs)
-    finally:
-        _local.recorder = None
-    return recorder.calls, result
 
 
 class Replay:
@@ -156,12 +75,12 @@ class Replay:
         """
         if call.name in ("aten.dropout.default", "aten.dropout_.default") and not call.args[2]:
             return True
-        if any(_storage(tensor) not in made for tensor in _written(call)):
+        if any(_storage(tensor) not in made for tensor in written_by(call)):
             raise CannotReplay(f"{call.name} writes to what the recorded function did not make itself")
-        results = _tensors(call.result)
-        sources = {_storage(tensor) for tensor in _tensors((call.args, call.kwargs))}
+        results = tensors_in(call.result)
+        sources = {_storage(tensor) for tensor in tensors_in((call.args, call.kwargs))}
         if results and all(_storage(tensor) in sources for tensor in results):
-            return not _written(call)
+            return not written_by(call)
         made |= {_storage(tensor) for tensor in results}
         if torch.Tag.nondeterministic_seeded in getattr(call.function, "tags", ()):
             raise CannotReplay(f"{call.name} is random")
@@ -182,7 +101,7 @@ class Replay:
         size: dict[int, int] = {}
         constants: dict[int, torch.Tensor] = {}
         for number, call in enumerate(calls):
-            for tensor in _tensors((call.args, call.kwargs)):
+            for tensor in tensors_in((call.args, call.kwargs)):
                 key = _storage(tensor)
                 if key in born:
                     dies[key] = number
@@ -190,13 +109,13 @@ class Replay:
                     # A view, as of a transposed weight, is made anew in each call; what it looks at stays.
                     owner = tensor._base if tensor._is_view() and tensor._base is not None else tensor
                     constants[id(owner)] = owner
-            for tensor in _tensors(call.result):
+            for tensor in tensors_in(call.result):
                 key = _storage(tensor)
                 if key not in self.inputs:
                     born.setdefault(key, number)
                     dies.setdefault(key, number)
                     size[key] = tensor.untyped_storage().nbytes()
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if _storage(tensor) not in born:
                 raise CannotReplay("it returns an input or a constant")
             dies[_storage(tensor)] = len(calls)
@@ -245,7 +164,7 @@ class Replay:
                     raise NotNative(call.name)
                 made = lower(plan, *call.args, result=call.result, **call.kwargs)
             except NotNative:
-                plan.clear_signs([*_tensors(call.result), *_written(call)])
+                plan.clear_signs([*tensors_in(call.result), *written_by(call)])
                 parts.append(self._python_step(call))
                 self.python_steps.append(call.name)
                 continue
@@ -268,10 +187,10 @@ class Replay:
 
     def _python_step(self, call: Call) -> Callable[[], None]:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._live, (call.args, call.kwargs))
-        places = [self._live(tensor) for tensor in _tensors(call.result)]
+        places = [self._live(tensor) for tensor in tensors_in(call.result)]
 
         def step() -> None:
-            for place, tensor in zip(places, _tensors(call.function(*args, **kwargs)), strict=True):
+            for place, tensor in zip(places, tensors_in(call.function(*args, **kwargs)), strict=True):
                 if tensor.data_ptr() != place.data_ptr():  # or it was written in place
                     place.copy_(tensor)
 
@@ -314,7 +233,7 @@ class Replay:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two results are equal but for the rounding of float32."""
-    ours, theirs = _tensors(a), _tensors(b)
+    ours, theirs = tensors_in(a), tensors_in(b)
     return len(ours) == len(theirs) and all(
         x.dtype == y.dtype and x.shape == y.shape and torch.allclose(x.double(), y.double(), 1e-2, _atol(y), True)
         for x, y in zip(ours, theirs, strict=True)
