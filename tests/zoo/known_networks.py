@@ -39,4 +39,8 @@ FLOORS: dict[tuple[str, str], float] = {
     ("torchvision-efficientnet_b0", "int8-calibrated"): -8,  # as timm's
 }
 #: By network and recipe: the checks that fail, with the cause.
-EXPECTED: dict[tuple[str, str], dict[str, str]] = {}
+EXPECTED: dict[tuple[str, str], dict[str, str]] = {
+    # -27 dB. Layers that multiply activations with each other: each errs by 1 to 4 %, later ones by more, the last by
+    # 600 %. The report shows it, and `max_error` leaves them in float.
+    ("timm-starnet_s1", "int8-calibrated"): {"call": "one scale for products of activations, which have long tails"},
+}
