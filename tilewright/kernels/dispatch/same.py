@@ -33,10 +33,10 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 def holds_values(tensor: torch.Tensor) -> bool:
-    """Whether the memory of ``tensor`` holds its values. PyTorch leaves some to the next operator: a sign to change
-    (of ``z.conj().imag``), zeros that were never written (of some derivatives).
+    """Whether the memory of ``tensor``, which is not complex, holds its values. PyTorch leaves some to the next
+    operator: a sign to change (of ``z.conj().imag``), zeros that were never written (of some derivatives).
     """
-    return not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
+    return not (tensor.is_neg() or tensor._is_zerotensor())
 
 
 def storage_of(tensor: torch.Tensor) -> int:
