@@ -221,7 +221,7 @@ def test_quantisation_agrees_to_the_bit(dtype: torch.dtype) -> None:
             assert torch.equal(q, expected)
             assert (q.dtype, q.stride()) == (expected.dtype, expected.stride())
             for sample_dims in range(min(x.dim(), 2)):
-                q, marks = triton_quantize.quantize_per_tensor_marked(x, 0.017, sample_dims, out_dtype)
+                q, marks = triton_quantize.quantize_per_tensor_marked(x, 0.017, sample_dims, out_dtype, zero_point)
                 assert torch.equal(q, expected)
                 assert torch.equal(marks.isnan(), x.isfinite().logical_not().flatten(sample_dims).any(-1))
 
