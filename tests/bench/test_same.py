@@ -23,8 +23,8 @@ class FakeSide:
     def __init__(self, name: str, seconds: float, log: list[str], answer: float = 1.0) -> None:
         self.name, self.seconds, self.log, self.answer = name, seconds, log, answer
 
-    def result(self, name: str) -> np.ndarray:
-        return np.full(4, self.answer, dtype=np.float32)
+    def result(self, name: str, of_float: bool = False) -> np.ndarray:
+        return np.full(4, 1.2 if of_float else self.answer, dtype=np.float32)
 
     def block(self, name: str) -> list[float]:
         self.log.append(self.name)
@@ -79,6 +79,16 @@ def test_another_result_is_not_timed(name: str, answer: float):
     with pytest.raises(ValueError, match="differ by nan"):
         compare(name, wrong, rounds=2, wanted=same.RATIO)
     assert log == []
+
+
+@pytest.mark.parametrize("answer, right", [(1.1, True), (1.39, True), (1.41, False), (0.97, False)])
+def test_a_convolutional_network_may_come_nearer_to_the_float_one(answer: float, right: bool):
+    name = "ResNet-18 int8, batch 8"
+    if right:
+        compare(name, sides(1.0, 1.0, answer)[0], rounds=1, wanted=same.RATIO)
+    else:
+        with pytest.raises(ValueError, match="the results differ"):
+            compare(name, sides(1.0, 1.0, answer)[0], rounds=1, wanted=same.RATIO)
 
 
 def test_interruptions_do_not_count():
