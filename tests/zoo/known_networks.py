@@ -40,7 +40,8 @@ FLOORS: dict[tuple[str, str], float] = {
 }
 #: By network and recipe: the checks that fail, with the cause.
 EXPECTED: dict[tuple[str, str], dict[str, str]] = {
-    # -27 dB, and -18 without zero points; noise of -40 dB on inputs leaves 24. Layers err by 1 to 4 % at first, later
-    # ones by more, the last by 600 %. That products of activations, with long tails, are why is a guess.
-    ("timm-starnet_s1", "int8-calibrated"): {"call": "errors grow from layer to layer; why was not found out"},
+    # -27 dB, and -18 without zero points. It is these weights and pictures in static int8 as such: ONNX Runtime
+    # is at -22 dB (percentile) and -29 (entropy) there. With the statistics of photographs it is at 23 dB, and
+    # ONNX Runtime at 12 (bench.tables.int8_networks --networks starnet_s1).
+    ("timm-starnet_s1", "int8-calibrated"): {"call": "static int8 loses it here, as ONNX Runtime's does"},
 }
