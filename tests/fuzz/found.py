@@ -151,4 +151,52 @@ FOUND: dict[str, dict[str, Program]] = {
             f"{CONV}\nself.m1 = nn.BatchNorm2d(4)", "return self.m1(self.m0(x)) * self.m0.weight.norm()"
         ),
     },
+    "range": {
+        "a mean of what a ReLU cuts off": program(
+            f"{CONV}\n{TWO}",
+            """
+            v0 = self.m0(x)
+            return v0.mean((2, 3)), self.m1(F.relu(v0))
+            """,
+        ),
+        "a sum of what a ReLU cuts off": program(
+            f"{CONV}\n{TWO}",
+            """
+            v0 = self.m0(x)
+            return self.m2(v0 + x), self.m1(F.relu(v0))
+            """,
+        ),
+        "a sum of two that a ReLU cuts off": program(
+            f"{CONV}\n{TWO}\nself.m3 = nn.Conv2d(4, 4, 3, padding=1)",
+            """
+            v0 = self.m0(x)
+            v1 = self.m3(x)
+            return self.m2(v0 + v1), self.m1(F.relu(v0)), self.m1(F.relu(v1))
+            """,
+        ),
+        "a mean of what a part is taken of": program(
+            f"{CONV}\nself.m1 = nn.Conv2d(2, 4, 3, padding=1)",
+            """
+            v0 = self.m0(x)
+            v0 = v0 * torch.tensor([1.0, 1.0, 9.0, 9.0])[:, None, None]
+            a, b = v0.chunk(2, dim=1)
+            return v0.mean((2, 3)), self.m1(a)
+            """,
+        ),
+        "a mean of what a pooling cuts off": program(
+            f"{CONV}\n{TWO}",
+            """
+            v0 = self.m0(x)
+            return v0.mean((2, 3)), self.m1(F.max_pool2d(v0, 3))
+            """,
+        ),
+        "a mean of a concatenation": program(
+            f"{CONV}\nself.m1 = nn.Conv2d(8, 4, 3, padding=1)\nself.m2 = nn.Conv2d(4, 4, 1)",
+            """
+            v0 = self.m0(x)
+            v1 = torch.cat([v0, self.m2(v0) * 4], 1)
+            return v1.mean((2, 3)), self.m1(F.relu(v1))
+            """,
+        ),
+    },
 }

@@ -4,7 +4,9 @@ A tensor is stored in int8 if an int8 convolution reads it and everything else t
 convolution (as its residual too), pooling, a reshape, a concatenation. Otherwise it stays float and is quantised once
 for all int8 convolutions that read it. Scales live in the convolutions: the tensor that a layer convolves has the
 layer's ``input_scale``, the one it adds its ``residual_scale``. Where a value passes through unchanged (pooling with a
-maximum, a reshape, a concatenation) the tensors before and after share one scale.
+maximum, a reshape, a concatenation) the tensors before and after share one scale. That holds what the convolutions were
+seen to read, and cuts off what lies outside: a tensor in front of a ReLU, say, may be read in int8 through the ReLU
+alone (``_within_scale``).
 
 What in a sample is not finite is lost in int8: marks of it go from where floats are quantised to where there are floats
 again (``quantized_ops``). A sample is an index of the first dimension, which therefore stays first and whole in int8.
@@ -216,11 +218,12 @@ class Flow:
     def stored(self, scales: dict[fx.Node, Scale]) -> set[fx.Node]:
         """The nodes whose tensors are int8. scales: of those that have one, by leader."""
         required: set[fx.Node] = set()
+        within = self._within_scale()
         for node in reversed(self.graph.nodes):
             if self.leader(node) not in scales or self.asks_size(node):
                 continue
             verdicts = [
-                self._reads_int8(user, node, required, scales) for user in node.users if not self.asks_size(user)
+                self._reads_int8(user, node, required, within) for user in node.users if not self.asks_size(user)
             ]
             if verdicts and None not in verdicts and any(verdicts):
                 required.add(node)
@@ -236,15 +239,37 @@ class Flow:
                 stored.add(node)
         return stored
 
-    def _reads_int8(
-        self, user: fx.Node, node: fx.Node, required: set[fx.Node], scales: dict[fx.Node, Scale]
-    ) -> bool | None:
-        """Whether ``user`` gains by ``node`` being int8; None if it cannot take it."""
+    def _within_scale(self) -> set[fx.Node]:
+        """The tensors of which all values lie in the range of their scale: those that an int8 convolution reads, what
+        passes values of these on, and what is passed on to them whole.
+        """
+        within = {node for node, _ in self.ports()}
+        before = -1
+        while len(within) != before:
+            before = len(within)
+            for node in self.graph.nodes:
+                parts = self.joins(node)
+                sources = parts or (list(node.args[:1]) if self.passes(node) else [])
+                if sources and all(source in within for source in sources):
+                    within.add(node)
+                if node in within and (parts or self._keeps_values(node)):
+                    within.update(sources)
+        return within
+
+    def _keeps_values(self, node: fx.Node) -> bool:
+        """Whether all values of the first argument of ``node``, which passes, are still there."""
+        other = calls(node, operator.getitem, *PARTS) or self.max_window(node) is not None
+        return self.passes(node) and not other and activation_of(node, self.modules) is None
+
+    def _reads_int8(self, user: fx.Node, node: fx.Node, required: set[fx.Node], within: set[fx.Node]) -> bool | None:
+        """Whether ``user`` gains by ``node`` being int8; None if it cannot take it. within: as of ``_within_scale``."""
         if (site := self.sites.get(user)) is not None:
             supports = site.residual is not node or getattr(self.modules[site.name], "residual_scale", None) is not None
             return True if supports else None
         if self.averages(user) is not None:
-            return user in required
-        if self.passes(user) or self.joins(user) or addends(user) is not None:
+            return user in required if node in within else None
+        if addends(user) is not None:
+            return True if user in required and node in within else None
+        if self.passes(user) or self.joins(user):
             return True if user in required else None
         return None
