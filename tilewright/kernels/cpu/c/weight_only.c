@@ -3,10 +3,10 @@
        y[m, n] = activation(sum_g scale[n, g] * sum over k in group g of x[m, k] * (u[n, k] - z[n, g]) + bias[n]) + residual
 
    Rows of x are rounded to the compute dtype first. The integers are exact in every float format, so the scales go to the
-   sums, in float32, and a weight is widened in registers where it is multiplied; where those are few, once for many rows
-   (weight_only_wide.h). Where the processor multiplies pairs of bfloat16, bfloat16 is multiplied as such; everything else
-   is multiplied in float32. In pairs a nibble stands for u - 8, and (z - 8) times the sum of the group's activations is
-   taken off.
+   sums, in float32, and a weight is widened in registers where it is multiplied, or, for many rows of float32, once for
+   all of them (weight_only_wide.h). Where the processor multiplies pairs of bfloat16, bfloat16 is multiplied as such;
+   everything else is multiplied in float32. In pairs a nibble stands for u - 8, and (z - 8) times the sum of the group's
+   activations is taken off.
 
    int8 weights are one group with one scale for each channel. Weights are packed in panels of PANEL output channels:
 
@@ -23,7 +23,6 @@ enum { ROW_GROUP = 96, PART = 512, FEW_ROWS = 6 };
 static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 #if defined(__AVX512F__)
-#define TALL_ROWS 12 /* of a tile with half the vectors */
 INLINE floats floats_zero(void) { return _mm512_setzero_ps(); }
 INLINE floats floats_times(floats v, float s) { return _mm512_mul_ps(v, _mm512_set1_ps(s)); }
 INLINE floats floats_fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -40,10 +39,12 @@ INLINE floats widen_nibbles(const uint8_t *w, int at, floats zero) {
     /* The permutation looks at the low four bits of an index and at no other. */
     return _mm512_sub_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(w), 4 * at), table), zero);
 }
-INLINE floats add_product(floats sum, floats w, const float *x) { return _mm512_fmadd_ps(w, _mm512_set1_ps(*x), sum); }
+/* Written out, as for AVX2 below. */
+INLINE floats add_product(floats sum, floats w, const float *x) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(_mm512_set1_ps(*x)));
+    return sum;
+}
 #elif defined(__AVX2__)
-#define TALL_ROWS 6 /* where weights are widened once for many */
-#define WIDEN_ONCE 1
 INLINE floats floats_zero(void) { return _mm256_setzero_ps(); }
 INLINE floats floats_fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE floats centred_zeros(const uint8_t *z) { return _mm256_cvtepi32_ps(load_zeros(z)); }
@@ -60,7 +61,6 @@ INLINE floats add_product(floats sum, floats w, const float *x) {
     return sum;
 }
 #else
-#define TALL_ROWS 2
 INLINE floats floats_zero(void) { return (floats){{0}}; }
 INLINE floats floats_fma(floats a, floats b, floats c) {
     for (int i = 0; i < LANES; i++) c.lane[i] += a.lane[i] * b.lane[i];
@@ -116,7 +116,13 @@ INLINE float rounded(float x, int compute) {
 #define ELEMENT float
 #define STEP 1
 #define NEEDS_ROW_SUMS 0
-#define SEGMENT_WORDS 8 /* PyTorch's own sums are short chains too */
+#define SEGMENT_WORDS 16 /* short chains of sums, as PyTorch has them; a panel of them widened is 32 KiB at most */
+#if defined(__AVX2__)
+#define TALL_ROWS 6
+#define WIDEN_ONCE 1 /* for many rows */
+#else
+#define TALL_ROWS 2
+#endif
 #define WIDEN(value) (value)
 #define STORE(to, value) *(to) = (value)
 #define convert_row convert_row_float
@@ -137,6 +143,8 @@ INLINE floats multiply_add_float(floats sum, floats w, const float *x) { return 
 #undef STEP
 #undef NEEDS_ROW_SUMS
 #undef SEGMENT_WORDS
+#undef TALL_ROWS
+#undef WIDEN_ONCE
 #undef WIDEN
 #undef STORE
 #undef convert_row
@@ -148,6 +156,7 @@ INLINE floats multiply_add_float(floats sum, floats w, const float *x) { return 
 #define STEP 2
 #define NEEDS_ROW_SUMS 1
 #define SEGMENT_WORDS 32
+#define TALL_ROWS 12 /* of a tile with half the vectors */
 #define WIDEN(value) from_bits((uint32_t)(value) << 16)
 #define STORE(to, value) *(to) = (uint16_t)(to_bits(value) >> 16)
 #define convert_row convert_row_pairs

@@ -97,7 +97,7 @@ INLINE void NAME(multiply)(int bits, int rows, int vectors, const NAME(job) *job
 INLINE int NAME(tile)(int bits, int64_t count, const NAME(job) *job, int height, int64_t row, int64_t panel,
                       float sums[][PANEL]) {
     memset(sums, 0, (size_t)(count < TALL_ROWS ? count : TALL_ROWS) * sizeof *sums);
-#if defined(__AVX512F__)
+#if TALL_ROWS > 6
     if (count >= TALL_ROWS) {
         for (int offset = 0; offset < PANEL; offset += PANEL / 2)
             NAME(multiply)(bits, TALL_ROWS, TILE_VECTORS / 2, job, height, row, panel, offset, sums);

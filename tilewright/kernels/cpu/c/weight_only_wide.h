@@ -1,6 +1,6 @@
-/* Tiles of a product of float32 activations and integer weights for many rows, where the processor has few registers: the
-   integers of one segment of a panel are widened to floats once, for all rows of a group, and stay in the first-level
-   cache. Sums are added up in the order of weight_only_tile.h, so a row does not depend on how many there are. */
+/* Tiles of a product of float32 activations and integer weights for many rows: the integers of one segment of a panel are
+   widened to floats once, for all rows of a group, and stay in the first-level cache. Sums are added up in the order of
+   weight_only_tile.h, so a row does not depend on how many there are. */
 
 /* What one widened segment holds: SEGMENT_WORDS words of PANEL channels. */
 typedef struct {
