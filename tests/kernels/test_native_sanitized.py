@@ -68,6 +68,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         "test_native.py",
         "test_native_weights.py",
+        "test_native_calls.py",
         "test_native_sparse24.py",
         "test_attention.py",
         "test_conv_cpu.py",

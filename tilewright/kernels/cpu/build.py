@@ -30,6 +30,7 @@ KERNELS = (
     "int8_linear.c",
     "int4_int8_linear.c",
     "weight_only.c",
+    "linear_call.c",
     "conv_float.c",
     "conv_winograd.c",
     "conv_int8.c",

@@ -7,6 +7,8 @@ into the tensors that it was given. x is float [..., K] of one of ``native.DTYPE
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,8 +22,12 @@ from tilewright.kernels.dispatch.problem import Problem
 _BLOCK_BYTES = 4 << 20
 #: A multiple of the rows that a tile of the weight-only kernels takes, 12, and of those of AMX, 32.
 _TILE_ROWS = 96
-#: Below this many products a second thread costs more than it brings.
-_GRAIN = 32768
+#: So many rows, or one more if that is odd, are one tile of the weight-only kernels, or several of two.
+_FEW_ROWS = 6
+#: Below this many products a second thread costs more than it brings: they take one 2 to 5 us.
+_GRAIN = 1 << 18
+#: Bytes of scratch memory and result up to which a call counts as small: its scratch memory is on the stack.
+_SMALL_BYTES = 64 << 10
 #: Up to so many activations every thread quantises all of them, rather than wait until others have done their part.
 _OWN_ELEMENTS = 8192
 #: How the threads of int8_linear share the work: as its enum.
@@ -54,44 +60,81 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _prepared(
-    name: str,
-    n: int,
-    k: int,
-    weight: tuple[torch.Tensor | int | None, ...],
-    activation: str,
-    rest: Callable[[int, int, torch.dtype], tuple[int, ...]],
-) -> Callable[..., torch.Tensor]:
-    """The C function ``name`` as one of x and the residual. weight: its arguments before x, whose tensors are kept
-    alive. rest: those after y, of (rows, threads, dtype of x).
-    """
-    function, activated = native.function(name), native.ACTIVATIONS[activation]
-    before = tuple(each.data_ptr() if isinstance(each, torch.Tensor) else each for each in weight)
+#: What a C function of a linear layer takes after y, but for the threads: numbers, bytes of scratch areas, numbers.
+_Rest = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-    def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = weight) -> torch.Tensor:
-        rows = x if x.dim() == 2 else x.reshape(-1, k)
+
+class Prepared:
+    """A C function of a linear layer as one of x and the residual. ``for_rows`` is quicker for x of one shape.
+
+    weight: its arguments before x, whose tensors are kept alive. rest: those after y, of (rows, threads, dtype of x).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        n: int,
+        k: int,
+        weight: tuple[torch.Tensor | int | None, ...],
+        activation: str,
+        rest: Callable[[int, int, torch.dtype], _Rest],
+    ):
+        self._name, self._n, self._k, self._weight, self._rest = name, n, k, weight, rest
+        self._function, self._activated = native.function(name), native.ACTIVATIONS[activation]
+        self._before = tuple(each.data_ptr() if isinstance(each, torch.Tensor) else each for each in weight)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K], residual [..., N] or None -> [..., N] in the dtype of x."""
+        rows = x if x.dim() == 2 else x.reshape(-1, self._k)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         m, dtype = rows.shape[0], x.dtype
-        y = torch.empty((*x.shape[:-1], n), dtype=dtype)
+        y = torch.empty((*x.shape[:-1], self._n), dtype=dtype)
         if residual is not None:
             residual = residual.reshape(y.shape).to(dtype).contiguous()
-        threads = torch.get_num_threads() if m * n * k >= _GRAIN else 1
-        function(
-            *before,
+        threads = self._threads(m)
+        first, areas, last = self._rest(m, threads, dtype)
+        self._function(
+            *self._before,
             rows.data_ptr(),
             native.DTYPES[dtype],
             m,
             rows.stride(0),
             None if residual is None else residual.data_ptr(),
-            activated,
+            self._activated,
             y.data_ptr(),
-            *rest(m, threads, dtype),
+            *first,
+            *[scratch((size,), torch.uint8, f"linear {place}").data_ptr() for place, size in enumerate(areas)],
+            *last,
             threads,
         )
         return y
 
-    return call
+    def _threads(self, m: int) -> int:
+        return torch.get_num_threads() if m * self._n * self._k >= _GRAIN else 1
+
+    def for_rows(self, shape: torch.Size, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+        """The same for x of this shape and dtype: of few rows by a call whose arguments were put in place before."""
+        m = math.prod(shape[:-1])
+        threads = self._threads(m)
+        first, areas, last = self._rest(m, threads, dtype)
+        if sum(areas) + m * self._n * dtype.itemsize > _SMALL_BYTES:
+            return self
+        given = (*self._before, native.DTYPES[dtype], m, self._k, self._activated, *areas, *first, *last, threads)
+        numbers = (ctypes.c_int64 * len(given))(*[each or 0 for each in given])
+        function, address = native.function(f"call_{self._name}"), ctypes.addressof(numbers)
+        like = torch.empty((*shape[:-1], self._n), dtype=dtype)
+        # Looked up here, once: what a call looks up is a good part of the time it takes.
+        empty_like, threads_now, other = torch.empty_like, torch.get_num_threads, self.__call__
+
+        def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = numbers) -> torch.Tensor:
+            if residual is not None or not x.is_contiguous() or (threads > 1 and threads_now() != threads):
+                return other(x, residual)
+            y = empty_like(like)
+            function(address, x.data_ptr(), y.data_ptr())
+            return y
+
+        return call
 
 
 def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,14 +155,14 @@ def prepare_int8(
     activation: str,
     channel_scale: torch.Tensor | None,
     k: int,
-) -> Callable[..., torch.Tensor]:
+) -> Prepared:
     """``int8_linear``."""
     n = len(weight)
     packed_weight = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
     fixed = (*packed_weight, n, k, weight_scale.contiguous(), _floats(bias), _floats(channel_scale))
     stride, scratch_rows = native.function("int8_row_bytes")(k), native.function("int8_rows")
 
-    def rest(m: int, threads: int, dtype: torch.dtype) -> tuple[int, ...]:
+    def rest(m: int, threads: int, dtype: torch.dtype) -> _Rest:
         if m * k <= _OWN_ELEMENTS:
             sharing, block = _ALL, m
         elif n * stride <= _CACHED_WEIGHT and m >= _ROWS_FOR_EACH * threads:
@@ -127,10 +170,9 @@ def prepare_int8(
         else:
             sharing, block = _TOGETHER, min(m, max(1, _BLOCK_BYTES // stride))
         parts = 1 if sharing == _TOGETHER else threads
-        quantized = scratch((parts * scratch_rows(block) * stride,), torch.uint8, "quantized").data_ptr()
-        return quantized, scratch((parts * block,), torch.float32, "row scale").data_ptr(), block, sharing
+        return (), (parts * scratch_rows(block) * stride, parts * block * 4), (block, sharing)
 
-    return _prepared("int8_linear", n, k, fixed, activation, rest)
+    return Prepared("int8_linear", n, k, fixed, activation, rest)
 
 
 def _packed_groups(
@@ -174,7 +216,7 @@ def prepare_int4_int8(
     activation: str,
     channel_scale: torch.Tensor | None,
     k: int,
-) -> Callable[..., torch.Tensor]:
+) -> Prepared:
     """``int4_int8_linear``."""
     n, groups = weight_scale.shape
     sizes = native.function("int4_packed_bytes")(n, k), native.function("int4_scales")(n, groups)
@@ -182,19 +224,13 @@ def prepare_int4_int8(
     fixed = (*packed_weight, n, k, group_size, _floats(bias), _floats(channel_scale))
     stride = native.function("int4_int8_row_bytes")(k)
 
-    def rest(m: int, threads: int, dtype: torch.dtype) -> tuple[int, ...]:
+    def rest(m: int, threads: int, dtype: torch.dtype) -> _Rest:
         own = m * k <= _OWN_ELEMENTS
         block = m if own else min(m, max(1, _BLOCK_BYTES // stride))
         held = block * threads if own else block
-        return (
-            scratch((held * stride,), torch.int8, "quantized").data_ptr(),
-            scratch((held * groups,), torch.int32, "group sums").data_ptr(),
-            scratch((held,), torch.float32, "row scale").data_ptr(),
-            block,
-            own,
-        )
+        return (), (held * stride, held * groups * 4, held * 4), (block, own)
 
-    return _prepared("int4_int8_linear", n, k, fixed, activation, rest)
+    return Prepared("int4_int8_linear", n, k, fixed, activation, rest)
 
 
 def why_not_weight_only(problem: Problem) -> str | None:
@@ -214,7 +250,7 @@ def prepare_weight_only(
     weight_packed: torch.Tensor | None = None,
     weight_zero: torch.Tensor | None = None,
     group_size: int | None = None,
-) -> Callable[..., torch.Tensor]:
+) -> Prepared:
     """``int8_weight_only_linear`` (of ``weight``) or ``int4_linear`` (of ``weight_packed``). Scales are applied to the
     sums of each group, in float32.
     """
@@ -229,12 +265,12 @@ def prepare_weight_only(
     sizes = channels * -(-k // 8) * bits, channels * groups
     packed_weight = _packed_groups("weight_only_pack", stored, weight_scale, weight_zero, k, sizes, bits)
 
-    def rest(m: int, threads: int, dtype: torch.dtype) -> tuple[int, ...]:
+    def rest(m: int, threads: int, dtype: torch.dtype) -> _Rest:
         compute = native.DTYPES[compute_dtype or dtype]
         row_bytes = row_bytes_of(compute, m, k, group_size)
         block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
-        rows = scratch(((block + _TILE_ROWS) * row_bytes,), torch.uint8, "rows").data_ptr()
-        return compute, rows, scratch((block * groups,), torch.float32, "group sums").data_ptr(), block
+        held = block + block % 2 if block <= _FEW_ROWS else block + _TILE_ROWS
+        return (compute,), (held * row_bytes, block * groups * 4), (block,)
 
     fixed = (bits, *packed_weight, n, k, group_size, _floats(bias))
-    return _prepared("weight_only_linear", n, k, fixed, activation, rest)
+    return Prepared("weight_only_linear", n, k, fixed, activation, rest)

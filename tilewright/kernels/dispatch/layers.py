@@ -102,9 +102,10 @@ def prepare(card: Card, arguments: Mapping[str, Any]) -> Call | None:
     make = router.route_call(problem).implementation.prepared
     if make is None:
         return None
-    given = {name: value for name, value in arguments.items() if name not in ("x", "residual")}
-    made: Call = make(**given, k=arguments["x"].shape[-1])
-    return made
+    given, x = {name: value for name, value in arguments.items() if name not in ("x", "residual")}, arguments["x"]
+    made: Call = make(**given, k=x.shape[-1])
+    for_rows = getattr(made, "for_rows", None)  # calls of one shape may be prepared further
+    return made if for_rows is None else for_rows(x.shape, x.dtype)
 
 
 class Layer(Protocol):
