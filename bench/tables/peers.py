@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.peers import CPU, GPU, Variant, semi_structured
+from bench.layers import CPU, GPU, Variant, semi_structured
 from bench.result_files import RESULTS, Row, about, markdown, merge, plot, read_rows, slug, write_rows
 from bench.timer import Call, interleaved
 from tilewright.autotune.clock import GpuClock

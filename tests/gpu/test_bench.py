@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from bench import gpu, result_files
-from bench.peers import CPU, GPU, Missing, Variant
+from bench.layers import CPU, GPU, Variant
+from bench.missing import Missing
 from bench.result_files import Row, markdown, merge, read_rows, slug, write_rows
 from bench.tables import conv_layers as run_conv
 from bench.tables import peers as run

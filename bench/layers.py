@@ -7,7 +7,6 @@ silence.
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import tilewright.nn as tnn
+from bench.missing import Missing, need
 
 Run = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Missing(RuntimeError):
-    """A variant that cannot run here, and why."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +38,6 @@ class Variant:
     weight_bits: float
     operation: torch.dtype
     ours: bool = False
-
-
-def _need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise Missing(f"{package} is not installed")
 
 
 def plain(linear: nn.Linear, m: int) -> Run:
@@ -74,7 +65,7 @@ def compiled(linear: nn.Linear, m: int) -> Run:
 
 def _torchao(config: str, **options: Any) -> Callable[[nn.Linear, int], Run]:
     def make(linear: nn.Linear, m: int) -> Run:
-        _need("torchao")
+        need("torchao")
         from torchao import quantization
 
         if not hasattr(quantization, config):
@@ -101,7 +92,7 @@ def _torchao(config: str, **options: Any) -> Callable[[nn.Linear, int], Run]:
 
 def _onnx_session(linear: nn.Linear, quantize: Callable[[Any, str], str]) -> Run:
     for package in ("onnx", "onnxruntime"):
-        _need(package)
+        need(package)
     import tempfile
 
     import onnx
@@ -210,7 +201,7 @@ def int_mm(linear: nn.Linear, m: int) -> Run:
 
 def gemlite(linear: nn.Linear, m: int) -> Run:
     """GemLite's W4A16 in groups of 128."""
-    _need("gemlite")
+    need("gemlite")
     from gemlite.core import DType, GemLiteLinear
 
     n, k = linear.weight.shape
@@ -226,7 +217,7 @@ def gemlite(linear: nn.Linear, m: int) -> Run:
 
 def bitsandbytes(linear: nn.Linear, m: int) -> Run:
     """bitsandbytes' NF4."""
-    _need("bitsandbytes")
+    need("bitsandbytes")
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(
