@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from torch import nn
 
+from bench.peers.networks import HiddenState
 from tilewright.kernels.formats import int4
 
 GROUP = 128
@@ -104,18 +105,6 @@ def _quantize(plain: str, small: str) -> None:
             "DefaultTensorType": TensorProto.FLOAT
         },  # it does not know the types that fused operators return
     )
-
-
-class HiddenState(nn.Module):
-    """An encoder that returns a plain tensor."""
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Two int64 [batch, sequence] -> float32 [batch, sequence, hidden]."""
-        return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 def _fuse(source: str, target: str, heads: int, hidden: int) -> None:

@@ -116,6 +116,36 @@ def interleaved(
     return Timings({name: Timing(tuple(taken)) for name, taken in times.items()}, busy.share())
 
 
+def block(
+    call: Call,
+    *,
+    seconds: float,
+    waking: int = 2,
+    fewest: int = 3,
+    between: Call | None = None,
+    own_clock: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Seconds of each call of one turn, as many as fit into ``seconds`` and ``fewest`` at least, after ``waking`` that
+    do not count; the threads of this process are at rest when it returns.
+
+    between: done after each call and not timed. own_clock: what ``call`` returns is the time it took.
+    """
+    taken: list[float] = []
+    begun = clock()
+    while len(taken) < waking + fewest or clock() - begun < seconds:
+        start = clock()
+        found = call()
+        end = clock()
+        taken.append(found if own_clock else end - start)
+        if between is not None:
+            between()
+        if len(taken) == waking:
+            begun = clock()
+    until_idle()
+    return taken[waking:]
+
+
 class Busy:
     """What other processes did since this was made: figures of a busy machine are worth less.
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import tilewright as tw
+from bench.peers.networks import Logits
 from bench.result_files import RESULTS, write_measured
 from bench.timer import interleaved
 
@@ -59,18 +60,6 @@ def model(name: str) -> nn.Module:
 
 
 MODELS = ("resnet50", "mobilenetv2", "efficientnet-b0")
-
-
-class Logits(nn.Module):
-    """A classifier that returns a plain tensor."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [N, 3, 224, 224] -> [N, classes]."""
-        return self.network(x).logits
 
 
 Run = Callable[[torch.Tensor], Any]
