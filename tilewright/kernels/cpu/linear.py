@@ -26,8 +26,8 @@ _TILE_ROWS = 96
 _FEW_ROWS = 6
 #: Below this many products a second thread costs more than it brings: they take one 2 to 5 us.
 _GRAIN = 1 << 18
-#: Bytes of scratch memory and result up to which a call counts as small: its scratch memory is on the stack.
-_SMALL_BYTES = 64 << 10
+#: Scratch memory of up to so many bytes is on the stack.
+_STACK_BYTES = 64 << 10
 #: Up to so many activations every thread quantises all of them, rather than wait until others have done their part.
 _OWN_ELEMENTS = 8192
 #: How the threads of int8_linear share the work: as its enum.
@@ -49,6 +49,10 @@ def why_not(problem: Problem) -> str | None:
     return native.why_no_native()
 
 
+def _rounded_up(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
 def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Contiguous float32. The caller keeps it alive until the kernel has read it."""
     if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
@@ -65,7 +69,7 @@ _Rest = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 class Prepared:
-    """A C function of a linear layer as one of x and the residual. ``for_rows`` is quicker for x of one shape.
+    """A C function of a linear layer as one of x and the residual. ``for_rows`` is quicker, for x of one shape.
 
     weight: its arguments before x, whose tensors are kept alive. rest: those after y, of (rows, threads, dtype of x).
     """
@@ -114,24 +118,24 @@ class Prepared:
         return torch.get_num_threads() if m * self._n * self._k >= _GRAIN else 1
 
     def for_rows(self, shape: torch.Size, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-        """The same for x of this shape and dtype: of few rows by a call whose arguments were put in place before."""
+        """The same for x of this shape and dtype, by a call whose arguments were put in place before."""
         m = math.prod(shape[:-1])
         threads = self._threads(m)
         first, areas, last = self._rest(m, threads, dtype)
-        if sum(areas) + m * self._n * dtype.itemsize > _SMALL_BYTES:
-            return self
         given = (*self._before, native.DTYPES[dtype], m, self._k, self._activated, *areas, *first, *last, threads)
         numbers = (ctypes.c_int64 * len(given))(*[each or 0 for each in given])
         function, address = native.function(f"call_{self._name}"), ctypes.addressof(numbers)
-        like = torch.empty((*shape[:-1], self._n), dtype=dtype)
+        held = sum(areas) + 64 * (len(areas) + 1)
+        area = ((held,), torch.uint8, "linear") if held > _STACK_BYTES else None
+        sizes = *shape[:-1], self._n
         # Looked up here, once: what a call looks up is a good part of the time it takes.
-        empty_like, threads_now, other = torch.empty_like, torch.get_num_threads, self.__call__
+        empty, threads_now, other = torch.empty, torch.get_num_threads, self.__call__
 
         def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = numbers) -> torch.Tensor:
             if residual is not None or not x.is_contiguous() or (threads > 1 and threads_now() != threads):
                 return other(x, residual)
-            y = empty_like(like)
-            function(address, x.data_ptr(), y.data_ptr())
+            y = empty(*sizes, dtype=dtype)
+            function(address, x.data_ptr(), y.data_ptr(), None if area is None else scratch(*area).data_ptr())
             return y
 
         return call
@@ -269,7 +273,7 @@ def prepare_weight_only(
         compute = native.DTYPES[compute_dtype or dtype]
         row_bytes = row_bytes_of(compute, m, k, group_size)
         block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
-        held = block + block % 2 if block <= _FEW_ROWS else block + _TILE_ROWS
+        held = block + block % 2 if block <= _FEW_ROWS else max(_rounded_up(block, 12), _rounded_up(block, 32))
         return (compute,), (held * row_bytes, block * groups * 4), (block,)
 
     fixed = (bits, *packed_weight, n, k, group_size, _floats(bias))

@@ -51,9 +51,9 @@ _SIGNATURES = {
     "weight_only_row_bytes": "n ccc -> c",
     "weight_only_pack": "n ppp ccc ppp",
     "weight_only_linear": "n ppp ccc pp n cc p n p n pp c n",
-    "call_int8_linear": "p p p",
-    "call_int4_int8_linear": "p p p",
-    "call_weight_only_linear": "p p p",
+    "call_int8_linear": "p pp p",
+    "call_int4_int8_linear": "p pp p",
+    "call_weight_only_linear": "p pp p",
 }
 
 
