@@ -120,6 +120,9 @@ INLINE float rounded(float x, int compute) {
 #if defined(__AVX2__)
 #define TALL_ROWS 6
 #define WIDEN_ONCE 1 /* for many rows */
+#if !defined(__AVX512F__)
+#define PAIRS_PANELS 1
+#endif
 #else
 #define TALL_ROWS 2
 #endif
@@ -133,6 +136,25 @@ INLINE floats floats_times(floats v, float s) {
 }
 #endif
 DEFINE_CONVERT(float)
+#if defined(__AVX2__)
+#define SPREADS_WORDS 1
+/* `words` words of eight columns of a row of float32, each `step` elements after the one before, rounded to bfloat16 where
+   that is multiplied. */
+static void spread_words(const float *x, int64_t words, int compute, float *to, int64_t step) {
+    const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), upper = _mm256_set1_epi32(-0x10000);
+    if (compute == FLOAT32)
+        for (int64_t i = 0; i < words; i++, to += step) _mm256_storeu_ps(to, _mm256_loadu_ps(x + 8 * i));
+    else
+        for (int64_t i = 0; i < words; i++, to += step) {
+            const __m256 value = _mm256_loadu_ps(x + 8 * i);
+            const __m256i bits = _mm256_castps_si256(value), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+            const __m256i up = _mm256_and_si256(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), upper);
+            const __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+            const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)); /* as round_to_bfloat16 */
+            _mm256_storeu_ps(to, _mm256_blendv_ps(_mm256_castsi256_ps(up), quiet, nan));
+        }
+}
+#endif
 /* Column t of the eight. */
 INLINE floats decode4_float(const uint8_t *w, int t, floats zero) { return widen_nibbles(w, t / 2 + t % 2 * 4, zero); }
 INLINE floats decode8_float(const uint8_t *w, int t) { return widen_bytes(w + t * PANEL); }
@@ -145,6 +167,8 @@ INLINE floats multiply_add_float(floats sum, floats w, const float *x) { return 
 #undef SEGMENT_WORDS
 #undef TALL_ROWS
 #undef WIDEN_ONCE
+#undef PAIRS_PANELS
+#undef SPREADS_WORDS
 #undef WIDEN
 #undef STORE
 #undef convert_row

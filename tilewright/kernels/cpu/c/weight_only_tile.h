@@ -21,8 +21,14 @@ typedef struct {
 static void NAME(convert)(const NAME(job) *job, int64_t from, int64_t row, int height) {
     ELEMENT *to = job->rows + row / height * height * job->words * 8 + row % height * 8, part[PART];
     float sum = 0, *sums = job->row_sums + row * job->groups;
-    int64_t left = job->group_words;
-    for (int64_t first = 0; first < job->words * 8; first += PART) {
+    int64_t left = job->group_words, first = 0;
+#if SPREADS_WORDS
+    if (job->dtype == FLOAT32 && job->compute != FLOAT16) {
+        spread_words((const float *)job->x + from * job->x_stride, job->k / 8, job->compute, to, height * 8);
+        first = job->k / 8 * 8, to += job->k / 8 * height * 8;
+    }
+#endif
+    for (; first < job->words * 8; first += PART) {
         int64_t count = job->k - first < PART ? job->k - first : PART, words = divide_up(count, 8);
         convert_row(job->x, job->dtype, from * job->x_stride + first, count, job->compute, part);
         for (int64_t i = count; i < words * 8; i++) part[i] = 0;
@@ -38,8 +44,10 @@ static void NAME(convert)(const NAME(job) *job, int64_t from, int64_t row, int h
     if (NEEDS_ROW_SUMS && job->zero && left < job->group_words) *sums = sum;
 }
 
-/* bits, rows and vectors are constants wherever this is called. Sums of `vectors` vectors of channels from `offset` on;
-   each group in segments, so that no chain of additions is long. */
+/* bits, rows and vectors are constants wherever this is called. Sums of `vectors` vectors of channels from `offset` on, of
+   two panels where they are more than one has: then those of the second follow after `rows` sums; each group in segments,
+   so that no chain of additions is long. */
+#define AT_VECTOR(v, panel_step) at + (v) / TILE_VECTORS * (panel_step) + (v) % TILE_VECTORS * LANES
 INLINE void NAME(multiply)(int bits, int rows, int vectors, const NAME(job) *job, int height, int64_t row,
                            int64_t panel, int offset, float sums[][PANEL]) {
     const int64_t word_bytes = PANEL * bits, x_step = height * 8;
@@ -51,10 +59,10 @@ INLINE void NAME(multiply)(int bits, int rows, int vectors, const NAME(job) *job
         if (end > job->words) end = job->words;
         for (int64_t first = begin; first < end; first += SEGMENT_WORDS) {
             int64_t last = first + SEGMENT_WORDS < end ? first + SEGMENT_WORDS : end;
-            floats sum[12][TILE_VECTORS], zero[TILE_VECTORS];
+            floats sum[12][2 * TILE_VECTORS], zero[2 * TILE_VECTORS];
 #pragma GCC unroll 16
             for (int v = 0; v < vectors; v++) {
-                zero[v] = bits == 4 ? centred_zeros(job->zero + at + v * LANES) : floats_zero();
+                zero[v] = bits == 4 ? centred_zeros(job->zero + AT_VECTOR(v, job->groups * PANEL)) : floats_zero();
 #pragma GCC unroll 16
                 for (int r = 0; r < rows; r++)
                     sum[r][v] = bits == 4 && NEEDS_ROW_SUMS && first == begin
@@ -68,8 +76,9 @@ INLINE void NAME(multiply)(int bits, int rows, int vectors, const NAME(job) *job
                 for (int t = 0; t < 8 / STEP; t++)
 #pragma GCC unroll 4
                     for (int v = 0; v < vectors; v++) {
-                        floats b = bits == 4 ? NAME(decode4)(word + v * LANES * 4, t, zero[v])
-                                             : NAME(decode8)(word + v * LANES, t);
+                        const uint8_t *from = word + v / TILE_VECTORS * job->words * word_bytes;
+                        floats b = bits == 4 ? NAME(decode4)(from + v % TILE_VECTORS * LANES * 4, t, zero[v])
+                                             : NAME(decode8)(from + v % TILE_VECTORS * LANES, t);
 #pragma GCC unroll 16
                         for (int r = 0; r < rows; r++)
                             sum[r][v] = NAME(multiply_add)(sum[r][v], b, a + r * 8 + t * STEP);
@@ -82,16 +91,18 @@ INLINE void NAME(multiply)(int bits, int rows, int vectors, const NAME(job) *job
                 for (int v = 0; v < vectors; v++) KEEP_IN_REGISTER(sum[r][v]);
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) {
-                floats scale = load_floats(job->scale + at + v * LANES);
+                floats scale = load_floats(job->scale + AT_VECTOR(v, job->groups * PANEL));
 #pragma GCC unroll 16
                 for (int r = 0; r < rows; r++) {
-                    float *to = sums[r] + offset + v * LANES;
+                    float *to = sums[r + v / TILE_VECTORS * rows] + offset + v % TILE_VECTORS * LANES;
                     store_floats(to, floats_fma(sum[r][v], scale, load_floats(to)));
                 }
             }
         }
     }
 }
+
+#undef AT_VECTOR
 
 /* As many rows as one tile takes, at most `count`; returns how many. */
 INLINE int NAME(tile)(int bits, int64_t count, const NAME(job) *job, int height, int64_t row, int64_t panel,
@@ -136,6 +147,16 @@ INLINE void NAME(unit)(int bits, const NAME(job) *job, int height, int64_t first
     }
 }
 
+#if PAIRS_PANELS
+/* One row and two panels: one has too few sums to keep the multipliers busy. */
+INLINE void NAME(pair)(int bits, const NAME(job) *job, int64_t row, int64_t panel) {
+    float sums[2][PANEL] = {{0}};
+    NAME(multiply)(bits, 1, 2 * TILE_VECTORS, job, 1, 0, panel, 0, sums);
+    finish_floats(&job->out, sums[0], PANEL, NULL, row, 1, panel * PANEL);
+    finish_floats(&job->out, sums[1], PANEL, NULL, row, 1, (panel + 1) * PANEL);
+}
+#endif
+
 INLINE void NAME(part)(int bits, const NAME(job) *job) {
     const int64_t panels = divide_up(job->out.n, PANEL);
     int number, threads;
@@ -148,6 +169,16 @@ INLINE void NAME(part)(int bits, const NAME(job) *job) {
         if (!number) tw_refill(job->units, round);
         tw_barrier();
         const int64_t row_groups = divide_up(rows, ROW_GROUP), units = panels * row_groups;
+#if PAIRS_PANELS
+        if (rows == 1) {
+            for (int64_t panel = tw_take(job->units, round, 2); panel < panels; panel = tw_take(job->units, round, 2))
+                if (panel + 1 < panels)
+                    NAME(pair)(bits, job, first, panel);
+                else
+                    NAME(unit)(bits, job, height, first, 0, 1, panel);
+            continue; /* the block was the last one */
+        }
+#endif
         const int64_t step = panels >= 8 * threads ? row_groups : 1; /* a panel stays in the cache of one core */
         for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
             for (int64_t unit = taken; unit < taken + step; unit++) {
