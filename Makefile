@@ -4,7 +4,7 @@
 #   TEST_WORKERS=4          processes of the main test run
 #   PYTEST_ARGS="-k int4"   further arguments for the main test run
 #   DEMO_ARGS=--check       further arguments for the demo
-#   PERF_ARGS=--check       further arguments for `make perf`
+#   PERF_ARGS="--rows 1"    further arguments for `make perf`
 #   BENCH="linear conv"     the tables that `make bench` makes instead of timing the operators
 #   BASE=HEAD~1             what `make same` compares with; SAME_ARGS=--check, --only int8, ...
 #   MINUTES=8               what `make gpu` may take
@@ -86,9 +86,9 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH)
 
-#: make perf       what int8 and int4 layers gain over float32 on this CPU; PERF_ARGS=--check compares with goals
+#: make perf       whether any converted layer is slower than the float32 layer on this CPU: 30 shapes, a few minutes
 perf: $(STAMP)
-	$(BIN)/python -m bench.tables.speed $(PERF_ARGS)
+	$(BIN)/python -m bench.tables.never_slower $(PERF_ARGS)
 
 #: make same       time fourteen calls of this tree beside those of an older one, by default the last commit
 same: $(STAMP)

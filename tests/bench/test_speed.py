@@ -1,4 +1,4 @@
-"""The table of `make perf`."""
+"""What int8 and int4 layers gain over float32."""
 
 from __future__ import annotations
 
