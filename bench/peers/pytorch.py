@@ -64,7 +64,7 @@ def _steps(model: nn.Module, prompt: torch.Tensor) -> Prepared:
         return logits
 
     def back() -> None:
-        cache.crop(prompt.shape[1] - 1)
+        cache.crop(prompt.shape[1] - 1 - cache.get_seq_length())  # by a negative number: so many tokens fewer
 
     with torch.inference_mode():
         model(prompt[:, :-1], past_key_values=cache, use_cache=True)
