@@ -71,7 +71,7 @@ def about(device: str) -> dict[str, str]:
         name, driver = torch.cuda.get_device_name(), driver_version()
     else:
         kind = cpu_kind()
-        name, driver = f"{kind.name}, {kind.arch}, {kind.units} threads", platform.release()
+        name, driver = f"{kind.name}, {kind.arch}, {torch.get_num_threads()} threads", platform.release()
     packages = [f"torch {torch.__version__}", f"triton {triton_version()}", f"python {platform.python_version()}"]
     for peer in PEERS:
         try:

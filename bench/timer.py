@@ -6,18 +6,17 @@ A machine that slows down slows all of them. What is called must have been found
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.idle import separate_cores, until_idle
+from tilewright.autotune.busy import Busy
 
 Call = Callable[[], Any]
 #: Written before each round where weights are to come from memory: more than a last-level cache holds.
@@ -149,37 +148,3 @@ def block(
             begun = clock()
     until_idle()
     return taken[waking:]
-
-
-class Busy:
-    """What other processes did since this was made: figures of a busy machine are worth less.
-
-    ours: further processes that are not other ones, nor are children that have ended.
-    """
-
-    def __init__(self, ours: Sequence[int] = ()) -> None:
-        self.ours = ours
-        self.begun = self._read()
-
-    def share(self) -> float | None:
-        """Of all cores, 0 to 1; None where the system does not say, or no time has passed."""
-        now = self._read()
-        if self.begun is None or now is None or now[1] <= self.begun[1]:
-            return None
-        used, passed = (after - before for after, before in zip(now, self.begun, strict=True))
-        return min(max(used / passed, 0.0), 1.0)
-
-    def _read(self) -> tuple[float, float] | None:
-        """Seconds of all cores together: those that others used, and those that have passed."""
-        try:
-            words = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
-            processes = [Path(f"/proc/{pid}/stat").read_text(encoding="utf-8") for pid in (os.getpid(), *self.ours)]
-        except OSError:
-            return None
-        # The name of a process, in parentheses, may hold anything; 11 fields after it are user and system time, then
-        # those of its children that have ended.
-        own = sum(int(word) for text in processes for word in text.rpartition(")")[2].split()[11:15])
-        user, nice, system, idle, waiting, *interrupts = map(int, words)
-        used = user + nice + system + sum(interrupts)
-        ticks = os.sysconf("SC_CLK_TCK")
-        return (used - own) / ticks, (used + idle + waiting) / ticks

@@ -23,6 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(folder.cleanup)
     os.environ["TILEWRIGHT_CACHE_DIR"] = folder.name
     os.environ.pop("TILEWRIGHT_AUTOTUNE", None)
+    os.environ.pop("TILEWRIGHT_CPU_TABLE", None)
+
+
+@pytest.fixture
+def idle_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is done with times: whatever else this machine does, its times count."""
+    monkeypatch.setattr("tilewright.autotune.clock.CpuClock.watch", lambda self: lambda: None)
+    monkeypatch.setattr("tilewright.autotune.racing.MOST_SPREAD", float("inf"))
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tilewright.nn import Int8ActInt4WeightLinear
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle_machine: None):
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path / "tables"))
     monkeypatch.setenv("COLUMNS", "400")
     autotune.forget_tables()
@@ -63,6 +64,26 @@ def test_tune_a_model_then_show_export_clear_import(saved: Path, folder: Path, t
     assert "added 4 entries" in run(capsys, "cache", "import", copy)[1]
     asked = Problem("int8_linear", 2, 128, 64, torch.float32)
     assert tuning.preferred(asked.with_rows(4)) is not None and tuning.preferred(asked.with_rows(64)) is None
+
+
+def test_a_busy_machine_is_said_to_be_busy(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("tilewright.autotune.clock.CpuClock.watch", lambda self: lambda: "others used 80% of the cores")
+    status, out, _ = run(capsys, "tune", saved, "--m", "1", "--device", "cpu", "--seconds", 60)
+    assert status == 1 and "the machine is busy (others used 80% of the cores): nothing was written" in out
+    assert not tables.user_tables()
+
+
+def test_tables_of_cpus_can_be_turned_off(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("TILEWRIGHT_CPU_TABLE", "off")
+    status, _, error = run(capsys, "tune", saved, "--m", "1", "--device", "cpu")
+    assert status == 2 and "TILEWRIGHT_CPU_TABLE=off turns off what is found on a CPU" in error
+    assert [f.found for f in doctor.examine() if f.subject == "timed on this CPU"]
+
+
+def test_doctor_shows_what_was_timed(saved: Path, capsys):
+    run(capsys, "tune", saved, "--m", "3", "--device", "cpu", "--seconds", 60)
+    shown = {finding.subject.strip(): finding.found for finding in doctor.examine()}
+    assert re.search(r"^\w.*, [\d.]+ us( \(\w.* [\d.]+ us\))?$", shown["int8_linear <=4 x 128 x 64 float32"])
 
 
 def test_a_bad_table_is_shown_as_such(folder: Path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from tilewright.autotune.racing import MARGIN, ROUNDS, race
+from tilewright.autotune.racing import MARGIN, PAIRS, ROUNDS, duel, race
 
 
 def counted(times: dict[str, float]):
@@ -90,3 +90,24 @@ def test_progress_is_told():
     measure, _ = counted({"first": 1.0, "b": 2.0})
     race(["first", "b"], measure, budget=1e9, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_a_duel_is_in_turns_and_won_by_more_than_noise():
+    measure, calls = counted({"first": 1.0, "other": 0.5})
+    both = duel("first", "other", measure)
+    assert calls == {"first": PAIRS, "other": PAIRS}
+    assert both.won and both.doubt is None
+    for share, won in ((MARGIN + 0.01, False), (MARGIN - 0.01, True), (1.5, False)):
+        assert duel("first", "other", counted({"first": 1.0, "other": share})[0]).won == won
+
+
+def test_a_duel_that_a_few_long_calls_decide_is_not_won():
+    times = itertools.cycle([400.0, 1.0, 1.0, 1.0])
+    both = duel("first", "other", lambda name, count: [next(times) if name == "first" else 1.0])
+    assert not both.won
+
+
+def test_times_that_spread_say_nothing():
+    times = itertools.cycle([1.0, 2.0, 3.0])
+    both = duel("first", "other", lambda name, count: [next(times) if name == "first" else 0.1])
+    assert both.doubt == "times of one candidate spread by 100%"

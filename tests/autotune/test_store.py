@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import tempfile
 import time
 import warnings
@@ -66,6 +68,39 @@ def test_killed_while_writing_leaves_a_whole_table_and_no_lock(tmp_path: Path):
         assert len(after) == seen + 1
         seen += 1
         assert list(tmp_path.glob(".*.tmp")) == []  # of the killed one: the next writer removed it
+
+
+def add_and_say(path: Path, name: str, said: multiprocessing.connection.Connection) -> None:
+    """Add entries one by one for ever and say each that is in the table."""
+    for i in itertools.count():
+        store.add_entries(path, DEVICE, {f"{name}-{i}": {"config": {"block": i}}})
+        said.send_bytes(f"{name}-{i}".encode())
+
+
+def test_two_writers_killed_again_and_again_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # That a table survives a loss of power is not tested here, and takes most of the time of a write.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    path, fork, draw = tmp_path / "table.json", multiprocessing.get_context("fork"), random.Random(0)
+    said: set[str] = set()
+    for round_number in range(100):
+        pairs = []
+        for name in ("a", "b"):
+            reader, writer_end = fork.Pipe(duplex=False)
+            process = fork.Process(target=add_and_say, args=(path, f"{name}{round_number}", writer_end))
+            process.start()
+            writer_end.close()
+            pairs.append((process, reader))
+        time.sleep(draw.uniform(0.0, 0.02))
+        for process, reader in pairs:
+            process.kill()
+            process.join()
+            with contextlib.suppress(EOFError):
+                while True:
+                    said.add(reader.recv_bytes().decode())
+            reader.close()
+    after = store.add_entries(path, DEVICE, {"after": entry()})
+    assert said <= set(after) and len(said) > 100
+    assert list(tmp_path.glob(".*.tmp")) == [] and not list(tmp_path.glob("*.bad"))
 
 
 def test_a_reader_never_sees_half_a_table(tmp_path: Path):

@@ -33,9 +33,13 @@ class ToyClock:
         self.seconds_of = seconds_of
         self.ran: list[Size] = []
         self.timed: list[Size] = []
+        self.disturbance: str | None = None
 
     def prepare(self, run: Callable[[], Any]) -> Callable[[], Any]:
         return run
+
+    def watch(self) -> Callable[[], str | None]:
+        return lambda: self.disturbance
 
     def seconds(self, prepared: Callable[[], Any], count: int) -> list[float]:
         for _ in range(count):

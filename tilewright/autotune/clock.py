@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tilewright.autotune.busy import Busy
+
 
 class Clock(Protocol):
     """prepare: what to call for a function, once, before it is timed. seconds: the times of ``count`` calls."""
@@ -18,6 +20,13 @@ class Clock(Protocol):
 
     def seconds(self, prepared: Callable[[], Any], count: int) -> list[float]:
         """Time ``count`` calls, each by itself."""
+
+    def watch(self) -> Callable[[], str | None]:
+        """Watch the machine from now on: what this returns says what makes times taken since then worth nothing."""
+
+
+#: Of all cores, what other processes may use while something is timed.
+MOST_BUSY = 0.1
 
 
 class CpuClock:
@@ -31,6 +40,16 @@ class CpuClock:
         for _ in range(self.copies):
             run()
         return run
+
+    def watch(self) -> Callable[[], str | None]:
+        """See ``Clock``: whether other processes used much of the cores."""
+        busy = Busy()
+
+        def disturbed() -> str | None:
+            share = busy.share()
+            return f"other processes used {share:.0%} of the cores" if share is not None and share > MOST_BUSY else None
+
+        return disturbed
 
     def seconds(self, prepared: Callable[[], Any], count: int) -> list[float]:
         """Times of single calls."""
@@ -88,6 +107,10 @@ class GpuClock:
                 run()
                 end.record()
         return _Replay(graph, start, end)
+
+    def watch(self) -> Callable[[], str | None]:
+        """See ``Clock``: nothing is known to disturb a GPU."""
+        return lambda: None
 
     def seconds(self, prepared: Callable[[], Any], count: int) -> list[float]:
         """Times of single calls, caches cold; of a function that was not prepared with the time its launches take."""

@@ -15,14 +15,19 @@ import torch
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """name: as the driver or the operating system has it. arch: "sm_90", "gfx942", or a CPU's instruction set. units:
-    multiprocessors, or the threads that PyTorch uses. driver: its version; of PyTorch on a CPU.
+    """name: as the driver or the operating system has it. arch: "sm_90", "gfx942", or a CPU's instruction sets. units:
+    multiprocessors; on a CPU 0, for any number of threads. driver: its version; of PyTorch on a CPU.
     """
 
     name: str
     arch: str
     units: int
     driver: str = ""
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is a CPU, which other processes share."""
+        return self.arch.startswith("cpu-")
 
     @property
     def slug(self) -> str:
@@ -44,10 +49,13 @@ def _cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def cpu_kind() -> DeviceKind:
-    """This CPU, with as many threads as PyTorch uses now."""
+def cpu_kind(instructions: str = "") -> DeviceKind:
+    """This CPU. instructions: those that kernels of ours use beside PyTorch's. What is chosen holds for any number of
+    threads, so that results do not depend on it.
+    """
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    return DeviceKind(_cpu_name(), f"cpu-{capability}", torch.get_num_threads(), f"torch {torch.__version__}")
+    arch = "-".join(filter(None, ("cpu", capability, instructions)))
+    return DeviceKind(_cpu_name(), arch, 0, f"torch {torch.__version__}")
 
 
 @functools.cache

@@ -16,6 +16,10 @@ from typing import Any
 ROUNDS = ((3, 1.5), (7, 1.15), (15, 1.05), (30, 1.0))
 #: What beats the first candidate by less than this is noise.
 MARGIN = 0.97
+#: Calls of each side of a duel, and in how large a share of the pairs the winner must have been faster.
+PAIRS, LEAST_WON = 15, 0.75
+#: The distance of the quartiles of one side's times, as a share of their median, from which on they say nothing.
+MOST_SPREAD = 0.5
 
 
 @dataclass
@@ -84,3 +88,38 @@ def race(
         if len(left) < 2:
             break
     return found
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Seconds of calls of the one to beat and of another, in pairs."""
+
+    first: tuple[float, ...]
+    other: tuple[float, ...]
+
+    @property
+    def doubt(self) -> str | None:
+        """Why these times say nothing, or None."""
+        for times in (self.first, self.other):
+            low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+            if high - low > MOST_SPREAD * middle:
+                return f"times of one candidate spread by {(high - low) / middle:.0%}"
+        return None
+
+    @property
+    def won(self) -> bool:
+        """Whether the other one is faster, by more than noise and in most pairs."""
+        ahead = sum(other < first for first, other in zip(self.first, self.other, strict=True))
+        medians = statistics.median(self.other), statistics.median(self.first)
+        return ahead >= LEAST_WON * len(self.first) and medians[0] <= MARGIN * medians[1]
+
+
+def duel(first: Hashable, other: Hashable, measure: Callable[[Any, int], list[float]]) -> Duel:
+    """Time two candidates in turns, each going first in every other pair. measure: as of ``race``; what it raises is
+    raised.
+    """
+    times: dict[Any, list[float]] = {first: [], other: []}
+    for i in range(PAIRS):
+        for candidate in (first, other) if i % 2 else (other, first):
+            times[candidate] += measure(candidate, 1)
+    return Duel(tuple(times[first]), tuple(times[other]))

@@ -55,7 +55,12 @@ _warned: set[Path] = set()
 
 
 def table_path(device: DeviceKind, folder: Path | None = None) -> Path:
-    """The file for a kind of device. The format is in the name: another version neither reads nor replaces it."""
+    """The file for a kind of device: the one that ``TILEWRIGHT_CPU_TABLE`` names for CPUs, else one in ``folder``, by
+    default the user's. The format is in the name: another version neither reads nor replaces it.
+    """
+    named = folders.cpu_table() if device.is_cpu and folder is None else None
+    if named is not None:
+        return named
     return (folder or folders.user_folder()) / f"{device.slug}.v{FORMAT}.json"
 
 
@@ -82,13 +87,19 @@ def _tables_of(device: DeviceKind) -> _Known:
 
 def is_empty(device: DeviceKind) -> bool:
     """Whether nothing is known of such a device: then no key need be made."""
+    if device.is_cpu and folders.cpu_tables_off():
+        return True
     with _lock:
         known = _tables_of(device)
         return not (known.shipped or known.user or known.here)
 
 
 def lookup(device: DeviceKind, name: str, facts: Mapping[str, object], source: str) -> tuple[Entry, str] | None:
-    """The entry for a problem and where it comes from: "user" or "shipped"; None if it was never tuned."""
+    """The entry for a problem and where it comes from: "user" or "shipped"; None if it was never tuned, and on a CPU
+    whose tables are turned off.
+    """
+    if device.is_cpu and folders.cpu_tables_off():
+        return None
     with _lock:
         known = _tables_of(device)
         own = key_of(name, facts, device.driver, source)
@@ -100,7 +111,11 @@ def lookup(device: DeviceKind, name: str, facts: Mapping[str, object], source: s
 
 
 def remember(device: DeviceKind, entries: Mapping[str, Entry]) -> None:
-    """Add entries to the user's table; for this process alone, with one warning, where it cannot be written."""
+    """Add entries to the user's table; for this process alone, with one warning, where it cannot be written. Nothing on
+    a CPU whose tables are turned off.
+    """
+    if device.is_cpu and folders.cpu_tables_off():
+        return
     with _lock:
         known = _tables_of(device)
         known.here.update(entries)
@@ -128,8 +143,18 @@ def forget_tables() -> None:
 
 def user_tables() -> list[Path]:
     """The user's tables, of every device."""
-    folder = folders.user_folder()
-    return sorted(folder.glob(f"*.v{FORMAT}.json")) if folder.is_dir() else []
+    folder, named = folders.user_folder(), folders.cpu_table()
+    found = sorted(folder.glob(f"*.v{FORMAT}.json")) if folder.is_dir() else []
+    return [*found, *([named] if named is not None and named.is_file() and named not in found else [])]
+
+
+def entries_of(device: DeviceKind) -> dict[str, Entry]:
+    """All that was tuned on such a device, shipped or the user's, by key."""
+    if device.is_cpu and folders.cpu_tables_off():
+        return {}
+    with _lock:
+        known = _tables_of(device)
+        return {**known.shipped, **known.user, **known.here}
 
 
 def clear_tables() -> tuple[int, int]:

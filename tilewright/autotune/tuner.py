@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import datetime
 import logging
+import statistics
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tilewright.autotune import modes, tables
-from tilewright.autotune.racing import Race, race
+from tilewright.autotune.racing import Race, duel, race
 from tilewright.autotune.shortlist import shipped
 from tilewright.autotune.space import Trials, Tunable, tune_with
 
 logger = logging.getLogger("tilewright")
-#: What a first use may cost, beside compiling the first candidate.
-FIRST_USE_SECONDS = 20.0
+#: What a first use may cost, beside compiling the first candidate; on a CPU, beside repacking its weight.
+FIRST_USE_SECONDS, FIRST_USE_SECONDS_CPU = 20.0, 0.25
 #: Two tunings at once would time each other.
 _one_at_a_time = threading.RLock()
 
@@ -61,7 +62,9 @@ def tune(
 
     budget: seconds. candidates: a short list instead of the whole space, in the order of the race; the heuristic's
     comes first. Default: the list that comes with the package, if there is one for the chip, the problem and the kernel
-    as it is, else the whole space. Never raises for a candidate's sake: what fails is recorded with its error and
+    as it is, else the whole space. On a CPU, which other processes share, the fastest must win a duel in turns with the
+    heuristic's; where others used much of the cores meanwhile, or times spread, there is no configuration but the
+    reason, and nothing is remembered. Never raises for a candidate's sake: what fails is recorded with its error and
     cannot win. During CUDA-graph capture nothing is run and nothing remembered.
     """
     sample = tunable.hooks.representative(problem)
@@ -85,9 +88,16 @@ def tune(
         except Exception as error:  # out of memory, for one
             logger.warning("%s cannot be tuned: %s", tunable.name, error)
             return Outcome(None, heuristic, {}, {}, refused, reason=f"{type(error).__name__}: {error}")
-        found = _race(trials, serving, budget, progress)
-    winner = found.winner(serving[0])
-    outcome = Outcome(winner, heuristic, found.medians, found.failed, refused, found.left_out)
+        disturbed = trials.clock.watch()
+        measure = _measure(trials)
+        found = race(serving, measure, budget, progress)
+        winner, doubt = found.winner(serving[0]), None
+        if tunable.hooks.device(problem).is_cpu:
+            winner, doubt = _confirmed(found, winner, serving[0], measure)
+            doubt = disturbed() or doubt
+    if doubt is not None:
+        winner, doubt = None, f"the machine is busy ({doubt}): nothing was written"
+    outcome = Outcome(winner, heuristic, found.medians, found.failed, refused, found.left_out, doubt or "")
     for config, words in found.failed.items():
         logger.warning("%s: %s failed in tuning: %s", tunable.name, tunable.encode(config), words)
     if winner is not None and save:
@@ -97,7 +107,8 @@ def tune(
     return outcome
 
 
-def _race(trials: Trials, candidates: Sequence[Any], budget: float, progress: Any) -> Race:
+def _measure(trials: Trials) -> Callable[[Any, int], list[float]]:
+    """Seconds of so many calls of a candidate, whose result is checked before it is timed."""
     prepared: dict[Any, Callable[[], Any]] = {}
 
     def measure(config: Any, count: int) -> list[float]:
@@ -108,7 +119,24 @@ def _race(trials: Trials, candidates: Sequence[Any], budget: float, progress: An
             prepared[config] = trials.clock.prepare(lambda: trials.run(config))
         return trials.clock.seconds(prepared[config], count)
 
-    return race(candidates, measure, budget, progress)
+    return measure
+
+
+def _confirmed(
+    found: Race, winner: Any | None, first: Any, measure: Callable[[Any, int], list[float]]
+) -> tuple[Any | None, str | None]:
+    """The winner of a race if it beats the first candidate in turns, too, else that one; and why times say nothing. The
+    times of ``found`` become those of the duel.
+    """
+    if winner is None or winner == first or first not in found.medians:
+        return winner, None
+    try:
+        both = duel(first, winner, measure)
+    except Exception as error:  # as in the race
+        found.failed[winner] = f"{type(error).__name__}: {error}"[:500]
+        return first, None
+    found.medians.update({first: statistics.median(both.first), winner: statistics.median(both.other)})
+    return (winner if both.won else first), both.doubt
 
 
 def _entry(tunable: Tunable, outcome: Outcome) -> dict[str, Any]:
@@ -131,4 +159,9 @@ def _entry(tunable: Tunable, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-tune_with(lambda tunable, problem: tune(tunable, problem, budget=FIRST_USE_SECONDS))
+def _tune_first_use(tunable: Tunable, problem: Any) -> Outcome:
+    on_cpu = tunable.hooks.device(problem).is_cpu
+    return tune(tunable, problem, budget=FIRST_USE_SECONDS_CPU if on_cpu else FIRST_USE_SECONDS)
+
+
+tune_with(_tune_first_use)

@@ -35,6 +35,7 @@ from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.convolution import convolution_problem
 from tilewright.kernels.cpu import build, native
+from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import route
 from tilewright.nn import ConvLayer, QuantizedLinear
 
@@ -112,7 +113,27 @@ def _advice() -> str:
     return f"there is a compiler now ({Path(compiler).name}): install tilewright again"
 
 
-def _tuned() -> Finding:
+def _tuned() -> Iterator[Finding]:
+    yield _tables()
+    if folders.cpu_tables_off():
+        yield Finding("timed on this CPU", f"nothing decides: {folders.CPU_VARIABLE}=off")
+        return
+    try:
+        device = tuning.device_kind(Problem("linear", 1, 1, 1, torch.float32))
+    except ValueError:  # already said
+        return
+    for key, entry in sorted(tables.entries_of(device).items()):
+        name, *parts = key.split(" | ")
+        facts = dict(part.partition("=")[::2] for part in parts)
+        took, against = entry.get("microseconds"), entry.get("heuristic_microseconds")
+        words = f"{' '.join(map(str, entry['config'].values()))}, {took} us"
+        if against not in (None, took):
+            words += f" ({' '.join(map(str, entry.get('heuristic', {}).values()))} {against} us)"
+        size = " x ".join(facts.get(fact, "?") for fact in ("m", "n", "k"))
+        yield Finding(f"  {name.partition('.')[0]} {size} {facts.get('x', '')}", words)
+
+
+def _tables() -> Finding:
     entries = 0
     for path in tables.user_tables():
         try:
@@ -155,7 +176,7 @@ def examine() -> list[Finding]:
         Finding("CPU, as PyTorch sees it", torch.backends.cpu.get_cpu_capability()),
         *_c_kernels(),
         *_dispatched(),
-        _tuned(),
+        *_tuned(),
     ]
 
 

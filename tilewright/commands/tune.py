@@ -30,7 +30,7 @@ from rich.console import Console
 
 from tilewright import autotune
 from tilewright.aot.targets import TARGETS
-from tilewright.autotune import tables
+from tilewright.autotune import folders, tables
 from tilewright.autotune.device import triton_version
 from tilewright.autotune.shortlist import shipped
 from tilewright.commands import problems
@@ -95,6 +95,8 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("no GPU can be used here; --offline compiles for one that is elsewhere")
+    if device == "cpu" and folders.cpu_tables_off():
+        raise ValueError(f"{folders.CPU_VARIABLE}=off turns off what is found on a CPU")
     facts = device_facts(torch.device(device, 0) if device == "cuda" else torch.device(device))
     asked = _kernels(_problems(options, facts, console), implementations=True)
     if not asked:
@@ -212,7 +214,7 @@ def _time(asked: list[Asked], short: autotune.ShortList | None, seconds: float, 
 
 def _outcome(tuned: autotune.Tunable, outcome: autotune.Outcome) -> str:
     if outcome.config is None:
-        return "nothing could be timed: " + "; ".join(outcome.words())
+        return outcome.reason or "nothing could be timed: " + "; ".join(outcome.words())
     chosen = " ".join(f"{name}={value}" for name, value in tuned.encode(outcome.config).items())
     took = f"{1e6 * outcome.seconds[outcome.config]:.1f} us"
     if outcome.config == outcome.heuristic:

@@ -17,5 +17,5 @@ for _module in folders(__name__):
     for _card in importlib.import_module(_module).CARDS:
         define(_card)
         tuning.implementation_of(_card.name)
-router.set_choices(choices.faster, tuning.preferred, tuning.tune_on_first_use)
+router.set_choices(choices.faster, tuning.preference, tuning.tune_on_first_use)
 when_changed(router.invalidate)

@@ -25,11 +25,13 @@ import torch
 
 from tilewright.aot.launch import Launch, recorded
 from tilewright.aot.targets import TARGETS
-from tilewright.autotune import modes
+from tilewright.autotune import modes, tables
 from tilewright.autotune.buckets import upper_edge
 from tilewright.autotune.clock import clock_for
 from tilewright.autotune.device import DeviceKind, cpu_kind, driver_version
+from tilewright.autotune.folders import cpu_tables_off
 from tilewright.autotune.space import Hooks, Trials, Tunable, accept
+from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.card import REFERENCE, card_of, cards, make_arguments
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import default_decision, implementations
@@ -71,7 +73,7 @@ def representative(problem: Problem) -> Problem:
 def device_kind(problem: Problem) -> DeviceKind:
     """Where ``problem`` runs."""
     if problem.device == "cpu":
-        return cpu_kind()
+        return cpu_kind("" if native.why_no_native() else native.isa())
     arch = problem.gpu_arch or "sm_{}{}".format(*(problem.capability or (0, 0)))
     return DeviceKind(problem.device_name or "unknown", arch, problem.multiprocessors or 0, driver_version())
 
@@ -276,6 +278,11 @@ def _serving(problem: Problem) -> list[str]:
     return [name for name in names if name != REFERENCE] or names
 
 
+def _implementation_facts(problem: Problem) -> dict[str, object]:
+    """As ``facts_of``; with the CPU, since the user may name one file for several."""
+    return facts_of(problem) | ({"cpu": device_kind(problem).slug} if problem.device == "cpu" else {})
+
+
 def _implementation_trials(tunable: Tunable, problem: Problem) -> Trials:
     known = {one.name: one for one in implementations(problem.op)}
     return _trials(problem, lambda name, arguments: known[name].function(**arguments))
@@ -290,23 +297,47 @@ def implementation_of(op: str) -> Tunable:
         f"{op}.implementation",
         heuristic=lambda problem: default_decision(problem).name,
         candidates=lambda problem: [one.name for one in implementations(problem.op) if one.name != REFERENCE],
-        hooks=Hooks(facts_of, representative, device_kind, _implementation_trials),
+        hooks=Hooks(_implementation_facts, representative, device_kind, _implementation_trials),
         modules=modules,
         why_not=_why_not_implementation,
         encode=lambda name: {"implementation": name},
     )
 
 
-def preferred(problem: Problem) -> str | None:
-    """The implementation that the user fixed, or that a table says is fastest for ``problem``; None without either."""
+def preference(problem: Problem) -> tuple[str, str] | None:
+    """The implementation that the user fixed, or that a table says is fastest for ``problem``, and why, in words; None
+    without either.
+    """
     tuned = implementation_of(problem.op)
-    choice = tuned.explain(problem) if tuned.is_constrained else tuned.tuned(problem)[0]
-    return None if choice is None else choice.config
+    if tuned.is_constrained:
+        name = tuned.explain(problem).config
+        return name, f"{name} was chosen by the user"
+    choice, _ = tuned.tuned(problem)
+    if choice is None:
+        return None
+    found = tables.lookup(device_kind(problem), tuned.name, tuned.hooks.facts(problem), tuned.source())
+    entry = {} if found is None else found[0]
+    mine, heuristics = entry.get("microseconds"), entry.get("heuristic_microseconds")
+    where = "here" if choice.origin == "user" else "for the table that comes with the package"
+    words = f"{choice.config} was the fastest when it was timed {where}"
+    if isinstance(entry.get("date"), str):
+        words += f" on {entry['date'][:10]}"
+    if isinstance(mine, float) and isinstance(heuristics, float) and heuristics > mine > 0:
+        words += f", {heuristics / mine:.2f} times as fast as {default_decision(problem).name}"
+    return choice.config, words
+
+
+def preferred(problem: Problem) -> str | None:
+    """The name that ``preference`` gives, or None."""
+    found = preference(problem)
+    return None if found is None else found[0]
 
 
 def tune_on_first_use(problem: Problem) -> None:
     """If the user asked for it, time the implementations for ``problem`` before one of them serves it."""
     if not modes.tuning_wanted() or 0 in (problem.m, problem.k) or len(_serving(problem)) < 2:
+        return
+    if problem.device == "cpu" and cpu_tables_off():
         return
     # Kernels first: else tuning the first one would take the time in which implementations are compared.
     for tuned, derived in kernels_for(problem):

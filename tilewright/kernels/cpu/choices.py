@@ -4,7 +4,8 @@
 milliseconds of the C kernel and of the fastest other implementation; ``python -m bench.tables.choices`` writes it. A
 problem looks at the nearest shape and the nearest batch, in powers of two. Layers with an activation or a residual are
 not judged by it: the C kernels have them in their epilogue, the others take another pass over the result. Nor are other
-instruction sets than those of the table: the C kernel serves them.
+instruction sets than those of the table: the C kernel serves them. It is the first guess: what was timed on the machine
+itself comes before it (``kernels.tuning``), and ``TILEWRIGHT_CPU_TABLE=off`` turns both off.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from tilewright.autotune.folders import cpu_tables_off
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.card import card_of
 from tilewright.kernels.dispatch.problem import Problem
@@ -65,6 +67,8 @@ def multiplied(problem: Problem) -> str:
 def faster(problem: Problem) -> tuple[str, str] | None:
     """The implementation that is faster than the C kernel, and the words for it; None where none is known to be."""
     if problem.device != "cpu" or 0 in (problem.m, problem.n, problem.k) or native.why_no_native():
+        return None
+    if cpu_tables_off():
         return None
     if problem.activation != "none" or problem.residual:
         return None

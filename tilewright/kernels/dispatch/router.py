@@ -137,12 +137,9 @@ def default_decision(problem: Problem) -> Decision:
     return _decide(problem, None)
 
 
-def _decide(problem: Problem, measured: str | None) -> Decision:
+def _decide(problem: Problem, measured: tuple[str, str] | None) -> Decision:
     declined: list[tuple[str, str]] = []
-    if measured is not None:
-        faster: tuple[str, str] | None = (measured, f"{measured} was chosen, by timing it here or by the user")
-    else:
-        faster = _faster(problem)
+    faster = measured or _faster(problem)
     if faster is not None and not _supports(faster[0], problem):
         faster = None
     for implementation in _registered.get(problem.op, ()):
@@ -203,17 +200,17 @@ def _nothing(problem: Problem) -> None:
 
 
 _faster: Callable[[Problem], tuple[str, str] | None] = _nothing
-_measured: Callable[[Problem], str | None] = _nothing
+_measured: Callable[[Problem], tuple[str, str] | None] = _nothing
 _before_call: Callable[[Problem], None] = _nothing
 
 
 def set_choices(
     faster: Callable[[Problem], tuple[str, str] | None],
-    measured: Callable[[Problem], str | None],
+    measured: Callable[[Problem], tuple[str, str] | None],
     before_call: Callable[[Problem], None],
 ) -> None:
     """Have ``route`` pass over all others for the implementation that ``measured`` names, or else ``faster``, with the
-    words that it gives for it, where that takes the problem; both return None where the order of registration stands.
+    words that it gives for that, where it takes the problem; both return None where the order of registration stands.
     ``before_call`` is run for each problem that is served for the first time.
     """
     global _faster, _measured, _before_call
