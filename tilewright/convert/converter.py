@@ -15,6 +15,7 @@ from torch import nn
 from tilewright.convert import arguments, calibrate, foreign_saves, layers, structure, timing, trial
 from tilewright.convert.conversion import Conversion, Job, conversion_of, conversions_of
 from tilewright.convert.graph import attention, fuse_activations, unfuse_activations
+from tilewright.convert.network.blocks import install_blocks, remove_blocks
 from tilewright.convert.network.program import remove_programs
 from tilewright.convert.plan import FilterFunction, Plan, layers_of, make_plan, nothing_to_convert
 from tilewright.convert.progress import track
@@ -161,6 +162,7 @@ def _convert(
         model = job.model
         # Also if a layer failed in place: what was converted until then must keep working and be reported.
         structure.FastPaths.close(model, layers.is_converted)
+        install_blocks(model)
         foreign_saves.guard(model)
         record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
         record.attach(model)
@@ -253,6 +255,7 @@ def revert_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = structure.copy_structure(model)
     unfuse_activations(model)
     remove_programs(model)
+    remove_blocks(model)
     places = structure.Places(model)
     for old, names in layers_of(model).items():
         if isinstance(old, layers.CONVERTED):

@@ -76,7 +76,8 @@ class Report:
     alone; ``details()`` has every layer. model_bytes: of all parameters and buffers, before and after.
 
     untraced: modules whose code could not be read as a graph, so that convolutions were not fused across it, with the
-    reason. attention: modules whose attention is computed by a kernel of ours where it takes the call.
+    reason. attention: modules whose attention is computed by a kernel of ours where it takes the call. programs: how
+    the blocks of a transformer run on a CPU, as one program or why not, by name.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Report:
     attention: tuple[str, ...] = ()
     others: tuple[ReportedOther, ...] = ()
     training: bool = False
+    programs: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def converted(self) -> list[ReportedLayer]:
@@ -125,6 +127,7 @@ class Report:
             "training": self.training,
             "untraced": self.untraced,
             "attention": list(self.attention),
+            "programs": self.programs,
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "others": [dataclasses.asdict(other) for other in self.others],
         }
@@ -175,6 +178,7 @@ class Report:
             lines.append("in training mode: model.eval() comes before inference")
         if self.attention:
             lines.append(f"attention of {len(self.attention)} modules by tilewright::attention in inference on a CPU")
+        lines += [f"{', '.join(names)}: {state}" for state, names in by_reason(self.programs).items()]
         return lines
 
     def _share(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from tilewright.convert import calibrate
 from tilewright.convert.account import Account, ReportedOther, account_of
 from tilewright.convert.arguments import check_module
+from tilewright.convert.network.blocks import states_of
 from tilewright.convert.plan import layers_of
 from tilewright.convert.record import LayerRecord, Record, original_of, record_of
 from tilewright.convert.report import BATCHES, Report, ReportedLayer
@@ -57,18 +59,25 @@ def report(
     account = account_of(model, modules)
     found = [_layer(module, names[0], record, errors, account) for module, names in modules.items()]
     found = [_with_note(each, _why_astray(model, each.name)) for each in found]
-    return whole_report(type(model).__name__, found, account.others, record, trains(model))
+    return whole_report(type(model).__name__, found, account.others, record, trains(model), states_of(model))
 
 
 def whole_report(
-    model: str, layers: list[ReportedLayer], others: list[ReportedOther], record: Record, training: bool
+    model: str,
+    layers: list[ReportedLayer],
+    others: list[ReportedOther],
+    record: Record,
+    training: bool,
+    programs: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
     """The report of a model that holds these parts and nothing else."""
     rest = sum(other.bytes for other in others)
     before = rest + sum(layer.bytes_before for layer in layers)
     after = rest + sum(layer.bytes_after for layer in layers)
     attention = tuple(record.attention)
-    return Report(model, tuple(layers), before, after, record.untraced, attention, tuple(others), training)
+    return Report(
+        model, tuple(layers), before, after, record.untraced, attention, tuple(others), training, dict(programs)
+    )
 
 
 def _layer(

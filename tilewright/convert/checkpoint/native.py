@@ -32,6 +32,7 @@ from tilewright.convert.checkpoint.safetensors_file import (
 )
 from tilewright.convert.checkpoint.slots import Slot, hidden_meta_tensors, slots
 from tilewright.convert.graph import attention, fuse_named, fused_activations
+from tilewright.convert.network.blocks import install_blocks
 from tilewright.convert.text import display_name, listed
 from tilewright.nn import ConvLayer, QuantizedLinear
 from tilewright.nn.kinds import registered_kinds
@@ -191,6 +192,7 @@ def load_model(
     foreign_saves.guard(model)
     if manifest.record.attention:
         manifest.record.attention = attention.use(model)
+    install_blocks(model)
     if manifest.layers:
         manifest.record.attach(model)
     return model

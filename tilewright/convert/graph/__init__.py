@@ -3,6 +3,7 @@
 The room can be exchanged: whatever reads the code of a model answers these questions, and the rest of ``convert`` asks
 nothing else. Code is read by running it on values without content (``capture``), once, on a private copy (``twin``).
 
+    trace_call              a module as it is called once, with these arguments
     find_regions            the parts of a model that can be read as a graph, as large as can be, and why others cannot
     Region                  one of them: its module and graph, inputs and defaults, its calls of submodules in order,
                             whether a call asks for what the graph computes; runs the graph and shows every value
@@ -37,5 +38,5 @@ from tilewright.convert.graph.patterns import (
     reshape_views,
     zero_padding,
 )
-from tilewright.convert.graph.tracing import Region, Watch, bind_call, call_forward, find_regions
+from tilewright.convert.graph.tracing import Region, Watch, bind_call, call_forward, find_regions, trace_call
 from tilewright.convert.graph.values import NotAsExpected, Untraceable

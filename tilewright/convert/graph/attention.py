@@ -78,6 +78,11 @@ class AttentionConfig:
         return _seen, (self.config,)
 
 
+def behind(value: Any) -> Any:
+    """The config itself, of an ``AttentionConfig``; any other value as it is."""
+    return vars(value)["config"] if type(value) is AttentionConfig else value
+
+
 def _seen(config: Any) -> Any:
     """``config`` as attention modules see it, also in a process that has read it from a file and converted nothing;
     itself in a version of transformers that cannot be told of other attentions.
@@ -116,6 +121,12 @@ def attention_forward(
     """query [batch, heads, length, width], key and value likewise -> ([batch, length, heads, width], None): what
     transformers calls. Whatever our attention does not take goes to the function that it stands in for.
     """
+    tracer = getattr(query, "tracer", None)
+    if tracer is not None:  # of a graph, which shows it as one call
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+        given = (module, query, key, value, attention_mask)
+        return tracer.create_proxy("call_function", attention_output, given, options), None
+
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     length, causal = query.shape[2], is_causal
@@ -132,6 +143,11 @@ def attention_forward(
         return y.transpose(1, 2).contiguous(), None
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     return ALL_ATTENTION_FUNCTIONS[REPLACED](module, query, key, value, attention_mask, **options)
+
+
+def attention_output(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """What ``attention_forward`` computes, without the weights, which it does not give."""
+    return attention_forward(*args, **kwargs)[0]
 
 
 def use(model: nn.Module) -> list[str]:

@@ -16,7 +16,8 @@ import dataclasses
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tilewright.convert.graph.effects import effect_of
+from tilewright.convert.graph.examples import Examples
 from tilewright.convert.graph.leaves import SAME_PADDING_FUNCTIONS
 from tilewright.convert.graph.twin import Twins
 from tilewright.convert.graph.values import (
@@ -73,9 +75,19 @@ class _Attention(TorchFunctionMode):
 
 
 class Capture(fx.proxy.TracerBase):
-    """One reading of ``module``. opaque: whether the graph shows a submodule, given with its path, as one call."""
+    """One reading of ``module``. opaque: whether the graph shows a submodule, given with its path, as one call.
 
-    def __init__(self, module: nn.Module, opaque: Callable[[nn.Module, str], bool]):
+    examples: what the inputs were in a call, by name. Then every node is computed on the way, and the code is told how
+    many dimensions a value has, and how large they are where it branches on that; the graph asks again.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        opaque: Callable[[nn.Module, str], bool],
+        examples: Mapping[str, Any] | None = None,
+    ):
+        self.examples = None if examples is None else Examples(module, examples)
         self.graph, self.modules = fx.Graph(), dict(module.named_modules(remove_duplicate=False))
         self.scope, self.module_stack = fx.proxy.Scope("", None), OrderedDict()
         self.node_name_to_scope: dict[str, Any] = {}
@@ -95,9 +107,11 @@ class Capture(fx.proxy.TracerBase):
         }
         self.twins = Twins(self, module, opaque)
 
-    def run(self, inputs: tuple[str, ...]) -> fx.Graph:
-        """The graph of the module's forward with these arguments. Raises Untraceable."""
-        given = {name: self.create_proxy("placeholder", name, (), {}) for name in inputs}
+    def run(self, inputs: tuple[str, ...], constants: Mapping[str, Any] = MappingProxyType({})) -> fx.Graph:
+        """The graph of the module's forward with these arguments, and others that are always the same. Raises
+        Untraceable.
+        """
+        given = dict(constants) | {name: self.create_proxy("placeholder", name, (), {}) for name in inputs}
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -145,6 +159,10 @@ class Capture(fx.proxy.TracerBase):
             self._check_modes()
         node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["path"] = self.running[-1]
+        if self.examples is not None and kind != "output":
+            reason = self.examples.compute(node, effect_of(node, self.modules))
+            if reason is not None:
+                self.refuse(reason)
         return node
 
     def proxy(self, node: fx.Node) -> Value:
@@ -211,6 +229,8 @@ class Capture(fx.proxy.TracerBase):
             return isinstance(value, kinds)
         known = None if isinstance(value, Held) else effect_of(value.node, self.modules)
         kind = kind_of(value, known is not None and known.tensor)
+        if kind is None and self.examples is not None:
+            kind = type(self.examples.of(value.node))
         if kind is None:
             self.refuse("forward asks for the type of a value that it computes")
         if kind is torch.Tensor and value.node.op == "placeholder":
@@ -227,14 +247,22 @@ class Capture(fx.proxy.TracerBase):
         if node.op == "call_function" and node.target in COMPARISONS:
             sides = [arg for arg in node.args if not isinstance(arg, int)]
             if sides and all(isinstance(side, fx.Node) and is_shape(side) for side in sides):
-                required = COMPARISONS[node.target]
+                required = COMPARISONS[node.target] if self.examples is None else bool(self.examples.of(node))
                 self.create_node("call_function", expect, (node, required), {})
                 return required
         self.refuse("TraceError: forward branches on a value that it computes")
 
-    def iter(self, obj: fx.Proxy) -> NoReturn:
+    def iter(self, obj: Any) -> Iterator[Any]:
         """Going through a value."""
-        self.refuse("forward goes through a value that it computes, of a length that is not known")
+        length = self.length_of(obj.node)
+        if length is None:
+            self.refuse("forward goes through a value that it computes, of a length that is not known")
+        return iter([obj[i] for i in range(length)])
+
+    def length_of(self, node: fx.Node) -> int | None:
+        """Of a shape, a tuple or a list, if it is known."""
+        example = None if self.examples is None else self.examples.of(node)
+        return len(example) if isinstance(example, (tuple, list)) else None
 
 
 def arguments_of(module: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -30,6 +30,7 @@ from tilewright.nn import ConvLayer
 
 logger = logging.getLogger("tilewright")
 
+_POSITIONAL_ONLY = inspect.Parameter.POSITIONAL_ONLY
 #: Is shown a node and its value.
 Watch = Callable[[fx.Node, Any], None]
 
@@ -39,7 +40,8 @@ class Region:
     """A module that traces. name: in the model. graph: with names of submodules relative to ``module``.
 
     inputs: names of the arguments that the graph takes. defaults: of the others, taken at these values. gradients:
-    whether its code leaves them as its caller has them, or turns them off.
+    whether its code leaves them as its caller has them, or turns them off. constants: further arguments that calls
+    give, always these.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Region:
     inputs: tuple[str, ...]
     defaults: dict[str, Any]
     gradients: bool = True
+    constants: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def modules(self) -> dict[str, nn.Module]:
         """Submodules by the names that the graph uses."""
@@ -110,11 +113,16 @@ def _parameter_names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-def call_forward(owner: nn.Module, inputs: tuple[str, ...], values: Sequence[Any]) -> Any:
-    """The ``forward`` of the class with these values for ``inputs``."""
+def call_forward(
+    owner: nn.Module,
+    inputs: tuple[str, ...],
+    values: Sequence[Any],
+    constants: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """The ``forward`` of the class with these values for ``inputs``, and the constants by name."""
     names = inspect.signature(type(owner).forward).parameters
-    given = dict(zip(inputs, values, strict=True))
-    placed = [given.pop(name) for name in inputs if names[name].kind is inspect.Parameter.POSITIONAL_ONLY]
+    given = dict(zip(inputs, values, strict=True)) | dict(constants)
+    placed = [given.pop(name) for name in inputs if name in names and names[name].kind is _POSITIONAL_ONLY]
     return type(owner).forward(owner, *placed, **given)
 
 
@@ -147,6 +155,18 @@ def bind_call(
         if value is not required and not (plain and value == required):
             return name
     return tuple(found)
+
+
+def trace_call(module: nn.Module, tensors: Mapping[str, Any], others: dict[str, Any]) -> Region:
+    """The region that ``module`` is for calls with these arguments, of which the ``others`` are constants. Raises
+    ``Untraceable``.
+    """
+    if replaces_forward(module):
+        raise Untraceable("", "its forward was replaced on the instance")
+    capture = Capture(module, lambda part, path: is_leaf(part), tensors)
+    graph = capture.run(tuple(tensors), others)
+    settle(graph, capture.modules)
+    return Region("", module, graph, tuple(tensors), {}, capture.gradients is not False, others)
 
 
 def trace(name: str, module: nn.Module, opaque: frozenset[str] = frozenset()) -> Region:

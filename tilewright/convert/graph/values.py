@@ -101,8 +101,11 @@ class Value(fx.Proxy):
     def __delitem__(self, index: Any) -> Any:
         self.tracer.refuse("forward deletes an item of a value that it computes")
 
-    def __len__(self) -> Any:
-        self.tracer.refuse("forward asks for the length of a value that it computes")
+    def __len__(self) -> int:
+        length: int | None = self.tracer.length_of(self.node)
+        if length is None:
+            self.tracer.refuse("forward asks for the length of a value that it computes")
+        return length  # type: ignore[return-value]
 
     def __deepcopy__(self, memo: Any) -> Any:
         self.tracer.refuse("forward copies a tensor with deepcopy")

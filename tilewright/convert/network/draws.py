@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tilewright.kernels.dispatch.layers import Listener
 
 #: What the chance that a number is dropped is called, where an operator drops numbers.
 _CHANCES = ("p", "dropout", "dropout_p")
@@ -18,7 +19,7 @@ class Unrepeatable(Exception):
     """Random numbers are drawn by an operator that takes no generator."""
 
 
-class Draws(TorchDispatchMode):
+class Draws(Listener):
     """What is drawn by this thread comes from generators of its own, which always start the same. Raises Unrepeatable.
 
     any: whether something was drawn.

@@ -15,7 +15,8 @@ import inspect
 import logging
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from tilewright.convert.network.draws import Draws, Unrepeatable
 from tilewright.convert.network.int8_writing import before_integers
 from tilewright.convert.state import HeldState, private_copy, private_twin
 from tilewright.convert.structure import ReplacedForward
-from tilewright.kernels.cpu.replay import Replays
+from tilewright.kernels.cpu.replay import MOST_REPLAYS, Replays
 from tilewright.kernels.dispatch import regions
 from tilewright.kernels.dispatch.derivatives import detached, is_differentiated, is_transformed, joined, without_graph
 from tilewright.kernels.dispatch.same import SameTensors
@@ -55,6 +56,7 @@ _KEPT = (
     "owner",
     "inputs",
     "defaults",
+    "constants",
     "gradients",
     "source",
     "flat_source",
@@ -81,10 +83,12 @@ class Program(ReplacedForward):
     """
 
     writes_outside = False  # of those that were pickled before there was such a thing
+    constants: Mapping[str, Any] = MappingProxyType({})  # likewise
+    most_replays = MOST_REPLAYS
 
     def __init__(self, region: Region, steps: Sequence[fx.Graph] = ()):
         self.owner, self.inputs, self.defaults = region.module, region.inputs, region.defaults
-        self.gradients = region.gradients
+        self.gradients, self.constants = region.gradients, region.constants
         self.source, self.names = source_of(region.graph)
         modules = region.modules()
         flat, self.leaves, self.called = flattened(region.graph, modules)
@@ -143,9 +147,14 @@ class Program(ReplacedForward):
         given = args if len(args) == len(self.inputs) and not kwargs else self._inputs_of(args, kwargs)
         if given is None or owner.training or self.refused is not None:
             return type(owner).forward(owner, *args, **kwargs)
+        return self.run(given)
+
+    def run(self, given: tuple[Any, ...]) -> Any:
+        """What the owner's class computes in eval mode of the graph's inputs."""
+        owner = self.owner
         if not self.gradients and torch.is_grad_enabled():
             with torch.no_grad():
-                return self(*args, **kwargs)
+                return self.run(given)
         if torch.compiler.is_compiling():
             if self._loses_derivatives(given):
                 return self._straight_through(functools.partial(self._function, owner), given)
@@ -156,12 +165,12 @@ class Program(ReplacedForward):
             if self.observer is not None:
                 return self.observer(given)
             if not self._is_current():
-                return type(owner).forward(owner, *args, **kwargs)
+                return self._by_layers(given)
             if self._loses_derivatives(given):
                 return self._straight_through(self._fast, given)
             return self._fast(*given)
         except NotAsExpected:
-            return type(owner).forward(owner, *args, **kwargs)
+            return self._by_layers(given)
         except Exception as error:
             return self._after(error, given)
 
@@ -187,7 +196,7 @@ class Program(ReplacedForward):
         logger.warning("%s runs layer by layer from now on: %s", type(self.owner).__name__, self.refused)
 
     def _by_layers(self, given: tuple[Any, ...], owner: nn.Module | None = None) -> Any:
-        return call_forward(self.owner if owner is None else owner, self.inputs, given)
+        return call_forward(self.owner if owner is None else owner, self.inputs, given, self.constants)
 
     def _eager(self, *given: Any) -> Any:
         """What a compiled graph calls: as from Python, on the graph's inputs."""
@@ -263,12 +272,12 @@ class Program(ReplacedForward):
         self._watched = [table for part in parts for table in (part._forward_hooks, part._forward_pre_hooks)]
         held = [(t, n) for m in owner.modules() for t in (m._parameters, m._buffers) for n in t]
         self._tensor_tables, self._tensor_names = [table for table, _ in held], [name for _, name in held]
-        self._replays = Replays(self._run, scales_read, self._held_tensors)
+        self._replays = Replays(self._run, scales_read, self._held_tensors, self.most_replays)
 
     # ---- the proof
     def _run(self, *given: Any) -> Any:
         """The fast form; proven, if it has not run on such inputs yet."""
-        kinds = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else type(x) for x in given)
+        kinds = tuple(self._kind_of(x) if isinstance(x, torch.Tensor) else type(x) for x in given)
         if kinds in self._proven or self._replays is None or any(self._watched) or not proof.may_run(given):
             return self._flat(self._bound, *given)
         if len(self._proven) >= MOST_PROVEN:
@@ -276,6 +285,11 @@ class Program(ReplacedForward):
                 del self._proven[next(iter(self._proven))]
         self._proven[kinds] = None
         return self._prove(kinds, given)
+
+    @staticmethod
+    def _kind_of(x: torch.Tensor) -> Any:
+        """Inputs for which a proof is as good as for others of the same kind."""
+        return x.shape, x.stride(), x.dtype
 
     def _prove(self, kinds: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
         """The result for ``given``, and the end of the program if it is not what the layers give."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tilewright.kernels.attention.operator import why_not_shapes
+from tilewright.kernels.cpu.recording import recorded
 from tilewright.kernels.dispatch.layers import can_bypass_dispatcher, profiler_enabled
 from tilewright.kernels.dispatch.router import resolve
 from tilewright.kernels.dispatch.same import holds_values
@@ -34,7 +35,7 @@ def supports(
             return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return can_bypass_dispatcher(query, profiler=True)
+    return can_bypass_dispatcher(query, profiler=True, listeners=True)
 
 
 def attention(
@@ -48,6 +49,19 @@ def attention(
     """See ``attention.reference``; for arguments that ``supports`` has accepted."""
     if torch.compiler.is_compiling() or profiler_enabled():
         return torch.ops.tilewright.attention(query, key, value, mask, causal, scale)
+    return _attend(query, key, value, mask, causal, scale)
+
+
+@recorded("attention")
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
     batch, heads, queries, width = query.shape
     function = resolve("attention", batch * heads * queries, key.shape[2], width, query.dtype, query.device)
-    return function(query, key, value, mask, causal, scale)
+    y: torch.Tensor = function(query, key, value, mask, causal, scale)
+    return y

@@ -35,8 +35,9 @@ KERNELS = (
     "conv_winograd.c",
     "conv_int8.c",
     "conv_simple.c",
-    "conv_program.c",
     "attention.c",
+    "norm.c",
+    "program.c",
     "sparse24.c",
 )
 HEADERS = tuple(sorted(path.name for path in FOLDER.glob("*.h")))

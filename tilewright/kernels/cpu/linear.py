@@ -152,6 +152,13 @@ def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, correction
 
 
+def packed_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight`` int8 [N, K] in the order of int8_linear.c and its correction, made once for as long as it lives
+    unchanged.
+    """
+    return packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
+
+
 def prepare_int8(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -162,7 +169,7 @@ def prepare_int8(
 ) -> Prepared:
     """``int8_linear``."""
     n = len(weight)
-    packed_weight = packed(weight, native.layout("int8"), lambda: _pack_int8(weight))
+    packed_weight = packed_int8(weight)
     fixed = (*packed_weight, n, k, weight_scale.contiguous(), _floats(bias), _floats(channel_scale))
     stride, scratch_rows = native.function("int8_row_bytes")(k), native.function("int8_rows")
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright.kernels.cpu.replay_steps import IN_PLACE, NATIVE
+from tilewright.kernels.dispatch.layers import Listener
 
 _local = threading.local()
 
@@ -26,7 +26,7 @@ class Call(NamedTuple):
     result: Any
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Listener):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []

@@ -10,53 +10,9 @@ import torch
 from tilewright.kernels.activation import TABLE
 from tilewright.kernels.conv_geometry import check_sizes
 from tilewright.kernels.cpu import steps as conv_steps
+from tilewright.kernels.cpu.lowering import Lowering, NotNative
+from tilewright.kernels.cpu.replay_rows import ROWS
 from tilewright.kernels.cpu.steps import Description, describe, set_residual, set_window
-
-
-class NotNative(Exception):
-    """The C kernels do not take this call."""
-
-
-class Lowering:
-    """What the functions of ``NATIVE`` share: where recorded tensors are found, what must stay alive, what is known."""
-
-    def __init__(self, live: Callable[[torch.Tensor], torch.Tensor]):
-        self.live = live
-        self.kept: list[Any] = []
-        self._nonnegative: set[int] = set()
-
-    def image(self, recorded: torch.Tensor) -> torch.Tensor:
-        """Where ``recorded`` is, as channels-last [N, C, H, W]; [N, C] has one pixel."""
-        tensor = self.live(recorded)
-        if tensor.dim() == 2:
-            tensor = tensor[:, :, None, None]
-        if tensor.dim() != 4 or tensor.dtype not in conv_steps.TYPES or not conv_steps.is_channels_last(tensor):
-            raise NotNative
-        if 0 in tensor.shape:
-            raise NotNative
-        return tensor
-
-    def input(self, recorded: torch.Tensor, made: list[Description]) -> torch.Tensor:
-        """``image``, by way of a copy that ``made`` begins with where the order is another."""
-        tensor = self.live(recorded)
-        if tensor.dim() != 4 or tensor.dtype != torch.float32 or conv_steps.is_channels_last(tensor):
-            return self.image(recorded)
-        copy = torch.empty_like(tensor, memory_format=torch.channels_last)
-        self.kept.append(copy)
-        made.append(conv_steps.describe_convert(tensor, copy))
-        return copy
-
-    def is_nonnegative(self, recorded: torch.Tensor) -> bool:
-        """Whether an int8 tensor is known to hold 0 to 127."""
-        return recorded.untyped_storage().data_ptr() in self._nonnegative
-
-    def set_nonnegative(self, recorded: torch.Tensor) -> None:
-        """Say so."""
-        self._nonnegative.add(recorded.untyped_storage().data_ptr())
-
-    def clear_signs(self, results: list[torch.Tensor]) -> None:
-        """Another operator wrote these."""
-        self._nonnegative -= {tensor.untyped_storage().data_ptr() for tensor in results}
 
 
 def _conv(operator: str) -> Callable[..., list[Description]]:
@@ -144,6 +100,8 @@ def _max_pool(
     result: Any,
 ) -> list[Description]:
     output = result[0] if isinstance(result, (tuple, list)) else result
+    if output is not result and plan.is_read_later(result[1]):
+        raise NotNative
     d = describe(conv_steps.MAX_POOL, plan.image(x), plan.image(output))
     top, left = _pair(padding)
     set_window(d, _pair(kernel_size), _pair(stride or kernel_size), (top, top, left, left), _pair(dilation))
@@ -200,6 +158,9 @@ def _quantized_mean(
 def _add(plan: Lowering, a: Any, b: Any, alpha: float = 1, *, result: torch.Tensor) -> list[Description]:
     if not isinstance(b, torch.Tensor) or a.shape != b.shape or alpha != 1 or a.dtype != b.dtype:
         raise NotNative
+    if a.dim() != 4:  # rows are images of one pixel
+        first, second, target = (plan.rows(each)[:, :, None, None] for each in (a, b, result))
+        return _combine_images(plan, conv_steps.ADD, first, second, target)
     return _combine(plan, conv_steps.ADD, a, b, result)
 
 
@@ -213,11 +174,23 @@ def _combine(
     zero_points: Sequence[int] = (0, 0, 0),
 ) -> list[Description]:
     """scales, zero_points: of a, of b, of the result."""
-    d = describe(kind, plan.image(a), plan.image(result))
-    set_residual(d, plan.image(b), scales[1], zero_points[1])
+    plan.forget([result])
+    return _combine_images(plan, kind, plan.image(a), plan.image(b), plan.image(result), scales, zero_points)
+
+
+def _combine_images(
+    plan: Lowering,
+    kind: int,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    result: torch.Tensor,
+    scales: Sequence[float] = (1, 1, 1),
+    zero_points: Sequence[int] = (0, 0, 0),
+) -> list[Description]:
+    d = describe(kind, a, result)
+    set_residual(d, b, scales[1], zero_points[1])
     d.x_scale, d.y_scale = scales[0], scales[2]
     d.x_zero, d.y_zero = zero_points[0], zero_points[2]
-    plan.clear_signs([result])
     return [d]
 
 
@@ -323,6 +296,7 @@ NATIVE: dict[str, Callable[..., list[Description]]] = {
     "step add": _quantized_add,
     "step dequantize": _dequantize,
     "step mark": _mark,
+    **ROWS,
 }
 #: Steps that write to their first argument.
 IN_PLACE = ("step mark",)

@@ -1,7 +1,7 @@
 """Steps of a network for the C kernels: convolutions with packed weights, pooling, sums, products, changes of type.
 
-A ``Step`` is the structure of conv.h with the tensors it points to. One call executes any number of them, without the
-interpreter in between.
+A ``Description`` is the structure of program.h with the tensors it points to. One call executes any number of them,
+without the interpreter in between.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tilewright.kernels.dispatch.same import TensorCache, version_of
 
 FLOAT32, INT8, UINT8, NONNEGATIVE = range(4)
 CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD, MARK = range(10)
+INT8_QUANTIZE, INT8_PRODUCT, ATTENTION, NORM = range(10, 14)  # which row_steps describes
 TYPES = {torch.float32: FLOAT32, torch.int8: INT8, torch.uint8: UINT8}
 #: Those that the kernels have, by their numbers in C.
 ACTIVATIONS = {row.name: row.number for row in TABLE.values() if "convolution" in row.native}
@@ -77,11 +78,15 @@ def convolution(
 
 
 class Description(ctypes.Structure):
-    """``tw_step`` of conv.h. kept: what it points to."""
+    """``tw_step`` of program.h. kept: what it points to. described: what ``job`` points to (``row_steps``)."""
 
     kept: tuple[torch.Tensor, ...]
+    described: ctypes.Structure | None = None
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("kind", "x_type", "y_type", "r_type", "activation", "gather")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("kind", "x_type", "y_type", "r_type", "activation", "gather", "independent")
+        ),
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels")),
         *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels")),
         *((name, ctypes.c_int64) for name in ("kernel_height", "kernel_width", "stride_height", "stride_width")),
@@ -94,6 +99,8 @@ class Description(ctypes.Structure):
         ),
         *((name, ctypes.c_float) for name in ("slope", "x_scale", "r_scale", "y_scale")),
         *((name, ctypes.c_float) for name in ("x_zero", "r_zero", "y_zero")),
+        ("job", ctypes.c_void_p),
+        ("units", ctypes.c_int64 * 2),
     ]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.card import Card, card_of
@@ -27,6 +28,15 @@ _MOST_WEIGHTS = 4096
 #: The attribute of a layer that holds what is known of its calls.
 _SLOT = "_known_calls"
 _forward_ad = torch.autograd.forward_ad
+
+
+class Listener(TorchDispatchMode):
+    """A mode of ours that lets every operator do what it does: implementations are chosen as without it."""
+
+
+def _only_listeners() -> bool:
+    """Whether every mode that sees the operators called now is a ``Listener``."""
+    return all(isinstance(mode, Listener) for mode in _get_current_dispatch_mode_stack())
 
 
 def _probe() -> tuple[Callable[[], Any], ...]:
@@ -55,14 +65,16 @@ def profiler_enabled() -> bool:
     return bool(torch._C._autograd._profiler_enabled())
 
 
-def can_bypass_dispatcher(x: torch.Tensor, *, profiler: bool = False) -> bool:
-    """Whether a call on ``x`` may leave the dispatcher out. profiler: the caller asks himself whether it is on."""
+def can_bypass_dispatcher(x: torch.Tensor, *, profiler: bool = False, listeners: bool = False) -> bool:
+    """Whether a call on ``x`` may leave the dispatcher out. profiler: the caller asks himself whether it is on.
+    listeners: those of ours that listen need not hear of it.
+    """
     if type(x) is not torch.Tensor or _watchers is None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     grad, dispatch, function, transform, tracing, profiling = _watchers  # a loop takes twice as long
     return not (
         grad()
-        or dispatch()
+        or (dispatch() and not (listeners and _only_listeners()))
         or function()
         or transform()
         or tracing()

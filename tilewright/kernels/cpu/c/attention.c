@@ -7,12 +7,13 @@
    time from the scores to the result. A row whose keys are all masked gives zeros. */
 #include "numbers.h"
 #include "parallel.h"
+#include "program.h"
 #include "vector.h"
 
 #include <math.h>
 #include <string.h>
 
-/* Mirrored by kernels/attention/cpu.py. Strides count elements (bytes in a mask of bytes), the last dimension of q, k and
+/* Mirrored by kernels/cpu/attention.py. Strides count elements (bytes in a mask of bytes), the last dimension of q, k and
    v is contiguous, and that of a mask is contiguous or has stride 0. */
 typedef struct {
     const float *q, *k, *v;
@@ -41,18 +42,12 @@ static int64_t value_floats(const attention *job) { return round_up(job->value_w
 
 /* What AVX-512 and AVX2 have different words for. */
 #if defined(__AVX512F__)
-static inline float v_total(vec v) { return _mm512_reduce_add_ps(v); }
 static inline float v_largest(vec v) { return _mm512_reduce_max_ps(v); }
 /* `below` where the sign bit of `sign` is set, else `otherwise`. */
 static inline vec v_where_negative(vec sign, vec below, vec otherwise) {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign)), otherwise, below);
 }
 #else
-static inline float v_total(vec v) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 static inline float v_largest(vec v) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -249,22 +244,14 @@ static void attend(const attention *job, int64_t batch, int64_t head, int64_t fi
     }
 }
 
-typedef struct {
-    const attention *job;
-    tw_queue *units;
-} attention_part_job;
-
 /* Floats of scratch memory that one thread needs. */
 EXPORT int64_t ISA_NAME(tw_attention_scratch)(const attention *job) {
     return panel_floats(job) + value_floats(job) +
            ROWS * (round_up(job->keys, LANES) + round_up(job->value_width, LANES));
 }
 
-static void attention_part(void *data) {
-    const attention *job = ((attention_part_job *)data)->job;
-    tw_queue *queue = ((attention_part_job *)data)->units;
-    int number, threads;
-    tw_team(&number, &threads);
+/* The units that thread `number` takes from the queue. */
+static void attend_taken(const attention *job, tw_queue *queue, int number, int threads) {
     float *scratch = job->scratch + number * ISA_NAME(tw_attention_scratch)(job);
     const int64_t blocks = (job->queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
     const int64_t units = job->batch * job->heads * blocks;
@@ -278,11 +265,28 @@ static void attention_part(void *data) {
         }
 }
 
+/* A step of a program; there is scratch memory for job->threads. */
+void ISA_NAME(tw_attention_step)(tw_step *step, int number, int threads) {
+    attend_taken(step->job, &step->units, number, threads);
+}
+
+typedef struct {
+    const attention *job;
+    tw_queue *units;
+} attention_call;
+
+static void attention_part(void *data) {
+    const attention_call *call = data;
+    int number, threads;
+    tw_team(&number, &threads);
+    attend_taken(call->job, call->units, number, threads);
+}
+
 /* Returns 0, or 1 where this build has no vectors. */
 EXPORT int ISA_NAME(tw_attention)(const attention *job) {
     tw_queue units = {{0, 0}};
-    attention_part_job part = {job, &units};
-    tw_parallel(attention_part, &part, job->threads);
+    attention_call call = {job, &units};
+    tw_parallel(attention_part, &call, job->threads);
     return 0;
 }
 
@@ -297,5 +301,7 @@ EXPORT int ISA_NAME(tw_attention)(const attention *job) {
     (void)job;
     return 1;
 }
+
+void ISA_NAME(tw_attention_step)(tw_step *step, int number, int threads) { (void)step, (void)number, (void)threads; }
 
 #endif

@@ -12,25 +12,21 @@
 
    With AMX, the quadruples of 64 k and 16 channels are a tile, and tiles stand one after the other. Without VNNI a
    quantised row stands in the scratch memory in 16 bits (int8_wide.h). */
-#include "amx.h"
 #include "epilogue.h"
+#include "int8_rows.h"
 #include "parallel.h"
-#include "quantize_row.h"
-#include "simd.h"
 
-/* K_STEP: k are packed in multiples of it. UNIT_ROWS: a thread takes rows in multiples of it. FEW_ROWS: so many are
+/* UNIT_ROWS: a thread takes rows in multiples of it. FEW_ROWS: so many are
    multiplied without tiles, or without widening their weights first. */
 #if defined(__AMX_INT8__)
-enum { K_STEP = AMX_BYTES, UNIT_ROWS = 2 * AMX_ROWS, ROW_GROUP = 64, FEW_ROWS = 6 };
+enum { UNIT_ROWS = 2 * AMX_ROWS, ROW_GROUP = 64, FEW_ROWS = 6 };
 #elif WIDEN_INTEGERS
 #include "int8_wide.h"
-enum { K_STEP = 4, UNIT_ROWS = WIDE_ROWS, ROW_GROUP = 10 * WIDE_ROWS, FEW_ROWS = TILE_ROWS };
+enum { UNIT_ROWS = WIDE_ROWS, ROW_GROUP = 10 * WIDE_ROWS, FEW_ROWS = TILE_ROWS };
 #else
-enum { K_STEP = 4, UNIT_ROWS = TILE_ROWS, ROW_GROUP = 8 * TILE_ROWS };
+enum { UNIT_ROWS = TILE_ROWS, ROW_GROUP = 8 * TILE_ROWS };
 #endif
-enum { ZERO_POINT = 128, TALLEST_TILE = 6 };
-
-static int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+enum { TALLEST_TILE = 6 };
 
 /* Where the quadruples of vector v begin within a panel. */
 static inline int64_t quadruples(int64_t step, int v) {
@@ -46,15 +42,7 @@ EXPORT int64_t ISA_NAME(tw_int8_packed_bytes)(int64_t n, int64_t k) { return rou
 EXPORT int64_t ISA_NAME(tw_panel)(void) { return PANEL; }
 
 /* Bytes of a quantised row in the scratch memory; and how many rows are there for `rows`, since tiles are read whole. */
-EXPORT int64_t ISA_NAME(tw_int8_row_bytes)(int64_t k) {
-#if defined(__AMX_INT8__)
-    return (round_up(k, K_STEP) / K_STEP | 1) * K_STEP; /* odd: 16 rows are in as many sets of the cache */
-#elif WIDEN_INTEGERS
-    return ((2 * round_up(k, K_STEP) + 63) / 64 | 1) * 64; /* odd, as above */
-#else
-    return round_up(k, K_STEP);
-#endif
-}
+EXPORT int64_t ISA_NAME(tw_int8_row_bytes)(int64_t k) { return int8_row_bytes(k); }
 EXPORT int64_t ISA_NAME(tw_int8_rows)(int64_t rows) {
 #if defined(__AMX_INT8__)
     return round_up(rows, AMX_ROWS);
@@ -183,21 +171,9 @@ static void finish_tile(const linear_job *job, int32_t sums[][PANEL], int64_t ro
 
 /* Rows `begin` to `end` of those that begin at `first`. */
 static void quantize_part(const linear_job *job, int64_t first, int64_t begin, int64_t end, uint8_t *q, float *scale) {
-    const int64_t padding = round_up(job->k, K_STEP) - job->k, element = job->out.dtype == FLOAT32 ? 4 : 2;
-    q += begin * job->q_stride;
-#if WIDEN_INTEGERS
-    q += round_up(job->k, K_STEP); /* the second half of what a widened row takes */
-#endif
-    quantize_rows((const char *)job->x + (first + begin) * job->x_stride * element, job->out.dtype, end - begin,
-                  job->x_stride, job->k, job->channel_scale, ZERO_POINT, q, job->q_stride, scale + begin);
-    if (padding) /* its weights are 0 */
-        for (int64_t row = 0; row < end - begin; row++)
-            memset(q + row * job->q_stride + job->k, ZERO_POINT, (size_t)padding);
-#if WIDEN_INTEGERS
-    const int64_t bytes = round_up(job->k, K_STEP);
-    for (int64_t row = begin; row < end; row++, q += job->q_stride)
-        widen_activations(q, bytes, 0, (int16_t *)(q - bytes));
-#endif
+    const int64_t element = job->out.dtype == FLOAT32 ? 4 : 2;
+    quantize_for_product((const char *)job->x + (first + begin) * job->x_stride * element, job->out.dtype, end - begin,
+                         job->x_stride, job->k, job->channel_scale, q + begin * job->q_stride, scale + begin);
 }
 
 #if defined(__AMX_INT8__)
@@ -277,8 +253,21 @@ static void linear_by_rows(const linear_job *job, int number, int threads) {
     }
 }
 
+/* Multiplies `rows` quantised rows, the first of which is number `first`, by the panels that this thread takes. */
+static void multiply_taken(const linear_job *job, const uint8_t *q, const float *scale, int64_t first, int64_t rows,
+                           int64_t round, int threads, unfinished *wait) {
+    const int64_t panels = (job->out.n + PANEL - 1) / PANEL, groups = (rows + ROW_GROUP - 1) / ROW_GROUP;
+    const int64_t units = panels * groups, step = panels >= 8 * threads ? groups : 1; /* a panel stays in one cache */
+    for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
+        for (int64_t unit = taken; unit < taken + step; unit++) {
+            int64_t row = unit % groups * ROW_GROUP, left = rows - row;
+            multiply_group(job, q + row * job->q_stride, scale + row, first + row, left < ROW_GROUP ? left : ROW_GROUP,
+                           unit / groups * PANEL, wait);
+        }
+}
+
 static void linear_by_panels(const linear_job *job, int number, int threads) {
-    const int64_t q_stride = job->q_stride, panels = (job->out.n + PANEL - 1) / PANEL;
+    const int64_t q_stride = job->q_stride;
     const int own = job->sharing == ALL;
     uint8_t *q = job->q + (own ? number * ISA_NAME(tw_int8_rows)(job->m) * q_stride : 0);
     float *scale = job->scale + (own ? number * job->m : 0);
@@ -292,14 +281,7 @@ static void linear_by_panels(const linear_job *job, int number, int threads) {
         }
         quantize_part(job, first, begin, end, q, scale);
         if (!own) tw_barrier();
-        const int64_t groups = (rows + ROW_GROUP - 1) / ROW_GROUP, units = panels * groups;
-        const int64_t step = panels >= 8 * threads ? groups : 1; /* a panel stays in the cache of one core */
-        for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
-            for (int64_t unit = taken; unit < taken + step; unit++) {
-                int64_t row = unit % groups * ROW_GROUP, left = rows - row;
-                multiply_group(job, q + row * q_stride, scale + row, first + row, left < ROW_GROUP ? left : ROW_GROUP,
-                               unit / groups * PANEL, &wait);
-            }
+        multiply_taken(job, q, scale, first, rows, round, threads, &wait);
         finish_rest(job, &wait);
         if (first + job->block < job->m) tw_barrier(); /* the next block overwrites q */
     }
@@ -340,4 +322,45 @@ EXPORT int ISA_NAME(tw_int8_linear)(const int8_t *packed, const int32_t *correct
                       out, q, scale, block, sharing, &units, taken};
     tw_parallel(linear_part, &job, threads);
     return 0;
+}
+
+/* A linear layer as steps of a program: INT8_QUANTIZE writes q and scale, INT8_PRODUCT reads them. kernels/cpu/steps.py
+   holds the same structure. The members are the arguments of tw_int8_linear; all of x, q and scale is there. */
+typedef struct {
+    const int8_t *packed;
+    const int32_t *correction;
+    const float *weight_scale, *bias, *channel_scale;
+    const void *x, *residual;
+    void *y;
+    uint8_t *q;
+    float *scale;
+    int64_t m, n, k, x_stride;
+    int32_t dtype, activation;
+} int8_step;
+
+void ISA_NAME(tw_int8_quantize_step)(tw_step *step, int number, int threads) {
+    const int8_step *s = step->job;
+    const int64_t element = s->dtype == FLOAT32 ? 4 : 2;
+    int64_t begin, end;
+    share_of(s->m, number, threads, &begin, &end);
+    quantize_for_product((const char *)s->x + begin * s->x_stride * element, s->dtype, end - begin, s->x_stride, s->k,
+                         s->channel_scale, s->q + begin * int8_row_bytes(s->k), s->scale + begin);
+}
+
+void ISA_NAME(tw_int8_product_step)(tw_step *step, int number, int threads) {
+    const int8_step *s = step->job;
+    (void)number;
+    output out = {s->bias, s->residual, s->activation, s->y, s->dtype, s->n};
+    linear_job job = {.packed = s->packed, .correction = s->correction, .k = s->k, .q_stride = int8_row_bytes(s->k),
+                      .weight_scale = s->weight_scale, .m = s->m, .out = out, .units = &step->units};
+    unfinished wait;
+    begin_waiting(&wait);
+#if defined(__AMX_INT8__)
+    if (s->m > FEW_ROWS) amx_begin();
+#endif
+    multiply_taken(&job, s->q, s->scale, 0, s->m, 0, threads, &wait);
+    finish_rest(&job, &wait);
+#if defined(__AMX_INT8__)
+    if (s->m > FEW_ROWS) amx_end();
+#endif
 }

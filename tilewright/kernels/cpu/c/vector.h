@@ -22,6 +22,7 @@ static inline vec v_add_product(vec sum, vec a, vec b) { return v_fma(a, b, sum)
 #define v_max(a, b) _mm512_max_ps(a, b) /* NaN in b stays, as in v_min */
 #define v_min(a, b) _mm512_min_ps(a, b)
 #define v_round(a) _mm512_roundscale_ps(a, 0)
+static inline float v_total(vec v) { return _mm512_reduce_add_ps(v); }
 static inline int v_all_ordered(vec v) { return !_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); } /* no NaN */
 static inline vec v_power_of_two(vec n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
@@ -63,6 +64,11 @@ static inline vec v_add_product(vec sum, vec a, vec b) {
 #define v_max(a, b) _mm256_max_ps(a, b)
 #define v_min(a, b) _mm256_min_ps(a, b)
 #define v_round(a) _mm256_round_ps(a, 0)
+static inline float v_total(vec v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 static inline int v_all_ordered(vec v) { return !_mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
 static inline vec v_power_of_two(vec n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));

@@ -1,0 +1,188 @@
+"""Steps of programs that work on rows: each against float64 or the layers, on every instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tilewright as tw
+from tilewright.kernels.attention import call
+from tilewright.kernels.cpu import native, steps
+from tilewright.kernels.cpu.replay import Replays
+from tilewright.kernels.cpu.replay_plan import Replay
+
+REASON = steps.why_no_kernels()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+@pytest.fixture
+def isa(isa: str) -> str:
+    """Every instruction set that the processor has vectors for."""
+    if not steps.lanes():
+        pytest.skip(f"needs vectors, which {isa} has not")
+    return isa
+
+
+def replayed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, Replay]:
+    """What the replay of ``function`` gives for other inputs than it was recorded on."""
+    fast = Replays(function)
+    with torch.no_grad():
+        others = [torch.randn_like(x) if x.is_floating_point() else x for x in inputs]
+        fast(*others), fast(*others)
+        assert fast.replays, fast.why_not
+        assert not fast.replays[0].python_steps
+        return fast(*inputs), fast.replays[0]
+
+
+def test_a_description_is_the_structure_of_the_c_kernels() -> None:
+    size = getattr(native._load()[0], f"tw_step_size_{native.isa()}")
+    size.restype = ctypes.c_int64
+    assert size() == ctypes.sizeof(steps.Description)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 7), (2, 64), (5, 127), (70, 384), (9, 1030)])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_layer_norm(isa: str, rows: int, columns: int, affine: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(columns, elementwise_affine=affine, eps=1e-6)
+    if affine:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x, residual = torch.randn(rows, columns) + 3, torch.randn(rows, columns)
+    y, replay = replayed(lambda a, b: norm(a + b), x, residual)
+    assert replay.native_steps == 2 and len(replay.parts[0].steps) == 1
+    exact = norm.double()(x.double() + residual.double())
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5 if columns > 1 else 1e-2)
+    assert (replayed(norm.float(), x)[0].double() - norm.double()(x.double())).abs().max() < 1e-4 or columns == 1
+
+
+def test_a_sum_that_is_read_later_is_kept(isa: str) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(33)
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        total = a + b
+        return norm(total) + total
+
+    a, b = torch.randn(2, 5, 33), torch.randn(2, 5, 33)
+    y, _ = replayed(function, a, b)
+    torch.testing.assert_close(y, function(a, b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 33, 65, 130])
+@pytest.mark.parametrize("k, n", [(64, 64), (96, 40), (30, 130)], ids=["whole", "narrow", "ragged"])
+def test_products_of_rows_that_are_quantised_once(isa: str, rows: int, k: int, n: int) -> None:
+    torch.manual_seed(0)
+    layers = [tw.nn.Int8Linear.from_float(nn.Linear(k, n), activation=a) for a in ("none", "gelu", "relu")]
+    norm = nn.LayerNorm(k)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        x = norm(x)
+        return torch.cat([layers[0](x), layers[1](x), layers[2](x)], -1)
+
+    x = torch.randn(1, rows, k)
+    fast = Replays(function)
+    with torch.no_grad():
+        fast(x), fast(x)
+        (replay,) = fast.replays
+        # The norm quantises; the three products follow, and only the first waits for it.
+        assert [step.kind for step in replay.parts[0].steps] == [steps.NORM, *[steps.INT8_PRODUCT] * 3]
+        assert [step.independent for step in replay.parts[0].steps] == [0, 0, 1, 1]
+        torch.testing.assert_close(fast(x), function(x), rtol=0.02, atol=0.05)
+
+
+def test_products_are_bit_for_bit_those_of_the_layers(isa: str) -> None:
+    torch.manual_seed(0)
+    first = tw.nn.Int8Linear.from_float(nn.Linear(100, 70), activation="gelu")
+    second = tw.nn.Int8Linear.from_float(nn.Linear(70, 33, bias=False))
+    function = nn.Sequential(first, second)
+    for rows in (1, 7, 100):
+        x = torch.randn(rows, 100)
+        x[rows // 2, 3] = torch.nan if rows > 1 else 1.0
+        y, _ = replayed(function, x)
+        with torch.no_grad():
+            expected = function(x)
+        assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
+        assert rows == 1 or (y.isnan().any(1).sum() == 1 and y[rows // 2].isnan().all())
+
+
+@pytest.mark.parametrize(
+    "batch, heads, kv_heads, length, width", [(1, 1, 1, 1, 8), (2, 3, 3, 9, 32), (3, 4, 2, 130, 24)]
+)
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+def test_attention(isa: str, batch: int, heads: int, kv_heads: int, length: int, width: int, mask: str) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(batch, length, heads, width)
+    k, v = (torch.randn(batch, length, kv_heads, width) for _ in range(2))
+    given = {"none": None, "causal": None, "bool": torch.rand(batch, 1, 1, length) > 0.3}
+    given["float"] = torch.randn(batch, heads, length, length)
+    inputs = [q, k, v] if given[mask] is None else [q, k, v, given[mask]]
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        assert call.supports(q, k, v, seen, mask == "causal")
+        return call.attention(q, k, v, seen, mask == "causal", 0.2).transpose(1, 2).flatten(2) + 0.0
+
+    fast = Replays(function)
+    with torch.no_grad():
+        for _ in range(2):
+            fast(*[torch.randn_like(x) if x.is_floating_point() else ~x for x in inputs])
+        assert fast.replays, fast.why_not
+        y = fast(*inputs)
+    wide = [t.double().transpose(1, 2).repeat_interleave(heads // t.shape[2], 1) for t in (q, k, v)]
+    added = given[mask].double() if mask == "float" else given[mask]
+    exact = F.scaled_dot_product_attention(*wide, attn_mask=added, is_causal=mask == "causal", scale=0.2)
+    exact = exact.nan_to_num()  # queries that see nothing
+    torch.testing.assert_close(y.double(), exact.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+
+
+def _block() -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    torch.manual_seed(0)
+    parts = nn.ModuleDict({name: tw.nn.Int8Linear.from_float(nn.Linear(48, 48)) for name in "qkvo"})
+    parts["up"] = tw.nn.Int8Linear.from_float(nn.Linear(48, 96), activation="gelu")
+    parts["down"] = tw.nn.Int8Linear.from_float(nn.Linear(96, 48))
+    parts["first"], parts["second"] = nn.LayerNorm(48), nn.LayerNorm(48)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (parts[name](x).view(*x.shape[:2], 4, 12).transpose(1, 2) for name in "qkv")
+        y = call.attention(q, k, v).transpose(1, 2).flatten(2)
+        x = parts["first"](parts["o"](y) + x)
+        return parts["second"](parts["down"](parts["up"](x)) + x)
+
+    return parts, function
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (7, 5), (3, 40)])
+def test_a_block_is_one_call_whatever_the_number_of_threads(isa: str, shape: tuple[int, int]) -> None:
+    _, function = _block()
+    x, results = torch.randn(*shape, 48), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, replay = replayed(function, x)
+            assert replay.c_calls == 1 and not replay.copied
+            results.append(y)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    with torch.no_grad():
+        torch.testing.assert_close(results[0], function(x), rtol=0.02, atol=0.02)
+
+
+def test_a_written_weight_is_seen(isa: str) -> None:
+    parts, function = _block()
+    x = torch.randn(2, 6, 48)
+    fast = Replays(function)
+    with torch.no_grad():
+        for _ in range(3):
+            fast(x)
+        parts["first"].weight.mul_(3)
+        parts["up"].weight_scale.mul_(2)
+        torch.testing.assert_close(fast(x), function(x), rtol=0.02, atol=0.02)
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), function(x), rtol=0.02, atol=0.02)

@@ -1,0 +1,218 @@
+"""The ``forward`` of a transformer's blocks, and of the stack of them: one program where it can be.
+
+A block is what a list of modules holds, with attention by our kernel and int8 linear layers inside; the module around
+the list, such as the encoder of a BERT, is its stack. What a program computes depends on how it is called: with a mask
+or without, in how many dimensions. So the code is read when it is first called in some way (``trace_call``), and the
+graph becomes a ``Program``, which is proven against the layers and replayed. A stack that cannot be read runs by its
+class, and its blocks have programs of their own; so it is with a stack in which a hook listens to one block.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewright.convert.graph import Untraceable, trace_call
+from tilewright.convert.graph.attention import AttentionConfig
+from tilewright.convert.graph.capture import describe
+from tilewright.convert.network.program import Program
+from tilewright.convert.record import join
+from tilewright.convert.structure import ReplacedForward
+from tilewright.kernels.cpu import steps
+from tilewright.kernels.cpu.replay import is_special
+from tilewright.kernels.dispatch import router
+from tilewright.nn import QuantizedLinear
+
+#: Ways of calling one block that are told apart.
+MOST_WAYS = 16
+#: Elements of an input up to which a stack is one program: while it is read and recorded, all that its layers make is
+#: kept, and beyond, what Python costs between two layers is little.
+MOST_ELEMENTS = 1 << 19
+#: Operators of linear layers that the C kernels have as steps.
+_STEPS = ("int8_linear",)
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+class _BlockProgram(Program):
+    """One for each way of calling. Sentences have many lengths: where the code asks about a length, the graph asks
+    again, so one proof is enough for all of them but 1, which broadcasts.
+    """
+
+    most_replays = 64
+
+    @staticmethod
+    def _kind_of(x: torch.Tensor) -> Any:
+        return tuple(size == 1 for size in x.shape), x.dtype
+
+
+class Block(ReplacedForward):
+    """A callable in place of ``owner.forward``. stack: whether the owner holds the list of blocks."""
+
+    def __init__(self, owner: nn.Module):
+        self.owner = owner
+        self.stack = any(isinstance(child, nn.ModuleList) for child in owner.children())
+        self._make()
+
+    def _make(self) -> None:
+        #: By the way of calling: the program, or why there is none, in words.
+        self.programs: dict[Any, Program | str] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self.owner, "stack": self.stack}  # a copy reads its own code
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.owner, self.stack = state["owner"], state["stack"]
+        self._make()
+
+    @property
+    def __code__(self) -> Any:
+        # torch.export looks where the code of a forward lies.
+        return inspect.unwrap(type(self.owner).forward).__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        parameters = inspect.signature(type(self.owner).forward).parameters.values()
+        return inspect.Signature(list(parameters)[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the owner's class computes."""
+        owner = self.owner
+        if torch.compiler.is_compiling():
+            return type(owner).forward(owner, *args, **kwargs)
+        if owner.training or torch.is_grad_enabled() or is_special() or router.records_problems():
+            return type(owner).forward(owner, *args, **kwargs)
+        way, tensors, others = _way(type(owner), args, kwargs)
+        if self.stack and any(x.numel() > MOST_ELEMENTS for x in tensors.values()):
+            way = None
+        program = None if way is None else self.programs.get(way)
+        if program is None and way is not None:
+            program = self._read(way, tensors, others)
+        if isinstance(program, Program) and program.refused is None:
+            return program.run(tuple(tensors.values()))
+        result = type(owner).forward(owner, *args, **kwargs)
+        if isinstance(program, str) and way is not None:  # after the call: what the layers refuse says nothing
+            self.programs.setdefault(way, program)
+        return result
+
+    def _read(self, way: Any, tensors: Mapping[str, torch.Tensor], others: dict[str, Any]) -> Program | str | None:
+        """The program for calls of this kind, or why there is none; None while another thread reads the code."""
+        if reason := steps.why_no_kernels():
+            return reason
+        if any(x.device.type != "cpu" for x in tensors.values()):
+            return "its inputs are on another device"
+        if len(self.programs) >= MOST_WAYS:
+            return None
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            program = _BlockProgram(trace_call(self.owner, tensors, others))
+        except Untraceable as error:
+            where = type(self.owner).__name__ if not error.path else error.path
+            return f"{where}: {error.reason}"
+        except Exception as error:  # the layers decide whether it is one of the caller's
+            return describe(error)
+        finally:
+            self._lock.release()
+        self.programs[way] = program
+        return program
+
+    @property
+    def state(self) -> str:
+        """In words, how it runs."""
+        programs = [each for each in list(self.programs.values()) if isinstance(each, Program) and not each.refused]
+        reasons = [each if isinstance(each, str) else each.refused for each in list(self.programs.values())]
+        replayed = [replay for each in programs if each._replays is not None for replay in each._replays.replays]
+        if replayed:
+            calls = replayed[-1].c_calls
+            return f"one program: {replayed[-1].native_steps} operators in {calls} C call{'s' * (calls > 1)}"
+        not_replayed = [each._replays.why_not for each in programs if each._replays is not None]
+        if found := [each for each in (*not_replayed, *reasons) if each]:
+            return f"layer by layer: {found[-1]}"
+        return "one program, from the third call on" if programs else "not called in inference yet"
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameter_names(kind: Any) -> tuple[str, ...] | None:
+    """Of ``forward``; None where it takes any number of arguments."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters):
+        return None
+    return tuple(each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD)
+
+
+def _way(
+    kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    """How a module of the class ``kind`` is called, fit for a key; the tensors among its arguments, and the others. The
+    first is None where one is neither a tensor nor a constant.
+    """
+    names = _parameter_names(kind)
+    if names is None or len(args) > len(names):
+        return None, {}, {}
+    given = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
+    tensors: dict[str, torch.Tensor] = {}
+    others: dict[str, Any] = {}
+    for name, value in given.items():
+        if type(value) is torch.Tensor:
+            tensors[name] = value
+        elif type(value) in _CONSTANTS:
+            others[name] = value
+        else:
+            return None, {}, {}
+    if not tensors:
+        return None, {}, {}
+    return (*((name, x.dim(), x.dtype) for name, x in tensors.items()), *others.items()), tensors, others
+
+
+def _is_block(module: nn.Module) -> bool:
+    parts = list(module.modules())
+    attends = any(type(vars(part).get("config")) is AttentionConfig for part in parts)
+    return attends and any(isinstance(part, QuantizedLinear) and part.op_name in _STEPS for part in parts)
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The stacks and blocks of ``model`` that may have programs."""
+    for module in model.modules():
+        for child in module.children():
+            if not isinstance(child, nn.ModuleList):
+                continue
+            found = [part for part in child if _is_block(part)]
+            yield from found
+            # A whole model makes masks and positions, and decides whether there is a cache.
+            if found and not hasattr(module, "get_input_embeddings"):
+                yield module
+
+
+def install_blocks(model: nn.Module) -> None:
+    """Give the blocks of ``model`` and their stacks programs, in place of any that they have."""
+    remove_blocks(model)
+    for module in dict.fromkeys(blocks_of(model)):
+        if "forward" not in vars(module):
+            vars(module)["forward"] = Block(module)
+
+
+def remove_blocks(model: nn.Module) -> None:
+    """Let every block run its class's ``forward`` again."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), Block):
+            del vars(module)["forward"]
+
+
+def states_of(model: nn.Module) -> dict[str, str]:
+    """How the stacks and blocks of ``model`` run: name -> words. Blocks of a stack that is one program are left out."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        inside = any(
+            state.startswith("one program") and name.startswith(join(outer, "")) for outer, state in found.items()
+        )
+        if isinstance(forward, Block) and not inside:
+            found[name] = forward.state
+    return found

@@ -1,0 +1,76 @@
+"""What attention.c is told, and what it takes."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from tilewright.kernels.cpu import native, steps
+from tilewright.kernels.dispatch.problem import Problem
+
+#: Beyond so many keys, scores and packed keys outgrow the caches that the kernel counts on.
+MOST_KEYS = 512
+#: Beyond this width of a head likewise.
+WIDEST = 256
+
+
+class Job(ctypes.Structure):
+    """``attention`` of attention.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "y", "scratch")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width")),
+        *((name, ctypes.c_int64 * 3) for name in ("q_stride", "k_stride", "v_stride")),
+        ("mask_stride", ctypes.c_int64 * 4),
+        ("mask_is_bytes", ctypes.c_int32),
+        ("causal", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the C kernel does not take the problem (m queries of all heads, n keys, heads k wide), or None."""
+    if problem.x_dtype != torch.float32:
+        return f"takes float32, not {problem.x_dtype}"
+    if 0 in (problem.m, problem.n, problem.k):
+        return "nothing to attend to"
+    if problem.n > MOST_KEYS:
+        return f"takes {MOST_KEYS} keys at most, not {problem.n}"
+    if problem.k > WIDEST:
+        return f"takes heads of width {WIDEST} at most, not {problem.k}"
+    return native.why_no_native() or (None if steps.lanes() else f"is not built for {native.isa()}")
+
+
+def job(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    y: torch.Tensor,
+    threads: int,
+) -> Job:
+    """What attention.c is told, but for the scratch memory. The last dimension of query, key and value is contiguous,
+    that of the mask, float32 or bool, contiguous or expanded; y: contiguous [B, L, H, E].
+    """
+    batch, heads, queries, width = query.shape
+    kv_heads, keys, value_width = value.shape[1:]
+    mask_stride: tuple[int, ...] = (0, 0, 0, 0)
+    if mask is not None:
+        mask_stride = mask.expand(batch, heads, queries, keys).stride()
+    return Job(
+        *(t.data_ptr() for t in (query, key, value)),
+        None if mask is None else mask.data_ptr(),
+        y.data_ptr(),
+        None,
+        *(batch, heads, kv_heads, queries, keys, width, value_width),
+        *(t.stride()[:3] for t in (query, key, value)),
+        mask_stride,
+        mask is not None and mask.dtype == torch.bool,
+        causal,
+        scale,
+        threads,
+    )

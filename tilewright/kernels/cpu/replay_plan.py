@@ -1,0 +1,336 @@
+"""One recording made ready to run again: places for what it makes, and the steps that make it."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tilewright.kernels.cpu import native
+from tilewright.kernels.cpu.lowering import Lowering, NotNative
+from tilewright.kernels.cpu.recording import Call, tensors_in, written_by
+from tilewright.kernels.cpu.replay_rows import ROWS, grouped
+from tilewright.kernels.cpu.replay_steps import NATIVE
+from tilewright.kernels.cpu.row_steps import pointers_of, requantize
+from tilewright.kernels.cpu.steps import Description
+from tilewright.kernels.dispatch.same import SameTensors, version_of
+
+#: Recorded calls of which a step makes the first result alone.
+_FIRST_RESULT = ("aten.native_layer_norm.default", "aten.max_pool2d_with_indices.default")
+
+
+class CannotReplay(Exception):
+    """Why a recording cannot be replayed, in words."""
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@dataclass
+class _Part:
+    """Steps that run one after the other: those of one C call, or a function of Python in their place.
+
+    made: for each step the calls whose results are there after it.
+    """
+
+    made: list[list[Call]]
+    steps: list[Description]
+    function: Callable[[], None] | None = None
+    array: Any = None
+
+    def run(self, first: int, count: int, threads: int) -> None:
+        """Some of the steps of a C call."""
+        address = ctypes.addressof(self.array) + first * ctypes.sizeof(Description)
+        native.function("run_steps")(address, count, threads)
+
+
+class Replay:
+    """One recording, made ready to run for inputs of the recorded shapes and strides, on as many threads as there were
+    then. Raises CannotReplay.
+
+    calls, result: what ``record`` gave. watched: tensors that somebody else has an eye on.
+    """
+
+    def __init__(
+        self,
+        calls: list[Call],
+        result: Any,
+        inputs: tuple[torch.Tensor, ...],
+        watched: Sequence[torch.Tensor | None] = (),
+    ):
+        self.watched = {_storage(tensor) for tensor in watched if tensor is not None}
+        self.lock = threading.Lock()
+        made: set[int] = set()
+        groups = grouped([call for call in calls if not self._is_view(call, made)])
+        self._place(groups, inputs, result)
+        self._lower(groups)
+        if not self.native_steps:
+            raise CannotReplay("no operator of it has a C kernel")
+        leaves, self.structure = pytree.tree_flatten(result)
+        self.leaves = [self._live(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+    @staticmethod
+    def _is_view(call: Call, made: set[int]) -> bool:
+        """Whether the call computes nothing: it looks at memory that is there. Raises CannotReplay.
+
+        made: storages that calls before it have made, to which those of this one are added.
+        """
+        if call.name in ("aten.dropout.default", "aten.dropout_.default") and not call.args[2]:
+            return True
+        if any(_storage(tensor) not in made for tensor in written_by(call)):
+            raise CannotReplay(f"{call.name} writes to what the recorded function did not make itself")
+        results = tensors_in(call.result)
+        sources = {_storage(tensor) for tensor in tensors_in((call.args, call.kwargs))}
+        if results and all(_storage(tensor) in sources for tensor in results):
+            return not written_by(call)
+        made |= {_storage(tensor) for tensor in results}
+        if torch.Tag.nondeterministic_seeded in getattr(call.function, "tags", ()):
+            raise CannotReplay(f"{call.name} is random")
+        return False
+
+    # ---- memory
+    def _place(self, groups: list[list[Call]], inputs: tuple[torch.Tensor, ...], result: Any) -> None:
+        """Give what the calls make a place in one arena, which is free again after the last group that reads it."""
+        self.inputs = {_storage(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs}
+        #: Where each input began in its storage, of which it may be a part.
+        self.offsets = {_storage(x): x.storage_offset() for x in inputs}
+        if len(self.inputs) != len(inputs):
+            raise CannotReplay("two inputs share memory")
+        if any(stride == 0 and size > 1 for x in inputs for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise CannotReplay("an input is expanded")
+        born: dict[int, int] = {}
+        dies: dict[int, int] = {}
+        size: dict[int, int] = {}
+        constants: dict[int, torch.Tensor] = {}
+        for number, call in ((number, call) for number, group in enumerate(groups) for call in group):
+            for tensor in tensors_in((call.args, call.kwargs)):
+                key = _storage(tensor)
+                if key in born:
+                    dies[key] = number
+                elif key not in self.inputs:
+                    # A view, as of a transposed weight, is made anew in each call; what it looks at stays.
+                    owner = tensor._base if tensor._is_view() and tensor._base is not None else tensor
+                    constants[id(owner)] = owner
+            for tensor in tensors_in(call.result):
+                key = _storage(tensor)
+                if key not in self.inputs:
+                    born.setdefault(key, number)
+                    dies.setdefault(key, number)
+                    size[key] = tensor.untyped_storage().nbytes()
+        for tensor in tensors_in(result):
+            if _storage(tensor) not in born:
+                raise CannotReplay("it returns an input or a constant")
+            dies[_storage(tensor)] = len(groups)
+        others = [t for t in constants.values() if version_of(t) >= 0 and _storage(t) not in self.watched]
+        self.constants, self.same = list(map(weakref.ref, others)), SameTensors(others)
+        keys = sorted(born, key=born.__getitem__)
+        begins, total = arrange((born[key], dies[key], size[key]) for key in keys)
+        self.places = dict(zip(keys, begins, strict=True))
+        self.last_use = dies
+        self.arena = torch.empty(total, dtype=torch.uint8)
+
+    def _live(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a recorded tensor is found in a replay."""
+        key = _storage(tensor)
+        if key in self.places:
+            offset = self.places[key] // tensor.element_size() + tensor.storage_offset()
+            empty = torch.empty(0, dtype=tensor.dtype)
+            return empty.set_(self.arena.untyped_storage(), offset, tensor.shape, tensor.stride())
+        if key in self.inputs:
+            offset = tensor.storage_offset() - self.offsets[key]
+            if offset < 0:
+                raise CannotReplay("it looks at memory in front of its input")
+            return self.inputs[key].as_strided(tensor.shape, tensor.stride(), offset)
+        return tensor
+
+    # ---- steps
+    def _lower(self, groups: list[list[Call]]) -> None:
+        plan = Lowering(self._live, self.last_use)
+        self.parts: list[_Part] = []
+        self.native_steps = 0
+        self.python_steps: list[str] = []
+        #: Storages of inputs that functions of Python read.
+        read: set[int] = set()
+        for plan.group, group in enumerate(groups):
+            if not self._lower_group(plan, group):
+                for call in group:
+                    if len(group) > 1 and self._lower_group(plan, [call]):
+                        continue
+                    plan.forget([*tensors_in(call.result), *written_by(call)])
+                    self.parts.append(_Part([[call]], [], self._python_step(call)))
+                    self.python_steps.append(call.name)
+                    read |= {_storage(tensor) for tensor in tensors_in((call.args, call.kwargs))}
+        scratch = sorted(plan.scratch, key=lambda each: each.born)
+        begins, total = arrange((each.born, each.dies[0], each.size) for each in scratch)
+        self.scratch = torch.empty(total, dtype=torch.uint8)
+        for each, begin in zip(scratch, begins, strict=True):
+            for structure, name in each.members:
+                setattr(structure, name, self.scratch.data_ptr() + begin)
+        self.kept = plan.kept
+        for part in self.parts:
+            if part.function is None:
+                part.array = (Description * len(part.steps))(*part.steps)
+                copies = list(part.array)  # objects that stand for parts of the array, whose memory they share
+                for copy, step in zip(copies, part.steps, strict=True):
+                    copy.described = step.described
+                part.steps = copies
+        self.copied = [number for number, key in enumerate(self.inputs) if key in read]
+        self.patches = self._find_inputs()
+
+    def _lower_group(self, plan: Lowering, group: list[Call]) -> bool:
+        """Add the steps of calls that are lowered together; False, having added none, where one has no C kernel."""
+        if any(call.name not in NATIVE for call in group):
+            return False
+        made: list[tuple[Description, list[Call]]] = []
+        absorbed = group[0] if len(group) > 1 and group[0].name not in ROWS else None
+        for call in group:
+            if call is absorbed:
+                continue
+            plan.forget([*tensors_in(call.result), *written_by(call)])
+            plan.absorbed, plan.independent = absorbed, bool(made)
+            try:
+                described = NATIVE[call.name](plan, *call.args, result=call.result, **call.kwargs)
+            except NotNative:
+                return False
+            made += [(each, []) for each in described]
+            made[-1][1].append(call)
+        if absorbed is not None and plan.is_read_later(absorbed.result):
+            made[-1][1].append(absorbed)
+        self.native_steps += len(group)
+        if not self.parts or self.parts[-1].function is not None:
+            self.parts.append(_Part([], []))
+        self.parts[-1].steps += [each for each, _ in made]
+        self.parts[-1].made += [calls for _, calls in made]
+        return True
+
+    def _python_step(self, call: Call) -> Callable[[], None]:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._live, (call.args, call.kwargs))
+        places = [self._live(tensor) for tensor in tensors_in(call.result)]
+
+        def step() -> None:
+            for place, tensor in zip(places, tensors_in(call.function(*args, **kwargs)), strict=True):
+                if tensor.data_ptr() != place.data_ptr():  # or it was written in place
+                    place.copy_(tensor)
+
+        return step
+
+    def _find_inputs(self) -> list[tuple[ctypes.Structure, str, int, int]]:
+        """Where steps of the C kernels have the address of an input, which need not be copied: the structure, its
+        member, how far into the input, and its number.
+        """
+        spans = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in self.inputs.values()]
+        return [
+            (structure, name, address - begin, number)
+            for part in self.parts
+            for step in part.steps
+            for structure, name, address in pointers_of(step)
+            for number, (begin, end) in enumerate(spans)
+            if begin <= address < end
+        ]
+
+    # ---- running
+    @property
+    def c_calls(self) -> int:
+        """How often a call enters C."""
+        return sum(part.function is None for part in self.parts)
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory that it works in."""
+        return self.arena.numel() + self.scratch.numel()
+
+    def is_current(self) -> bool:
+        """Whether no constant that nobody else watches was replaced or written to since the recording."""
+        return self.same.match([reference() for reference in self.constants])
+
+    def _take(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        own = list(self.inputs.values())
+        for number in self.copied:
+            own[number].copy_(inputs[number])
+        for structure, name, offset, number in self.patches:
+            setattr(structure, name, inputs[number].data_ptr() + offset)
+
+    def __call__(self, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """The result for ``inputs``, in tensors of its own. The caller holds ``lock``."""
+        self._take(inputs)
+        threads = torch.get_num_threads()
+        for part in self.parts:
+            if part.function is not None:
+                part.function()
+            else:
+                part.run(0, len(part.steps), threads)
+        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+    def why_wrong(self, inputs: tuple[torch.Tensor, ...], calls: Iterable[Call]) -> str | None:
+        """What differs from the recording of ``calls`` on these inputs, in words, or None.
+
+        Each step is given what was recorded of those before, so that no difference grows on the way.
+        """
+        self._take(inputs)
+        threads = torch.get_num_threads()
+        #: What is written to later is no longer what a call gave.
+        last_written = {_storage(tensor): id(call) for call in calls for tensor in written_by(call)}
+        for part in self.parts:
+            for number, made in enumerate(part.made):
+                if part.function is not None:
+                    part.function()
+                else:
+                    part.run(number, 1, threads)
+                for call in made:
+                    tensors = tensors_in(call.result)[: 1 if call.name in _FIRST_RESULT else None]
+                    for tensor in tensors:
+                        if last_written.get(_storage(tensor), id(call)) != id(call):
+                            continue
+                        place = self._live(tensor)
+                        if not is_near(place, tensor, call.name in ROWS):
+                            return f"a step of the replay does not give what {call.name} gave"
+                        place.copy_(tensor)
+                if part.function is None and (again := requantize(part.steps[number])) is not None:
+                    native.function("run_steps")(ctypes.addressof(again), 1, threads)
+        return None
+
+    def forget_recording(self) -> None:
+        """Let go of the calls, and so of all that they have made."""
+        for part in self.parts:
+            part.made = []
+
+
+def arrange(lives: Iterable[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Where each of some pieces of memory begins, and how much there is in all, so that those which live at the same
+    time lie apart. lives: of each the first and the last moment, and its bytes; the first ones in order.
+    """
+    live: list[tuple[int, int, int]] = []  # begin, end, last use
+    begins, total = [], 0
+    for born, dies, size in lives:
+        live = sorted(each for each in live if each[2] >= born)
+        begin = 0
+        for used_begin, used_end, _ in live:
+            if begin + size <= used_begin:
+                break
+            begin = max(begin, used_end)
+        end = begin + (size + 63) // 64 * 64
+        live.append((begin, end, dies))
+        begins.append(begin)
+        total = max(total, end)
+    return begins, total
+
+
+def is_near(found: torch.Tensor, expected: torch.Tensor, strict: bool) -> bool:
+    """Whether two results of one operator on the same inputs are equal but for rounding; strict: of float32 sums in
+    another order.
+    """
+    if not expected.is_floating_point():
+        return not expected.numel() or int((found.int() - expected.int()).abs().max()) <= 1
+    relative, absolute = (1e-4, 1e-5) if strict else (1e-2, 1e-3)
+    a, b = found.double(), expected.double()
+    finite = b[b.isfinite()]
+    size = finite.abs().max().item() if finite.numel() else 0.0
+    return torch.allclose(a, b, relative, absolute * size, True)

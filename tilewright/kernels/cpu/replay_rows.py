@@ -1,0 +1,213 @@
+"""From recorded operators on rows to steps of the C kernels, as ``replay_steps`` does for images.
+
+Calls are lowered in groups: products of the same rows, which are quantised once and need not wait for each other; an
+addition and the normalisation of its result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tilewright.kernels.cpu import attention, linear, native, steps
+from tilewright.kernels.cpu.lowering import Lowering, NotNative, Scratch
+from tilewright.kernels.cpu.row_steps import Int8Step, NormStep, describe
+from tilewright.kernels.cpu.steps import Description
+from tilewright.kernels.dispatch.problem import Problem
+
+if TYPE_CHECKING:
+    from tilewright.kernels.cpu.recording import Call
+
+_INT8, _NORM, _ADD = "tilewright.int8_linear.default", "aten.native_layer_norm.default", "aten.add.Tensor"
+#: Sums of products of u8 and s8 must stay below 2^31.
+_LARGEST_K = 66_000
+#: Columns of a row whose sum fits the scratch memory of program.h.
+_MOST_COLUMNS = (768 << 10) // 4
+
+
+def grouped(calls: Sequence[Call]) -> list[list[Call]]:
+    """The calls in order, those that are lowered together in one list."""
+    groups: list[list[Call]] = []
+    for call in calls:
+        last = groups[-1] if groups else []
+        if last and (_same_rows(last, call) or _normalises(last, call)):
+            last.append(call)
+        else:
+            groups.append([call])
+    return groups
+
+
+def _same_rows(last: list[Call], call: Call) -> bool:
+    """Whether ``call`` multiplies the rows that those of ``last`` do, and reads nothing that they make."""
+    if call.name != _INT8 or last[0].name != _INT8:
+        return False
+    mine, theirs = _int8_arguments(call), _int8_arguments(last[0])
+    if mine.get("residual") is not None or _place(mine["x"]) != _place(theirs["x"]):
+        return False
+    storages = {_storage(each.result) for each in last}
+    return _storage(mine["x"]) not in storages and _storage(call.result) not in storages
+
+
+def _normalises(last: list[Call], call: Call) -> bool:
+    if call.name != _NORM or len(last) != 1 or last[0].name != _ADD or last[0].kwargs:
+        return False
+    a, b = last[0].args[:2]
+    same = isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype == torch.float32
+    return same and len(last[0].args) == 2 and _place(call.args[0]) == _place(last[0].result)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _int8_arguments(call: Call) -> dict[str, Any]:
+    declared = torch.ops.tilewright.int8_linear.default._schema.arguments
+    return {**dict(zip([argument.name for argument in declared], call.args, strict=False)), **call.kwargs}
+
+
+# ---- int8 products
+def _int8_linear(plan: Lowering, *args: Any, result: torch.Tensor, **kwargs: Any) -> list[Description]:
+    declared = torch.ops.tilewright.int8_linear.default._schema.arguments
+    given = {**dict(zip([argument.name for argument in declared], args, strict=False)), **kwargs}
+    x, weight, residual = given["x"], given["weight"], given.get("residual")
+    rows, target, activation = plan.rows(x), plan.rows(result), given.get("activation", "none")
+    (m, k), n = rows.shape, len(weight)
+    if activation not in native.ACTIVATIONS or k > _LARGEST_K or not target.is_contiguous():
+        raise NotNative
+    added = None if residual is None else plan.rows(residual)
+    if added is not None and (added.shape != target.shape or not added.is_contiguous()):
+        raise NotNative
+    packed, correction = linear.packed_int8(weight)
+    plan.kept.append((packed, correction))
+    job = Int8Step(
+        packed=packed.data_ptr(),
+        correction=correction.data_ptr(),
+        weight_scale=plan.own(given["weight_scale"]),
+        bias=plan.own(given.get("bias")),
+        residual=None if added is None else added.data_ptr(),
+        y=target.data_ptr(),
+        m=m,
+        n=n,
+        k=k,
+        activation=native.ACTIVATIONS[activation],
+    )
+    made, (q, scale) = _quantized(plan, x, rows, given.get("channel_scale"))
+    q.use(plan.group, job, "q")
+    scale.use(plan.group, job, "scale")
+    made.append(describe(steps.INT8_PRODUCT, job, independent=plan.independent and not made))
+    return made
+
+
+def _quantized(
+    plan: Lowering, x: torch.Tensor, rows: torch.Tensor, channel_scale: torch.Tensor | None
+) -> tuple[list[Description], tuple[Scratch, Scratch]]:
+    """The steps that quantise ``rows``, the place of ``x``, if it is not done already; and where they are then."""
+    key = (_storage(x), _place(x), None if channel_scale is None else channel_scale.data_ptr())
+    known = plan.quantized.get(key)
+    if known is not None:
+        return [], known
+    m, k = rows.shape
+    maker = plan.makers.get(_storage(x))
+    born = plan.group if maker is None else maker.group
+    scratch_rows, row_bytes = native.function("int8_rows")(m), native.function("int8_row_bytes")(k)
+    places = plan.reserve(scratch_rows * row_bytes, born), plan.reserve(4 * m, born)
+    plan.quantized[key] = places
+    made: list[Description] = []
+    if maker is not None and maker.rows.shape == rows.shape and maker.rows.data_ptr() == rows.data_ptr():
+        job: ctypes.Structure = maker.job
+        maker.job.channel_scale = plan.own(channel_scale)
+        del plan.makers[_storage(x)]
+    else:
+        job = Int8Step(x=rows.data_ptr(), m=m, k=k, x_stride=rows.stride(0), channel_scale=plan.own(channel_scale))
+        made.append(describe(steps.INT8_QUANTIZE, job))
+    for place, name in zip(places, ("q", "scale"), strict=True):
+        place.use(plan.group, job, name)
+    return made, places
+
+
+# ---- normalisation
+def _layer_norm(
+    plan: Lowering,
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    epsilon: float,
+    *,
+    result: Any,
+) -> list[Description]:
+    y = result[0]
+    columns = x.shape[-1]
+    if list(shape) != [columns] or columns > _MOST_COLUMNS or any(map(plan.is_read_later, result[1:])):
+        raise NotNative
+    target = plan.rows(y)
+    if not target.is_contiguous():
+        raise NotNative
+    added = plan.absorbed
+    source = plan.rows(x if added is None else added.args[0])
+    job = NormStep(
+        x=source.data_ptr(),
+        x_stride=source.stride(0),
+        weight=plan.own(weight),
+        bias=plan.own(bias),
+        y=target.data_ptr(),
+        rows=source.shape[0],
+        columns=columns,
+        epsilon=epsilon,
+    )
+    if added is not None:
+        residual = plan.rows(added.args[1])
+        job.residual, job.r_stride = residual.data_ptr(), residual.stride(0)
+        if plan.is_read_later(added.result):
+            total = plan.rows(added.result)
+            if not total.is_contiguous():
+                raise NotNative
+            job.sum = total.data_ptr()
+    plan.set_maker(y, target, job)
+    return [describe(steps.NORM, job)]
+
+
+# ---- attention
+def _attention(
+    plan: Lowering,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    *,
+    result: torch.Tensor,
+) -> list[Description]:
+    q, k, v, y = map(plan.live, (query, key, value, result))
+    batch, heads, queries, width = q.shape
+    problem = Problem("attention", batch * heads * queries, k.shape[2], width, q.dtype)
+    if attention.why_not(problem) or any(t.stride(3) != 1 for t in (q, k, v)):
+        raise NotNative
+    if not y.transpose(1, 2).is_contiguous():
+        raise NotNative
+    seen = None if mask is None else plan.live(mask)
+    if seen is not None and (seen.dtype not in (torch.bool, torch.float32) or (seen.dim() and seen.stride(-1) > 1)):
+        raise NotNative
+    threads = torch.get_num_threads()
+    scale = 1 / math.sqrt(max(width, 1)) if scale is None else scale
+    job = attention.job(q, k, v, seen, causal, scale, y.transpose(1, 2), threads)
+    floats = native.function("attention_scratch")(ctypes.addressof(job)) * threads
+    plan.reserve(4 * floats).use(plan.group, job, "scratch")
+    return [describe(steps.ATTENTION, job)]
+
+
+#: By the name of a recorded call.
+ROWS: dict[str, Callable[..., list[Description]]] = {
+    _INT8: _int8_linear,
+    _NORM: _layer_norm,
+    "step attention": _attention,
+}

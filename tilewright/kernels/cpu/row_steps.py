@@ -1,0 +1,78 @@
+"""Steps of a network for the C kernels that work on rows: int8 products, normalisation, attention.
+
+Each is a ``Description`` whose ``job`` points to a structure of its kernel. What is written into it are addresses: the
+caller keeps the tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from tilewright.kernels.cpu import steps
+from tilewright.kernels.cpu.attention import Job
+from tilewright.kernels.cpu.steps import Description
+
+
+class Int8Step(ctypes.Structure):
+    """``int8_step`` of int8_linear.c: of INT8_QUANTIZE and INT8_PRODUCT."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("packed", "correction", "weight_scale", "bias", "channel_scale")),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "y", "q", "scale")),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "x_stride")),
+        *((name, ctypes.c_int32) for name in ("dtype", "activation")),
+    ]
+
+
+class NormStep(ctypes.Structure):
+    """``norm_step`` of norm.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "bias", "channel_scale")),
+        *((name, ctypes.c_void_p) for name in ("sum", "y", "q", "scale")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "x_stride", "r_stride")),
+        ("epsilon", ctypes.c_float),
+        ("rms", ctypes.c_int32),
+    ]
+
+
+#: The kinds of steps that have a job, with its structure.
+JOBS: dict[int, type[ctypes.Structure]] = {
+    steps.INT8_QUANTIZE: Int8Step,
+    steps.INT8_PRODUCT: Int8Step,
+    steps.ATTENTION: Job,
+    steps.NORM: NormStep,
+}
+
+
+def describe(kind: int, job: ctypes.Structure, *, independent: bool = False) -> Description:
+    """The step of that kind which does ``job``. independent: the threads need not wait for the step before."""
+    d = Description(kind=kind, job=ctypes.addressof(job), independent=independent)
+    d.described = job
+    return d
+
+
+def pointers_of(description: Description) -> list[tuple[ctypes.Structure, str, int]]:
+    """Every address in a step: the structure and the member that it stands in, and the address."""
+    found = []
+    for structure in (description, description.described):
+        if structure is not None:
+            names = (name for name, kind in _members(structure) if kind is ctypes.c_void_p and name != "job")
+            found += [(structure, name, getattr(structure, name)) for name in names if getattr(structure, name)]
+    return found
+
+
+def requantize(description: Description) -> Description | None:
+    """The step that writes the quantised rows anew which this one has written beside its result, if it has."""
+    norm = description.described
+    if not isinstance(norm, NormStep) or not norm.q:
+        return None
+    size = {"m": norm.rows, "k": norm.columns, "x_stride": norm.columns}
+    return describe(
+        steps.INT8_QUANTIZE, Int8Step(x=norm.y, channel_scale=norm.channel_scale, q=norm.q, scale=norm.scale, **size)
+    )
+
+
+def _members(structure: ctypes.Structure) -> Sequence[tuple[str, type]]:
+    return structure._fields_  # type: ignore[return-value]
