@@ -79,7 +79,7 @@ class Program(ReplacedForward):
     int8: with floats handed on, and with those rounded as int8 rounds them.
 
     What the program computes is compared with what the layers compute by the ``forward`` of the class, on the first
-    call with inputs of a shape (``proof``).
+    call with inputs of a shape (``proof``): on two samples of a batch, and on all where these differ.
     """
 
     writes_outside = False  # of those that were pickled before there was such a thing
@@ -295,7 +295,9 @@ class Program(ReplacedForward):
         """The result for ``given``, and the end of the program if it is not what the layers give."""
         before, held = private_copy(given), SameTensors(self._held_tensors())
         result = self._flat(self._bound, *given)
-        reason = self._why_wrong((result, given), before)
+        some = proof.first_samples(before)
+        sound = some is not None and self._why_wrong(None, some) is None
+        reason = None if sound else self._why_wrong((result, given), before)
         if reason is None:
             return result
         if not held.match(self._held_tensors()):  # by another thread: what was compared is of different weights
@@ -309,6 +311,7 @@ class Program(ReplacedForward):
         return self._by_layers(given)
 
     def _why_wrong(self, found: Any, given: tuple[Any, ...]) -> str | None:
+        """Why the program differs from the layers on ``given``. found: its ``outcome``, if it is known already."""
         twin = private_twin(self.owner)
         owner = self.owner if twin is None else twin
         state, drew = HeldState(owner), False
@@ -328,7 +331,8 @@ class Program(ReplacedForward):
             return proof.why_differs(found(), expected, functools.partial(run, function), given)
 
         def answer() -> Any:
-            return outcome(lambda inputs: self._flat(self._bound, *inputs)) if drew else found
+            again = drew or found is None
+            return outcome(lambda inputs: self._flat(self._bound, *inputs)) if again else found
 
         def step(number: int) -> proof.Run:
             function = compiled(*self.steps[number])

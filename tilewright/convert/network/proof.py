@@ -2,8 +2,9 @@
 
 Results may differ by the order in which floats are added. How much that is worth depends on the network: one that
 rounds, compares or divides turns the last bit into more. So where results differ by more than the order of additions
-in a layer explains, the code runs a few times more on nearby inputs, and the difference may be as large as a multiple
-of what that makes of the results. Nearby is farther away than rounding: where a step turns it is few numbers that do.
+in a layer explains, the code runs again on nearby inputs, a few times at most, and the difference may be as large as a
+multiple of what that makes of the results. Nearby is farther away than rounding: where a step turns it is few numbers
+that do.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ Run = Callable[[tuple[Any, ...]], Any]
 _LEAST, _ULPS = 1e-4, 10.0
 #: How far inputs are moved to see what rounding may do: relative, or in units in the last place. And how many times.
 _MOVED_BY, _MOVED_ULPS, _RUNS = 1e-4, 4.0, 3
+#: As many samples of a batch are enough: two tell what is taken over a batch from what is taken of each.
+_SAMPLES = 2
 #: What multiple of the difference that this makes is fine.
 _MULTIPLE = 3.0
 
@@ -41,8 +44,8 @@ def why_differs(found: Any, expected: Any, run: Run, given: tuple[Any, ...]) -> 
         nearby = _nearby(given, max(_MOVED_BY, _MOVED_ULPS * eps), generator)
         other = difference(outcome(run, nearby), expected)
         explained = max(explained, _MULTIPLE * (math.inf if isinstance(other, str) else other))
-    if distance <= explained:
-        return None
+        if distance <= explained:
+            return None
     return f"results differ by {distance:.2g} of their size, where rounding explains {explained:.2g}"
 
 
@@ -93,6 +96,17 @@ def _rounding_of(tree: Any) -> float:
     kinds |= {torch.get_autocast_dtype(each) for each in devices if torch.is_autocast_enabled(each)}
     eps = max(torch.finfo(kind).eps for kind in kinds)
     return max(eps, 2.0**-11) if "cuda" in devices and torch.backends.cudnn.allow_tf32 else eps
+
+
+def first_samples(given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The first two samples of a batch that all of ``given`` hold; None if they are no such batch, or a small one.
+
+    A graph in which something depends on the size of the batch says so by what it expects, and is not run on another.
+    """
+    sizes = {len(x) if isinstance(x, torch.Tensor) and x.dim() > 1 else 0 for x in given}
+    if len(sizes) != 1 or min(sizes) <= _SAMPLES:
+        return None
+    return tuple(x[:_SAMPLES] for x in given)
 
 
 def _nearby(given: tuple[Any, ...], by: float, generator: torch.Generator) -> tuple[Any, ...]:
