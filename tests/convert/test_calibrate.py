@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from tilewright.convert import calibrate, convert_model, report
-from tilewright.convert.calibrate import RowSample, relative_error, search_smoothing
-from tilewright.convert.calibrate.smoothing import smoothing_scale
-from tilewright.convert.schemes import Int8Dynamic
+from tilewright.convert.calibrate import Memory, RowSample, relative_error, search_smoothing
+from tilewright.convert.calibrate.smoothing import EXPONENTS, WORTHWHILE, smoothing_scale
+from tilewright.convert.schemes import Int8ActInt4Weight, Int8Dynamic
 from tilewright.nn import Int8Linear
 
 
@@ -27,6 +29,44 @@ def test_a_sample_is_uniform_over_the_stream_and_bounded() -> None:
     # 100 draws from a uniform distribution on 0..10000: the mean is within four standard errors (289) of its centre.
     assert abs(sample.rows.mean().item() - 5000) < 4 * 289
     assert sample.largest is not None and sample.largest.item() == 9999  # of every row, not only of those kept
+
+
+def test_what_is_held_of_rows_stays_within_the_memory_given() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 128))
+    data = [torch.randn(300, 64) for _ in range(4)]
+    of_a_row = 4 * (64 + 128 + 64) + 3 * 4
+    for limit, rows in [(2**30, calibrate.MAX_ROWS), (200 * of_a_row + 5, 100), (1, 1)]:
+        memory = Memory(limit)
+        layers = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+        with calibrate.sampling(layers, memory.rows_of_each(layers, calibrate.MAX_ROWS), memory) as samples:
+            assert calibrate.run(model, data) == 4
+        held = sum(x.nbytes for each in samples.values() for x in (each.rows, each._keys))
+        assert {len(each.rows) for each in samples.values()} == {rows}
+        assert memory.held == memory.most == held == rows * of_a_row
+        assert held <= limit or rows == 1
+
+
+@torch.no_grad()
+def test_a_conversion_holds_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    made: list[Memory] = []
+    monkeypatch.setattr(calibrate, "Memory", lambda limit: made.append(Memory(limit)) or made[-1])
+    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 16))
+    images = [torch.randn(2, 3, 10, 10) for _ in range(6)]
+    image_bytes, row_bytes = images[0].nbytes, 4 * 8 * 36 + 4
+    for limit, kept, rows in [(2**30, 4, 12), (2 * image_bytes + 3 * row_bytes, 2, 3), (1, 1, 1)]:
+        converted = convert_model(small, "int8", calibration_data=images, calibration_memory=limit)
+        assert made[-1].most <= max(limit, image_bytes + row_bytes)
+        assert made[-1].most <= kept * image_bytes + rows * row_bytes
+        x = torch.randn(4, 3, 10, 10)
+        assert relative_error(converted(x), small(x)) < 0.05
+
+
+@pytest.mark.parametrize("wrong, error", [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("1 GiB", TypeError)])
+def test_memory_is_a_number_of_bytes(wrong: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="calibration_memory is a number of bytes"):
+        convert_model(nn.Linear(64, 64), "int8", calibration_memory=wrong)
 
 
 def test_rows_that_are_not_finite_are_left_out() -> None:
@@ -63,7 +103,7 @@ def test_the_search_helps_where_there_are_outliers_and_harms_nowhere() -> None:
     for x, helps in [(outlier_inputs(), True), (torch.randn(256, 64), False)]:
         sample = RowSample()
         sample.add(x)
-        found = search_smoothing(linear, sample, lambda **options: Int8Linear.from_float(linear, **options))
+        found = search_smoothing(linear, sample, Int8Linear.from_float)
         plain = calibrate.output_error(linear, Int8Linear.from_float(linear), sample)
         smoothed = calibrate.output_error(linear, Int8Linear.from_float(linear, **found.options), sample)
         assert plain is not None and smoothed is not None
@@ -77,16 +117,40 @@ def test_no_scale_is_chosen_if_none_is_best() -> None:
     sample = RowSample()
     sample.add(torch.randn(16, 8))
 
-    class Worse(nn.Module):
-        def __init__(self, error: float):
+    class Off(nn.Module):
+        def __init__(self, linear: nn.Linear, by: float):
             super().__init__()
-            self.error = error
+            self.linear, self.by = linear, by
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return linear(x) + self.error
+            return self.linear(x) + self.by
 
-    found = search_smoothing(linear, sample, lambda channel_scale=None: Worse(0.0 if channel_scale is None else 1.0))
+    def build(linear: nn.Linear, channel_scale: torch.Tensor | None = None) -> nn.Module:
+        return Off(linear, 0.0 if channel_scale is None else 1.0)
+
+    found = search_smoothing(linear, sample, build)
     assert found == calibrate.Found()
+
+
+@pytest.mark.parametrize("width", [32, 512])
+@pytest.mark.parametrize("scheme", [Int8Dynamic(), Int8ActInt4Weight(range_search="minmax")])
+def test_the_search_on_samples_finds_what_one_on_everything_does(scheme: Any, width: int) -> None:
+    torch.manual_seed(0)
+    for size in (1.0, 8.0, 20.0, 60.0):
+        linear, x = nn.Linear(128, width), torch.randn(500, 128)
+        x[:, [3, 17, 60]] *= size
+        with torch.no_grad():
+            linear.weight *= torch.rand(width, 1) ** 4  # outputs of very different size, as in a trained model
+        sample = RowSample()
+        sample.add(x)
+        scales = [smoothing_scale(sample.largest, linear.weight.abs().amax(0), each) for each in EXPONENTS]
+        built = [scheme.build(linear), *(scheme.build(linear, channel_scale=each) for each in scales)]
+        errors = [calibrate.output_error(linear, each, sample) for each in built]
+        found = search_smoothing(linear, sample, scheme.build)
+        chosen = errors[0 if found.exponent is None else 1 + EXPONENTS.index(found.exponent)]
+        least = min(errors[1:]) if min(errors[1:]) < WORTHWHILE * errors[0] else errors[0]
+        assert found.error == pytest.approx(chosen, rel=1e-4)
+        assert chosen <= 1.1 * least, (size, errors, found.exponent)
 
 
 @pytest.mark.parametrize("range_search", ["minmax", "mse"])

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tilewright.convert import Int8Dynamic, convert_model, report, revert_model
+from tilewright.convert.progress import Rest, track
 from tilewright.nn import Int4Linear, Int8Linear, QuantizedLinear
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,6 +325,31 @@ def test_logging_not_printing(caplog: pytest.LogCaptureFixture, capfd: pytest.Ca
         convert_model(two_layers(), "int8")
     assert "converted 2 layers, 18.3 KiB to 5.1 KiB; 0 left alone" in caplog.text
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_rest_is_estimated_from_what_is_done() -> None:
+    now = 100.0
+    rest = Rest({"Fusing": 1.0, "Calibrating": 4.0, "Quantising": 5.0}, clock=lambda: now)
+    assert rest.seconds() is None and rest.words() == ""
+    now = 106.0
+    rest.reached("Fusing", 0.5)
+    assert rest.seconds() == pytest.approx(6 * 9.5 / 0.5)
+    now = 130.0
+    rest.reached("Calibrating", 0.5)  # and so all of the phase before
+    assert rest.seconds() == pytest.approx(30 * 7 / 3)
+    assert rest.words() == "about 1:10 left"
+    rest.reached("Fusing", 1.0)
+    rest.reached("of another kind", 1.0)
+    assert rest.seconds() == pytest.approx(30 * 7 / 3)
+    rest.reached("Quantising", 1.0)
+    assert rest.seconds() == 0
+
+
+def test_the_bar_says_how_long_the_rest_may_take(capfd: pytest.CaptureFixture[str]) -> None:
+    rest = Rest({"Half": 1.0, "Other half": 1.0})
+    assert list(track(iter(range(3)), "Half", True, rest, total=3)) == [0, 1, 2]
+    assert "about 0:00 left" in capfd.readouterr().err
+    assert rest.seconds() == pytest.approx(0, abs=30)
 
 
 @pytest.mark.parametrize("progress, displayed", [(None, False), (False, False), (True, True)])

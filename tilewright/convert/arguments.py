@@ -76,6 +76,15 @@ def check_switches(**switches: object) -> None:
             raise TypeError(f"{name} is True or False, not {value!r}{hint}")
 
 
+def checked_bytes(name: str, value: object) -> int:
+    """``value``, a number of bytes. Raises TypeError for what is no integer, ValueError for one below 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is a number of bytes, such as 2**30, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} is a number of bytes from 1 on, not {value!r}")
+    return value
+
+
 def excluded(model: nn.Module, exclude: Any) -> tuple[Pattern, ...]:
     """The patterns that ``exclude`` holds. Raises TypeError for a module, with the name to write for it."""
     if exclude is None:

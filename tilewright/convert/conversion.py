@@ -16,7 +16,9 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from tilewright.convert import layers
+from tilewright.convert.calibrate import Memory
 from tilewright.convert.plan import Plan, Planned
+from tilewright.convert.progress import Rest
 from tilewright.convert.record import Record
 from tilewright.convert.structure import Places
 from tilewright.convert.timing import Reached
@@ -27,8 +29,9 @@ class Job:
     """What the conversions of one model share.
 
     places: the model, and where its modules stand. record: what becomes of each layer. with_data: whether sample inputs
-    will go through the model. reached: what reaches layers on the example inputs. keep_if_faster, progress: as of
-    ``convert_model``.
+    will go through the model. reached: what reaches layers on the example inputs. memory: counts what is held of
+    that which reaches layers. keep_if_faster, progress: as of ``convert_model``. rest: says how long the rest
+    may take. items: how many sample inputs there are, if that is known.
     """
 
     places: Places
@@ -36,8 +39,11 @@ class Job:
     record: Record
     with_data: bool = False
     reached: dict[str, list[Reached]] = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
     keep_if_faster: bool = False
     progress: bool | None = None
+    rest: Rest | None = None
+    items: int | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -81,7 +87,7 @@ class Conversion(ABC):
 
     @abstractmethod
     def replace(self, samples: list[Any]) -> None:
-        """Put every replacement in its place. samples: a few of the sample inputs."""
+        """Put every replacement in its place. samples: the first of the sample inputs, if there are any."""
 
     def finish(self) -> None:
         """Leave the model and the record consistent, whatever has become of the steps before."""

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -18,15 +18,13 @@ from tilewright.convert.graph import attention, fuse_activations, unfuse_activat
 from tilewright.convert.network.blocks import install_blocks, remove_blocks
 from tilewright.convert.network.program import remove_programs
 from tilewright.convert.plan import FilterFunction, Plan, layers_of, make_plan, nothing_to_convert
-from tilewright.convert.progress import track
+from tilewright.convert.progress import Rest, track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
 from tilewright.convert.record import NOT_FASTER, detach, record_of, remember_original
 from tilewright.convert.text import display_name, size
 from tilewright.nn import FoldedBatchNorm
 
 logger = logging.getLogger("tilewright")
-#: Sample inputs that conversions are given once more when they replace layers.
-ERROR_SAMPLES = 4
 
 
 def convert_model(
@@ -43,6 +41,7 @@ def convert_model(
     keep_if_faster: bool = False,
     fuse: bool = True,
     inplace: bool = False,
+    calibration_memory: int = calibrate.CALIBRATION_MEMORY,
     progress: bool | None = None,
 ) -> nn.Module:
     """Replace the layers of ``model`` by quantised ones and return the converted model.
@@ -75,6 +74,10 @@ def convert_model(
         compute the attention of transformers by a kernel of ours where that is the same (``convert.graph.attention``).
     inplace: change ``model`` itself and free each float weight as soon as its replacement exists. Otherwise ``model``
         is left as it was, and the result shares every parameter and buffer that was not converted with it.
+    calibration_memory: how many bytes may be held of what reaches layers while the calibration data goes through the
+        model: the rows that are kept of a linear layer's input, 512 where there is room and one at least, and the
+        inputs of convolutional networks that errors are measured on, those of one call at least. What the model itself
+        makes of one sample input comes on top.
     progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.
 
     Layers that cannot be converted, tied weights and heads are left alone; ``report`` lists them with the reason. Where
@@ -106,7 +109,12 @@ def convert_model(
     if example_inputs is not None:
         examples = list(calibrate.samples(model, example_inputs, "example_inputs", forward_fn=forward_fn))
     trains = structure.trains(model)
-    made = _convert(model, recipe, filter_fn, heads, data, examples, keep_if_faster, fuse, inplace, progress)
+    memory = arguments.checked_bytes("calibration_memory", calibration_memory)
+    items = len(calibration_data) if isinstance(calibration_data, Sized) else None
+    if isinstance(calibration_data, Mapping):
+        items = 1
+    options = (keep_if_faster, fuse, inplace, progress, memory, items)
+    made = _convert(model, recipe, filter_fn, heads, data, examples, *options)
     if trains:
         logger.warning("%s is in training mode: call model.eval() before inference", type(model).__name__)
     return made
@@ -123,8 +131,12 @@ def _convert(
     fuse: bool = True,
     inplace: bool = False,
     progress: bool | None = None,
+    memory: int = calibrate.CALIBRATION_MEMORY,
+    items: int | None = None,
 ) -> nn.Module:
-    """``convert_model`` with arguments in their final form. data, examples: inputs as ``calibrate.call`` takes them."""
+    """``convert_model`` with arguments in their final form. data, examples: inputs as ``calibrate.call`` takes them.
+    items: how many the data has, if that is known.
+    """
     plan = make_plan(model, recipe, filter_fn, heads)
     reached = _reached(model, plan, examples)
     for kind, planned in conversions_of(plan).items():
@@ -134,7 +146,9 @@ def _convert(
                 kept = None if data is None else list(data)  # it is run through the model twice
                 data = None if kept is None else iter(kept)
                 again = None if kept is None else iter(kept)
-                convert = functools.partial(_convert, model, recipe, heads=heads, data=again, progress=progress)
+                convert = functools.partial(
+                    _convert, model, recipe, heads=heads, data=again, progress=progress, memory=memory, items=items
+                )
                 _leave_what_is_slow(model, plan, planned, examples, convert)
     known, original = record_of(model), model
     if not inplace:
@@ -143,7 +157,9 @@ def _convert(
     record.recipes.append(recipe.to_json())
     record.skipped = plan.skipped
     first, data = calibrate.first_of(data)
-    job = Job(structure.Places(model), plan, record, first is not None, reached, keep_if_faster, progress)
+    held, rest = calibrate.Memory(memory), _rest(plan, first is not None)
+    places, with_data = structure.Places(model), first is not None
+    job = Job(places, plan, record, with_data, reached, held, keep_if_faster, progress, rest, items)
     conversions = [kind(job, planned) for kind, planned in conversions_of(plan).items()]
     try:
         for each in conversions:
@@ -166,7 +182,7 @@ def _convert(
         foreign_saves.guard(model)
         record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
         record.attach(model)
-    trial.give_back_what_raises(job, None if inplace else original, [*(examples or [])[:1], *samples[:1]])
+    trial.give_back_what_raises(job, None if inplace else original, [*(examples or [])[:1], *samples])
     model = job.model
     record.attach(model)
     if not any(name in record.layers for name in plan.convert):
@@ -184,8 +200,23 @@ def _convert(
     return model
 
 
+def _rest(plan: Plan, with_data: bool) -> Rest:
+    """What the phases of a conversion take beside each other, roughly as for ResNet-50 and all-MiniLM-L6-v2."""
+    whole = any(conversion_of(planned).whole_model for planned in plan.convert.values())
+    linear = any(not conversion_of(planned).whole_model for planned in plan.convert.values())
+    shares = {
+        "Fusing": 2.0 if whole else 0.0,
+        "Calibrating": 3.0 if with_data else 0.0,
+        "Quantising": 1.0 if whole and with_data else 0.0,
+        "Measuring": 3.0 if whole and with_data else 0.0,
+        "Converting": 4.0 if linear and not whole else 0.5 if linear else 0.0,
+        "Trying": 2.0 if with_data else 0.0,
+    }
+    return Rest({name: share for name, share in shares.items() if share})
+
+
 def _observe(job: Job, conversions: list[Conversion], data: Iterable[Any] | None) -> list[Any]:
-    """Run the calibration data through the model while all conversions observe it. Returns a few samples of it."""
+    """Run the calibration data through the model while all conversions observe it. Returns its first item, if any."""
     planned = job.plan.convert.items()
     if data is None:
         for name, each in planned:
@@ -197,8 +228,8 @@ def _observe(job: Job, conversions: list[Conversion], data: Iterable[Any] | None
     kept: list[Any] = []
 
     def stream() -> Iterator[Any]:
-        for item in track(data, "Calibrating", job.progress):
-            if len(kept) < ERROR_SAMPLES:
+        for item in track(data, "Calibrating", job.progress, job.rest, job.items):
+            if not kept:
                 kept.append(item)
             yield item
 

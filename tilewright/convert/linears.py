@@ -31,13 +31,14 @@ class Linears(Conversion):
         """While this is open, what reaches each layer is sampled."""
         found = {name: self.job.model.get_submodule(name) for name in self.planned}
         rows = max((planned.scheme.sample_rows for planned in self.planned.values()), default=calibrate.MAX_ROWS)
-        with calibrate.sampling(found, rows) as self.samples:
+        memory = self.job.memory
+        with calibrate.sampling(found, memory.rows_of_each(found, rows), memory) as self.samples:
             yield
 
     def replace(self, samples: list[Any]) -> None:
         """Replace every layer, one at a time, and write down what became of it."""
         job, observed = self.job, self.samples or {}
-        for name in track(list(self.planned), "Converting", job.progress):
+        for name in track(list(self.planned), "Converting", job.progress, job.rest):
             planned, old = self.planned[name], job.model.get_submodule(name)
             with torch.no_grad():
                 try:
@@ -68,14 +69,14 @@ def _convert_layer(
     """The replacement of one layer, and its record."""
     scheme = planned.scheme
     found = calibrate.Found() if sample is None else scheme.search(old, sample)
-    new = scheme.build(old, **found.options)
+    new = scheme.build(old, **found.options) if found.replacement is None else found.replacement
     made = LayerRecord(
         scheme=scheme.to_json(),
         label=str(scheme),
         bytes_before=structure.tensor_bytes(old),
         bytes_after=structure.tensor_bytes(new),
         weight_error=scheme.weight_error(old, new),
-        output_error=calibrate.output_error(old, new, sample),
+        output_error=calibrate.output_error(old, new, sample) if found.replacement is None else found.error,
         smoothing=found.exponent,
         note=found.note,
     )

@@ -32,7 +32,7 @@ logger = logging.getLogger("tilewright")
 
 _POSITIONAL_ONLY = inspect.Parameter.POSITIONAL_ONLY
 #: Is shown a node and its value.
-Watch = Callable[[fx.Node, Any], None]
+Watch = Callable[[fx.Node, tuple[Any, ...], Any], None]  # between them, what the node's arguments are
 
 
 @dataclasses.dataclass
@@ -104,7 +104,7 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.watch(n, value)
+        self.watch(n, self.map_nodes_to_values(n.args, n), value)  # type: ignore[arg-type]
         return value
 
 

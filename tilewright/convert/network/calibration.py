@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,26 +17,41 @@ from torch import fx, nn
 
 from tilewright.convert import calibrate
 from tilewright.convert.calibrate import Observer
-from tilewright.convert.graph import Region, Watch
+from tilewright.convert.graph import Region
 from tilewright.convert.network.int8_flow import Flow, Scale
 from tilewright.convert.network.match import Site
+from tilewright.convert.network.means import MeanShift
 from tilewright.convert.network.program import Program
 from tilewright.convert.record import join
 from tilewright.convert.text import display_name
-from tilewright.nn import ConvLayer
+from tilewright.nn import Int8ConvBnAct2d
+
+#: How many images, or single samples of another kind, errors are measured on, if the calls of the model have no more
+#: each.
+MEASURED_IMAGES = 8
 
 
 class Calibration:
     """Observers for every tensor that a convolution to be quantised reads.
 
     regions: with their sites; the programs of these regions must be in place. required: names of the layers to
-    quantise, in the model.
+    quantise, in the model. memory: what may be held of the regions' inputs; those of one call are held in any case.
     """
 
-    def __init__(self, model: nn.Module, regions: list[tuple[Region, list[Site]]], required: set[str]):
+    def __init__(
+        self,
+        model: nn.Module,
+        regions: list[tuple[Region, list[Site]]],
+        required: set[str],
+        memory: calibrate.Memory | None = None,
+    ):
         self.model = model
         self.regions = regions
         self.required = required
+        self._memory = calibrate.Memory() if memory is None else memory
+        self._grids: dict[Any, tuple[float, int | None]] = {}
+        #: What regions are called on, by their names.
+        self._inputs: dict[str, list[tuple[Any, ...]]] = {}
         self.observers: dict[Scale, Observer] = {}
         self._by_node: dict[fx.Node, list[tuple[Observer, str]]] = {}
         inside: set[str] = set()
@@ -65,22 +80,30 @@ class Calibration:
         def hear(layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             _add(self.observers[Scale(layer, "x")], calibrate.first_input(args, kwargs), layer)
 
-        with calibrate.listening(called, hear), self._interpreted(self._observe):
+        with calibrate.listening(called, hear), self._interpreted(self._observe_call):
             yield
 
     @contextlib.contextmanager
-    def _interpreted(self, watch: Watch) -> Iterator[None]:
+    def _interpreted(self, run: Callable[[Region, tuple[Any, ...]], Any]) -> Iterator[None]:
+        """While this is open, ``run`` runs the graphs of regions on what they are called on."""
         forwards = [(region, vars(region.module).get("forward")) for region, _ in self.regions]
         programs = {program: region for region, program in forwards if isinstance(program, Program)}
         for program, region in programs.items():
-            program.observer = functools.partial(region.interpret, watch)
+            program.observer = functools.partial(run, region)
         try:
             yield
         finally:
             for program in programs:
                 program.observer = None
 
-    def _observe(self, node: fx.Node, value: Any) -> None:
+    def _observe_call(self, region: Region, given: tuple[Any, ...]) -> Any:
+        """Observe a call, whose inputs are kept until there are enough images or memory is short."""
+        kept = self._inputs.setdefault(region.name, [])
+        if sum(map(_images, kept)) < MEASURED_IMAGES:
+            self._memory.keep(kept, given)
+        return region.interpret(self._observe, given)
+
+    def _observe(self, node: fx.Node, given: tuple[Any, ...], value: Any) -> None:
         for observer, layer in self._by_node.get(node, ()):
             _add(observer, value, layer)
 
@@ -96,81 +119,59 @@ class Calibration:
             seen = self.observers.get(Scale(layer, port))
             if seen is None or not seen.seen:
                 continue
-            if symmetric:
-                found[f"{name}_scale"] = seen.scale(observer, percentile)
-            else:
-                found[f"{name}_scale"], found[f"{name}_zero_point"] = seen.grid(observer, percentile)
+            key = (seen, observer, percentile, symmetric)  # one observer may serve several layers
+            if key not in self._grids:
+                self._grids[key] = (
+                    (seen.scale(observer, percentile), None) if symmetric else seen.grid(observer, percentile)
+                )
+            found[f"{name}_scale"], zero_point = self._grids[key]
+            if zero_point is not None:
+                found[f"{name}_zero_point"] = zero_point
         return found
 
-    def errors(self, candidates: dict[str, ConvLayer], samples: Iterable[Any]) -> dict[str, float | None]:
-        """Relative output error of each int8 layer in ``candidates`` on what reaches it in the float model.
+    def measure(self, candidates: dict[str, Int8ConvBnAct2d]) -> dict[str, float | None]:
+        """Take from each int8 layer in ``candidates`` what it errs by on average, channel by channel, and return its
+        relative output error, both on what reaches it in the float model on the first sample inputs.
 
-        Its input and residual are quantised, its output is not. A layer that is called more than once has its worst.
+        Rounding a weight shifts the mean of a channel wherever the mean of its inputs is not zero, as after a ReLU
+        (Nagel et al. 2019, section 4.2). The mean is that of the result before the activation. For the error, input and
+        residual of a layer are quantised, its output is not. Of several calls the worst counts, each measured with what
+        was taken off by then.
         """
+        shifts = {name: MeanShift(self.model.get_submodule(name), layer) for name, layer in candidates.items()}
         found: dict[str, float | None] = {}
 
-        def measure(name: str, given: tuple[Any, ...], value: torch.Tensor) -> None:
-            error = calibrate.relative_error(_quantized_run(candidates[name], given), value)
+        def at_site(name: str, given: tuple[Any, ...], value: torch.Tensor) -> None:
+            x, residual, activation, slope, padding = given
+            layer = candidates[name]
+            q = _quantized(x, layer.x_scale, layer.x_zero)
+            shifts[name].add(x, q, padding)
+            if residual is not None and getattr(layer, "residual_scale", None) is not None:
+                residual = _quantized(residual, layer.r_scale, layer.r_zero)
+            error = calibrate.relative_error(layer.run(q, residual, activation, slope, padding), value)
             worst = found.get(name, 0.0)
             found[name] = None if error is None or worst is None else max(error, worst)
 
-        self._at_sites(candidates, samples, measure)
+        with calibrate.evaluation(self.model), self._interpreted(_run_unwatched):
+            for region, sites in self.regions:
+                layers = {site.call: join(region.name, site.name) for site in sites}
+                layers = {call: name for call, name in layers.items() if name in candidates}
+
+                def watch(node: fx.Node, given: tuple[Any, ...], value: Any, layers: Any = layers) -> None:
+                    if node in layers:
+                        at_site(layers[node], given[1:], value)
+
+                for given in self._inputs.pop(region.name, []) if layers else ():
+                    region.interpret(watch, given)
         return found
 
-    def correct_biases(self, candidates: dict[str, ConvLayer], samples: Iterable[Any]) -> None:
-        """Take from each int8 layer in ``candidates`` what it errs by on average, channel by channel.
 
-        Rounding a weight shifts the mean of a channel wherever the mean of its inputs is not zero, as after a ReLU
-        (Nagel et al. 2019, section 4.2). The mean is that of the result before the activation.
-        """
-        sums: dict[str, torch.Tensor] = {}
-        counts: dict[str, int] = {}
-
-        def measure(name: str, given: tuple[Any, ...], value: torch.Tensor) -> None:
-            x, _, _, slope, padding = given
-            plain = (x, None, "none", slope, padding)
-            difference = self.model.get_submodule(name).run(*plain) - _quantized_run(candidates[name], plain)  # type: ignore[operator]
-            difference = difference.to(torch.float64).transpose(0, 1).flatten(1)
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + difference.sum(1).cpu()
-            counts[name] = counts.get(name, 0) + difference.shape[1]
-
-        self._at_sites(candidates, samples, measure)
-        for name, total in sums.items():
-            layer = candidates[name]
-            if not counts[name] or not torch.isfinite(total).all():
-                continue
-            layer.correct_bias((total / counts[name]).to(layer.device, torch.float32))
-
-    def _at_sites(
-        self,
-        candidates: dict[str, ConvLayer],
-        samples: Iterable[Any],
-        measure: Callable[[str, tuple[Any, ...], torch.Tensor], None],
-    ) -> None:
-        """Run the float model and call ``measure`` for each call of a layer: its name, arguments and result."""
-        named = [(site.call, join(region.name, site.name)) for region, sites in self.regions for site in sites]
-        layers = {call: name for call, name in named if name in candidates}
-        values: dict[fx.Node, Any] = {}
-
-        def watch(node: fx.Node, value: Any) -> None:
-            values[node] = value
-            if node in layers:
-                measure(layers[node], fx.map_arg(node.args[1:], values.__getitem__), value)
-
-        def one_by_one() -> Iterator[Any]:
-            for sample in samples:
-                values.clear()
-                yield sample
-
-        with self._interpreted(watch):
-            calibrate.run(self.model, one_by_one())
+def _run_unwatched(region: Region, given: tuple[Any, ...]) -> Any:
+    return region.interpret(lambda node, arguments, value: None, given)
 
 
-def _quantized_run(layer: ConvLayer, given: tuple[Any, ...]) -> torch.Tensor:
-    x, residual, *rest = given
-    if residual is not None and getattr(layer, "residual_scale", None) is not None:
-        residual = torch.ops.tilewright.quantize_per_tensor(residual, layer.r_scale, None, layer.r_zero)
-    return layer.run(x, residual, *rest)
+def _quantized(x: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    return torch.ops.tilewright.quantize_per_tensor(x, scale, None, zero_point)
 
 
 def _add(observer: Observer, value: Any, layer: str) -> None:
@@ -180,3 +181,8 @@ def _add(observer: Observer, value: Any, layer: str) -> None:
         observer.add(value)
     except ValueError as error:
         raise ValueError(f"calibration data brings {error} into the layer {display_name(layer)!r}") from None
+
+
+def _images(given: tuple[Any, ...]) -> int:
+    """How many samples a region is called on at once."""
+    return max((len(x) for x in given if isinstance(x, torch.Tensor) and x.dim() > 1), default=1)

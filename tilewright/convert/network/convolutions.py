@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from tilewright.convert.progress import track
 from tilewright.convert.record import LayerRecord, join
 from tilewright.convert.schemes.convolution import Fuse, Int8Static
 from tilewright.convert.text import display_name, listed
-from tilewright.nn import ConvLayer, FoldedBatchNorm
+from tilewright.nn import ConvLayer, FoldedBatchNorm, Int8ConvBnAct2d
 
 logger = logging.getLogger("tilewright")
 
@@ -75,7 +76,7 @@ class Convolutions(Conversion):
         parts = frozenset(map(model.get_submodule, self.job.plan.convert))
         regions, self.untraced = _regions_as_called(model, sample, parts)
         folds, reasons = self._folds(regions)
-        for name in track(list(self.planned), "Fusing", self.job.progress):
+        for name in track(list(self.planned), "Fusing", self.job.progress, self.job.rest):
             self._fuse_layer(name, folds, reasons)
         self.regions = [(region, rewrite(region)) for region in map(_see_through_norms, regions)]
         required = {name for name, planned in self.planned.items() if isinstance(planned.scheme, Int8Static)}
@@ -85,7 +86,7 @@ class Convolutions(Conversion):
         if required and self.job.with_data:
             for each in self.regions:
                 _write_program(*each)
-            self.calibration = Calibration(self.job.model, self.regions, required)
+            self.calibration = Calibration(self.job.model, self.regions, required, self.job.memory)
         elif required:
             logger.warning("%d convolutions are fused in float: static int8 needs calibration_data", len(required))
 
@@ -152,8 +153,8 @@ class Convolutions(Conversion):
         calibration, self.calibration = self.calibration, None
         if calibration is None:
             return
-        made: dict[str, ConvLayer] = {}
-        for name in track(list(self.planned), "Quantising", self.job.progress):
+        made: dict[str, Int8ConvBnAct2d] = {}
+        for name in track(list(self.planned), "Quantising", self.job.progress, self.job.rest):
             scheme = self.planned[name].scheme
             if name not in calibration.required or not isinstance(scheme, Int8Static):
                 continue
@@ -162,8 +163,7 @@ class Convolutions(Conversion):
                 continue
             scales = calibration.scales(name, scheme.observer, scheme.percentile, scheme.symmetric)
             made[name] = scheme.build(self.job.model.get_submodule(name), **scales)  # type: ignore[assignment]
-        calibration.correct_biases(made, samples)
-        errors = calibration.errors(made, samples)
+        errors = calibration.measure(made)
         for name, new in made.items():
             self._quantize_layer(name, new, errors.get(name))
 
@@ -225,6 +225,12 @@ def _regions_as_called(
     return regions, untraced
 
 
+class _Heard(BaseException):
+    """Every region was called as its graph is: nothing more of the call is worth waiting for. No code of a model
+    catches it as an error.
+    """
+
+
 def _called_otherwise(model: nn.Module, regions: list[Region], sample: Any) -> dict[str, str]:
     """The regions whose calls on ``sample`` all ask for something else than their graphs do: name -> reason."""
     by_name = {region.name: region for region in regions}
@@ -232,8 +238,10 @@ def _called_otherwise(model: nn.Module, regions: list[Region], sample: Any) -> d
 
     def hear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reasons.setdefault(name, []).append(by_name[name].why_not_called_so(args, kwargs))
+        if all(None in reasons.get(each, ()) for each in by_name):
+            raise _Heard
 
-    with calibrate.listening({name: region.module for name, region in by_name.items()}, hear):
+    with calibrate.listening({name: region.module for name, region in by_name.items()}, hear), suppress(_Heard):
         calibrate.run(model, [sample])
     return {name: said[0] for name, said in reasons.items() if said[0] is not None and None not in said}
 

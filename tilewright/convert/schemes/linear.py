@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,9 +14,9 @@ from tilewright.convert import layers
 from tilewright.convert.calibrate import (
     Found,
     Observer,
+    OutputErrors,
     RowSample,
     check_observer,
-    output_error,
     relative_error,
     search_smoothing,
 )
@@ -76,13 +77,20 @@ class LinearScheme(Scheme):
             return Found()
         # The search needs the order of its candidates, not the last digit of each: the cheap range search will do.
         quick = dataclasses.replace(self, range_search="minmax")
-        found = search_smoothing(layers.as_linear(module), sample, lambda **options: quick.build(module, **options))
-        return found if quick == self or not found.options else self._where_better(module, sample, found)
+        found = search_smoothing(layers.as_linear(module), sample, quick.build)
+        if quick != self:
+            return self._where_better(module, sample, found)
+        if layers.is_conv1d(module) and found.replacement is not None:
+            found.replacement.origin = "Conv1D"  # type: ignore[assignment]
+        return found
 
     def _where_better(self, module: nn.Module, sample: RowSample, found: Found) -> Found:
         """``found`` if it lowers the error of the output on the sampled rows."""
-        plain, error = (output_error(module, self.build(module, **o), sample) for o in ({}, found.options))
-        return found if error is not None and (plain is None or error < plain) else Found()
+        errors, tried = OutputErrors(module, sample), []
+        for each in (Found(), found) if found.options else (Found(),):
+            made = self.build(module, **each.options)
+            tried.append(dataclasses.replace(each, replacement=made, error=errors.of(made)))
+        return min(tried, key=lambda each: math.inf if each.error is None else each.error)
 
     def weight_error(self, module: nn.Module, replacement: nn.Module) -> float | None:
         """See ``Scheme``."""

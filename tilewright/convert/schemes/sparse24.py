@@ -94,9 +94,12 @@ class Sparse24Int8(_Sparse24Scheme):
         if sample.rows is None:
             return found
         quick = dataclasses.replace(self, range_search="minmax")
-        scaled = search_smoothing(
-            layers.as_linear(module), sample, lambda **options: quick.build(module, **found.options, **options)
-        )
+        linear, pruned = layers.as_linear(module), None
+        if found.options:
+            pruned = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+            kept = torch.where(found.options["mask"], found.options["weight"], 0).to(linear.weight.dtype)
+            pruned.weight, pruned.bias = nn.Parameter(kept, requires_grad=False), linear.bias
+        scaled = search_smoothing(linear, sample, quick.build, pruned)
         return Found({**found.options, **scaled.options}, scaled.exponent, found.note)
 
 
