@@ -50,8 +50,10 @@ class Row:
     date: str = ""
 
 
-def write_measured(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows of one table on a CPU, each with machine, instruction set, threads, version and date."""
+def write_measured(path: Path, rows: Sequence[Mapping[str, object]], kept: Sequence[Mapping[str, object]] = ()) -> None:
+    """Write rows of one table on a CPU, each with machine, instruction set, threads, version and date. kept: rows that
+    say so already, and come first.
+    """
     where = {
         "machine": platform.processor() or platform.machine(),
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -62,7 +64,7 @@ def write_measured(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *where])
         writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+        writer.writerows([*kept, *({**row, **where} for row in rows)])
 
 
 def about(device: str) -> dict[str, str]:
