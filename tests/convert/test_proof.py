@@ -374,3 +374,22 @@ def test_what_rounding_explains() -> None:
     assert why(torch.sin(100 * (x + 1e-5)), amplified, x) is None
     assert why(torch.cos(100 * x), amplified, x) is not None
     assert why(x.half() * 1.001, lambda given: given[0].half(), x) is None
+
+
+@torch.no_grad()
+def test_the_trial_of_a_conversion_looks_at_two_samples_and_the_first_call_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, looked_at = picture(batch=5), list[int]()
+    compare = Program._why_wrong
+
+    def watch(program: Program, found: Any, given: tuple[Any, ...]) -> str | None:
+        looked_at.append(len(given[0]))
+        return compare(program, found, given)
+
+    monkeypatch.setattr(Program, "_why_wrong", watch)
+    model = tw.convert_model(settled(SmallResNet()), "int8", calibration_data=[x])
+    assert looked_at == [2]
+    for _ in range(3):
+        model(x)
+    assert looked_at == [2, 5]

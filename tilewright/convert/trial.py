@@ -23,6 +23,7 @@ from tilewright.convert.conversion import Job
 from tilewright.convert.graph import unfuse_activations
 from tilewright.convert.network.convolutions import install_programs
 from tilewright.convert.network.program import remove_programs
+from tilewright.convert.network.proof import rehearsal
 from tilewright.kernels.dispatch.layers import invalidate as invalidate_calls
 from tilewright.kernels.dispatch.packed import invalidate as invalidate_packed
 from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
@@ -61,7 +62,7 @@ def give_back_what_raises(job: Job, original: nn.Module | None, inputs: Iterable
 def _raised(model: nn.Module, item: Any, read: list[Any]) -> Exception | None:
     """What a call raises. read: layers whose weights it asks for are added."""
     try:
-        with calibrate.evaluation(model), noting_reads() as owners:
+        with calibrate.evaluation(model), noting_reads() as owners, rehearsal():
             calibrate.call(model, item)
         read += owners
     except Exception as error:  # whatever the model's code raises

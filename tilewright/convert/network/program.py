@@ -79,7 +79,7 @@ class Program(ReplacedForward):
     int8: with floats handed on, and with those rounded as int8 rounds them.
 
     What the program computes is compared with what the layers compute by the ``forward`` of the class, on the first
-    call with inputs of a shape (``proof``): on two samples of a batch, and on all where these differ.
+    call with inputs of a shape (``proof``).
     """
 
     writes_outside = False  # of those that were pickled before there was such a thing
@@ -295,9 +295,11 @@ class Program(ReplacedForward):
         """The result for ``given``, and the end of the program if it is not what the layers give."""
         before, held = private_copy(given), SameTensors(self._held_tensors())
         result = self._flat(self._bound, *given)
-        some = proof.first_samples(before)
-        sound = some is not None and self._why_wrong(None, some) is None
-        reason = None if sound else self._why_wrong((result, given), before)
+        some = proof.first_samples(before) if proof.is_rehearsal() else None
+        if some is not None and self._why_wrong(None, some) is None:
+            self._proven.pop(kinds, None)  # the user's first call looks at all of its batch
+            return result
+        reason = self._why_wrong((result, given), before)
         if reason is None:
             return result
         if not held.match(self._held_tensors()):  # by another thread: what was compared is of different weights

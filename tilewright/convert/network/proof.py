@@ -9,8 +9,10 @@ that do.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ Run = Callable[[tuple[Any, ...]], Any]
 _LEAST, _ULPS = 1e-4, 10.0
 #: How far inputs are moved to see what rounding may do: relative, or in units in the last place. And how many times.
 _MOVED_BY, _MOVED_ULPS, _RUNS = 1e-4, 4.0, 3
-#: As many samples of a batch are enough: two tell what is taken over a batch from what is taken of each.
+#: As many samples of a batch do for a rehearsal: two tell what is taken over a batch from what is taken of each.
 _SAMPLES = 2
 #: What multiple of the difference that this makes is fine.
 _MULTIPLE = 3.0
@@ -96,6 +98,24 @@ def _rounding_of(tree: Any) -> float:
     kinds |= {torch.get_autocast_dtype(each) for each in devices if torch.is_autocast_enabled(each)}
     eps = max(torch.finfo(kind).eps for kind in kinds)
     return max(eps, 2.0**-11) if "cuda" in devices and torch.backends.cudnn.allow_tf32 else eps
+
+
+_rehearsing = threading.local()
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Inside, calls are not those of a user, and a proof on the first samples of a batch is enough for this thread."""
+    before, _rehearsing.now = is_rehearsal(), True
+    try:
+        yield
+    finally:
+        _rehearsing.now = before
+
+
+def is_rehearsal() -> bool:
+    """Whether this thread is in a ``rehearsal``."""
+    return getattr(_rehearsing, "now", False)
 
 
 def first_samples(given: tuple[Any, ...]) -> tuple[Any, ...] | None:
