@@ -14,7 +14,6 @@ from torch import nn
 import tilewright as tw
 from tests.convert.networks import Inception, SmallMobileNet, SmallResNet, SqueezeExcite, conv_bn, settled, source_of
 from tilewright.convert.calibrate.observers import Observer
-from tilewright.convert.network.means import MeanShift
 from tilewright.nn import ConvBnAct2d, Int8ConvBnAct2d, quantized_ops
 
 
@@ -73,41 +72,6 @@ def test_observers_of_nothing_and_of_what_is_no_number() -> None:
         tw.Int8Static(max_error=0)
     with pytest.raises(ValueError, match="symmetric must be True or False, not 'no'"):
         tw.Int8Static(symmetric="no")
-
-
-# ---- what rounding does to means
-@pytest.mark.parametrize("dims", [1, 2])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kernel_size": 1},
-        {"kernel_size": 3, "padding": 1},
-        {"kernel_size": 3, "padding": 2, "stride": 2, "dilation": 2, "groups": 2},
-        {"kernel_size": 5, "padding": "same", "groups": 8, "bias": False},
-    ],
-    ids=["pointwise", "padded", "strided", "depthwise"],
-)
-@torch.no_grad()
-def test_the_shift_of_means_is_that_of_the_results(options: dict[str, Any], dims: int) -> None:
-    kind = nn.Conv1d if dims == 1 else nn.Conv2d
-    exact = ConvBnAct2d.from_float(kind(8, 16, **options))
-    layer = Int8ConvBnAct2d.from_float(exact, input_scale=0.05, input_zero_point=-100)
-    shape, shift = (11, 14)[:dims], MeanShift(exact, layer)
-    sums, count = torch.zeros(16, dtype=torch.float64), 0
-    before = layer.run(torch.zeros(1, 8, *shape)).flatten(2)[0, :, -1]
-    for batch in (3, 2):
-        x = F.relu(torch.randn(batch, 8, *shape)) * 3
-        q = torch.ops.tilewright.quantize_per_tensor(x, layer.x_scale, None, layer.x_zero)
-        plain = Int8ConvBnAct2d.from_float(exact, input_scale=0.05, input_zero_point=-100)
-        lost = (exact.run(x) - plain.run(q)).double().transpose(0, 1).flatten(1)
-        sums, count = sums + lost.sum(1), count + lost.shape[1]
-        shift.add(x, q, None)
-        torch.testing.assert_close(
-            (layer.run(torch.zeros(1, 8, *shape)).flatten(2)[0, :, -1] - before).double(),
-            sums / count,
-            atol=2e-6,
-            rtol=2e-4,
-        )
 
 
 # ---- int8 from end to end
