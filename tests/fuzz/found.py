@@ -199,4 +199,13 @@ FOUND: dict[str, dict[str, Program]] = {
             """,
         ),
     },
+    "size": {
+        "of the batch decides": program(
+            CONV,
+            """
+            v0 = self.m0(x)
+            return v0 * 2 if v0.shape[0] > 1 else v0 * 3
+            """,
+        ),
+    },
 }

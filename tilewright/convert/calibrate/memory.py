@@ -55,6 +55,11 @@ class Memory:
         self.count(kept[-1], *(x for x in pytree.tree_leaves(kept[-1]) if isinstance(x, torch.Tensor)))
         return True
 
+    def drop(self, kept: list[Any]) -> None:
+        """Take back what was appended last."""
+        self._for_inputs -= bytes_of(kept[-1])
+        self.held -= self._by_owner.pop(id(kept.pop()), 0)
+
 
 def bytes_of(tree: Any) -> int:
     """Bytes of the values of all tensors in ``tree``."""

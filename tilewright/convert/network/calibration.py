@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from tilewright.convert import calibrate
 from tilewright.convert.calibrate import Observer
-from tilewright.convert.graph import Region
+from tilewright.convert.graph import NotAsExpected, Region
 from tilewright.convert.network.int8_flow import Flow, Scale
 from tilewright.convert.network.match import Site
 from tilewright.convert.network.means import MeanShift
@@ -99,9 +99,13 @@ class Calibration:
     def _observe_call(self, region: Region, given: tuple[Any, ...]) -> Any:
         """Observe a call, whose inputs are kept until there are enough images or memory is short."""
         kept = self._inputs.setdefault(region.name, [])
-        if sum(map(_images, kept)) < MEASURED_IMAGES:
-            self._memory.keep(kept, given)
-        return region.interpret(self._observe, given)
+        added = sum(map(_images, kept)) < MEASURED_IMAGES and self._memory.keep(kept, given)
+        try:
+            return region.interpret(self._observe, given)
+        except NotAsExpected:
+            if added:
+                self._memory.drop(kept)
+            raise
 
     def _observe(self, node: fx.Node, given: tuple[Any, ...], value: Any) -> None:
         for observer, layer in self._by_node.get(node, ()):
