@@ -93,9 +93,12 @@ class Writer:
         return True
 
     def run(self, line: str) -> bool:
-        """A line of ``forward``."""
-        with torch.no_grad():
-            exec(line, self.scope)
+        """A line of ``forward``; none where PyTorch refuses it, as a sum into a tensor of one of its own views."""
+        try:
+            with torch.no_grad():
+                exec(line, self.scope)
+        except RuntimeError:
+            return False
         self.lines.append(line)
         return True
 
