@@ -47,6 +47,8 @@ SIZES = {"alexnet": 96, "inception_v3": 96, "crossvit_tiny_240": 240}
 WITH_BACKBONE = ("fcn", "deeplab", "lraspp", "ssd", "fasterrcnn", "retinanet", "fcos", "maskrcnn", "keypointrcnn")
 #: Detectors of torchvision, whose code goes through as many boxes as it finds: they are not compiled.
 DETECTORS = ("ssd", "fasterrcnn", "retinanet", "fcos", "maskrcnn", "keypointrcnn")
+#: Those of them that scale every picture up to 320 or 800 pixels unless told not to.
+SCALING = ("fasterrcnn", "retinanet", "fcos", "maskrcnn", "keypointrcnn")
 #: Networks of linear layers for the most part.
 LINEAR = ("vit", "deit", "swin", "mixer", "gmlp", "xcit", "pit", "crossvit", "tiny_vit", "levit")
 
@@ -84,7 +86,8 @@ def build(name: str) -> nn.Module:
         import torchvision
 
         backbone = {"weights_backbone": None} if kind.startswith(WITH_BACKBONE) else {}
-        return torchvision.models.get_model(kind, weights=None, **backbone).eval()
+        smaller = {"min_size": 128, "max_size": 192} if kind.startswith(SCALING) else {}
+        return torchvision.models.get_model(kind, weights=None, **backbone, **smaller).eval()
 
 
 @functools.lru_cache(maxsize=1)
