@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import tilewright as tw
-from tilewright.convert.network.blocks import Block, remove_blocks, states_of
+from tilewright.convert.network.blocks import VARIABLE, Block, remove_blocks, states_of
 from tilewright.kernels.cpu import steps
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -30,6 +30,18 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "electra": ("ElectraModel", {**SIZE, "vocab_size": 99, "embedding_size": 48, "max_position_embeddings": 40}),
     "vit": ("ViTModel", {**SIZE, "image_size": 16, "patch_size": 4}),
 }
+
+
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "1")
+
+
+def test_programs_are_made_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE)
+    assert not states_of(tw.convert_model(small(), "int8"))
+    monkeypatch.setenv(VARIABLE, "1")
+    assert states_of(tw.convert_model(small(), "int8"))
 
 
 def small(kind: str = "bert") -> nn.Module:

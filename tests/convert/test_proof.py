@@ -380,7 +380,7 @@ def test_what_rounding_explains() -> None:
 def test_the_trial_of_a_conversion_looks_at_two_samples_and_the_first_call_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    x, looked_at = picture(batch=5), list[int]()
+    x, looked_at = picture(batch=5, channels=1, size=16), list[int]()
     compare = Program._why_wrong
 
     def watch(program: Program, found: Any, given: tuple[Any, ...]) -> str | None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from tilewright.convert.code import is_somebodys, names_in, names_in_code_of
 from tilewright.convert.contents import is_constant, is_plain_object
-from tilewright.convert.graph.attention import behind
+from tilewright.convert.graph import behind
 
 #: Numbers and words that modules of any kind give to operators: a recording has them as they were.
 _RECORDED = ("eps", "normalized_shape", "activation", "is_causal")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -225,12 +224,6 @@ def _regions_as_called(
     return regions, untraced
 
 
-class _Heard(BaseException):
-    """Every region was called as its graph is: nothing more of the call is worth waiting for. No code of a model
-    catches it as an error.
-    """
-
-
 def _called_otherwise(model: nn.Module, regions: list[Region], sample: Any) -> dict[str, str]:
     """The regions whose calls on ``sample`` all ask for something else than their graphs do: name -> reason."""
     by_name = {region.name: region for region in regions}
@@ -238,10 +231,8 @@ def _called_otherwise(model: nn.Module, regions: list[Region], sample: Any) -> d
 
     def hear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reasons.setdefault(name, []).append(by_name[name].why_not_called_so(args, kwargs))
-        if all(None in reasons.get(each, ()) for each in by_name):
-            raise _Heard
 
-    with calibrate.listening({name: region.module for name, region in by_name.items()}, hear), suppress(_Heard):
+    with calibrate.listening({name: region.module for name, region in by_name.items()}, hear):
         calibrate.run(model, [sample])
     return {name: said[0] for name, said in reasons.items() if said[0] is not None and None not in said}
 

@@ -210,9 +210,10 @@ class Program(ReplacedForward):
             return self._by_layers(given)
 
     def _fast(self, *given: Any) -> Any:
-        # A recording misses hooks on what it calls.
-        if self._replays is not None and not torch.is_grad_enabled() and not any(self._watched):
-            return self._replays(*given)
+        # A recording misses hooks on what it calls, and begins with a call that is proven on its whole batch.
+        replays = None if torch.is_grad_enabled() or proof.is_rehearsal() else self._replays
+        if replays is not None and not any(self._watched):
+            return replays(*given)
         return self._run(*given)
 
     # ---- derivatives
