@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,10 +21,21 @@ HEAD_NAMES = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out
 class ReplacedForward:
     """Base of what the converter puts in place of a ``forward``, by which it is recognised.
 
-    refused: why it is not used any more; None while it is.
+    owner: the module whose it is. refused: why it is not used any more; None while it is.
     """
 
+    owner: nn.Module
     refused: str | None = None
+
+    @property
+    def __code__(self) -> Any:
+        # torch.export looks where the code of a forward lies.
+        return inspect.unwrap(type(self.owner).forward).__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        parameters = inspect.signature(type(self.owner).forward).parameters.values()
+        return inspect.Signature(list(parameters)[1:])
 
 
 def copy_structure(model: nn.Module) -> nn.Module:

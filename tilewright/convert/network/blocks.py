@@ -76,16 +76,6 @@ class Block(ReplacedForward):
         self.owner, self.stack = state["owner"], state["stack"]
         self._make()
 
-    @property
-    def __code__(self) -> Any:
-        # torch.export looks where the code of a forward lies.
-        return inspect.unwrap(type(self.owner).forward).__code__
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        parameters = inspect.signature(type(self.owner).forward).parameters.values()
-        return inspect.Signature(list(parameters)[1:])
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the owner's class computes."""
         owner = self.owner

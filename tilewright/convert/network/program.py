@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import inspect
 import logging
 import types
 import weakref
@@ -130,16 +129,6 @@ class Program(ReplacedForward):
         self.steps = [(source, _unpickled(names, imports)) for source, names, imports in state["steps"]]
         self.observer = None
         self._make()
-
-    @property
-    def __code__(self) -> Any:
-        # torch.export looks where the code of a forward lies.
-        return inspect.unwrap(type(self.owner).forward).__code__
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        parameters = inspect.signature(type(self.owner).forward).parameters.values()
-        return inspect.Signature(list(parameters)[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the owner's class computes."""
