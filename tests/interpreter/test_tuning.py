@@ -19,7 +19,7 @@ from tilewright.kernels.int8_linear.triton_operators import operators
 
 
 @pytest.fixture(autouse=True)
-def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle_machine: None):
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(racing, "ROUNDS", ((1, 10.0), (1, 1.0)))
     autotune.forget_tables()
