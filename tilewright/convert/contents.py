@@ -13,6 +13,8 @@ from torch import nn
 #: Types whose values cannot change.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), range, slice)
 _CONSTANT = (*PLAIN, torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
+#: Types that hold nothing where they are empty, and each of which is then as good as any other.
+CONTAINERS = (dict, collections.OrderedDict, list, set)
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
 _MISSING = object()
 
@@ -20,6 +22,12 @@ _MISSING = object()
 def is_constant(value: object) -> bool:
     """Whether ``value`` cannot change and holds nothing that could."""
     return isinstance(value, (*_CONSTANT, *_CODE)) or (type(value) is tuple and all(map(is_constant, value)))
+
+
+def may_hold(value: object) -> bool:
+    """Whether ``value`` may hold tensors or modules: most attributes of a module are empty or plain."""
+    kind = type(value)
+    return kind not in PLAIN and (kind not in CONTAINERS or bool(value))
 
 
 def is_same(a: object, b: object) -> bool:

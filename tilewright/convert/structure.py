@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tilewright.convert.code import is_somebodys, may_write
-from tilewright.convert.contents import exchanged, modules_in
+from tilewright.convert.contents import CONTAINERS, exchanged, may_hold, modules_in
 from tilewright.convert.text import display_name
 
 #: Direct children of the root with one of these names count as output heads.
@@ -46,6 +46,9 @@ def copy_structure(model: nn.Module) -> nn.Module:
     """
     written = _written_in_forward(model)
     memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model) if id(tensor) not in written}
+    for module in model.modules():
+        # Nine hooks' dictionaries a module, nearly all empty, take deepcopy longer than all else.
+        memo.update((id(each), type(each)()) for each in vars(module).values() if type(each) in CONTAINERS and not each)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -65,7 +68,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, dict):
-            stack.extend(value.values())
+            stack.extend(filter(may_hold, value.values()))
         elif isinstance(value, (list, tuple)):
             stack.extend(value)
 
@@ -75,7 +78,7 @@ def _written_in_forward(model: nn.Module) -> set[int]:
     written: set[int] = set()
     for module in filter(is_somebodys, model.modules()):
         for name, value in [*vars(module).items(), *module._buffers.items()]:
-            if name not in ("_parameters", "_buffers", "_modules"):
+            if may_hold(value) and name not in ("_parameters", "_buffers", "_modules"):
                 found = [each for each in _tensors_in(value) if each.is_leaf and not isinstance(each, nn.Parameter)]
                 if found and may_write(type(module), name):
                     written.update(map(id, found))
@@ -138,7 +141,8 @@ def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def tensor_bytes(module: nn.Module) -> int:
     """Bytes of the parameters and buffers of a module, shared ones once."""
     ledger = Ledger()
-    return sum(ledger.add(tensor) for tensor in [*module.parameters(), *module.buffers()])
+    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    return sum(ledger.add(tensor) for table in tables for tensor in table.values() if tensor is not None)
 
 
 def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -160,8 +164,9 @@ def held_beside(module: nn.Module) -> dict[str, set[nn.Module]]:
     if not is_somebodys(module):
         return {}
     tables = ("_parameters", "_buffers", "_modules")
-    held = {name: value for name, value in vars(module).items() if name not in tables and "_hooks" not in name}
-    return {name: found for name, value in held.items() if (found := modules_in([value]))}
+    held = {name: value for name, value in vars(module).items() if may_hold(value)}
+    names = (name for name in held if name not in tables and "_hooks" not in name)
+    return {name: found for name in names if (found := modules_in([held[name]]))}
 
 
 class Places:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,10 +85,20 @@ def observe(
     return samples
 
 
+#: Elements that are compared at once: memory of a few megabytes is asked of the system, and given back, each time.
+_BLOCK = 1 << 17
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """||actual - expected|| / ||expected|| in float32, 0 for two zeros; None where it is no finite number."""
-    difference = torch.linalg.vector_norm(actual.float() - expected.float()).item()
-    norm = torch.linalg.vector_norm(expected.float()).item()
+    """||actual - expected|| / ||expected|| of two tensors [N, ...] in float32, 0 for two zeros; None where it is no
+    finite number.
+    """
+    difference = norm = 0.0
+    rows = max(1, _BLOCK // max(1, expected[:1].numel()))
+    for a, b in zip(actual.split(rows), expected.split(rows), strict=True):
+        b = b.float()
+        difference = math.hypot(difference, torch.linalg.vector_norm(a.float() - b).item())
+        norm = math.hypot(norm, torch.linalg.vector_norm(b).item())
     if not difference:
         return 0.0
     error = difference / norm if norm else float("inf")

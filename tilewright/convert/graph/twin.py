@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tilewright.convert.code import is_somebodys, methods_of
-from tilewright.convert.contents import Contents, changed_keys, children, is_constant
+from tilewright.convert.contents import Contents, changed_keys, children, is_constant, may_hold
 from tilewright.convert.graph.overlay import Overlay
 from tilewright.convert.graph.values import Held, Untraceable
 from tilewright.convert.outside import Outside
@@ -171,14 +171,14 @@ def _record(capture: Capture, path: str, /, *args: Any, **kwargs: Any) -> Any:
 
 def _inside(real: nn.Module) -> Iterator[Any]:
     """What lies in the containers and objects that a module holds, tensors and modules among it."""
-    stack = [value for name, value in vars(real).items() if name not in _KINDS]
+    stack = [value for name, value in vars(real).items() if name not in _KINDS and may_hold(value)]
     seen: set[int] = set()
     while stack:
         value = stack.pop()
         if id(value) not in seen:
             seen.add(id(value))
             yield value
-            stack += children(value) or ()
+            stack += filter(may_hold, children(value) or ())
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str | None, nn.Module]]:
