@@ -32,16 +32,10 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "1")
-
-
-def test_programs_are_made_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE)
-    assert not states_of(tw.convert_model(small(), "int8"))
-    monkeypatch.setenv(VARIABLE, "1")
+def test_programs_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert states_of(tw.convert_model(small(), "int8"))
+    monkeypatch.setenv(VARIABLE, "0")
+    assert not states_of(tw.convert_model(small(), "int8"))
 
 
 def small(kind: str = "bert") -> nn.Module:
@@ -75,10 +69,9 @@ def called(model: nn.Module, given: dict[str, torch.Tensor], times: int = 3) -> 
 
 
 def agrees(y: torch.Tensor, expected: torch.Tensor) -> None:
-    """But for activations that int8 rounds the other way."""
+    """To the bit."""
     assert y.shape == expected.shape and torch.equal(y.isnan(), expected.isnan())
-    difference = (y - expected).nan_to_num()
-    assert difference.square().mean().sqrt() <= 2e-3 * expected.nan_to_num().square().mean().sqrt()
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
 def is_one_program(model: nn.Module) -> bool:
@@ -107,11 +100,7 @@ def test_minilm() -> None:
     model = tw.convert_model(plain, "int8")
     for batch, length, padded in ((1, 9, False), (4, 12, True)):
         given = inputs("bert", batch, length, padded)
-        y, expected, exact = called(model, given), by_layers(model, given), by_layers(plain, given)
-        error = (expected - exact).square().mean().sqrt()
-        # Once the last bits of a norm round one activation the other way, all later roundings are others.
-        assert (y - expected).square().mean().sqrt() <= error
-        assert (y - exact).square().mean().sqrt() <= 1.1 * error
+        agrees(called(model, given), by_layers(model, given))
     assert states_of(model) == {"encoder": "one program: 66 operators in 1 C call"}
 
 

@@ -6,9 +6,8 @@ or without, in how many dimensions. So the code is read when it is first called 
 graph becomes a ``Program``, which is proven against the layers and replayed. A stack that cannot be read runs by its
 class, and its blocks have programs of their own; so it is with a stack in which a hook listens to one block.
 
-There are such programs where ``TILEWRIGHT_TRANSFORMER_PROGRAMS=1`` is set when a model is converted or loaded. They are
-no default yet: their norms add in another order than PyTorch's, so the third call of a shape, the first one that is
-replayed, may differ from the second in the last bits, and by an int8 step behind them.
+A program answers to the bit what the layers do: its steps are the C kernels that serve them, in the order in which they
+add. ``TILEWRIGHT_TRANSFORMER_PROGRAMS=0``, when a model is converted or loaded, leaves programs out.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from tilewright.kernels.cpu.replay import is_special
 from tilewright.kernels.dispatch import router
 from tilewright.nn import QuantizedLinear
 
-#: The variable that asks for programs.
+#: The variable that leaves programs out.
 VARIABLE = "TILEWRIGHT_TRANSFORMER_PROGRAMS"
 #: Ways of calling one block that are told apart.
 MOST_WAYS = 16
@@ -186,9 +185,9 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def install_blocks(model: nn.Module) -> None:
-    """Give the blocks of ``model`` and their stacks programs, if they are asked for, in place of any that they have."""
+    """Give the blocks of ``model`` and their stacks programs, in place of any that they have."""
     remove_blocks(model)
-    if os.environ.get(VARIABLE) != "1":
+    if os.environ.get(VARIABLE) == "0":
         return
     for module in dict.fromkeys(blocks_of(model)):
         if "forward" not in vars(module):

@@ -19,6 +19,7 @@ import torch
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.recording import record
 from tilewright.kernels.cpu.replay_plan import CannotReplay, Replay
+from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.derivatives import is_transformed
 from tilewright.kernels.dispatch.same import SameTensors, holds_values
 
@@ -77,7 +78,12 @@ class Replays:
                 return self.function(*inputs)
             known = {}
             self._known = (SameTensors(tensors), known)
-        key = (self.state(), torch.get_num_threads(), *[(x.shape, x.stride(), x.dtype) for x in inputs])
+        key = (
+            self.state(),
+            router.generation(),
+            torch.get_num_threads(),
+            *[(x.shape, x.stride(), x.dtype) for x in inputs],
+        )
         replay = known.get(key)
         if isinstance(replay, str):
             return self.function(*inputs)

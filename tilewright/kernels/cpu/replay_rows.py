@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tilewright.kernels.cpu import attention, linear, native, steps
+from tilewright.kernels.cpu import attention, linear, native, norms, steps
 from tilewright.kernels.cpu.lowering import Lowering, NotNative, Scratch
 from tilewright.kernels.cpu.row_steps import Int8Step, NormStep, describe
 from tilewright.kernels.cpu.steps import Description
+from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.problem import Problem
 
 if TYPE_CHECKING:
     from tilewright.kernels.cpu.recording import Call
 
 _INT8, _NORM, _ADD = "tilewright.int8_linear.default", "aten.native_layer_norm.default", "aten.add.Tensor"
+#: What the router calls the implementation whose code the steps share.
+_C_KERNEL = "C kernel"
 #: Sums of products of u8 and s8 must stay below 2^31.
 _LARGEST_K = 66_000
 #: Columns of a row whose sum fits the scratch memory of program.h.
@@ -82,6 +85,9 @@ def _int8_linear(plan: Lowering, *args: Any, result: torch.Tensor, **kwargs: Any
     (m, k), n = rows.shape, len(weight)
     if activation not in native.ACTIVATIONS or k > _LARGEST_K or not target.is_contiguous():
         raise NotNative
+    end = {"activation": activation, "bias": given.get("bias") is not None, "residual": residual is not None}
+    if router.route(Problem("int8_linear", m, n, k, x.dtype, **end)).name != _C_KERNEL:
+        raise NotNative  # another implementation is faster, and its last bits are others
     added = None if residual is None else plan.rows(residual)
     if added is not None and (added.shape != target.shape or not added.is_contiguous()):
         raise NotNative
@@ -148,6 +154,8 @@ def _layer_norm(
     columns = x.shape[-1]
     if list(shape) != [columns] or columns > _MOST_COLUMNS or any(map(plan.is_read_later, result[1:])):
         raise NotNative
+    if not (lanes := norms.lanes()):
+        raise NotNative
     target = plan.rows(y)
     if not target.is_contiguous():
         raise NotNative
@@ -162,6 +170,7 @@ def _layer_norm(
         rows=source.shape[0],
         columns=columns,
         epsilon=epsilon,
+        lanes=lanes,
     )
     if added is not None:
         residual = plan.rows(added.args[1])

@@ -33,7 +33,7 @@ class NormStep(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("sum", "y", "q", "scale")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "x_stride", "r_stride")),
         ("epsilon", ctypes.c_float),
-        ("rms", ctypes.c_int32),
+        ("lanes", ctypes.c_int32),
     ]
 
 
