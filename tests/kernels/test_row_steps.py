@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -151,10 +152,61 @@ def test_products_of_rows_that_are_quantised_once(isa: str, rows: int, k: int, n
         assert torch.equal(fast(x), function(x))
 
 
-def test_products_are_bit_for_bit_those_of_the_layers(isa: str) -> None:
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "int8": tw.nn.Int8Linear.from_float,
+    "w4a8": tw.nn.Int8ActInt4WeightLinear.from_float,
+    "w4a8, symmetric groups of 16": functools.partial(
+        tw.nn.Int8ActInt4WeightLinear.from_float, group_size=16, symmetric=True
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 7, 65, 130])
+@pytest.mark.parametrize("group_sizes", [(32, 32, 32), (32, 16, 32)], ids=["one size", "two sizes"])
+def test_w4a8_products_of_rows_that_are_quantised_once(isa: str, rows: int, group_sizes: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    first = tw.nn.Int8Linear.from_float(nn.Linear(100, 70), activation="gelu")
-    second = tw.nn.Int8Linear.from_float(nn.Linear(70, 33, bias=False))
+    made = tw.nn.Int8ActInt4WeightLinear.from_float
+    layers = [made(nn.Linear(96, n), group_size=size) for n, size in zip((96, 40, 130), group_sizes, strict=True)]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in layers], -1)
+
+    fast, x = Replays(function), torch.randn(rows, 96)
+    with torch.no_grad():
+        fast(x), fast(x)
+        kinds = [step.kind for step in fast.replays[0].parts[0].steps]
+        assert kinds.count(steps.INT4_PRODUCT) == 3 and kinds.count(steps.INT4_QUANTIZE) == len(set(group_sizes))
+        x = torch.randn(rows, 96)
+        assert torch.equal(fast(x), function(x))
+
+
+@pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
+def test_channel_scales_and_residuals(isa: str, made: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    scale = torch.rand(64) + 0.5
+    first, second = made(nn.Linear(64, 48), channel_scale=scale), made(nn.Linear(64, 48), channel_scale=2 * scale)
+    op = {"int8_linear": torch.ops.tilewright.int8_linear}.get(first.op_name, torch.ops.tilewright.int4_int8_linear)
+    options = {} if first.op_name == "int8_linear" else {"group_size": first.group_size}
+
+    def with_residual(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        held = {name: value for name, value in layer.named_buffers() if value is not None}
+        named = {name.replace("weight_codes", "weight"): value for name, value in held.items()}
+        return op(x, **named, bias=layer.bias, residual=residual, activation="relu", **options)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return with_residual(second, x, first(x))
+
+    x = torch.randn(9, 64)
+    y, replay = replayed(function, x)
+    assert replay.native_steps == 2
+    with torch.no_grad():
+        assert torch.equal(y, function(x))
+
+
+@pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
+def test_products_are_bit_for_bit_those_of_the_layers(isa: str, made: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    first, second = made(nn.Linear(100, 70), activation="gelu"), made(nn.Linear(70, 33, bias=False))
     function = nn.Sequential(first, second)
     for rows in (1, 7, 100):
         x = torch.randn(rows, 100)

@@ -1,10 +1,11 @@
 """The ``forward`` of a transformer's blocks, and of the stack of them: one program where it can be.
 
-A block is what a list of modules holds, with attention by our kernel and int8 linear layers inside; the module around
-the list, such as the encoder of a BERT, is its stack. What a program computes depends on how it is called: with a mask
-or without, in how many dimensions. So the code is read when it is first called in some way (``trace_call``), and the
-graph becomes a ``Program``, which is proven against the layers and replayed. A stack that cannot be read runs by its
-class, and its blocks have programs of their own; so it is with a stack in which a hook listens to one block.
+A block is what a list of modules holds, with attention by our kernel and layers that multiply integers inside (int8,
+w4a8); the module around the list, such as the encoder of a BERT, is its stack. What a program computes depends on how
+it is called: with a mask or without, in how many dimensions. So the code is read when it is first called in some way
+(``trace_call``), and the graph becomes a ``Program``, which is proven against the layers and replayed. A stack that
+cannot be read runs by its class, and its blocks have programs of their own; so it is with a stack in which a hook
+listens to one block.
 
 A program answers to the bit what the layers do: its steps are the C kernels that serve them, in the order in which they
 add. ``TILEWRIGHT_TRANSFORMER_PROGRAMS=0``, when a model is converted or loaded, leaves programs out.
@@ -39,7 +40,7 @@ MOST_WAYS = 16
 #: kept, and beyond, what Python costs between two layers is little.
 MOST_ELEMENTS = 1 << 19
 #: Operators of linear layers that the C kernels have as steps.
-_STEPS = ("int8_linear",)
+_STEPS = ("int8_linear", "int4_int8_linear")
 _CONSTANTS = (type(None), bool, int, float, str)
 
 

@@ -218,6 +218,17 @@ def why_no_int4_groups(k: int, group_size: int) -> str | None:
     )
 
 
+def packed_int4(
+    weight_packed: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """An int4 weight of K columns in the order of int4_int8_linear.c, its scales and zero points, made once for as long
+    as it lives unchanged.
+    """
+    n, groups = weight_scale.shape
+    sizes = native.function("int4_packed_bytes")(n, k), native.function("int4_scales")(n, groups)
+    return _packed_groups("int4_pack", weight_packed, weight_scale, weight_zero, k, sizes)
+
+
 def prepare_int4_int8(
     weight_packed: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -230,8 +241,7 @@ def prepare_int4_int8(
 ) -> Prepared:
     """``int4_int8_linear``."""
     n, groups = weight_scale.shape
-    sizes = native.function("int4_packed_bytes")(n, k), native.function("int4_scales")(n, groups)
-    packed_weight = _packed_groups("int4_pack", weight_packed, weight_scale, weight_zero, k, sizes)
+    packed_weight = packed_int4(weight_packed, weight_scale, weight_zero, k)
     fixed = (*packed_weight, n, k, group_size, _floats(bias), _floats(channel_scale))
     stride = native.function("int4_int8_row_bytes")(k)
 

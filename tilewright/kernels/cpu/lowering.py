@@ -56,7 +56,7 @@ class Lowering:
         self.independent = False
         self.scratch: list[Scratch] = []
         #: What was quantised: by the tensor and the factors of its columns, the rows and their scales.
-        self.quantized: dict[Any, tuple[Scratch, Scratch]] = {}
+        self.quantized: dict[Any, tuple[Scratch, ...]] = {}
         #: The step that made a tensor of rows and can quantise them too, by its storage.
         self.makers: dict[int, Maker] = {}
 

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tilewright.kernels.cpu import attention, linear, native, norms, steps
 from tilewright.kernels.cpu.lowering import Lowering, NotNative, Scratch
-from tilewright.kernels.cpu.row_steps import Int8Step, NormStep, describe
+from tilewright.kernels.cpu.row_steps import Int4Step, Int8Step, NormStep, describe
 from tilewright.kernels.cpu.steps import Description
 from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch.card import card_of
 from tilewright.kernels.dispatch.problem import Problem
 
 if TYPE_CHECKING:
     from tilewright.kernels.cpu.recording import Call
 
-_INT8, _NORM, _ADD = "tilewright.int8_linear.default", "aten.native_layer_norm.default", "aten.add.Tensor"
+_INT8, _INT4 = "tilewright.int8_linear.default", "tilewright.int4_int8_linear.default"
+_NORM, _ADD = "aten.native_layer_norm.default", "aten.add.Tensor"
 #: What the router calls the implementation whose code the steps share.
 _C_KERNEL = "C kernel"
 #: Sums of products of u8 and s8 must stay below 2^31.
@@ -46,9 +48,9 @@ def grouped(calls: Sequence[Call]) -> list[list[Call]]:
 
 def _same_rows(last: list[Call], call: Call) -> bool:
     """Whether ``call`` multiplies the rows that those of ``last`` do, and reads nothing that they make."""
-    if call.name != _INT8 or last[0].name != _INT8:
+    if call.name not in (_INT8, _INT4) or last[0].name != call.name:
         return False
-    mine, theirs = _int8_arguments(call), _int8_arguments(last[0])
+    mine, theirs = (_arguments_of(each.function, each.args, each.kwargs) for each in (call, last[0]))
     if mine.get("residual") is not None or _place(mine["x"]) != _place(theirs["x"]):
         return False
     storages = {_storage(each.result) for each in last}
@@ -71,52 +73,94 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _int8_arguments(call: Call) -> dict[str, Any]:
-    declared = torch.ops.tilewright.int8_linear.default._schema.arguments
-    return {**dict(zip([argument.name for argument in declared], call.args, strict=False)), **call.kwargs}
+def _arguments_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of an operator by name."""
+    declared = function._schema.arguments
+    defaults = {each.name: each.default_value for each in declared if each.has_default_value()}
+    return {**defaults, **dict(zip([each.name for each in declared], args, strict=False)), **kwargs}
 
 
-# ---- int8 products
-def _int8_linear(plan: Lowering, *args: Any, result: torch.Tensor, **kwargs: Any) -> list[Description]:
-    declared = torch.ops.tilewright.int8_linear.default._schema.arguments
-    given = {**dict(zip([argument.name for argument in declared], args, strict=False)), **kwargs}
-    x, weight, residual = given["x"], given["weight"], given.get("residual")
-    rows, target, activation = plan.rows(x), plan.rows(result), given.get("activation", "none")
-    (m, k), n = rows.shape, len(weight)
+# ---- products of integers
+def _ends(
+    plan: Lowering, op: str, given: Mapping[str, Any], result: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The rows that a product reads, and the members that the steps of both formats have."""
+    x, residual, activation = given["x"], given["residual"], given["activation"]
+    rows, target = plan.rows(x), plan.rows(result)
+    (m, k), n = rows.shape, target.shape[1]
     if activation not in native.ACTIVATIONS or k > _LARGEST_K or not target.is_contiguous():
         raise NotNative
-    end = {"activation": activation, "bias": given.get("bias") is not None, "residual": residual is not None}
-    if router.route(Problem("int8_linear", m, n, k, x.dtype, **end)).name != _C_KERNEL:
+    card = card_of(op)
+    if card is None or router.route(card.problem(op, given, n)).name != _C_KERNEL:
         raise NotNative  # another implementation is faster, and its last bits are others
     added = None if residual is None else plan.rows(residual)
     if added is not None and (added.shape != target.shape or not added.is_contiguous()):
         raise NotNative
-    packed, correction = linear.packed_int8(weight)
+    return rows, {
+        "bias": plan.own(given["bias"]),
+        "residual": None if added is None else added.data_ptr(),
+        "y": target.data_ptr(),
+        "m": m,
+        "n": n,
+        "k": k,
+        "activation": native.ACTIVATIONS[activation],
+    }
+
+
+def _int8_linear(plan: Lowering, *args: Any, result: torch.Tensor, **kwargs: Any) -> list[Description]:
+    given = _arguments_of(torch.ops.tilewright.int8_linear.default, args, kwargs)
+    rows, ends = _ends(plan, "int8_linear", given, result)
+    packed, correction = linear.packed_int8(given["weight"])
     plan.kept.append((packed, correction))
     job = Int8Step(
         packed=packed.data_ptr(),
         correction=correction.data_ptr(),
         weight_scale=plan.own(given["weight_scale"]),
-        bias=plan.own(given.get("bias")),
-        residual=None if added is None else added.data_ptr(),
-        y=target.data_ptr(),
-        m=m,
-        n=n,
-        k=k,
-        activation=native.ACTIVATIONS[activation],
+        **ends,
     )
-    made, (q, scale) = _quantized(plan, x, rows, given.get("channel_scale"))
+    made, (q, scale) = _quantized(plan, given["x"], rows, given["channel_scale"])
     q.use(plan.group, job, "q")
     scale.use(plan.group, job, "scale")
     made.append(describe(steps.INT8_PRODUCT, job, independent=plan.independent and not made))
     return made
 
 
+def _int4_int8_linear(plan: Lowering, *args: Any, result: torch.Tensor, **kwargs: Any) -> list[Description]:
+    given = _arguments_of(torch.ops.tilewright.int4_int8_linear.default, args, kwargs)
+    rows, ends = _ends(plan, "int4_int8_linear", given, result)
+    (m, k), groups, group_size = rows.shape, given["weight_scale"].shape[1], given["group_size"]
+    weight = linear.packed_int4(given["weight_packed"], given["weight_scale"], given["weight_zero"], k)
+    plan.kept.append(weight)
+    packed, scale, zero = (None if each is None else each.data_ptr() for each in weight)
+    job = Int4Step(packed=packed, scale=scale, zero=zero, group=group_size, **ends)
+    key = (_storage(given["x"]), _place(given["x"]), _INT4, group_size, _address(given["channel_scale"]))
+    made, known = [], plan.quantized.get(key)
+    if known is None:
+        sizes = m * native.function("int4_int8_row_bytes")(k), 4 * m * groups, 4 * m
+        known = plan.quantized[key] = tuple(map(plan.reserve, sizes))
+        first = Int4Step(x=rows.data_ptr(), m=m, k=k, x_stride=rows.stride(0), group=group_size)
+        first.channel_scale = plan.own(given["channel_scale"])
+        _use(plan, known, first)
+        made.append(describe(steps.INT4_QUANTIZE, first))
+    _use(plan, known, job)
+    made.append(describe(steps.INT4_PRODUCT, job, independent=plan.independent and not made))
+    return made
+
+
+def _use(plan: Lowering, places: Sequence[Scratch], job: Int4Step) -> None:
+    for place, name in zip(places, ("q", "q_sums", "row_scale"), strict=True):
+        place.use(plan.group, job, name)
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def _quantized(
     plan: Lowering, x: torch.Tensor, rows: torch.Tensor, channel_scale: torch.Tensor | None
-) -> tuple[list[Description], tuple[Scratch, Scratch]]:
+) -> tuple[list[Description], tuple[Scratch, ...]]:
     """The steps that quantise ``rows``, the place of ``x``, if it is not done already; and where they are then."""
-    key = (_storage(x), _place(x), None if channel_scale is None else channel_scale.data_ptr())
+    key = (_storage(x), _place(x), _INT8, _address(channel_scale))
     known = plan.quantized.get(key)
     if known is not None:
         return [], known
@@ -217,6 +261,7 @@ def _attention(
 #: By the name of a recorded call.
 ROWS: dict[str, Callable[..., list[Description]]] = {
     _INT8: _int8_linear,
+    _INT4: _int4_int8_linear,
     _NORM: _layer_norm,
     "step attention": _attention,
 }

@@ -25,6 +25,17 @@ class Int8Step(ctypes.Structure):
     ]
 
 
+class Int4Step(ctypes.Structure):
+    """``int4_step`` of int4_int8_linear.c: of INT4_QUANTIZE and INT4_PRODUCT."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("packed", "zero", "scale", "bias", "channel_scale")),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "y", "q", "q_sums", "row_scale")),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "x_stride", "group")),
+        *((name, ctypes.c_int32) for name in ("dtype", "activation")),
+    ]
+
+
 class NormStep(ctypes.Structure):
     """``norm_step`` of norm.c."""
 
@@ -43,6 +54,8 @@ JOBS: dict[int, type[ctypes.Structure]] = {
     steps.INT8_PRODUCT: Int8Step,
     steps.ATTENTION: Job,
     steps.NORM: NormStep,
+    steps.INT4_QUANTIZE: Int4Step,
+    steps.INT4_PRODUCT: Int4Step,
 }
 
 

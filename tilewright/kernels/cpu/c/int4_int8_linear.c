@@ -13,6 +13,7 @@
 #include "epilogue.h"
 #include "nibbles.h"
 #include "parallel.h"
+#include "program.h"
 #include "quantize_row.h"
 
 static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
@@ -139,10 +140,35 @@ static void quantize_part(const int4_job *job, int64_t first, int64_t begin, int
     }
 }
 
+/* Multiplies the quantised rows, `rows` of them, the first of which is number `first`, by the panels that this thread takes. */
+static void multiply_taken(const int4_job *job, int64_t first, int64_t rows, int64_t round, int threads) {
+    const int64_t panels = divide_up(job->out.n, PANEL), row_groups = divide_up(rows, ROW_GROUP), units = panels * row_groups;
+    const int64_t step = panels >= 8 * threads ? row_groups : 1;
+    for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
+        for (int64_t unit = taken; unit < taken + step; unit++) {
+            int64_t panel = unit / row_groups, row = unit % row_groups * ROW_GROUP;
+            int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
+#if WIDEN_INTEGERS
+            if (last - row > TILE_ROWS) {
+                float sums[ROW_GROUP][PANEL];
+                const int count = (int)(last - row);
+                multiply_widened(job, row, count, panel, sums);
+                finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
+                continue;
+            }
+#endif
+            for (; row < last; row += TILE_ROWS) {
+                float sums[TILE_ROWS][PANEL];
+                int count = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
+                multiply_tile(count, job, row, panel, sums);
+                finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
+            }
+        }
+}
+
 static void int4_part(void *data) {
     int4_job mine = *(const int4_job *)data;
     const int4_job *job = &mine;
-    const int64_t panels = divide_up(job->out.n, PANEL);
     int number, threads;
     tw_team(&number, &threads);
     if (job->own) {
@@ -158,28 +184,7 @@ static void int4_part(void *data) {
         }
         quantize_part(job, first, begin, end);
         if (!job->own) tw_barrier();
-        const int64_t row_groups = divide_up(rows, ROW_GROUP), units = panels * row_groups;
-        const int64_t step = panels >= 8 * threads ? row_groups : 1;
-        for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
-            for (int64_t unit = taken; unit < taken + step; unit++) {
-                int64_t panel = unit / row_groups, row = unit % row_groups * ROW_GROUP;
-                int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
-#if WIDEN_INTEGERS
-                if (last - row > TILE_ROWS) {
-                    float sums[ROW_GROUP][PANEL];
-                    const int count = (int)(last - row);
-                    multiply_widened(job, row, count, panel, sums);
-                    finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
-                    continue;
-                }
-#endif
-                for (; row < last; row += TILE_ROWS) {
-                    float sums[TILE_ROWS][PANEL];
-                    int count = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
-                    multiply_tile(count, job, row, panel, sums);
-                    finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
-                }
-            }
+        multiply_taken(job, first, rows, round, threads);
         if (first + job->block < job->m) tw_barrier(); /* the next block overwrites q */
     }
 }
@@ -201,4 +206,41 @@ EXPORT int ISA_NAME(tw_int4_int8_linear)(const uint8_t *packed, const float *sca
                     x_stride, {bias, residual, activation, y, dtype, n}, q, q_sums, row_scale, block, own, &units};
     tw_parallel(int4_part, &job, threads);
     return 0;
+}
+
+/* A linear layer as steps of a program: INT4_QUANTIZE writes q, q_sums and row_scale, INT4_PRODUCT reads them.
+   kernels/cpu/row_steps.py holds the same structure. The members are the arguments of tw_int4_int8_linear; all of x, q,
+   q_sums and row_scale is there. */
+typedef struct {
+    const uint8_t *packed, *zero;
+    const float *scale, *bias, *channel_scale;
+    const void *x, *residual;
+    void *y;
+    int8_t *q;
+    int32_t *q_sums;
+    float *row_scale;
+    int64_t m, n, k, x_stride, group;
+    int32_t dtype, activation;
+} int4_step;
+
+static int4_job job_of(tw_step *step) {
+    const int4_step *s = step->job;
+    const int64_t words = divide_up(s->k, 8), group_words = s->group < s->k ? s->group / 8 : words;
+    return (int4_job){s->packed, s->zero, s->scale, s->channel_scale, s->k, ISA_NAME(tw_int4_int8_row_bytes)(s->k), words,
+                      group_words, divide_up(words, group_words), s->x, s->m, s->x_stride,
+                      {s->bias, s->residual, s->activation, s->y, s->dtype, s->n}, s->q, s->q_sums, s->row_scale, s->m, 0,
+                      &step->units};
+}
+
+void ISA_NAME(tw_int4_quantize_step)(tw_step *step, int number, int threads) {
+    const int4_job job = job_of(step);
+    int64_t begin, end;
+    share_of(job.m, number, threads, &begin, &end);
+    quantize_part(&job, 0, begin, end);
+}
+
+void ISA_NAME(tw_int4_product_step)(tw_step *step, int number, int threads) {
+    const int4_job job = job_of(step);
+    (void)number;
+    multiply_taken(&job, 0, job.m, 0, threads);
 }

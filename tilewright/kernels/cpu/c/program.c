@@ -12,6 +12,8 @@ void JOIN(tw_int8_quantize_step, TILEWRIGHT_ISA)(tw_step *step, int number, int 
 void JOIN(tw_int8_product_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 void JOIN(tw_attention_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 void JOIN(tw_norm_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
+void JOIN(tw_int4_quantize_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
+void JOIN(tw_int4_product_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 
 static void run_step(tw_step *step, int number, int threads) {
 #if defined(__AVX2__) && defined(__FMA__)
@@ -30,6 +32,8 @@ static void run_step(tw_step *step, int number, int threads) {
         case INT8_PRODUCT: JOIN(tw_int8_product_step, TILEWRIGHT_ISA)(step, number, threads); return;
         case ATTENTION: JOIN(tw_attention_step, TILEWRIGHT_ISA)(step, number, threads); return;
         case NORM: JOIN(tw_norm_step, TILEWRIGHT_ISA)(step, number, threads); return;
+        case INT4_QUANTIZE: JOIN(tw_int4_quantize_step, TILEWRIGHT_ISA)(step, number, threads); return;
+        case INT4_PRODUCT: JOIN(tw_int4_product_step, TILEWRIGHT_ISA)(step, number, threads); return;
         default: JOIN(tw_simple_step, TILEWRIGHT_ISA)(step, number, threads);
     }
 #else
