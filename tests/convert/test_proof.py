@@ -142,6 +142,20 @@ def test_gradients_are_right_from_the_first_call_on() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_group_norms_of_large_means_keep_their_digits() -> None:
+    """PyTorch's group norm of a channels-last image loses them: findings/torch_group_norm_channels_last.sh."""
+    torch.manual_seed(0)
+    norms = nn.GroupNorm(8, 32), nn.GroupNorm(4, 16)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), norms[0], nn.ReLU(), nn.Conv2d(32, 16, 3), norms[1]).eval()
+    with torch.no_grad():
+        model[0].bias.add_(1000)
+        exact, x = copy.deepcopy(model).double(), picture(size=16)
+        expected, fused = exact(x.double()), tw.convert_model(model, "fuse")
+        error = (model(x) - expected).norm()
+        for _ in range(4):
+            assert (fused(x) - expected).norm() <= 10 * error
+
+
 def test_what_the_program_wrote_to_its_input_is_taken_back() -> None:
     class Writes(Fooled):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
