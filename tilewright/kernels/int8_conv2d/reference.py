@@ -21,9 +21,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tilewright.kernels.activation import apply_activation
 from tilewright.kernels.conv2d.reference import convolve
 from tilewright.kernels.conv_geometry import to_channels_last
+from tilewright.kernels.epilogue import activate_in_place
 
 
 def integers(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -97,7 +97,7 @@ def int8_conv2d_fused(
     if residual is not None:
         values = integers(residual, torch.float32) - residual_zero_point
         y = y + values * torch.full((), residual_scale, device=x.device)
-    y = apply_activation(y, activation, negative_slope=negative_slope)
+    y = activate_in_place(y, activation, negative_slope)  # each number as if it stood alone, whatever the batch
     if out_scale is not None:
         return quantize_per_tensor(y, out_scale, out_dtype, out_zero_point)
     return to_channels_last(y.to(out_dtype or torch.float32))
