@@ -29,6 +29,7 @@ from tilewright.convert.record import join
 from tilewright.convert.structure import ReplacedForward
 from tilewright.kernels.cpu import steps
 from tilewright.kernels.cpu.replay import is_special
+from tilewright.kernels.cpu.replay_rows import ROWS
 from tilewright.kernels.dispatch import router
 from tilewright.nn import QuantizedLinear
 
@@ -39,8 +40,6 @@ MOST_WAYS = 16
 #: Elements of an input up to which a stack is one program: while it is read and recorded, all that its layers make is
 #: kept, and beyond, what Python costs between two layers is little.
 MOST_ELEMENTS = 1 << 19
-#: Operators of linear layers that the C kernels have as steps.
-_STEPS = ("int8_linear", "int4_int8_linear")
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
@@ -169,7 +168,9 @@ def _way(
 def _is_block(module: nn.Module) -> bool:
     parts = list(module.modules())
     attends = any(type(vars(part).get("config")) is AttentionConfig for part in parts)
-    return attends and any(isinstance(part, QuantizedLinear) and part.op_name in _STEPS for part in parts)
+    return attends and any(
+        isinstance(part, QuantizedLinear) and f"tilewright.{part.op_name}.default" in ROWS for part in parts
+    )
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
