@@ -20,7 +20,7 @@ from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.card import Card, cards, make_arguments
 from tilewright.kernels.dispatch.problem import Problem, rows_aligned
-from tilewright.kernels.dispatch.router import Implementation, invalidate, register, route, unregister
+from tilewright.kernels.dispatch.router import Implementation, implementations, invalidate, register, route, unregister
 from tilewright.kernels.quantize.reference import quantize_per_row
 from tilewright.nn import Sparse24Int4Linear, Sparse24Int8Linear, Sparse24Linear
 
@@ -372,6 +372,10 @@ def test_first_use_tunes_layers_with_a_sparse_weight(kind: type[Sparse24Linear],
     torch.manual_seed(0)
     layer, x = kind.from_float(torch.nn.Linear(256, 64)), torch.randn(3, 256)
     before = layer(x)
+    if tuned == "sparse24_linear":
+        serving = [each.name for each in implementations(tuned) if each.why_not(layer.problem(3)) is None]
+        if len(serving) == 2:  # the last is the definition
+            pytest.skip("on this processor there is nothing to choose from")
     with autotune.on_first_use():
         y = layer(x)
     torch.testing.assert_close(y, before, rtol=1e-2, atol=1e-2)
