@@ -36,8 +36,11 @@ def finish(
 
 def activate_in_place(y: torch.Tensor, activation: str, negative_slope: float = 0.01) -> torch.Tensor:
     """``apply_activation`` in place, on a CPU by the C kernel if there is one: PyTorch's own round otherwise where a
-    vector is not full, so that a result depends on its place in the batch.
+    vector is not full, so that a result depends on its place in the batch. Returns ``y``, or, of one that is traced and
+    so has no memory to change, a new tensor.
     """
+    if type(y) is not torch.Tensor:
+        return apply_activation(y, activation, negative_slope=negative_slope)
     if activation == "none" or (y.is_cpu and native.activate(y, activation)):
         return y
     return apply_activation(y, activation, inplace=True, negative_slope=negative_slope)
