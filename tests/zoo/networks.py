@@ -49,6 +49,8 @@ WITH_BACKBONE = ("fcn", "deeplab", "lraspp", "ssd", "fasterrcnn", "retinanet", "
 DETECTORS = ("ssd", "fasterrcnn", "retinanet", "fcos", "maskrcnn", "keypointrcnn")
 #: Those of them that scale every picture up to 320 or 800 pixels unless told not to.
 SCALING = ("fasterrcnn", "retinanet", "fcos", "maskrcnn", "keypointrcnn")
+#: Those whose second stage looks at up to a thousand boxes in every picture unless told to look at fewer.
+TWO_STAGES = ("fasterrcnn", "maskrcnn", "keypointrcnn")
 #: Networks of linear layers for the most part.
 LINEAR = ("vit", "deit", "swin", "mixer", "gmlp", "xcit", "pit", "crossvit", "tiny_vit", "levit")
 
@@ -87,7 +89,8 @@ def build(name: str) -> nn.Module:
 
         backbone = {"weights_backbone": None} if kind.startswith(WITH_BACKBONE) else {}
         smaller = {"min_size": 128, "max_size": 192} if kind.startswith(SCALING) else {}
-        return torchvision.models.get_model(kind, weights=None, **backbone, **smaller).eval()
+        fewer = {"rpn_post_nms_top_n_test": 40, "box_detections_per_img": 10} if kind.startswith(TWO_STAGES) else {}
+        return torchvision.models.get_model(kind, weights=None, **backbone, **smaller, **fewer).eval()
 
 
 @functools.lru_cache(maxsize=1)
