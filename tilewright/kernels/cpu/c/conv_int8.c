@@ -137,26 +137,52 @@ INLINE void tile_of(const int rows, const int vectors, int valid, const element 
         for (int v = 0; v < vectors; v++) vector_store(out + (m * vectors + v) * LANES, sum[m][v]);
 }
 
+INLINE vec scaled(const int32_t *sums, vec scale, vec bias) { return v_add(v_mul(i_to_float(i_load(sums)), scale), bias); }
+
+#ifdef __AVX512F__
+/* Of pixels with two whole vectors of an int8 result, two pixels at once. `stride`: sums from one pixel to the next. */
+INLINE void finish_two_vectors(const int epilogue, const bounds *limits, const tw_step *s, int valid, const int32_t *sums,
+                               int64_t stride, const float *scale, const float *bias, int64_t pixel, int64_t channel) {
+    const vec scale0 = v_load(scale), scale1 = v_load(scale + LANES), bias0 = v_load(bias), bias1 = v_load(bias + LANES);
+    for (int m = 0; m < valid; m += 2) {
+        const int other = m + 1 < valid ? m + 1 : m;
+        const int32_t *first = sums + m * stride, *second = sums + other * stride;
+        vec v[4] = {scaled(first, scale0, bias0), scaled(first + LANES, scale1, bias1), scaled(second, scale0, bias0),
+                    scaled(second + LANES, scale1, bias1)};
+        finish_pairs(epilogue, limits, s, v, pixel + m, pixel + other, channel);
+    }
+}
+#endif
+
 /* Rolled loops: unrolled into every tile, the epilogue would be most of the code. */
 static void finish_tile(const tw_step *s, int valid, int vectors, const int32_t *sums, int64_t pixel, int64_t group,
                         int64_t begin) {
     const int64_t group_out = s->out_channels / s->groups, all = (group_out + LANES - 1) / LANES;
     const bounds limits = bounds_of(s);
+    const int epilogue = epilogue_of(s);
     for (int v = 0; v < vectors; v++, sums += LANES) {
         const int64_t at = (begin + v) * LANES, left = group_out - at, channel = group * group_out + at;
-        const vec scale = v_load(s->scale + group * all * LANES + at), bias = v_load(s->bias + group * all * LANES + at);
-        if (left < LANES) {
-            for (int m = 0; m < valid; m++) {
-                const vec sum = i_to_float(i_load(sums + m * vectors * LANES));
-                finish(s, v_add(v_mul(sum, scale), bias), pixel + m, channel, (int)left);
-            }
+        const float *scale_at = s->scale + group * all * LANES + at, *bias_at = s->bias + group * all * LANES + at;
+#ifdef __AVX512F__
+        const int64_t stride = vectors * LANES;
+        if (v + 1 < vectors && left >= 2 * LANES && (epilogue == TO_INT8 || epilogue == ADD_TO_INT8)) {
+            if (epilogue == TO_INT8)
+                finish_two_vectors(TO_INT8, &limits, s, valid, sums, stride, scale_at, bias_at, pixel, channel);
+            else
+                finish_two_vectors(ADD_TO_INT8, &limits, s, valid, sums, stride, scale_at, bias_at, pixel, channel);
+            v++, sums += LANES;
             continue;
         }
-        WITH_EPILOGUE(epilogue_of(s), {
-            for (int m = 0; m < valid; m++) {
-                const vec sum = i_to_float(i_load(sums + m * vectors * LANES));
-                finish_as(EPILOGUE, &limits, s, v_add(v_mul(sum, scale), bias), pixel + m, channel);
-            }
+#endif
+        const vec scale = v_load(scale_at), bias = v_load(bias_at);
+        if (left < LANES) {
+            for (int m = 0; m < valid; m++)
+                finish(s, scaled(sums + m * vectors * LANES, scale, bias), pixel + m, channel, (int)left);
+            continue;
+        }
+        WITH_EPILOGUE(epilogue, {
+            for (int m = 0; m < valid; m++)
+                finish_as(EPILOGUE, &limits, s, scaled(sums + m * vectors * LANES, scale, bias), pixel + m, channel);
         })
     }
 }
@@ -252,7 +278,19 @@ static void tile(const tw_step *s, int valid, int vectors, const element *const 
     finish_tile(s, valid, vectors, out, pixel, group, begin);
 }
 
-void JOIN(tw_int8_conv, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) { convolve_part(s, number, count); }
+#ifdef __AMX_INT8__
+#include "conv_int8_amx.h"
+#endif
+
+void JOIN(tw_int8_conv, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) {
+#ifdef __AMX_INT8__
+    if (takes_tiles(s)) {
+        convolve_by_tiles(s, number, count);
+        return;
+    }
+#endif
+    convolve_part(s, number, count);
+}
 
 /* ---- depthwise: the bytes of four taps are interleaved, so that one instruction adds four taps of 16 channels */
 #define MOST_TAPS 128

@@ -76,24 +76,37 @@ static inline int64_t tile_rows(int64_t count, int64_t most) {
     return (count + tiles - 1) / tiles;
 }
 
-static void convolve_part(const tw_step *s, int number, int threads) {
+/* A thread's part: pixels first to last, vectors of output channels first_block to last_block of each group. */
+typedef struct {
+    int64_t first, last, first_block, last_block;
+} part;
+
+/* Each thread reads half of the larger operand. */
+static part part_of(const tw_step *s, int number, int threads) {
     const int64_t pixels = s->batch * s->out_height * s->out_width, taps = s->kernel_height * s->kernel_width;
-    const int64_t channels = s->channels / s->groups, group_out = s->out_channels / s->groups;
-    const int64_t vectors = (group_out + LANES - 1) / LANES;
+    const int64_t channels = s->channels / s->groups, vectors = (s->out_channels / s->groups + LANES - 1) / LANES;
+    const int64_t weight_elements = vectors * LANES * taps * channels;
+    const int64_t x_elements = s->batch * s->height * s->width * channels;
+    part share = {0, pixels, 0, vectors};
+    if (weight_elements > x_elements && vectors >= 2 * threads) {
+        share_of(vectors / 2, number, threads, &share.first_block, &share.last_block);
+        share.first_block *= 2;
+        share.last_block = number + 1 == threads ? vectors : 2 * share.last_block;
+    } else {
+        share_of(pixels, number, threads, &share.first, &share.last);
+    }
+    return share;
+}
+
+static void convolve_part(const tw_step *s, int number, int threads) {
+    const int64_t taps = s->kernel_height * s->kernel_width;
+    const int64_t channels = s->channels / s->groups, vectors = (s->out_channels / s->groups + LANES - 1) / LANES;
     /* One window tap after tap, or one copied row of all of them. */
     const int64_t windows = s->gather ? 1 : taps;
     const int64_t length = s->gather ? round_up(taps * channels, K_STEP) : channels;
     const int64_t depth = windows * length; /* of the packed weight */
-    int64_t first = 0, last = pixels, first_block = 0, last_block = vectors;
-    /* Each thread reads half of the larger operand. */
-    const int64_t weight_elements = vectors * LANES * depth, x_elements = s->batch * s->height * s->width * channels;
-    if (weight_elements > x_elements && vectors >= 2 * threads) {
-        share_of(vectors / 2, number, threads, &first_block, &last_block);
-        first_block *= 2;
-        last_block = number + 1 == threads ? vectors : 2 * last_block;
-    } else {
-        share_of(pixels, number, threads, &first, &last);
-    }
+    const part share = part_of(s, number, threads);
+    const int64_t first = share.first, last = share.last, first_block = share.first_block, last_block = share.last_block;
     if (first >= last || first_block >= last_block) return;
     int64_t most = BLOCK_POINTERS / windows;
     if (s->gather && most > GATHER_BYTES / (int64_t)(length * sizeof(element)))
