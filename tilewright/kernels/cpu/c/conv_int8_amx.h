@@ -18,6 +18,15 @@ typedef struct {
     int64_t depth;        /* of the packed weight */
 } tile_job;
 
+/* Output channels that are multiplied at once: of one or two vectors from `vector` of a group on, whose weights lie in
+   lines of 64 bytes, w_stride apart. start: what their sums start from. */
+typedef struct {
+    const int8_t *w;
+    int64_t w_stride, group, vector;
+    const int32_t *start;
+    int vectors;
+} tile_channels;
+
 /* Sums that wait for what follows them: `left` pixels from `pixel` on. Two areas, since the next product needs one. */
 typedef struct {
     int32_t sums[2][TILE_PIXELS * 2 * LANES] __attribute__((aligned(64)));
@@ -40,11 +49,17 @@ static void finish_waiting(const tw_step *s, waiting_sums *wait, int64_t pixels)
         else _tile_dpbusd(sum, x, w);                                                                                  \
     } while (0)
 
-/* Sums of 16 pixels, or of 32 if `tall`, and of one vector of output channels, or of two if `wide`. Of the weight, lines of
-   64 bytes lie w_stride apart. After each step `pixels` of those that wait are finished. */
-INLINE void multiply_tile(const int is_signed, const int tall, const int wide, const tile_job *job, const int8_t *x,
-                          int64_t x_stride, const int8_t *w, int64_t w_stride, const int32_t *start, int32_t *sums,
-                          waiting_sums *wait, int64_t pixels) {
+/* How far ahead weights are asked for, which are read from memory one block of channels after the other. */
+#define PREFETCH_BYTES 8192
+
+/* Sums of 16 pixels, or of 32 if `tall`, and of one vector of output channels, or of two if `wide`. After each step so many
+   bytes of weights are asked `ahead`, and `pixels` of those that wait are finished. */
+INLINE void multiply_tile(const int is_signed, const int tall, const int wide, const tile_job *job,
+                          const tile_channels *c, const int8_t *x, int64_t x_stride, int32_t *sums, waiting_sums *wait,
+                          int64_t pixels, int64_t ahead) {
+    const int64_t w_stride = c->w_stride;
+    const int8_t *w = c->w;
+    const int32_t *start = c->start;
     const int64_t row = (wide ? 2 : 1) * AMX_BYTES, step = job->bytes / 4 * w_stride;
     _tile_loadd(0, start, 0); /* each row the same */
     if (tall) _tile_loadd(2, start, 0);
@@ -63,6 +78,7 @@ INLINE void multiply_tile(const int is_signed, const int tall, const int wide, c
             TILE_PRODUCT(is_signed, 2, 5, 6);
             if (wide) TILE_PRODUCT(is_signed, 3, 5, 7);
         }
+        for (int64_t line = 0; line < ahead; line += AMX_BYTES) __builtin_prefetch(w + PREFETCH_BYTES + line);
         if (wait->left) finish_waiting(job->s, wait, pixels);
     }
     char *to = (char *)sums;
@@ -72,20 +88,43 @@ INLINE void multiply_tile(const int is_signed, const int tall, const int wide, c
     if (tall && wide) _tile_stored(3, to + AMX_ROWS * row + AMX_BYTES, row);
 }
 
-/* `valid` pixels whose rows begin at x. */
-static void multiply(const tile_job *job, int64_t valid, const int8_t *x, int64_t x_stride, int64_t pixel, int64_t group,
-                     int64_t vector, int vectors, int64_t in_block, int block, waiting_sums *wait) {
+/* A tile reads and writes a few lines of each of its pixels, which no prefetcher of a processor foresees. Asked for before
+   the sums, they are there after them. */
+static void prefetch_int8_results(const tw_step *s, int64_t valid, int64_t pixel, int64_t channel) {
+    if (s->y_type != FLOAT32) {
+        const char *y = (const char *)s->y + pixel * s->y_stride + channel;
+        for (int64_t m = 0; m < valid; m++) __builtin_prefetch(y + m * s->y_stride, 1);
+    }
+    if (s->residual && s->r_type != FLOAT32) {
+        const char *residual = (const char *)s->residual + pixel * s->r_stride + channel;
+        for (int64_t m = 0; m < valid; m++) __builtin_prefetch(residual + m * s->r_stride);
+    }
+}
+
+static tile_channels channels_at(const tile_job *job, int64_t group, int64_t vector, int in_block, int block) {
     const tw_step *s = job->s;
-    const int64_t all = (s->out_channels / s->groups + LANES - 1) / LANES, begin = group * all + vector;
-    const int8_t *w = (const int8_t *)s->weight + (begin - in_block) * LANES * job->depth + in_block * AMX_BYTES;
-    const int32_t *offsets = job->is_signed ? s->signed_compensation : s->compensation;
-    const int32_t *start = offsets ? offsets + begin * LANES : (const int32_t *)tw_zeros;
+    const int64_t group_out = s->out_channels / s->groups, begin = group * ((group_out + LANES - 1) / LANES) + vector;
+    const int32_t *start = job->is_signed ? s->signed_compensation : s->compensation;
+    return (tile_channels){
+        .w = (const int8_t *)s->weight + begin * LANES * job->depth + in_block * AMX_BYTES,
+        .w_stride = block * AMX_BYTES,
+        .group = group,
+        .vector = vector + in_block,
+        .start = start ? start + (begin + in_block) * LANES : (const int32_t *)tw_zeros,
+        .vectors = block - in_block < 2 ? 1 : 2,
+    };
+}
+
+/* `valid` pixels whose rows begin at x. */
+static void multiply(const tile_job *job, const tile_channels *c, int64_t valid, const int8_t *x, int64_t x_stride,
+                     int64_t pixel, int64_t ahead, waiting_sums *wait) {
     const int64_t each = round_up((wait->left + job->steps - 1) / job->steps, 2);
     int32_t *sums = wait->sums[wait->area];
+    prefetch_int8_results(job->s, valid, pixel, c->group * (job->s->out_channels / job->s->groups) + c->vector * LANES);
     AMX_WRITTEN();
 #define MULTIPLY(is_signed, tall, wide)                                                                                \
-    multiply_tile(is_signed, tall, wide, job, x, x_stride, w, block * AMX_BYTES, start, sums, wait, each)
-    switch ((job->is_signed ? 4 : 0) + (valid > AMX_ROWS ? 2 : 0) + vectors - 1) {
+    multiply_tile(is_signed, tall, wide, job, c, x, x_stride, sums, wait, each, ahead)
+    switch ((job->is_signed ? 4 : 0) + (valid > AMX_ROWS ? 2 : 0) + c->vectors - 1) {
         case 0: MULTIPLY(0, 0, 0); break;
         case 1: MULTIPLY(0, 0, 1); break;
         case 2: MULTIPLY(0, 1, 0); break;
@@ -98,7 +137,8 @@ static void multiply(const tile_job *job, int64_t valid, const int8_t *x, int64_
 #undef MULTIPLY
     AMX_WRITTEN();
     wait->next = sums;
-    wait->pixel = pixel, wait->group = group, wait->vector = vector, wait->vectors = vectors, wait->left = valid;
+    wait->pixel = pixel, wait->left = valid;
+    wait->group = c->group, wait->vector = c->vector, wait->vectors = c->vectors;
     wait->area ^= 1;
 }
 
@@ -144,6 +184,7 @@ static int64_t even_rows(int64_t channels) {
 
 /* Fewer pixels leave most of a tile empty. */
 #define FEWEST_PIXELS 8
+#define LITTLE_DEPTH 384
 #define WINDOW_BYTES (320 << 10) /* of copied windows: with a panel of weights they fit a second-level cache */
 
 static inline int takes_tiles(const tw_step *s) {
@@ -166,6 +207,8 @@ static void convolve_by_tiles(const tw_step *s, int number, int threads) {
     const int64_t stride = round_up(job.depth, AMX_BYTES);
     int64_t block = WINDOW_BYTES / stride / TILE_PIXELS * TILE_PIXELS;
     if (block < TILE_PIXELS) block = TILE_PIXELS;
+    /* Two neighbouring blocks write whole lines of the result, unless their weights fill the first-level cache. */
+    const int together = job.depth <= LITTLE_DEPTH ? 2 : 1;
     amx_shapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         shapes.row_bytes[i] = i == 4 || i == 5 ? (uint16_t)job.bytes : AMX_BYTES;
@@ -185,16 +228,22 @@ static void convolve_by_tiles(const tw_step *s, int number, int threads) {
             if (direct < count)
                 copy_windows(s, from + direct, count - direct, offset, channels, job.depth, copies, stride);
             for (int64_t v = share.first_block; v < share.last_block;) {
-                const int width = block_vectors(vectors - v);
-                for (int in_block = 0; in_block < width; in_block += 2)
-                    for (int64_t i = 0; i < count; i += TILE_PIXELS) {
-                        const int64_t valid = count - i < TILE_PIXELS ? count - i : TILE_PIXELS;
-                        const int8_t *x = copies + (i - direct) * stride;
-                        if (i < direct) x = (const int8_t *)s->x + (from + i) * s->x_stride + offset;
-                        multiply(&job, valid, x, i < direct ? s->x_stride : stride, from + i, group, v + in_block,
-                                 width - in_block < 2 ? 1 : 2, in_block, width, &wait);
-                    }
-                v += width;
+                tile_channels blocks[3];
+                int number_of_blocks = 0;
+                do {
+                    const int width = block_vectors(vectors - v);
+                    for (int in_block = 0; in_block < width; in_block += 2)
+                        blocks[number_of_blocks++] = channels_at(&job, group, v, in_block, width);
+                    v += width;
+                } while (number_of_blocks < together && v < share.last_block);
+                for (int64_t i = 0; i < count; i += TILE_PIXELS) {
+                    const int64_t valid = count - i < TILE_PIXELS ? count - i : TILE_PIXELS;
+                    const int8_t *x = copies + (i - direct) * stride;
+                    if (i < direct) x = (const int8_t *)s->x + (from + i) * s->x_stride + offset;
+                    for (int b = 0; b < number_of_blocks; b++)
+                        multiply(&job, blocks + b, valid, x, i < direct ? s->x_stride : stride, from + i,
+                                 i ? 0 : job.bytes * blocks[b].vectors * LANES, &wait);
+                }
             }
         }
     }
