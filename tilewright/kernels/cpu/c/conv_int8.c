@@ -21,7 +21,6 @@ INLINE vector i_load_first(const void *p, int64_t n) {
 INLINE vector i_add(vector a, vector b) { return _mm512_add_epi32(a, b); }
 INLINE vector i_xor(vector a, vector b) { return _mm512_xor_si512(a, b); }
 INLINE vector i_set_bytes(char value) { return _mm512_set1_epi8(value); }
-INLINE vector i_set(int32_t value) { return _mm512_set1_epi32(value); }
 INLINE vec i_to_float(vector v) { return _mm512_cvtepi32_ps(v); }
 #define I_UNPACK(half, bits, a, b) _mm512_unpack##half##_epi##bits(a, b)
 #else
@@ -40,7 +39,6 @@ INLINE vector i_load_first(const void *p, int64_t n) {
 INLINE vector i_add(vector a, vector b) { return _mm256_add_epi32(a, b); }
 INLINE vector i_xor(vector a, vector b) { return _mm256_xor_si256(a, b); }
 INLINE vector i_set_bytes(char value) { return _mm256_set1_epi8(value); }
-INLINE vector i_set(int32_t value) { return _mm256_set1_epi32(value); }
 INLINE vec i_to_float(vector v) { return _mm256_cvtepi32_ps(v); }
 #define I_UNPACK(half, bits, a, b) _mm256_unpack##half##_epi##bits(a, b)
 #endif
@@ -51,33 +49,52 @@ static void tile(const tw_step *s, int valid, int vectors, const element *const 
 
 static inline vector flip_of(const tw_step *s) { return i_set_bytes(s->x_type == INT8 ? -128 : 0); }
 
+/* Windows are copied before they are multiplied: to 16 bits, or with their top bit flipped, which would be done for each
+   vector of output channels otherwise and take half as long as the products. */
+#define COPY_WINDOWS
 #if WIDEN_INTEGERS
-/* Room for widened pixels, half of a small second-level cache; one of the deepest fits. */
-#define WIDE_BYTES (192 << 10)
+enum { COPIED_BYTES = 192 << 10, ELEMENT_BYTES = 2 }; /* half of a small second-level cache; one of the deepest fits */
+static inline int copies_windows(const tw_step *s) { return s != NULL; }
+#else
+enum { COPIED_BYTES = 400 << 10, ELEMENT_BYTES = 1 };
+static inline int copies_windows(const tw_step *s) { return s->x_type == INT8; }
+#endif
 
-/* Pixels whose windows are widened together. */
+/* Pixels whose windows are copied together. */
 static int64_t most_pixels(int64_t depth) {
-    const int64_t most = WIDE_BYTES / (2 * depth);
+    const int64_t most = COPIED_BYTES / (ELEMENT_BYTES * depth);
     return most < 1 ? 1 : most;
 }
 
-/* Writes the windows of `count` pixels side by side, in 16 bits, and puts into `pointers`, instead of those to its windows,
-   one for each pixel. */
-static void widen_windows(const tw_step *s, const element **pointers, int64_t count, int64_t windows, int64_t length) {
+/* Copies the windows of `count` pixels side by side, and puts into `pointers`, instead of those to its windows, one for each
+   pixel. */
+static void copy_windows(const tw_step *s, const element **pointers, int64_t count, int64_t windows, int64_t length) {
+#if WIDEN_INTEGERS
     const int flip = s->x_type == INT8 ? 128 : 0;
-    int16_t *to = (int16_t *)tw_scratch;
+#else
+    const vector flip = flip_of(s);
+#endif
+    int8_t *to = (int8_t *)tw_scratch;
     for (int64_t i = 0; i < count; i++) {
-        const element *row = (const element *)to;
-        for (int64_t w = 0; w < windows; w++, to += length)
-            widen_activations((const uint8_t *)pointers[i * windows + w], length, flip, to);
+        const element *row = to;
+        for (int64_t w = 0; w < windows; w++, to += ELEMENT_BYTES * length) {
+            const element *x = pointers[i * windows + w];
+#if WIDEN_INTEGERS
+            widen_activations((const uint8_t *)x, length, flip, (int16_t *)to);
+#else
+            /* What is written behind a window is overwritten by the next. */
+            for (int64_t k = 0; k < length; k += 4 * LANES)
+                vector_store((int32_t *)(to + k), i_xor(i_load_first(x + k, length - k), flip));
+#endif
+        }
         pointers[i] = row;
     }
 }
 
-/* One window, widened. `flip` is in it. */
+#if WIDEN_INTEGERS
+/* One window, widened. */
 INLINE void add_window(const int rows, const int vectors, const element *const *x, int64_t length, const element *weight,
-                       vector flip, vector sum[MOST_ROWS][3]) {
-    (void)flip;
+                       vector sum[MOST_ROWS][3]) {
     for (int64_t k = 0; k < length; k += 4, weight += vectors * LANES * 4)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
@@ -97,16 +114,14 @@ INLINE void add_window(const int rows, const int vectors, const element *const *
 }
 #else
 INLINE void add_window(const int rows, const int vectors, const element *const *x, int64_t length, const element *weight,
-                       vector flip, vector sum[MOST_ROWS][3]) {
+                       vector sum[MOST_ROWS][3]) {
     for (int64_t k = 0; k < length; k += 4, weight += vectors * LANES * 4) {
         weights b[3];
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) b[v] = load_weights(weight + v * LANES * 4);
 #pragma GCC unroll 16
         for (int m = 0; m < rows; m++) {
-            int32_t four;
-            memcpy(&four, x[m] + k, 4);
-            const activations a = as_activations(i_xor(i_set(four), flip));
+            const activations a = broadcast_activations((const uint8_t *)x[m] + k);
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) sum[m][v] = dot4(sum[m][v], a, b[v]);
         }
@@ -116,7 +131,7 @@ INLINE void add_window(const int rows, const int vectors, const element *const *
 #include "conv_tile.h"
 
 INLINE void tile_of(const int rows, const int vectors, int valid, const element *const *pointers, int64_t windows,
-                    int64_t length, const element *weight, vector flip, const int32_t *start, int32_t *out) {
+                    int64_t length, const element *weight, const int32_t *start, int32_t *out) {
     vector sum[MOST_ROWS][3]; /* no array of variable length: the compiler would keep it in memory */
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; v++) {
@@ -128,7 +143,7 @@ INLINE void tile_of(const int rows, const int vectors, int valid, const element 
         const int8_t *x[MOST_ROWS];
 #pragma GCC unroll 16
         for (int m = 0; m < rows; m++) x[m] = pointers[(m < valid ? m : valid - 1) * windows + w];
-        add_window(rows, vectors, x, length, weight, flip, sum);
+        add_window(rows, vectors, x, length, weight, sum);
         weight += length * vectors * LANES;
     }
 #pragma GCC unroll 16
@@ -189,11 +204,11 @@ static void finish_tile(const tw_step *s, int valid, int vectors, const int32_t 
 
 #define TILE(rows, vectors)                                                                                            \
     static void __attribute__((noinline)) tile_##rows##_##vectors(                                                     \
-        int valid, const element *const *pointers, int64_t windows, int64_t length, const element *weight, vector flip, const int32_t *start, \
+        int valid, const element *const *pointers, int64_t windows, int64_t length, const element *weight, const int32_t *start, \
         int32_t *out) { \
-        tile_of(rows, vectors, valid, pointers, windows, length, weight, flip, start, out); \
+        tile_of(rows, vectors, valid, pointers, windows, length, weight, start, out); \
     }
-#define CALL(rows, vectors) tile_##rows##_##vectors(valid, pointers, windows, length, weight, flip, start, out)
+#define CALL(rows, vectors) tile_##rows##_##vectors(valid, pointers, windows, length, weight, start, out)
 TILE(1, 1)
 TILE(1, 2)
 TILE(2, 2)
@@ -228,7 +243,6 @@ static void tile(const tw_step *s, int valid, int vectors, const element *const 
     _Alignas(64) int32_t out[MOST_ROWS * 3 * LANES];
     const int64_t all = (s->out_channels / s->groups + LANES - 1) / LANES;
     const int32_t *start = s->compensation ? s->compensation + (group * all + begin) * LANES : (const int32_t *)tw_zeros;
-    const vector flip = flip_of(s);
 #if defined(__AVX512VNNI__)
     if (vectors == 1) {
         if (valid == 1) CALL(1, 1);

@@ -148,7 +148,7 @@ INLINE void end_with_zeros(int8_t *row, int64_t depth, int64_t stride) {
 }
 
 /* Copies the windows of `count` pixels from `pixel` on to rows `stride` apart, a multiple of 64. */
-static void copy_windows(const tw_step *s, int64_t pixel, int64_t count, int64_t offset, int64_t channels, int64_t depth,
+static void copy_rows(const tw_step *s, int64_t pixel, int64_t count, int64_t offset, int64_t channels, int64_t depth,
                          int8_t *rows, int64_t stride) {
     if (s->gather) {
         gather_windows(s, pixel, count, offset, channels, rows, stride);
@@ -226,7 +226,7 @@ static void convolve_by_tiles(const tw_step *s, int number, int threads) {
             int64_t direct = in_place ? count : 0;
             if (from + round_up(direct, TILE_PIXELS) > pixels) direct = direct / TILE_PIXELS * TILE_PIXELS;
             if (direct < count)
-                copy_windows(s, from + direct, count - direct, offset, channels, job.depth, copies, stride);
+                copy_rows(s, from + direct, count - direct, offset, channels, job.depth, copies, stride);
             for (int64_t v = share.first_block; v < share.last_block;) {
                 tile_channels blocks[3];
                 int number_of_blocks = 0;

@@ -10,10 +10,11 @@
                 one tile: the windows of `valid` pixels from `pixel` on, each a list of `windows` pointers to `length`
                 elements, times the weights of the output channels of `vectors` vectors from `vector` of the group on
 
-   and, where simd.h says WIDEN_INTEGERS,
+   and, where it says COPY_WINDOWS,
 
+       copies_windows(step) whether it wants another form of each pixel's windows than what lies in the image
        most_pixels(depth)   pixels of a block whose windows have so many elements
-       widen_windows(step, pointers, count, windows, length)   writes each pixel's windows as one, for `tile`
+       copy_windows(step, pointers, count, windows, length)   writes each pixel's windows as one, for `tile`
 
    Limits that the caller keeps: windows <= BLOCK_POINTERS, a copied window <= GATHER_BYTES, a pixel <= LARGEST_PIXEL. */
 #include "conv_vector.h"
@@ -113,16 +114,19 @@ static void convolve_part(const tw_step *s, int number, int threads) {
         most = GATHER_BYTES / (length * sizeof(element));
     int64_t block = BLOCK_BYTES / (int64_t)(length * sizeof(element));
     if (block > 240) block = 240;
+    int64_t tile_windows = windows, tile_length = length;
+#ifdef COPY_WINDOWS
+    const int copies = copies_windows(s);
+    if (copies) {
+        tile_windows = 1, tile_length = depth;
+        if (most > most_pixels(depth)) most = most_pixels(depth);
+    }
+#endif
+    if (block > most) block = most;
     if (block < 1) block = 1;
     /* As even as possible, but of whole tiles except for the last. */
     const int64_t blocks = (last - first + block - 1) / block;
     block = round_up((last - first + blocks - 1) / blocks, most_rows(2));
-#if WIDEN_INTEGERS
-    if (most > most_pixels(depth)) most = most_pixels(depth);
-    const int64_t tile_windows = 1, tile_length = depth;
-#else
-    const int64_t tile_windows = windows, tile_length = length;
-#endif
     if (block > most) block = most < most_rows(2) ? most : most - most % most_rows(2);
     const element *outside = (const element *)(s->x_type == FLOAT32 ? tw_zeros : s->outside);
     const element *pointers[BLOCK_POINTERS];
@@ -154,8 +158,8 @@ static void convolve_part(const tw_step *s, int number, int threads) {
                     }
                 }
             }
-#if WIDEN_INTEGERS
-            widen_windows(s, pointers, count, windows, length);
+#ifdef COPY_WINDOWS
+            if (copies) copy_windows(s, pointers, count, windows, length);
 #endif
             for (int64_t v = first_block; v < last_block;) {
                 const int width = block_vectors(vectors - v);
