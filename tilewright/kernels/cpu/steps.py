@@ -186,7 +186,9 @@ def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
     integer, taps = weight.dtype == torch.int8, height * width
     total = weight.sum((1, 2, 3), dtype=torch.int32) if integer else None
     if groups > 1 and groups == out_channels and channels == 1:
-        packed_taps = _pack_depthwise(weight.reshape(out_channels, taps))
+        if integer and (height, width) == (3, 3):  # column by column, each with a fourth tap of zeros
+            weight = F.pad(weight.transpose(1, 2), (0, 0, 0, 1))
+        packed_taps = _pack_depthwise(weight.reshape(out_channels, -1))
         return PackedWeight(packed_taps, None if total is None else padded_vector(total, 1), DEPTHWISE, False)
     step = 4 if integer else 1
     depth, group_out = taps * channels, out_channels // groups

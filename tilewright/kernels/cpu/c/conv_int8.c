@@ -43,6 +43,9 @@ INLINE vec i_to_float(vector v) { return _mm256_cvtepi32_ps(v); }
 #define I_UNPACK(half, bits, a, b) _mm256_unpack##half##_epi##bits(a, b)
 #endif
 
+/* How far ahead weights are asked for: those of the next block of channels may lie in memory still. */
+#define PREFETCH_BYTES 8192
+
 static inline int most_rows(int vectors) { return vectors == 3 ? MOST_ROWS_OF_THREE : MOST_ROWS; }
 static void tile(const tw_step *s, int valid, int vectors, const element *const *pointers, int64_t windows,
                  int64_t length, const element *weight, int64_t pixel, int64_t group, int64_t begin);
@@ -118,7 +121,10 @@ INLINE void add_window(const int rows, const int vectors, const element *const *
     for (int64_t k = 0; k < length; k += 4, weight += vectors * LANES * 4) {
         weights b[3];
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) b[v] = load_weights(weight + v * LANES * 4);
+        for (int v = 0; v < vectors; v++) {
+            b[v] = load_weights(weight + v * LANES * 4);
+            __builtin_prefetch(weight + v * LANES * 4 + PREFETCH_BYTES);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < rows; m++) {
             const activations a = broadcast_activations((const uint8_t *)x[m] + k);
@@ -202,6 +208,19 @@ static void finish_tile(const tw_step *s, int valid, int vectors, const int32_t 
     }
 }
 
+/* A tile reads and writes a few lines of each of its pixels, which no prefetcher of a processor foresees. Asked for before
+   the sums, they are there after them. */
+static void prefetch_results(const tw_step *s, int64_t valid, int64_t pixel, int64_t channel) {
+    if (s->y_type != FLOAT32) {
+        const char *y = (const char *)s->y + pixel * s->y_stride + channel;
+        for (int64_t m = 0; m < valid; m++) __builtin_prefetch(y + m * s->y_stride, 1);
+    }
+    if (s->residual && s->r_type != FLOAT32) {
+        const char *residual = (const char *)s->residual + pixel * s->r_stride + channel;
+        for (int64_t m = 0; m < valid; m++) __builtin_prefetch(residual + m * s->r_stride);
+    }
+}
+
 #define TILE(rows, vectors)                                                                                            \
     static void __attribute__((noinline)) tile_##rows##_##vectors(                                                     \
         int valid, const element *const *pointers, int64_t windows, int64_t length, const element *weight, const int32_t *start, \
@@ -243,6 +262,7 @@ static void tile(const tw_step *s, int valid, int vectors, const element *const 
     _Alignas(64) int32_t out[MOST_ROWS * 3 * LANES];
     const int64_t all = (s->out_channels / s->groups + LANES - 1) / LANES;
     const int32_t *start = s->compensation ? s->compensation + (group * all + begin) * LANES : (const int32_t *)tw_zeros;
+    prefetch_results(s, valid, pixel, group * (s->out_channels / s->groups) + begin * LANES);
 #if defined(__AVX512VNNI__)
     if (vectors == 1) {
         if (valid == 1) CALL(1, 1);
@@ -328,6 +348,9 @@ INLINE void in_order(vector sum[4]) {
 }
 #endif
 
+/* Windows of 3 x 3 are taken column by column, each with a fourth tap of zeros; others row by row, with zeros at the end. */
+static inline int by_columns(const tw_step *s) { return s->kernel_height == 3 && s->kernel_width == 3; }
+
 /* `taps` is a multiple of 4. The weight of four vectors of channels is [taps / 4][4 vectors][LANES channels][4 taps]. */
 INLINE void depthwise_pixel(const int epilogue, const tw_step *s, const int8_t *const *pointers, const int taps,
                             int64_t pixel, vector flip, const bounds *limits) {
@@ -362,9 +385,19 @@ INLINE void depthwise_pixel(const int epilogue, const tw_step *s, const int8_t *
     }
 }
 
+#ifdef __AVX512VNNI__
+#include "conv_int8_depthwise.h"
+#endif
+
 void JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) {
+#ifdef __AVX512VNNI__
+    if (by_columns(s)) {
+        depthwise_by_columns(s, number, count);
+        return;
+    }
+#endif
     const int8_t *outside = s->outside;
-    const int taps = (int)round_up(s->kernel_height * s->kernel_width, 4);
+    const int taps = (int)round_up(s->kernel_height * s->kernel_width, 4), columns = by_columns(s);
     const vector flip = flip_of(s);
     const int8_t *pointers[MOST_TAPS];
     for (int t = 0; t < MOST_TAPS; t++) pointers[t] = outside;
@@ -380,17 +413,16 @@ void JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(const tw_step *s, int number, int c
         for (int64_t q = 0; q < s->out_width; q++) {
             const int64_t left = q * s->stride_width - s->left, pixel = row * s->out_width + q;
             const int whole = inside && left >= 0 && left + reach < s->width;
-            int t = 0;
-            if (whole && moved) {
-                const int64_t step = s->stride_width * s->x_stride, real = s->kernel_height * s->kernel_width;
-                for (; t < real; t++) pointers[t] += step;
-            } else {
-                for (int64_t i = 0; i < s->kernel_height; i++)
-                    for (int64_t j = 0; j < s->kernel_width; j++, t++) {
-                        const int8_t *x = tap_pixel(s, image, p, q, i, j);
-                        pointers[t] = x ? x : outside;
+            for (int64_t i = 0; i < s->kernel_height; i++)
+                for (int64_t j = 0; j < s->kernel_width; j++) {
+                    const int8_t **pointer = pointers + (columns ? 4 * j + i : i * s->kernel_width + j);
+                    if (whole && moved) {
+                        *pointer += s->stride_width * s->x_stride;
+                        continue;
                     }
-            }
+                    const int8_t *x = tap_pixel(s, image, p, q, i, j);
+                    *pointer = x ? x : outside;
+                }
             moved = whole;
             if (taps == 12 && epilogue == TO_INT8) depthwise_pixel(TO_INT8, s, pointers, 12, pixel, flip, &limits);
             else if (epilogue == TO_INT8) depthwise_pixel(TO_INT8, s, pointers, taps, pixel, flip, &limits);

@@ -49,9 +49,6 @@ static void finish_waiting(const tw_step *s, waiting_sums *wait, int64_t pixels)
         else _tile_dpbusd(sum, x, w);                                                                                  \
     } while (0)
 
-/* How far ahead weights are asked for, which are read from memory one block of channels after the other. */
-#define PREFETCH_BYTES 8192
-
 /* Sums of 16 pixels, or of 32 if `tall`, and of one vector of output channels, or of two if `wide`. After each step so many
    bytes of weights are asked `ahead`, and `pixels` of those that wait are finished. */
 INLINE void multiply_tile(const int is_signed, const int tall, const int wide, const tile_job *job,
@@ -88,19 +85,6 @@ INLINE void multiply_tile(const int is_signed, const int tall, const int wide, c
     if (tall && wide) _tile_stored(3, to + AMX_ROWS * row + AMX_BYTES, row);
 }
 
-/* A tile reads and writes a few lines of each of its pixels, which no prefetcher of a processor foresees. Asked for before
-   the sums, they are there after them. */
-static void prefetch_int8_results(const tw_step *s, int64_t valid, int64_t pixel, int64_t channel) {
-    if (s->y_type != FLOAT32) {
-        const char *y = (const char *)s->y + pixel * s->y_stride + channel;
-        for (int64_t m = 0; m < valid; m++) __builtin_prefetch(y + m * s->y_stride, 1);
-    }
-    if (s->residual && s->r_type != FLOAT32) {
-        const char *residual = (const char *)s->residual + pixel * s->r_stride + channel;
-        for (int64_t m = 0; m < valid; m++) __builtin_prefetch(residual + m * s->r_stride);
-    }
-}
-
 static tile_channels channels_at(const tile_job *job, int64_t group, int64_t vector, int in_block, int block) {
     const tw_step *s = job->s;
     const int64_t group_out = s->out_channels / s->groups, begin = group * ((group_out + LANES - 1) / LANES) + vector;
@@ -120,7 +104,7 @@ static void multiply(const tile_job *job, const tile_channels *c, int64_t valid,
                      int64_t pixel, int64_t ahead, waiting_sums *wait) {
     const int64_t each = round_up((wait->left + job->steps - 1) / job->steps, 2);
     int32_t *sums = wait->sums[wait->area];
-    prefetch_int8_results(job->s, valid, pixel, c->group * (job->s->out_channels / job->s->groups) + c->vector * LANES);
+    prefetch_results(job->s, valid, pixel, c->group * (job->s->out_channels / job->s->groups) + c->vector * LANES);
     AMX_WRITTEN();
 #define MULTIPLY(is_signed, tall, wide)                                                                                \
     multiply_tile(is_signed, tall, wide, job, c, x, x_stride, sums, wait, each, ahead)
