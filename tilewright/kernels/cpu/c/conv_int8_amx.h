@@ -182,8 +182,7 @@ static void convolve_by_tiles(const tw_step *s, int number, int threads) {
     const int64_t channels = s->channels / s->groups, vectors = (s->out_channels / s->groups + LANES - 1) / LANES;
     const part share = part_of(s, number, threads);
     if (share.first >= share.last || share.first_block >= share.last_block) return;
-    const int in_place = !s->gather && taps == 1 && s->stride_height == 1 && s->stride_width == 1 && !s->top && !s->left &&
-                         s->height == s->out_height && s->width == s->out_width && even_rows(channels);
+    const int in_place = !s->gather && reads_one_pixel(s) && even_rows(channels);
     tile_job job = {.s = s, .is_signed = s->x_type == INT8, .depth = taps * channels};
     if (s->gather) job.depth = round_up(job.depth, K_STEP);
     job.bytes = in_place ? even_rows(channels) : AMX_BYTES;

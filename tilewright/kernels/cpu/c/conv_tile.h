@@ -37,6 +37,12 @@ static inline const element *tap_pixel(const tw_step *s, int64_t n, int64_t p, i
     return (const element *)s->x + ((n * s->height + row) * s->width + column) * s->x_stride;
 }
 
+/* Whether each pixel of the result reads the pixel of the image at the same place, and no other. */
+static inline int reads_one_pixel(const tw_step *s) {
+    return s->kernel_height == 1 && s->kernel_width == 1 && s->stride_height == 1 && s->stride_width == 1 && !s->top &&
+           !s->left && s->height == s->out_height && s->width == s->out_width;
+}
+
 /* Copies the window of each of `count` pixels to `rows`, `length` elements apart. The rest of each row is multiplied by
    zeros. */
 static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64_t offset, int64_t channels,
@@ -140,6 +146,9 @@ static void convolve_part(const tw_step *s, int number, int threads) {
             if (s->gather) {
                 gather_windows(s, from, count, offset, channels, gathered, length);
                 for (int64_t i = 0; i < count; i++) pointers[i] = gathered + i * length;
+            } else if (reads_one_pixel(s)) {
+                const element *x = (const element *)s->x + from * s->x_stride + offset;
+                for (int64_t i = 0; i < count; i++) pointers[i] = x + i * s->x_stride;
             } else {
                 const element **next = pointers;
                 int64_t n = from / area, p = from % area / s->out_width, q = from % s->out_width;
