@@ -52,8 +52,12 @@ static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64
     /* Whole vectors are copied, and what lies behind a run is overwritten by the next; not so at the end of the image. */
     const int side_by_side = s->dilation_width == 1 && s->x_stride == channels;
     const int64_t slack = GATHER_STEP / sizeof(element);
-    for (int64_t pixel = first; pixel < first + count; pixel++, rows += length) {
-        const int64_t n = pixel / area, p = pixel % area / s->out_width, q = pixel % s->out_width;
+    int64_t n = first / area, p = first % area / s->out_width, q = first % s->out_width - 1;
+    for (int64_t i = 0; i < count; i++, rows += length) {
+        if (++q == s->out_width) {
+            q = 0;
+            if (++p == s->out_height) p = 0, n++;
+        }
         const int64_t column = q * s->stride_width - s->left, row = p * s->stride_height - s->top;
         const element *image = (const element *)s->x + n * s->height * s->width * s->x_stride + offset;
         const int inside = row >= 0 && column >= 0 && column + s->kernel_width <= s->width &&
@@ -61,16 +65,16 @@ static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64
         if (side_by_side && inside && s->width * channels >= run + slack) {
             const element *x = image + (row * s->width + column) * channels;
             element *to = rows;
-            for (int64_t i = 0; i < s->kernel_height; i++, to += run, x += s->dilation_height * s->width * channels)
+            for (int64_t r = 0; r < s->kernel_height; r++, to += run, x += s->dilation_height * s->width * channels)
                 for (int64_t k = 0; k < run; k += slack) memcpy(to + k, x + k, GATHER_STEP);
-            for (int64_t k = s->kernel_height * run; k < length; k++) rows[k] = 0;
+            memset(to, 0, (size_t)(length - s->kernel_height * run) * sizeof *rows);
             continue;
         }
         memset(rows, s->x_type == FLOAT32 ? 0 : *(const char *)s->outside, (size_t)length * sizeof *rows);
         element *to = rows;
-        for (int64_t i = 0; i < s->kernel_height; i++)
+        for (int64_t r = 0; r < s->kernel_height; r++)
             for (int64_t j = 0; j < s->kernel_width; j++, to += channels) {
-                const int64_t y = row + i * s->dilation_height, at = column + j * s->dilation_width;
+                const int64_t y = row + r * s->dilation_height, at = column + j * s->dilation_width;
                 if (y >= 0 && y < s->height && at >= 0 && at < s->width)
                     for (int64_t c = 0; c < channels; c++) to[c] = image[(y * s->width + at) * s->x_stride + c];
             }
