@@ -20,6 +20,7 @@ from tilewright.autotune.folders import cpu_tables_off
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.card import card_of
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import Preferred
 
 TABLE = Path(__file__).with_name("choices.csv")
 COLUMNS = ("op", "isa", "multiplied", "m", "n", "k", "c_kernel_ms", "other", "other_ms")
@@ -64,7 +65,7 @@ def multiplied(problem: Problem) -> str:
     return str(name).removeprefix("torch.")
 
 
-def faster(problem: Problem) -> tuple[str, str] | None:
+def faster(problem: Problem) -> Preferred | None:
     """The implementation that is faster than the C kernel, and the words for it; None where none is known to be."""
     if problem.device != "cpu" or 0 in (problem.m, problem.n, problem.k) or native.why_no_native():
         return None
@@ -80,4 +81,5 @@ def faster(problem: Problem) -> tuple[str, str] | None:
     if gain < LEAST_GAIN:
         return None
     size = f"{nearest.m} x {nearest.n} x {nearest.k}"
-    return nearest.other, f"{nearest.other} was {gain:.2f} times as fast at {size} (M x N x K)"
+    words = f"{nearest.other} was {gain:.2f} times as fast at {size} (M x N x K)"
+    return Preferred(nearest.other, words, "shipped table")

@@ -15,6 +15,7 @@ kernels, one for each instruction set.
 from __future__ import annotations
 
 import datetime
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -149,7 +150,7 @@ def _loops(threads: int) -> Iterator[tuple[str, Callable[[int], int]]]:
             multiply = native.function("peak_products", isa)
             for dtype, number in DTYPES.items():
                 for each in counts:
-                    yield f"{isa} {dtype} {each}", lambda count, m=multiply, d=number, t=each: m(d, 64 * count, t)
+                    yield f"{isa} {dtype} {each}", functools.partial(_multiplied, multiply, number, each)
     read = native.function("peak_read")
     sizes = _sizes(threads)
     buffer = torch.ones(
@@ -164,6 +165,10 @@ def _loops(threads: int) -> Iterator[tuple[str, Callable[[int], int]]]:
                 return read(address, part, count, each)
 
             yield f"{level} {each}", run
+
+
+def _multiplied(multiply: Callable[..., int], dtype: int, threads: int, count: int) -> int:
+    return multiply(dtype, 64 * count, threads)
 
 
 def _sizes(threads: int) -> dict[str, tuple[int, bool]]:
