@@ -120,13 +120,13 @@ class Fixed:
 )
 def test_who_replaces_the_c_kernel(first: float, other: float, served: str, monkeypatch: pytest.MonkeyPatch):
     ran: list[str] = []
-    make = layer_trials._call
+    make = layer_trials.layer_call
 
     def noting(implementation: Implementation, arguments):
         call = make(implementation, arguments)
         return lambda: (ran.append(implementation.name), call())[1]
 
-    monkeypatch.setattr(layer_trials, "_call", noting)
+    monkeypatch.setattr(layer_trials, "layer_call", noting)
     monkeypatch.setattr(layer_trials, "clock_for", lambda device, copies: Fixed(first, other, ran))
     reference = next(one for one in implementations("int8_linear") if one.name == "reference")
     register(Implementation("twin", "int8_linear", lambda problem: None, reference.target), before="reference")

@@ -73,7 +73,7 @@ def trials(problem: Problem, weights: Sequence[Weight]) -> Trials:
         now[0] = key[1]
         with torch.inference_mode():
             if key not in calls:
-                calls[key] = _call(known[name], arguments[key[1]])
+                calls[key] = layer_call(known[name], arguments[key[1]])
             return calls[key]()
 
     def check(result: Any) -> str | None:
@@ -82,12 +82,14 @@ def trials(problem: Problem, weights: Sequence[Weight]) -> Trials:
     return Trials(run, check, clock_for(torch.device(problem.device), len(weights)))
 
 
-def _call(implementation: Implementation, arguments: dict[str, Any]) -> Callable[[], Any]:
-    """A call as a layer makes it again and again."""
+def layer_call(implementation: Implementation, arguments: dict[str, Any]) -> Callable[[], Any]:
+    """A call as a layer makes it again and again. arguments: the operator's, x and the residual among them."""
     if implementation.prepared is None:
         return lambda: implementation.function(**arguments)
     x, weight = arguments["x"], {name: value for name, value in arguments.items() if name not in ("x", "residual")}
     prepared = implementation.prepared(**weight, k=x.shape[-1])
     for_rows = getattr(prepared, "for_rows", None)
-    call = prepared if for_rows is None else for_rows(x.shape, x.dtype)
-    return lambda: call(x)
+    if for_rows is not None:
+        prepared = for_rows(x.shape, x.dtype)
+    residual = arguments["residual"]
+    return (lambda: prepared(x)) if residual is None else lambda: prepared(x, residual)

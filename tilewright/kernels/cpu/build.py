@@ -39,6 +39,7 @@ KERNELS = (
     "norm.c",
     "program.c",
     "sparse24.c",
+    "dequantize.c",
     "peak.c",
 )
 HEADERS = tuple(sorted(path.name for path in FOLDER.glob("*.h")))

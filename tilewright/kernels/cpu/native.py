@@ -51,6 +51,8 @@ _SIGNATURES = {
     "weight_only_row_bytes": "n ccc -> c",
     "weight_only_pack": "n ppp ccc ppp",
     "weight_only_linear": "n ppp ccc pp n cc p n p n pp c n",
+    "dequantize": "n ppp cccccc p n",
+    "round_rows": "p n ccc n p n",
     "peak_products": "n c n -> c",
     "peak_read": "p cc n -> c",
     "peak_regions": "c n",
