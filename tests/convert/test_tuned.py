@@ -14,6 +14,7 @@ from tilewright import autotune
 from tilewright.autotune import tables
 from tilewright.autotune.clock import CpuClock
 from tilewright.convert import tuned
+from tilewright.convert.recipes import PRESETS
 from tilewright.convert.record import Record
 from tilewright.kernels import layer_trials, tuning
 from tilewright.kernels.cpu import native
@@ -76,6 +77,18 @@ def test_without_inputs_it_is_done_when_asked_for():
     assert report.converted[0].origins[1].startswith("timed here on 2")
     assert any(line.startswith("implementations at M=1") and "timed here" in line for line in report.headlines())
     assert report.to_json()["layers"][0]["origins"][1].startswith("timed here")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_every_recipe_can_be_timed(recipe: str, dtype: torch.dtype):
+    plain = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 64), nn.Linear(64, 96))
+    plain, x = plain.eval().to(dtype), torch.randn(5, 4, 8, 8, dtype=dtype)
+    small = tw.convert_model(plain, recipe, calibration_data=[x], tune=True)
+    assert not tw.report(small).timing or "here on" in tw.report(small).timing
+    assert ("int8_linear, <=8, 64 x 288" in buckets()) == (recipe in ("int8", "w8a8"))
+    with torch.inference_mode():
+        assert small(x).isfinite().all()
 
 
 @pytest.mark.parametrize("variable", ["TILEWRIGHT_CPU_TABLE=off", "TILEWRIGHT_AUTOTUNE=0", ""])

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from tests.kernels.problems import Case, float64, make, plain
 from tests.tolerance import assert_close_as_plain
+from tilewright import autotune
+from tilewright.kernels import tuning
 from tilewright.kernels.cpu import native, panels
 from tilewright.kernels.dispatch.router import implementations
 from tilewright.kernels.formats import int4
@@ -103,8 +105,6 @@ def test_layers_call_it_again_and_again(kind: type, n: int, k: int):
         pytest.skip(str(native.why_no_native()))
     layer = kind.from_float(torch.nn.Linear(k, n), compute_dtype=torch.float32)
     op = layer.op_name
-    from tilewright import autotune
-
     with autotune.constraints(_tunable(op), implementation=NAME), torch.inference_mode():
         for shape in ((3, k), (2, 3, k), (1, k)):
             x = torch.randn(shape)
@@ -120,8 +120,6 @@ def test_layers_call_it_again_and_again(kind: type, n: int, k: int):
 
 
 def _tunable(op: str) -> str:
-    from tilewright.kernels import tuning
-
     return tuning.implementation_of(op).name
 
 

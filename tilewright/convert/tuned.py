@@ -44,11 +44,7 @@ def time_candidates(model: nn.Module, posed: Iterable[Problem], asked: bool) -> 
     posed: the problems of a call of the model; without any of its layers, ``ROWS`` of each. asked: by the user, so that
     there is more time.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, QuantizedLinear) and module.device.type == "cpu" and module.weight_scale.numel()
-    ]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear) and _can_be_timed(module)]
     if not layers or native.why_no_native():
         return ""
     try:
@@ -59,6 +55,12 @@ def time_candidates(model: nn.Module, posed: Iterable[Problem], asked: bool) -> 
             for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
                 invalidate_packed(tensor)
     return _words(found, known)
+
+
+def _can_be_timed(layer: QuantizedLinear) -> bool:
+    """Whether a layer calls its operator with nothing but x and what it holds: one of fixed int8 inputs does not."""
+    held = all(hasattr(layer, name) for name in layer._by_name.values())
+    return held and layer.device.type == "cpu" and bool(layer.in_features) and bool(layer.out_features)
 
 
 def _posed(layers: list[QuantizedLinear], posed: list[Problem]) -> Iterator[tuple[Problem, Weight]]:
