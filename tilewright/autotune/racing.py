@@ -57,18 +57,18 @@ def race(
     budget: float,
     progress: Callable[[int, int], None] | None = None,
     now: Callable[[], float] = time.monotonic,
-    rounds: Sequence[tuple[int, float]] = ROUNDS,
+    rounds: Sequence[tuple[int, float]] | None = None,
 ) -> Race:
     """Race ``candidates``, of which the first is the one to beat.
 
     measure: seconds of that many calls of a candidate; what it raises disqualifies the candidate. budget: seconds in
     all, after which what is known decides. progress: called with (candidates done, of how many) in the first round.
-    rounds: see ``ROUNDS``.
+    rounds: by default ``ROUNDS``.
     """
     found = Race()
     start = now()
     left = list(candidates)
-    for number, (repeats, tolerance) in enumerate(rounds):
+    for number, (repeats, tolerance) in enumerate(rounds or ROUNDS):
         timed: list[Any] = []
         medians: dict[Any, float] = {}
         for place, candidate in enumerate(left):
