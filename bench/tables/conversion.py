@@ -2,7 +2,7 @@
 
     python -m bench.tables.conversion --base REV [--models NAME ...] [--rounds 3] [--csv FILE] [--append]
 
-ResNet-50 and DenseNet-121 of torchvision, with random weights and batch-norm statistics of random images, are
+ResNet-50 and DenseNet-121 (``bench.picture_networks``), with random weights and batch-norm statistics of random images, are
 calibrated with 8 images of 224 x 224 in one batch and with 32 in four; all-MiniLM-L6-v2 with 32 sentences in four
 batches. What the environment does not have is left out, with a line that says so.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from tilewright.kernels.cpu import native
+
 OBSERVERS = ("minmax", "percentile", "mse")
 #: On either side of zero.
 BINS = 4096
@@ -16,6 +18,13 @@ BINS = 4096
 CANDIDATES = 96
 #: Where activations all but vanish; products of scales must not.
 SMALLEST_SCALE = 2.0**-60
+
+
+def in_memory_order(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with its dimensions in the order in which it lies in memory: PyTorch reduces an image whose channels are
+    last twenty times as fast when they are.
+    """
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)) if x.layout == torch.strided else x
 
 
 def check_observer(observer: str, percentile: float) -> None:
@@ -41,7 +50,7 @@ class Observer:
         """Count the values of ``x``. Raises ValueError if it holds NaN or Inf."""
         if not x.numel():
             return
-        values = x.detach().float()
+        values = in_memory_order(x.detach()).float()
         least, largest = (float(each) for each in torch.aminmax(values))
         if not (least > -float("inf") and largest < float("inf")):
             raise ValueError("NaN or Inf")
@@ -49,7 +58,9 @@ class Observer:
         self.least, self.largest = min(self.least, least), max(self.largest, largest)
         self._widen(max(-least, largest))
         if self.limit:
-            counts = torch.histc(values, 2 * BINS, -self.limit, self.limit)
+            counts = native.histogram(values, 2 * BINS, self.limit)
+            if counts is None:
+                counts = torch.histc(values, 2 * BINS, -self.limit, self.limit)
             self.counts += counts.to("cpu", torch.float64)
 
     def _widen(self, largest: float) -> None:

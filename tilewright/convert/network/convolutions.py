@@ -232,9 +232,24 @@ def _called_otherwise(model: nn.Module, regions: list[Region], sample: Any) -> d
     def hear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reasons.setdefault(name, []).append(by_name[name].why_not_called_so(args, kwargs))
 
-    with calibrate.listening({name: region.module for name, region in by_name.items()}, hear):
-        calibrate.run(model, [sample])
+    if list(by_name) == [""] and not model._forward_pre_hooks and _is_images(model, sample):
+        hear("", *calibrate.arguments(sample))  # which nobody has to run the model for
+    else:
+        with calibrate.listening({name: region.module for name, region in by_name.items()}, hear):
+            calibrate.run(model, [sample])
     return {name: said[0] for name, said in reasons.items() if said[0] is not None and None not in said}
+
+
+def _is_images(model: nn.Module, sample: Any) -> bool:
+    """Whether a model of images is called on batches of them, in its own dtype, and nothing else. Where it is called on
+    what it does not take, the model as it was says so best.
+    """
+    if isinstance(sample, calibrate.Sample):
+        return False
+    args, kwargs = calibrate.arguments(sample)
+    own = {(x.dtype, x.device) for x in model.parameters()}
+    given = (*args, *kwargs.values())
+    return all(isinstance(x, torch.Tensor) and x.dim() == 4 and {(x.dtype, x.device)} == own for x in given)
 
 
 def install_programs(

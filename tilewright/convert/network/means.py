@@ -32,8 +32,8 @@ class MeanShift:
         layer = self.layer
         images, codes = layer._as_images(x), layer._as_images(q)
         pads = padding or layer.padding_for(images.shape[2], images.shape[3])
-        exact = images.sum(0, dtype=torch.float32)
-        rounded = (codes.sum(0, dtype=torch.int32) - len(codes) * layer.x_zero).float() * layer.x_scale
+        exact = _over_images(images, torch.float32)
+        rounded = (_over_images(codes, torch.int32) - len(codes) * layer.x_zero).float() * layer.x_scale
         read, positions = _read_by_taps(torch.stack([exact - rounded, exact]), layer, pads)
         lost, whole = read.view(2, -1, layer.groups, layer.in_channels // layer.groups)
         weight = layer.dequantize_weight()
@@ -47,6 +47,15 @@ class MeanShift:
         mean = self._sum / self._count
         layer.correct_bias((mean - self._taken).to(layer.device, torch.float32))
         self._taken = mean
+
+
+def _over_images(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of ``images`` [N, C, H, W], contiguous [C, H, W]. PyTorch adds what lies in its own order, and where
+    channels are last that is another one.
+    """
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return images.permute(0, 2, 3, 1).sum(0, dtype=dtype).permute(2, 0, 1).contiguous()
+    return images.sum(0, dtype=dtype).contiguous()
 
 
 def _product(weight: torch.Tensor, read: torch.Tensor, groups: int) -> torch.Tensor:
