@@ -20,8 +20,8 @@ _KEY_BYTES = 4
 class Memory:
     """limit: bytes that may be held. held, most: that are held now, and that were at any time.
 
-    Rows get at most a half of it, and say beforehand how many there may be; the inputs of networks get what is left, and
-    what else is seen in them what those leave.
+    Rows get at most a half of it, and say beforehand how many there may be; the inputs of networks get what is left,
+    and what else is seen in them what those leave.
     """
 
     def __init__(self, limit: int = CALIBRATION_MEMORY) -> None:
@@ -57,7 +57,7 @@ class Memory:
         return True
 
     def take(self, owner: object, size: int) -> bool:
-        """Let ``owner`` hold ``size`` bytes more, if there is room beside rows and inputs. Returns whether there was."""
+        """Let ``owner`` hold ``size`` bytes more, if there is room beside rows and inputs: whether there was."""
         if self._for_rows + self._for_inputs + self._taken + size > self.limit:
             return False
         self._taken += size

@@ -16,6 +16,8 @@ OBSERVERS = ("minmax", "percentile", "mse")
 BINS = 4096
 #: Fractions of what was seen that "mse" tries as the clipping range.
 CANDIDATES = 96
+#: How many of them at once.
+_TOGETHER = 8
 #: Where activations all but vanish; products of scales must not.
 SMALLEST_SCALE = 2.0**-60
 
@@ -122,15 +124,24 @@ class Observer:
         used = self.counts.nonzero().flatten()
         counts = self.counts[used]
         centres = (used - BINS + 0.5) * width
-        lows, highs = lows.unsqueeze(1), highs.unsqueeze(1)
-        step, zero = _grids(lows, highs)
-        rounded = (((centres / step).round() + zero).clamp(-127, 127) - zero) * step
-        # Where a step is wider than a bin, rounding the centre is exact enough; else the error is that of a uniform
-        # value within the step.
-        inside = (centres >= lows) & (centres <= highs)
-        error = torch.where(inside & (step < 4 * width), step.square() / 12, (rounded - centres).square())
         # Exact zeros, which ReLU makes in numbers, round to themselves whatever the step: they weigh nothing.
-        return (error * torch.where(used == BINS, 0.0, counts)).sum(1)
+        weights = torch.where(used == BINS, 0.0, counts)
+        found = []
+        # Some at a time: what all take together is many times what a cache holds.
+        lows, highs = lows.unsqueeze(1), highs.unsqueeze(1)
+        parts = (each.split(_TOGETHER) for each in (lows, highs, *_grids(lows, highs)))
+        for low, high, step, zero in zip(*parts, strict=True):
+            rounded = centres / step
+            rounded.round_().add_(zero).clamp_(-127, 127).sub_(zero).mul_(step)
+            error = rounded.sub_(centres).square_()
+            # Where a step is wider than a bin, rounding the centre is exact enough; else the error is that of a
+            # uniform value within the step.
+            narrow = step < 4 * width
+            if bool(narrow.any()):
+                inside = (centres >= low) & (centres <= high)
+                error = torch.where(inside & narrow, step.square() / 12, error)
+            found.append(error.mul_(weights).sum(1))
+        return torch.cat(found)
 
 
 def _fractions() -> torch.Tensor:

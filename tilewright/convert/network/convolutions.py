@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from tilewright.convert import calibrate, structure
 from tilewright.convert.code import names_in_code_of
@@ -19,7 +19,7 @@ from tilewright.convert.network.calibration import Calibration
 from tilewright.convert.network.int8_flow import Flow
 from tilewright.convert.network.int8_writing import write_int8
 from tilewright.convert.network.match import Site, call_counts, find_folds, rewrite
-from tilewright.convert.network.program import Program, remove_programs
+from tilewright.convert.network.program import Program, Watched, remove_programs
 from tilewright.convert.plan import Planned
 from tilewright.convert.progress import track
 from tilewright.convert.record import LayerRecord, join
@@ -83,8 +83,9 @@ class Convolutions(Conversion):
             required.discard(name)
             self.records[name].note = ON_VECTORS
         if required and self.job.with_data:
-            for each in self.regions:
-                _write_program(*each)
+            for region, sites in self.regions:
+                if sites:
+                    vars(region.module)["forward"] = Watched(region)
             self.calibration = Calibration(self.job.model, self.regions, required, self.job.memory)
         elif required:
             logger.warning("%d convolutions are fused in float: static int8 needs calibration_data", len(required))
@@ -266,10 +267,7 @@ def install_programs(
         untraced |= reasons
         regions = [(region, rewrite(region)) for region in found]
     for region, sites in regions:
-        _write_program(region, sites, write_int8(region.graph, region.modules(), sites))
+        if sites:
+            steps = write_int8(region.graph, region.modules(), sites)
+            vars(region.module)["forward"] = Program(region, steps)
     return {join(region.name, site.name): site.epilogue for region, sites in regions for site in sites}
-
-
-def _write_program(region: Region, sites: list[Site], steps: tuple[fx.Graph, ...] = ()) -> None:
-    if sites:
-        vars(region.module)["forward"] = Program(region, steps)

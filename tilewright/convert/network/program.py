@@ -352,6 +352,28 @@ class Program(ReplacedForward):
         return list(map(dict.get, self._tensor_tables, self._tensor_names))  # type: ignore[arg-type]
 
 
+class Watched(Program):
+    """Stands where the program of ``region`` will while its values are observed. It has no code: the graph of
+    the region is interpreted, or layers run.
+    """
+
+    def __init__(self, region: Region):
+        self.owner, self.inputs, self.defaults = region.module, region.inputs, region.defaults
+        self.gradients, self.constants = region.gradients, region.constants
+        self.observer: Callable[..., Any] | None = None
+
+    def run(self, given: tuple[Any, ...]) -> Any:
+        """As of ``Program``."""
+        if self.observer is None:
+            return self._by_layers(given)
+        try:
+            return self.observer(given)
+        except NotAsExpected:
+            return self._by_layers(given)
+        except Exception as error:
+            return self._after(error, given)
+
+
 def _picklable(names: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Globals of a function without modules of Python, which cannot be pickled, and those modules' names."""
     modules = {name: value.__name__ for name, value in names.items() if isinstance(value, types.ModuleType)}

@@ -28,8 +28,8 @@ _GRAIN = 32768
 _HISTOGRAM_TURNS = 4
 
 _TYPES = {"p": ctypes.c_void_p, "c": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
-#: Of each C function: p is a pointer, c a count of 64 bits, n a number of 32, f a float. Those without "->" return 0, or what went
-#: wrong.
+#: Of each C function: p is a pointer, c a count of 64 bits, n a number of 32, f a float. Those without "->" return 0
+#: or what went wrong.
 _SIGNATURES = {
     "run_steps": "p c n",
     "conv_lanes": "-> n",
