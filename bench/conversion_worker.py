@@ -98,4 +98,4 @@ def work(name: str) -> None:
 
 
 if __name__ == "__main__":
-    work(sys.argv[1])
+    work(sys.argv[-1])  # before it are the paths that it was started by
