@@ -170,6 +170,8 @@ class Calibration:
         found: dict[str, float | None] = {}
 
         def at_site(name: str, given: tuple[Any, ...], value: torch.Tensor) -> None:
+            if name not in candidates:
+                return
             x, residual, activation, slope, padding = given
             layer = candidates[name]
             q = _quantized(x, layer.x_scale, layer.x_zero)
@@ -183,10 +185,10 @@ class Calibration:
         with calibrate.evaluation(self.model), self._interpreted(_run_unwatched):
             for region, sites in self.regions:
                 if any(join(region.name, site.name) in candidates for site in sites):
-                    self._show_calls(region, lambda name, *call: name in candidates and at_site(name, *call))
+                    self._show_calls(region, at_site)
         return found
 
-    def _show_calls(self, region: Region, show: Callable[..., object]) -> None:
+    def _show_calls(self, region: Region, show: Callable[..., None]) -> None:
         """What layers were given and returned in the calls of ``region`` that are kept, a last time."""
 
         def watch(node: fx.Node, given: tuple[Any, ...], value: Any) -> None:
