@@ -27,6 +27,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import result_files, same
 from bench.conversion_worker import MODELS, ROOT
 
@@ -109,6 +111,7 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep rows of the file that are not measured anew")
     parser.add_argument("--csv", type=Path, default=result_files.RESULTS / "conversion.csv")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as both sides do, which the rows say
     rows = []
     with tempfile.TemporaryDirectory(prefix="tilewright-conversion-") as temporary:
         given = Path(options.base)
