@@ -7,10 +7,10 @@ images, are calibrated with 8 images of 224 x 224 in one batch and with 32 in fo
 in four batches. What the environment does not have is left out, with a line that says so.
 
 The older revision is built in a temporary folder, which takes minutes, or is found where it has been checked out. Each
-side is a process with one thread. The two take turns, and a figure is the least of their rounds: of the wall
-clock, and of processor time, which tells more where a machine is shared. Both sides' models then answer the same
-inputs, and the signal over error in dB against the float model is beside the time: a faster conversion must not be a
-worse one.
+side is a process with one thread, and does not time candidates at the end (``tune=``), which is no conversion. The two
+take turns, and a figure is the least of their rounds: of the wall clock, and of processor time, which tells more where a
+machine is shared. Both sides' models then answer the same inputs, and the signal over error in dB against the float
+model is beside the time: a faster conversion must not be a worse one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Side:
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", start, str(WORKER), name],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive"},
+            env={**os.environ, "PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", "TILEWRIGHT_CPU_TABLE": "off"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
