@@ -6,9 +6,9 @@ ResNet-50 and DenseNet-121 (``bench.picture_networks``), with random weights and
 images, are calibrated with 8 images of 224 x 224 in one batch and with 32 in four; all-MiniLM-L6-v2 with 32 sentences
 in four batches. What the environment does not have is left out, with a line that says so.
 
-The older revision is built in a temporary folder, which takes minutes, or is found where it has been checked out. Each
+The older revision is built in a temporary folder, which takes minutes, or found where it has been checked out. Each
 side is a process with one thread, and does not time candidates at the end (``tune=``), which is no conversion. The two
-take turns, and a figure is the least of their rounds: of the wall clock, and of processor time, which tells more where a
+take turns, and a figure is the least of their rounds: of the wall clock, and of processor time, which says more where a
 machine is shared. Both sides' models then answer the same inputs, and the signal over error in dB against the float
 model is beside the time: a faster conversion must not be a worse one.
 """
