@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu.lowering import Lowering, NotNative
 from tilewright.kernels.cpu.recording import Call, tensors_in, written_by
+from tilewright.kernels.cpu.replay_norms import lower_rms_norm, read_rms_norm
 from tilewright.kernels.cpu.replay_rows import ROWS, grouped
 from tilewright.kernels.cpu.replay_steps import NATIVE
-from tilewright.kernels.cpu.row_steps import pointers_of, requantize
+from tilewright.kernels.cpu.row_steps import one_thread_does, pointers_of, requantize
 from tilewright.kernels.cpu.steps import Description
 from tilewright.kernels.dispatch.same import SameTensors, version_of
 
@@ -186,6 +187,13 @@ class Replay:
 
     def _lower_group(self, plan: Lowering, group: list[Call]) -> bool:
         """Add the steps of calls that are lowered together; False, having added none, where one has no C kernel."""
+        if len(group) > 1 and (norm := read_rms_norm(group)) is not None:
+            plan.forget(tensors_in([call.result for call in group]))
+            try:
+                self._add_steps(lower_rms_norm(plan, norm), len(group))
+            except NotNative:
+                return False
+            return True
         if any(call.name not in NATIVE for call in group):
             return False
         made: list[tuple[Description, list[Call]]] = []
@@ -203,12 +211,19 @@ class Replay:
             made[-1][1].append(call)
         if absorbed is not None and plan.is_read_later(absorbed.result):
             made[-1][1].append(absorbed)
-        self.native_steps += len(group)
+        self._add_steps(made, len(group))
+        return True
+
+    def _add_steps(self, made: list[tuple[Description, list[Call]]], calls: int) -> None:
+        self.native_steps += calls
         if not self.parts or self.parts[-1].function is not None:
             self.parts.append(_Part([], []))
-        self.parts[-1].steps += [each for each, _ in made]
-        self.parts[-1].made += [calls for _, calls in made]
-        return True
+        part = self.parts[-1]
+        for step, results in made:
+            if part.steps and one_thread_does(step) and one_thread_does(part.steps[-1]):
+                step.independent = True  # it is the same thread
+            part.steps.append(step)
+            part.made.append(results)
 
     def _python_step(self, call: Call) -> Callable[[], None]:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._live, (call.args, call.kwargs))
