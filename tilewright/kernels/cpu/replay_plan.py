@@ -13,8 +13,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tilewright.kernels.cpu import native
-from tilewright.kernels.cpu.lowering import Lowering, NotNative
-from tilewright.kernels.cpu.recording import Call, tensors_in, written_by
+from tilewright.kernels.cpu.lowering import Lowering, NotNative, place_of
+from tilewright.kernels.cpu.recording import HELD, HOLDER, Call, tensors_in, written_by
 from tilewright.kernels.cpu.replay_norms import lower_rms_norm, read_rms_norm
 from tilewright.kernels.cpu.replay_rows import ROWS, grouped
 from tilewright.kernels.cpu.replay_steps import NATIVE
@@ -56,7 +56,8 @@ class Replay:
     """One recording, made ready to run for inputs of the recorded shapes and strides, on as many threads as there were
     then. Raises CannotReplay.
 
-    calls, result: what ``record`` gave. watched: tensors that somebody else has an eye on.
+    calls, result: what ``record`` gave. watched: tensors that somebody else has an eye on. free: numbers of inputs that
+    are of any size.
     """
 
     def __init__(
@@ -65,10 +66,20 @@ class Replay:
         result: Any,
         inputs: tuple[torch.Tensor, ...],
         watched: Sequence[torch.Tensor | None] = (),
+        free: frozenset[int] = frozenset(),
     ):
+        #: What a call is given, while it runs: its holder, its inputs, and by what was recorded what its holder gave.
+        self.holder: Any = None
+        self.given: tuple[torch.Tensor, ...] = inputs
+        self.held: dict[int, torch.Tensor] = {}
+        #: Storages of what the recorded holder gave, and of inputs that are of any size; the latter with their numbers.
+        self.held_storages: set[int] = set()
+        self.free = {_storage(inputs[number]): number for number in free}
         self.watched = {_storage(tensor) for tensor in watched if tensor is not None}
         self.lock = threading.Lock()
         made: set[int] = set()
+        if self.free.keys() & {_storage(x) for number, x in enumerate(inputs) if number not in free}:
+            raise CannotReplay("two inputs share memory")
         groups = grouped([call for call in calls if not self._is_view(call, made)])
         self._place(groups, inputs, result)
         self._lower(groups)
@@ -77,8 +88,7 @@ class Replay:
         leaves, self.structure = pytree.tree_flatten(result)
         self.leaves = [self._live(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
-    @staticmethod
-    def _is_view(call: Call, made: set[int]) -> bool:
+    def _is_view(self, call: Call, made: set[int]) -> bool:
         """Whether the call computes nothing: it looks at memory that is there. Raises CannotReplay.
 
         made: storages that calls before it have made, to which those of this one are added.
@@ -89,6 +99,16 @@ class Replay:
             raise CannotReplay(f"{call.name} writes to what the recorded function did not make itself")
         results = tensors_in(call.result)
         sources = {_storage(tensor) for tensor in tensors_in((call.args, call.kwargs))}
+        if call.name == HOLDER:
+            self.held_storages |= {_storage(tensor) for tensor in results}
+            if self.held_storages & (made | sources):
+                raise CannotReplay("a holder gives what it was given")
+            return False
+        if call.name == HELD:
+            if sources & {_storage(tensor) for tensor in results}:
+                raise CannotReplay("it returns what is held")
+        elif sources & (self.held_storages | self.free.keys()):
+            raise CannotReplay(f"{call.name} reads what has another size in each call")
         if results and all(_storage(tensor) in sources for tensor in results):
             return not written_by(call)
         made |= {_storage(tensor) for tensor in results}
@@ -99,12 +119,16 @@ class Replay:
     # ---- memory
     def _place(self, groups: list[list[Call]], inputs: tuple[torch.Tensor, ...], result: Any) -> None:
         """Give what the calls make a place in one arena, which is free again after the last group that reads it."""
-        self.inputs = {_storage(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs}
+        fixed = {number: x for number, x in enumerate(inputs) if number not in self.free.values()}
+        self.inputs = {_storage(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in fixed.values()}
+        self.numbers = list(fixed)
         #: Where each input began in its storage, of which it may be a part.
-        self.offsets = {_storage(x): x.storage_offset() for x in inputs}
-        if len(self.inputs) != len(inputs):
+        self.offsets = {_storage(x): x.storage_offset() for x in fixed.values()}
+        if len(self.inputs) != len(fixed):
             raise CannotReplay("two inputs share memory")
-        if any(stride == 0 and size > 1 for x in inputs for size, stride in zip(x.shape, x.stride(), strict=True)):
+        if any(
+            stride == 0 and size > 1 for x in fixed.values() for size, stride in zip(x.shape, x.stride(), strict=True)
+        ):
             raise CannotReplay("an input is expanded")
         born: dict[int, int] = {}
         dies: dict[int, int] = {}
@@ -115,13 +139,13 @@ class Replay:
                 key = _storage(tensor)
                 if key in born:
                     dies[key] = number
-                elif key not in self.inputs:
+                elif key not in self.inputs and key not in self.held_storages and key not in self.free:
                     # A view, as of a transposed weight, is made anew in each call; what it looks at stays.
                     owner = tensor._base if tensor._is_view() and tensor._base is not None else tensor
                     constants[id(owner)] = owner
             for tensor in tensors_in(call.result):
                 key = _storage(tensor)
-                if key not in self.inputs:
+                if key not in self.inputs and key not in self.held_storages:
                     born.setdefault(key, number)
                     dies.setdefault(key, number)
                     size[key] = tensor.untyped_storage().nbytes()
@@ -165,7 +189,9 @@ class Replay:
                     if len(group) > 1 and self._lower_group(plan, [call]):
                         continue
                     plan.forget([*tensors_in(call.result), *written_by(call)])
-                    self.parts.append(_Part([[call]], [], self._python_step(call)))
+                    apart = call.name in (HOLDER, HELD)
+                    function = self._step_with_holder(call) if apart else self._python_step(call)
+                    self.parts.append(_Part([[call]], [], function))
                     self.python_steps.append(call.name)
                     read |= {_storage(tensor) for tensor in tensors_in((call.args, call.kwargs))}
         scratch = sorted(plan.scratch, key=lambda each: each.born)
@@ -182,7 +208,12 @@ class Replay:
                 for copy, step in zip(copies, part.steps, strict=True):
                     copy.described = step.described
                 part.steps = copies
-        self.copied = [number for number, key in enumerate(self.inputs) if key in read]
+        #: Inputs that functions of Python read, and where.
+        self.copied = [
+            (place, number)
+            for number, (key, place) in zip(self.numbers, self.inputs.items(), strict=True)
+            if key in read
+        ]
         self.patches = self._find_inputs()
 
     def _lower_group(self, plan: Lowering, group: list[Call]) -> bool:
@@ -227,26 +258,70 @@ class Replay:
 
     def _python_step(self, call: Call) -> Callable[[], None]:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._live, (call.args, call.kwargs))
-        places = [self._live(tensor) for tensor in tensors_in(call.result)]
+        places, function = [self._live(tensor) for tensor in tensors_in(call.result)], call.function
 
         def step() -> None:
-            for place, tensor in zip(places, tensors_in(call.function(*args, **kwargs)), strict=True):
+            for place, tensor in zip(places, tensors_in(function(*args, **kwargs)), strict=True):
                 if tensor.data_ptr() != place.data_ptr():  # or it was written in place
                     place.copy_(tensor)
 
         return step
 
+    def _step_with_holder(self, call: Call) -> Callable[[], None]:
+        """A call of a function that is given, or gives, what a holder holds."""
+        if tensors_in([each for each in (*call.args, *call.kwargs.values()) if not isinstance(each, torch.Tensor)]):
+            raise CannotReplay(f"{call.name} is given tensors in a container")
+        sources = [self._source(each) for each in call.args]
+        named = {name: self._source(each) for name, each in call.kwargs.items()}
+        numbers = [id(tensor) for tensor in tensors_in(call.result)]
+        places = [] if call.name == HOLDER else [self._live(tensor) for tensor in tensors_in(call.result)]
+        function = call.function
+
+        def held_step() -> None:
+            given, options = [source() for source in sources], {name: source() for name, source in named.items()}
+            for place, tensor in zip(places, tensors_in(function(*given, **options)), strict=True):
+                place.copy_(tensor)
+
+        def step_of_holder() -> None:
+            # It may keep what it is given, whose memory is used again.
+            given = [source() for source in sources]
+            own = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
+            options = {name: source() for name, source in named.items()}
+            found = tensors_in(function(self.holder, *own, **options))
+            self.held.update(zip(numbers, found, strict=True))
+
+        return step_of_holder if call.name == HOLDER else held_step
+
+    def _source(self, argument: Any) -> Callable[[], Any]:
+        """What gives, in a replay, what ``argument`` was in the recording."""
+        if not isinstance(argument, torch.Tensor):
+            return lambda: argument
+        key = _storage(argument)
+        if key in self.held_storages:
+            recorded = id(argument)
+            return lambda: self.held[recorded]
+        if key in self.free:
+            number = self.free[key]
+            if place_of(argument) != place_of(self.given[number]):
+                raise CannotReplay("it looks at a part of an input that has another size in each call")
+            return lambda: self.given[number]
+        live = self._live(argument)
+        return lambda: live
+
     def _find_inputs(self) -> list[tuple[ctypes.Structure, str, int, int]]:
         """Where steps of the C kernels have the address of an input, which need not be copied: the structure, its
         member, how far into the input, and its number.
         """
-        spans = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in self.inputs.values()]
+        spans = [
+            (number, x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes())
+            for number, x in zip(self.numbers, self.inputs.values(), strict=True)
+        ]
         return [
             (structure, name, address - begin, number)
             for part in self.parts
             for step in part.steps
             for structure, name, address in pointers_of(step)
-            for number, (begin, end) in enumerate(spans)
+            for number, begin, end in spans
             if begin <= address < end
         ]
 
@@ -266,23 +341,31 @@ class Replay:
         return self.same.match([reference() for reference in self.constants])
 
     def _take(self, inputs: tuple[torch.Tensor, ...]) -> None:
-        own = list(self.inputs.values())
-        for number in self.copied:
-            own[number].copy_(inputs[number])
+        self.given = inputs
+        for place, number in self.copied:
+            place.copy_(inputs[number])
         for structure, name, offset, number in self.patches:
             setattr(structure, name, inputs[number].data_ptr() + offset)
 
-    def __call__(self, inputs: tuple[torch.Tensor, ...]) -> Any:
+    def __call__(self, inputs: tuple[torch.Tensor, ...], holder: Any = None) -> Any:
         """The result for ``inputs``, in tensors of its own. The caller holds ``lock``."""
         self._take(inputs)
+        self.holder = holder
         threads = torch.get_num_threads()
-        for part in self.parts:
-            if part.function is not None:
-                part.function()
-            else:
-                part.run(0, len(part.steps), threads)
+        try:
+            for part in self.parts:
+                if part.function is not None:
+                    part.function()
+                else:
+                    part.run(0, len(part.steps), threads)
+        finally:
+            self._let_go()
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         return pytree.tree_unflatten(leaves, self.structure)
+
+    def _let_go(self) -> None:
+        self.holder, self.given = None, ()
+        self.held.clear()
 
     def why_wrong(self, inputs: tuple[torch.Tensor, ...], calls: Iterable[Call]) -> str | None:
         """What differs from the recording of ``calls`` on these inputs, in words, or None.
@@ -295,6 +378,9 @@ class Replay:
         last_written = {_storage(tensor): id(call) for call in calls for tensor in written_by(call)}
         for part in self.parts:
             for number, made in enumerate(part.made):
+                if made and made[0].name == HOLDER:  # which was called, and must not be again
+                    self.held.update((id(tensor), tensor) for tensor in tensors_in(made[0].result))
+                    continue
                 if part.function is not None:
                     part.function()
                 else:
@@ -310,6 +396,7 @@ class Replay:
                         place.copy_(tensor)
                 if part.function is None and (again := requantize(part.steps[number])) is not None:
                     native.function("run_steps")(ctypes.addressof(again), 1, threads)
+        self._let_go()
         return None
 
     def forget_recording(self) -> None:
