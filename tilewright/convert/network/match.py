@@ -31,6 +31,7 @@ from tilewright.convert.graph import (
     settle,
     zero_padding,
 )
+from tilewright.convert.network.group_norms import centre_group_norms
 from tilewright.nn import ConvLayer
 
 
@@ -172,6 +173,7 @@ def rewrite(region: Region) -> list[Site]:
     settle(graph, modules)
     reshape_views(graph)
     _global_pools_become_means(graph, modules)
+    centre_group_norms(graph, modules)
     writes, sites = Writes(graph, modules), []
     for node in list(graph.nodes):
         layer = module_of(node, modules)
