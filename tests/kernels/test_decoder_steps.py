@@ -194,3 +194,9 @@ def test_one_thread_goes_on_without_waiting(isa: str) -> None:
     assert [step.independent for step in replay.parts[0].steps] == [0, 1, 1]
     _, replay = replayed(lambda x: -(x * 2) + x, torch.randn(100, 640))
     assert [step.independent for step in replay.parts[0].steps] == [0, 0, 0]
+
+    def reads_what_others_copied(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, y], -1)[:, :64] * 2 + y
+
+    _, replay = replayed(reads_what_others_copied, torch.randn(1, 9000), torch.randn(1, 64))
+    assert [step.independent for step in replay.parts[0].steps] == [0, 1, 0, 1]

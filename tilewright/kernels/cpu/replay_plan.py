@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from tilewright.kernels.cpu import native
+from tilewright.kernels.cpu import native, steps
 from tilewright.kernels.cpu.lowering import Lowering, NotNative, place_of
 from tilewright.kernels.cpu.recording import HELD, HOLDER, Call, tensors_in, written_by
+from tilewright.kernels.cpu.replay_checks import is_near, is_same
 from tilewright.kernels.cpu.replay_norms import lower_rms_norm, read_rms_norm
 from tilewright.kernels.cpu.replay_rows import ROWS, grouped
 from tilewright.kernels.cpu.replay_steps import NATIVE
@@ -24,6 +25,10 @@ from tilewright.kernels.dispatch.same import SameTensors, version_of
 
 #: Recorded calls of which a step makes the first result alone.
 _FIRST_RESULT = ("aten.native_layer_norm.default", "aten.max_pool2d_with_indices.default")
+
+
+#: Steps that have the bits of the calls that they stand for.
+_EXACT = (steps.RMS_NORM, steps.ELEMENTWISE)
 
 
 class CannotReplay(Exception):
@@ -38,13 +43,15 @@ def _storage(tensor: torch.Tensor) -> int:
 class _Part:
     """Steps that run one after the other: those of one C call, or a function of Python in their place.
 
-    made: for each step the calls whose results are there after it.
+    made: for each step the calls whose results are there after it. one_thread: whether one thread alone has done all
+    since threads last waited for each other.
     """
 
     made: list[list[Call]]
     steps: list[Description]
     function: Callable[[], None] | None = None
     array: Any = None
+    one_thread: bool = False
 
     def run(self, first: int, count: int, threads: int) -> None:
         """Some of the steps of a C call."""
@@ -251,8 +258,10 @@ class Replay:
             self.parts.append(_Part([], []))
         part = self.parts[-1]
         for step, results in made:
-            if part.steps and one_thread_does(step) and one_thread_does(part.steps[-1]):
+            alone = one_thread_does(step)
+            if part.one_thread and alone:
                 step.independent = True  # it is the same thread
+            part.one_thread = alone and (part.one_thread or not step.independent)
             part.steps.append(step)
             part.made.append(results)
 
@@ -392,7 +401,8 @@ class Replay:
                         if last_written.get(_storage(tensor), id(call)) != id(call):
                             continue
                         place = self._live(tensor)
-                        if not is_near(place, tensor, call.name in ROWS):
+                        exact = part.function is None and part.steps[number].kind in _EXACT
+                        if not (is_same(place, tensor) if exact else is_near(place, tensor, call.name in ROWS)):
                             return f"a step of the replay does not give what {call.name} gave"
                         place.copy_(tensor)
                 if part.function is None and (again := requantize(part.steps[number])) is not None:
@@ -429,16 +439,3 @@ def arrange(lives: Iterable[tuple[int, int, int]]) -> tuple[list[int], int]:
         begins.append(begin)
         total = max(total, end)
     return begins, total
-
-
-def is_near(found: torch.Tensor, expected: torch.Tensor, strict: bool) -> bool:
-    """Whether two results of one operator on the same inputs are equal but for rounding; strict: of float32 sums in
-    another order.
-    """
-    if not expected.is_floating_point():
-        return not expected.numel() or int((found.int() - expected.int()).abs().max()) <= 1
-    relative, absolute = (1e-4, 1e-5) if strict else (1e-2, 1e-3)
-    a, b = found.double(), expected.double()
-    finite = b[b.isfinite()]
-    size = finite.abs().max().item() if finite.numel() else 0.0
-    return torch.allclose(a, b, relative, absolute * size, True)
