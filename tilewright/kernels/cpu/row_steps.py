@@ -1,4 +1,4 @@
-"""Steps of a network for the C kernels that work on rows: int8 products, normalisation, attention.
+"""Steps of a network for the C kernels that work on rows: products, normalisation, attention, single numbers.
 
 Each is a ``Description`` whose ``job`` points to a structure of its kernel. What is written into it are addresses: the
 caller keeps the tensors.
