@@ -1,11 +1,11 @@
 """The ``forward`` of a transformer's blocks, and of the stack of them: one program where it can be.
 
 A block is what a list of modules holds, with attention by our kernel and quantised layers inside whose products are
-steps (``replay_rows``); the module around the list, such as the encoder of a BERT, is its stack. What a program computes depends on how
-it is called: with a mask or without, in how many dimensions. So the code is read when it is first called in some way
-(``trace_call``), and the graph becomes a ``Program``, which is proven against the layers and replayed. A stack that
-cannot be read runs by its class, and its blocks have programs of their own; so it is with a stack in which a hook
-listens to one block.
+steps (``replay_rows``); the module around the list, such as the encoder of a BERT, is its stack. What a program
+computes depends on how it is called: with a mask or without, in how many dimensions. So the code is read when it is
+first called in some way (``trace_call``), and the graph becomes a ``Program``, which is proven against the layers and
+replayed. A stack that cannot be read runs by its class, and its blocks have programs of their own; so it is with a
+stack in which a hook listens to one block.
 
 A decoder's block is given a cache of keys and values: an object that grows and is the user's. Its ``update`` and the
 attention to what it gives are called from Python; what lies before and behind them is a C call each, whatever the
