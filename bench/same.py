@@ -75,8 +75,7 @@ class Worker:
         self.folder, self.seconds = folder, seconds
         # The package is found in the current folder, before any that is installed.
         start = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
-        environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(folder / "tuned")}
-        environment.pop("TILEWRIGHT_AUTOTUNE", None)
+        environment = {**os.environ, "TILEWRIGHT_CACHE_DIR": str(folder / "tuned"), "TILEWRIGHT_AUTOTUNE": "0"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", start, str(ROOT / "bench" / "same_worker.py"), str(threads)],
             cwd=folder,

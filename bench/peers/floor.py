@@ -9,7 +9,6 @@ models may come out above 100 %.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -66,14 +65,17 @@ def highest(first: Peaks, second: Peaks) -> Peaks:
 
 def measure(threads: int) -> Peaks:
     """Takes some seconds, on a quiet machine: what it finds on a busy one is no ceiling."""
-    from bench import cpu_peak
+    from tilewright.kernels.cpu import peaks
     from tilewright.kernels.roofline import measure_cpu
 
     torch.set_num_threads(threads)
-    found = measure_cpu()
-    # Its affinity is set thread by thread: the pool ends with it, and this thread keeps its own.
-    registers = cpu_peak.measure(sorted(os.sched_getaffinity(0))[:threads])
-    return Peaks(found.float32, found.float16, max(found.int8, registers.int8), max(found.bytes, registers.memory))
+    found, registers = measure_cpu(), peaks.measure()
+    return Peaks(
+        max(found.float32, registers.products("float32")),
+        max(found.float16, registers.products("bfloat16"), registers.products("float32")),
+        max(found.int8, registers.products("int8")),
+        max(found.bytes, registers.bandwidth()),
+    )
 
 
 def count(model: nn.Module, call: Callable[[], torch.Tensor], attention: int, inputs: int) -> Counts:

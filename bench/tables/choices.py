@@ -25,7 +25,8 @@ from bench.timer import interleaved
 from tilewright.kernels.cpu import choices, native
 from tilewright.kernels.dispatch.card import make_arguments
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.router import Implementation, implementations
+from tilewright.kernels.dispatch.router import implementations
+from tilewright.kernels.layer_trials import layer_call
 
 THREADS = 2
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (4096, 4096))
@@ -67,19 +68,10 @@ def measure(n: int, k: int, batches: list[int], seconds: float) -> Iterator[Row]
 
 def _functions(problem: Problem, arguments: dict[str, Any]) -> dict[str, Callable[[], object]]:
     return {
-        other.name: _call(other, arguments)
+        other.name: layer_call(other, arguments)
         for other in implementations(problem.op)
         if other.name not in LEFT_OUT and other.why_not(problem) is None
     }
-
-
-def _call(implementation: Implementation, arguments: dict[str, Any]) -> Callable[[], object]:
-    """A call as a layer makes it again and again."""
-    if implementation.prepared is None:
-        return lambda: implementation.function(**arguments)
-    x, given = arguments["x"], {name: value for name, value in arguments.items() if name not in ("x", "residual")}
-    prepared = implementation.prepared(**given, k=x.shape[-1]).for_rows(x.shape, x.dtype)
-    return lambda: prepared(x, arguments["residual"])
 
 
 def write(rows: list[Row]) -> None:

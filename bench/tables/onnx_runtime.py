@@ -40,10 +40,11 @@ from torch import nn
 
 import tilewright as tw
 import tilewright.nn as tnn
-from bench import cpu_peak, onnx_peers
+from bench import onnx_peers
 from bench.result_files import RESULTS
 from bench.timer import interleaved
-from tilewright.kernels.cpu import native
+from tilewright.kernels.cpu import native, peaks
+from tilewright.kernels.cpu.peaks import Peaks
 from tilewright.kernels.dispatch.router import route
 
 THREADS = 2
@@ -98,7 +99,7 @@ def layers(n: int, k: int, folder: Path) -> dict[str, tuple[nn.Module, onnx_peer
     return found
 
 
-def measure_linear(n: int, k: int, batches: list[int], seconds: float, peak: cpu_peak.Peak) -> list[Row]:
+def measure_linear(n: int, k: int, batches: list[int], seconds: float, peak: Peaks) -> list[Row]:
     """A row for each batch and variant."""
     torch.manual_seed(0)
     rows: list[Row] = []
@@ -128,8 +129,8 @@ def measure_linear(n: int, k: int, batches: list[int], seconds: float, peak: cpu
                         "over_onnxruntime": f"{theirs_s / ours_s:.2f}",
                         "goal": goal(m),
                         "met": "yes" if theirs_s / ours_s >= goal(m) else "no",
-                        "percent_of_int8_peak": f"{100 * 2 * m * n * k / ours_s / peak.int8:.0f}",
-                        "percent_of_bandwidth": f"{100 * n * k * bits / 8 / ours_s / peak.memory:.0f}",
+                        "percent_of_int8_peak": f"{100 * 2 * m * n * k / ours_s / peak.products('int8'):.0f}",
+                        "percent_of_bandwidth": f"{100 * n * k * bits / 8 / ours_s / peak.bandwidth():.0f}",
                         "error": f"{errors[variant][0]:.2g}",
                         "onnxruntime_error": f"{errors[variant][1]:.2g}",
                     }
@@ -137,7 +138,7 @@ def measure_linear(n: int, k: int, batches: list[int], seconds: float, peak: cpu
     return rows
 
 
-def measure_encoder(name: str, batches: list[int], seconds: float, peak: cpu_peak.Peak) -> list[Row]:
+def measure_encoder(name: str, batches: list[int], seconds: float, peak: Peaks) -> list[Row]:
     """A row for each batch of a BERT with random weights, in sequences of ``SEQUENCE`` tokens without padding."""
     from transformers import BertConfig, BertModel
 
@@ -149,6 +150,7 @@ def measure_encoder(name: str, batches: list[int], seconds: float, peak: cpu_pea
     model = BertModel(config, add_pooling_layer=False).eval()
     weights = sum(p.numel() for module in model.modules() if isinstance(module, nn.Linear) for p in [module.weight])
     rows: list[Row] = []
+    multiplied = peak.products("int8")
     samples = {batch: torch.randint(0, config.vocab_size, (batch, SEQUENCE)) for batch in batches}
 
     def timed(runs: dict[str, onnx_peers.Run], ids: torch.Tensor, one_pool: bool = False) -> dict[str, float]:
@@ -188,8 +190,8 @@ def measure_encoder(name: str, batches: list[int], seconds: float, peak: cpu_pea
                         "over_eager": f"{over['eager']:.2f}",
                         "goal": factor,
                         "met": "yes" if over[other] >= factor else "no",
-                        "percent_of_int8_peak": f"{200 * batch * SEQUENCE * weights / found['int8'] / peak.int8:.0f}",
-                        "percent_of_bandwidth": f"{100 * weights / found['int8'] / peak.memory:.0f}",
+                        "percent_of_int8_peak": f"{200 * batch * SEQUENCE * weights / found['int8'] / multiplied:.0f}",
+                        "percent_of_bandwidth": f"{100 * weights / found['int8'] / peak.bandwidth():.0f}",
                         "error": f"{errors['int8']:.2g}",
                         "onnxruntime_error": f"{errors[theirs]:.2g}",
                     }
@@ -203,15 +205,15 @@ COLUMNS = (
 )
 
 
-def about(peak: cpu_peak.Peak) -> Row:
+def about(peak: Peaks) -> Row:
     """Machine and versions, the same in every row."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "machine": names[0].partition(":")[2].strip() if names else platform.machine(),
         "isa": native.isa(),
         "threads": THREADS,
-        "int8_peak_gops": f"{peak.int8 / 1e9:.0f}",
-        "memory_gb_s": f"{peak.memory / 1e9:.1f}",
+        "int8_peak_gops": f"{peak.products('int8') / 1e9:.0f}",
+        "memory_gb_s": f"{peak.bandwidth() / 1e9:.1f}",
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
         "tilewright": tw.__version__,
@@ -241,8 +243,10 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep the rows that FILE has of other layers and models")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    peak = cpu_peak.measure(CORES[:THREADS])
-    print(f"int8 peak {peak.int8 / 1e9:.0f} GOPS, memory {peak.memory / 1e9:.1f} GB/s, {THREADS} threads")
+    peak = peaks.measure()
+    print(
+        f"int8 peak {peak.products('int8') / 1e9:.0f} GOPS, memory {peak.bandwidth() / 1e9:.1f} GB/s, {THREADS} threads"
+    )
     print("| what | batch | variant | ms | ONNX Runtime ms | over it | over eager | goal | % peak | % memory | by |")
     print("|---" * 11 + "|")
     rows: list[Row] = []

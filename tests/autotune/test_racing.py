@@ -96,15 +96,17 @@ def test_a_duel_is_in_turns_and_won_by_more_than_noise():
     measure, calls = counted({"first": 1.0, "other": 0.5})
     both = duel("first", "other", measure)
     assert calls == {"first": PAIRS, "other": PAIRS}
-    assert both.won and both.doubt is None
+    assert both.won(lambda first: MARGIN * first) and both.doubt is None
     for share, won in ((MARGIN + 0.01, False), (MARGIN - 0.01, True), (1.5, False)):
-        assert duel("first", "other", counted({"first": 1.0, "other": share})[0]).won == won
+        both = duel("first", "other", counted({"first": 1.0, "other": share})[0])
+        assert both.won(lambda first: MARGIN * first) == won
+    assert not duel("first", "other", counted({"first": 1.0, "other": 0.8})[0], 5).won(lambda first: 0.7 * first)
 
 
 def test_a_duel_that_a_few_long_calls_decide_is_not_won():
     times = itertools.cycle([400.0, 1.0, 1.0, 1.0])
     both = duel("first", "other", lambda name, count: [next(times) if name == "first" else 1.0])
-    assert not both.won
+    assert not both.won(lambda first: first)
 
 
 def test_times_that_spread_say_nothing():

@@ -10,8 +10,8 @@ import pytest
 from bench.__main__ import commands, main, title
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-#: The timer, what it rests on, a measurement of the machine itself, and what can import nothing of this revision.
-OWN_CLOCK = {"timer.py", "idle.py", "cpu_peak.py", "same_worker.py", "conversion_worker.py"}
+#: The timer, what it rests on, and what can import nothing of this revision.
+OWN_CLOCK = {"timer.py", "idle.py", "same_worker.py", "conversion_worker.py"}
 TABLES = [name for name in commands() if name != "operators"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,35 @@ def test_the_table_that_comes_with_the_package_names_what_there_is():
         known = names.setdefault(op, {other.name for other in implementations(op)})
         assert {row.other for row in timed} <= known
         assert all(row.c_kernel_ms > 0 and row.other_ms > 0 for row in timed)
+
+
+@pytest.mark.parametrize("op", ["int8_weight_only_linear", "int4_linear"])
+def test_few_channels_and_many_rows_go_to_the_float_library(isa: str, op: str):
+    if isa == "portable":
+        pytest.skip("plain C is used only where it is forced")
+    narrow = Problem(op, 704, 10, 512, torch.float32, group_size=128 if op == "int4_linear" else None)
+    decision = route(narrow)
+    assert decision.name == choices.WIDENED and decision.origin == "shipped rule"
+    assert "up to 16 channels, from 128 rows on" in dict(decision.declined)["C kernel"]
+    assert route(replace(narrow, n=40)).name == choices.WIDENED
+    for other in (
+        narrow.with_rows(32),
+        replace(narrow, n=40, m=256),
+        replace(narrow, activation="relu"),
+        replace(narrow, compute_dtype=torch.bfloat16),
+    ):
+        assert route(other).name != choices.WIDENED
+
+
+def test_an_instruction_set_without_rows_takes_those_of_its_kin(table: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choices, "KIN", {("avx2", "int8"): native.isa()})
+    best = native.isa()
+    assert choices.faster(SMALL) is not None
+    monkeypatch.setattr(native, "isa", lambda: "avx2")
+    assert (choices.faster(SMALL) is not None) == (best != "portable")
+    monkeypatch.setattr(choices, "KIN", {})
+    assert (choices.faster(SMALL) is None) == (best != "avx2")
+
+
+def test_kin_do_the_same_in_their_dtype():
+    assert {isa for isa, _ in choices.KIN} <= set(build.ISAS) and set(choices.KIN.values()) <= set(build.ISAS)

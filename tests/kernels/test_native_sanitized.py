@@ -70,6 +70,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
         "test_native_weights.py",
         "test_native_calls.py",
         "test_native_sparse24.py",
+        "test_panels.py",
         "test_attention.py",
         "test_row_steps.py",
         "test_decoder_steps.py",

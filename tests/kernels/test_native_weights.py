@@ -211,3 +211,19 @@ def test_a_bad_row_stays_bad_and_alone(isa: str, op: str, m: int):
     good = [row for row in range(m) if row not in bad]
     assert torch.equal(y[good], clean[good])
     assert not y[bad].isfinite().any()
+
+
+@pytest.mark.parametrize("op", ["int4_linear", "int8_weight_only_linear"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 5, 9, 40, 200])
+def test_a_channel_does_not_depend_on_how_many_there_are(isa: str, op: str, compute: torch.dtype, m: int):
+    """A panel with few channels is multiplied by one vector of them."""
+    case = Case(op, m=m, n=144, k=200, group_size=64, symmetric=False, bias=False, compute_dtype=compute)
+    arguments = make(case)
+    y = KERNELS[op](**arguments)
+    weight = "weight" if op == "int8_weight_only_linear" else "weight_packed"
+    for n in (1, 8, 10, 16, 17, 65, 74, 130):
+        few = {**arguments, weight: arguments[weight][:n], "weight_scale": arguments["weight_scale"][:n]}
+        if arguments.get("weight_zero") is not None:
+            few["weight_zero"] = arguments["weight_zero"][: -(-n // 8)]
+        assert torch.equal(KERNELS[op](**few), y[:, :n])

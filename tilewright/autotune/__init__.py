@@ -8,7 +8,8 @@
         model(x)
 
 Without either, a table that comes with the package or that this machine has written decides, else a heuristic: no call
-is ever slowed by tuning that nobody asked for. Knows no kernel by name.
+is ever slowed by tuning that nobody asked for. Conversion on a CPU writes such a table (``series``).
+Knows no kernel by name.
 """
 
 from tilewright.autotune.modes import on_first_use, tuning_wanted

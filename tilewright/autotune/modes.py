@@ -1,7 +1,8 @@
-"""When tuning happens: never by itself, unless the user says so.
+"""When tuning happens: in no call of a model, unless the user says so.
 
-By default a kernel takes its tuned configuration from a table, or else the one its heuristic picks: nothing is timed
-and no call waits. ``TILEWRIGHT_AUTOTUNE=1`` in the environment, or
+By default a kernel takes its tuned configuration from a table, or else the one its heuristic picks, and no call waits.
+``convert_model`` may time for two seconds who serves linear layers on a CPU (``convert.tuned``); not with
+``TILEWRIGHT_AUTOTUNE=0`` in the environment. ``TILEWRIGHT_AUTOTUNE=1``, or
 
     with tilewright.autotune.on_first_use():
         model(x)

@@ -22,6 +22,11 @@ PAIRS, LEAST_WON = 15, 0.75
 MOST_SPREAD = 0.5
 
 
+def noise(first: Any, seconds: float) -> float:
+    """Seconds that a candidate must not exceed to replace ``first``, which takes so many: its gain is no noise."""
+    return MARGIN * seconds
+
+
 @dataclass
 class Race:
     """medians: seconds of those that were timed, from their last round. failed: candidate -> what went wrong. left_out:
@@ -33,13 +38,15 @@ class Race:
     left_out: list[Any] = field(default_factory=list)
     finalists: list[Any] = field(default_factory=list)
 
-    def winner(self, first: Any) -> Any | None:
-        """The fastest finalist, but ``first`` unless it was beaten clearly; None if nothing worked."""
+    def winner(self, first: Any, limit: Callable[[Any, float], float] | None = None) -> Any | None:
+        """The fastest finalist, but ``first`` unless it was beaten clearly; None if nothing worked. limit: from
+        ``first`` and its seconds to those that another must not exceed; by default less by what is noise.
+        """
         timed = [candidate for candidate in self.finalists if candidate in self.medians]
         if not timed:
             return None
         best = min(timed, key=lambda candidate: self.medians[candidate])
-        if first in self.medians and self.medians[best] > MARGIN * self.medians[first]:
+        if first in self.medians and self.medians[best] > (limit or noise)(first, self.medians[first]):
             return first
         return best
 
@@ -50,16 +57,18 @@ def race(
     budget: float,
     progress: Callable[[int, int], None] | None = None,
     now: Callable[[], float] = time.monotonic,
+    rounds: Sequence[tuple[int, float]] | None = None,
 ) -> Race:
     """Race ``candidates``, of which the first is the one to beat.
 
     measure: seconds of that many calls of a candidate; what it raises disqualifies the candidate. budget: seconds in
     all, after which what is known decides. progress: called with (candidates done, of how many) in the first round.
+    rounds: by default ``ROUNDS``.
     """
     found = Race()
     start = now()
     left = list(candidates)
-    for number, (repeats, tolerance) in enumerate(ROUNDS):
+    for number, (repeats, tolerance) in enumerate(rounds or ROUNDS):
         timed: list[Any] = []
         medians: dict[Any, float] = {}
         for place, candidate in enumerate(left):
@@ -106,20 +115,24 @@ class Duel:
                 return f"times of one candidate spread by {(high - low) / middle:.0%}"
         return None
 
-    @property
-    def won(self) -> bool:
-        """Whether the other one is faster, by more than noise and in most pairs."""
+    def won(self, limit: Callable[[float], float]) -> bool:
+        """Whether the other one is faster in most pairs, and its median does not exceed the limit for that of the
+        first.
+        """
         ahead = sum(other < first for first, other in zip(self.first, self.other, strict=True))
-        medians = statistics.median(self.other), statistics.median(self.first)
-        return ahead >= LEAST_WON * len(self.first) and medians[0] <= MARGIN * medians[1]
+        return ahead >= LEAST_WON * len(self.first) and statistics.median(self.other) <= limit(
+            statistics.median(self.first)
+        )
 
 
-def duel(first: Hashable, other: Hashable, measure: Callable[[Any, int], list[float]]) -> Duel:
+def duel(
+    first: Hashable, other: Hashable, measure: Callable[[Any, int], list[float]], pairs: int | None = None
+) -> Duel:
     """Time two candidates in turns, each going first in every other pair. measure: as of ``race``; what it raises is
-    raised.
+    raised. pairs: of calls, by default ``PAIRS``.
     """
     times: dict[Any, list[float]] = {first: [], other: []}
-    for i in range(PAIRS):
+    for i in range(pairs or PAIRS):
         for candidate in (first, other) if i % 2 else (other, first):
             times[candidate] += measure(candidate, 1)
     return Duel(tuple(times[first]), tuple(times[other]))

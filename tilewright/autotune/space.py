@@ -23,6 +23,7 @@ from tilewright.autotune import modes, tables
 from tilewright.autotune.clock import Clock
 from tilewright.autotune.device import DeviceKind, source_hash
 from tilewright.autotune.modes import changed, when_changed
+from tilewright.autotune.racing import noise
 
 #: Problems whose choice is remembered, for each kernel.
 _REMEMBERED = 4096
@@ -78,7 +79,8 @@ class Tunable:
 
     heuristic: the configuration for a problem without any tuning. candidates: those worth timing. why_not: the reason
     why a configuration cannot serve a problem, or None. modules: whose source a measurement depends on. encode: from a
-    configuration to plain values in JSON.
+    configuration to plain values in JSON. limit: from the heuristic's configuration and its seconds to those that
+    another must not exceed to replace it.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Tunable:
     modules: tuple[str, ...]
     why_not: Callable[[Any, Any], str | None] = accept
     encode: Callable[[Any], dict[str, Any]] = dataclasses.asdict
+    limit: Callable[[Any, float], float] = noise
     _memo: dict[Any, Choice] = field(default_factory=dict, init=False, repr=False)
     _forced: ContextVar[Any] = field(init=False, repr=False)
     _tuning: Any = field(default_factory=threading.RLock, init=False, repr=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import statistics
 import threading
@@ -14,12 +15,13 @@ from tilewright.autotune import modes, tables
 from tilewright.autotune.racing import Race, duel, race
 from tilewright.autotune.shortlist import shipped
 from tilewright.autotune.space import Trials, Tunable, tune_with
+from tilewright.autotune.store import Entry
 
 logger = logging.getLogger("tilewright")
 #: What a first use may cost, beside compiling the first candidate; on a CPU, beside repacking its weight.
 FIRST_USE_SECONDS, FIRST_USE_SECONDS_CPU = 20.0, 0.25
 #: Two tunings at once would time each other.
-_one_at_a_time = threading.RLock()
+one_at_a_time = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,18 @@ def tune(
         reason = "no configuration serves the problem"
     if reason is not None:
         return Outcome(None, heuristic, {}, {}, refused, reason=reason)
-    with _one_at_a_time:
+    with one_at_a_time:
         try:
             trials = tunable.hooks.trials(tunable, sample)
         except Exception as error:  # out of memory, for one
             logger.warning("%s cannot be tuned: %s", tunable.name, error)
             return Outcome(None, heuristic, {}, {}, refused, reason=f"{type(error).__name__}: {error}")
         disturbed = trials.clock.watch()
-        measure = _measure(trials)
+        measure = measuring(trials)
         found = race(serving, measure, budget, progress)
-        winner, doubt = found.winner(serving[0]), None
+        winner, doubt = found.winner(serving[0], tunable.limit), None
         if tunable.hooks.device(problem).is_cpu:
-            winner, doubt = _confirmed(found, winner, serving[0], measure)
+            winner, doubt = confirmed(tunable, found, winner, serving[0], measure)
             doubt = disturbed() or doubt
     if doubt is not None:
         winner, doubt = None, f"the machine is busy ({doubt}): nothing was written"
@@ -101,13 +103,18 @@ def tune(
     for config, words in found.failed.items():
         logger.warning("%s: %s failed in tuning: %s", tunable.name, tunable.encode(config), words)
     if winner is not None and save:
-        device = tunable.hooks.device(problem)
-        key = tables.key_of(tunable.name, tunable.hooks.facts(problem), device.driver, tunable.source())
-        tables.remember(device, {key: _entry(tunable, outcome)})
+        tables.remember(tunable.hooks.device(problem), dict([entry_of(tunable, problem, outcome)]))
     return outcome
 
 
-def _measure(trials: Trials) -> Callable[[Any, int], list[float]]:
+def entry_of(tunable: Tunable, problem: Any, outcome: Outcome) -> tuple[str, Entry]:
+    """Under which key a table keeps an outcome that has a configuration, and what it keeps."""
+    driver = tunable.hooks.device(problem).driver
+    key = tables.key_of(tunable.name, tunable.hooks.facts(problem), driver, tunable.source())
+    return key, _entry(tunable, outcome)
+
+
+def measuring(trials: Trials) -> Callable[[Any, int], list[float]]:
     """Seconds of so many calls of a candidate, whose result is checked before it is timed."""
     prepared: dict[Any, Callable[[], Any]] = {}
 
@@ -122,8 +129,13 @@ def _measure(trials: Trials) -> Callable[[Any, int], list[float]]:
     return measure
 
 
-def _confirmed(
-    found: Race, winner: Any | None, first: Any, measure: Callable[[Any, int], list[float]]
+def confirmed(
+    tunable: Tunable,
+    found: Race,
+    winner: Any | None,
+    first: Any,
+    measure: Callable[[Any, int], list[float]],
+    pairs: int | None = None,
 ) -> tuple[Any | None, str | None]:
     """The winner of a race if it beats the first candidate in turns, too, else that one; and why times say nothing. The
     times of ``found`` become those of the duel.
@@ -131,12 +143,13 @@ def _confirmed(
     if winner is None or winner == first or first not in found.medians:
         return winner, None
     try:
-        both = duel(first, winner, measure)
+        both = duel(first, winner, measure, pairs)
     except Exception as error:  # as in the race
         found.failed[winner] = f"{type(error).__name__}: {error}"[:500]
         return first, None
     found.medians.update({first: statistics.median(both.first), winner: statistics.median(both.other)})
-    return (winner if both.won else first), both.doubt
+    won = both.won(functools.partial(tunable.limit, first))
+    return (winner if won else first), both.doubt
 
 
 def _entry(tunable: Tunable, outcome: Outcome) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """``tilewright doctor``: what this machine has and which kernels serve on it; what converting a model could give.
 
     tilewright doctor                                          this machine: what is missing and what that costs
+    tilewright doctor --measure                                measures this CPU first, for two seconds: products by
+                                                               instruction set, reading from caches and memory
     tilewright doctor MODEL --batch 8 --chip H200              each layer: bound by memory or compute, the best any
                                                                format could give, or why this will not help
 
@@ -34,7 +36,7 @@ from tilewright.convert.recipes import formats
 from tilewright.kernels import tuning
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.convolution import convolution_problem
-from tilewright.kernels.cpu import build, native
+from tilewright.kernels.cpu import build, native, peaks
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import route
 from tilewright.nn import ConvLayer, QuantizedLinear
@@ -145,6 +147,48 @@ def _tables() -> Finding:
     return Finding("tuned choices", f"{entries} in {folders.user_folder()} (`tilewright cache show`)")
 
 
+def _measured(anew: bool) -> Iterator[Finding]:
+    """What this CPU does at most. anew: measure it now."""
+    try:
+        reason = native.why_no_native()
+    except ValueError:  # already said
+        return
+    if reason is not None:
+        return
+    found = peaks.measure() if anew else peaks.stored()
+    if found is None:
+        yield Finding("CPU at most", "not measured yet: `tilewright doctor --measure` takes two seconds")
+        return
+    if anew:
+        yield _kept(found)
+    counts = sorted({1, found.threads})
+    threads = f"{' / '.join(map(str, counts))} threads"
+    yield Finding(f"CPU at most, {threads}", f"measured {found.date[:10]}")
+    for isa in found.isas:
+        rates = {
+            dtype: " / ".join(f"{found.products(dtype, isa, each) / 1e9:.0f}" for each in counts)
+            for dtype in peaks.DTYPES
+            if found.products(dtype, isa)
+        }
+        yield Finding(f"  {isa}, GOPS", ", ".join(f"{dtype} {words}" for dtype, words in rates.items()))
+    rates = {each: " / ".join(f"{found.bandwidth(each, count) / 1e9:.1f}" for count in counts) for each in found.levels}
+    yield Finding("  read, GB/s", ", ".join(f"{level} {words}" for level, words in rates.items()))
+    yield Finding("  an empty parallel region", f"{1e6 * found.region:.2f} us")
+
+
+def _kept(found: peaks.Peaks) -> Finding:
+    """What became of a measurement."""
+    if found.doubt is not None:
+        return Finding("measured now", f"{found.doubt}: figures may be too low, and nothing was written", good=False)
+    try:
+        written = peaks.store(found)
+    except OSError as error:  # a lock that stays, too
+        return Finding("measured now", f"{peaks.path()} cannot be written: {error}", good=False)
+    if not written:
+        return Finding("measured now", f"nothing was written: {folders.CPU_VARIABLE}=off")
+    return Finding("measured now", f"written to {peaks.path()}")
+
+
 def _dispatched() -> Iterator[Finding]:
     try:
         native.why_no_native()
@@ -163,8 +207,10 @@ def _dispatched() -> Iterator[Finding]:
         yield Finding(f"{stem} convolutions on this CPU", name, good=name != "reference")
 
 
-def examine() -> list[Finding]:
-    """Look at this machine. Starts no GPU kernel and changes nothing."""
+def examine(measure: bool = False) -> list[Finding]:
+    """Look at this machine. Starts no GPU kernel and changes nothing. measure: what this CPU does at most, for two
+    seconds, which is then kept.
+    """
     return [
         Finding("tilewright", _version("tilewright") or "not installed, run from its source"),
         Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -175,6 +221,7 @@ def examine() -> list[Finding]:
         Finding("CPU threads", str(torch.get_num_threads())),
         Finding("CPU, as PyTorch sees it", torch.backends.cpu.get_cpu_capability()),
         *_c_kernels(),
+        *_measured(measure),
         *_dispatched(),
         *_tuned(),
     ]
@@ -188,6 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: each layer's")
     parser.add_argument("--tokens", type=int, help="an input is so many token ids")
     parser.add_argument("--image", metavar="C,H,W", help="an input is an image")
+    parser.add_argument("--measure", action="store_true", help="measure this CPU for two seconds and keep the figures")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -195,9 +243,11 @@ def run(options: argparse.Namespace) -> int:
     ValueError or OSError.
     """
     if options.model is None:
-        findings = examine()
+        findings = examine(options.measure)
         print_findings(findings)
         return int(not all(finding.good for finding in findings))
+    if options.measure:
+        raise ValueError("--measure is about this machine: leave the model out")
     model = skeleton(options.model)
     inputs = example_input(options.batch, options.tokens, options.image)
     chip = options.chip or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.convert import arguments, calibrate, foreign_saves, layers, structure, timing, trial
+from tilewright.convert import arguments, calibrate, foreign_saves, layers, structure, timing, trial, tuned
 from tilewright.convert.conversion import Conversion, Job, conversion_of, conversions_of
 from tilewright.convert.graph import attention, fuse_activations, unfuse_activations
 from tilewright.convert.network.blocks import install_blocks, remove_blocks
@@ -22,6 +22,7 @@ from tilewright.convert.progress import Rest, track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
 from tilewright.convert.record import NOT_FASTER, detach, record_of, remember_original
 from tilewright.convert.text import display_name, size
+from tilewright.kernels.dispatch.router import record_problems
 from tilewright.nn import FoldedBatchNorm
 
 logger = logging.getLogger("tilewright")
@@ -43,6 +44,7 @@ def convert_model(
     inplace: bool = False,
     calibration_memory: int = calibrate.CALIBRATION_MEMORY,
     progress: bool | None = None,
+    tune: bool | None = None,
 ) -> nn.Module:
     """Replace the layers of ``model`` by quantised ones and return the converted model.
 
@@ -79,6 +81,11 @@ def convert_model(
         inputs of convolutional networks that errors are measured on, those of one call at least. What the model itself
         makes of one sample input comes on top.
     progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.
+    tune: whether to time, on a CPU, which implementations serve the converted linear layers fastest, and remember it
+        for this machine (docs/autotune.md). None: where ``calibration_data`` or ``example_inputs`` show how many rows
+        layers see, for at most two seconds and not with ``TILEWRIGHT_AUTOTUNE=0``. True: also without them, for 1, 16,
+        128 and 512 rows, for at most ten. Nothing is remembered where other processes use the machine; the report says
+        what came of it.
 
     Layers that cannot be converted, tied weights and heads are left alone; ``report`` lists them with the reason. Where
     there are sample inputs, the converted model is called once on one of them, and a layer that raises is given back.
@@ -97,6 +104,8 @@ def convert_model(
     """
     arguments.check_model(model)
     arguments.check_switches(heads=heads, keep_if_faster=keep_if_faster, fuse=fuse, inplace=inplace)
+    if tune is not None:
+        arguments.check_switches(tune=tune)
     if keep_if_faster and example_inputs is None:
         raise ValueError("keep_if_faster needs example_inputs: what is faster depends on what the model is called on")
     if transform is not None and calibration_data is None:
@@ -113,7 +122,7 @@ def convert_model(
     items = len(calibration_data) if isinstance(calibration_data, Sized) else None
     if isinstance(calibration_data, Mapping):
         items = 1
-    options = (keep_if_faster, fuse, inplace, progress, memory, items)
+    options = (keep_if_faster, fuse, inplace, progress, memory, items, tune)
     made = _convert(model, recipe, filter_fn, heads, data, examples, *options)
     if trains:
         logger.warning("%s is in training mode: call model.eval() before inference", type(model).__name__)
@@ -133,6 +142,7 @@ def _convert(
     progress: bool | None = None,
     memory: int = calibrate.CALIBRATION_MEMORY,
     items: int | None = None,
+    tune: bool | None = False,
 ) -> nn.Module:
     """``convert_model`` with arguments in their final form. data, examples: inputs as ``calibrate.call`` takes them.
     items: how many the data has, if that is known.
@@ -182,8 +192,12 @@ def _convert(
         foreign_saves.guard(model)
         record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
         record.attach(model)
-    trial.give_back_what_raises(job, None if inplace else original, [*(examples or [])[:1], *samples])
+    inputs = [*(examples or [])[:1], *samples]
+    with record_problems() as posed:
+        trial.give_back_what_raises(job, None if inplace else original, inputs)
     model = job.model
+    if tuned.wanted(tune, bool(inputs)):
+        record.timing = tuned.time_candidates(model, posed, bool(tune))
     record.attach(model)
     if not any(name in record.layers for name in plan.convert):
         if any(reason.startswith(NOT_FASTER) for reason in record.skipped.values()):

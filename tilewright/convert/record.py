@@ -58,7 +58,8 @@ class Record:
 
     untraced: modules whose code could not be read as a graph, so that nothing was fused across it: name -> reason.
     attention: modules whose config names our attention (``convert.graph.attention``). others: what lies outside of
-    layers, in checkpoints alone: a model shows it itself.
+    layers, in checkpoints alone: a model shows it itself. timing: what came of timing implementations for its layers
+    (``tuned``), on the machine where it was converted.
     """
 
     recipes: list[dict[str, Any]] = field(default_factory=list)
@@ -67,6 +68,7 @@ class Record:
     untraced: dict[str, str] = field(default_factory=dict)
     attention: list[str] = field(default_factory=list)
     others: dict[str, OtherRecord] = field(default_factory=dict)
+    timing: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-able dict."""
@@ -91,7 +93,8 @@ class Record:
         others = {str(name): OtherRecord(**told) for name, told in data.get("others", {}).items()}
         if not all(isinstance(value, str) for told in others.values() for value in vars(told).values()):
             raise ValueError("what lies outside of layers is not told in words")
-        return cls(list(data["recipes"]), layers, skipped, untraced, attention, others)
+        timing = str(data.get("timing", ""))
+        return cls(list(data["recipes"]), layers, skipped, untraced, attention, others, timing)
 
     def attach(self, model: nn.Module) -> None:
         """Make this the record of ``model``, in place of any that it or a part of it has."""
@@ -119,6 +122,7 @@ def record_of(model: nn.Module) -> Record:
             found.skipped |= {join(prefix, name): reason for name, reason in part.skipped.items()}
             found.untraced |= {join(prefix, name): reason for name, reason in part.untraced.items()}
             found.attention += [join(prefix, name) for name in part.attention]
+            found.timing = found.timing or part.timing
     found.untraced |= refused
     return found
 

@@ -16,6 +16,7 @@ from typing import Any
 from tilewright.convert.account import ReportedOther
 from tilewright.convert.table import Column, fit, wrapped
 from tilewright.convert.text import by_reason, display_name, listed, name_patterns, percent, size
+from tilewright.kernels.dispatch.router import ORDER
 
 #: Batch sizes (rows of activations) that the report asks the router about.
 BATCHES = (1, 256)
@@ -27,8 +28,9 @@ class ReportedLayer:
 
     kind: class of the module. device: "cpu", "cuda", ... scheme: what was done, "" if nothing. implementations: for
     each of ``BATCHES`` what the router chooses on the device where the layer is. declined: implementations that are
-    preferred to the chosen one but do not take the layer, with the reason. bytes: of weight, scales and bias; what lies
-    in the memory of a tensor before it, such as a tied weight, is counted there.
+    preferred to the chosen one but do not take the layer, with the reason. origins: from where each choice came: "timed
+    here on <date>", "shipped table", "order of preference", "chosen by the user". bytes: of weight, scales and bias;
+    what lies in the memory of a tensor before it, such as a tied weight, is counted there.
     weight_error, output_error: relative, ||y' - y|| / ||y||; None if not known. reason: why it was left alone.
     microseconds_before, microseconds_after: on the example inputs of the conversion, if there were any.
     """
@@ -47,6 +49,7 @@ class ReportedLayer:
     reason: str = ""
     microseconds_before: float | None = None
     microseconds_after: float | None = None
+    origins: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Report:
 
     untraced: modules whose code could not be read as a graph, so that convolutions were not fused across it, with the
     reason. attention: modules whose attention is computed by a kernel of ours where it takes the call. programs: how
-    the blocks of a transformer run on a CPU, as one program or why not, by name.
+    the blocks of a transformer run on a CPU, as one program or why not, by name. timing: what came of timing
+    implementations for the layers when the model was converted.
     """
 
     model: str
@@ -89,6 +93,7 @@ class Report:
     others: tuple[ReportedOther, ...] = ()
     training: bool = False
     programs: dict[str, str] = dataclasses.field(default_factory=dict)
+    timing: str = ""
 
     @property
     def converted(self) -> list[ReportedLayer]:
@@ -128,6 +133,7 @@ class Report:
             "untraced": self.untraced,
             "attention": list(self.attention),
             "programs": self.programs,
+            "timing": self.timing,
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "others": [dataclasses.asdict(other) for other in self.others],
         }
@@ -179,7 +185,19 @@ class Report:
         if self.attention:
             lines.append(f"attention of {len(self.attention)} modules by tilewright::attention in inference on a CPU")
         lines += [f"{', '.join(names)}: {state}" for state, names in by_reason(self.programs).items()]
-        return lines
+        lines += [self.timing] if self.timing else []
+        return lines + self._origins()
+
+    def _origins(self) -> list[str]:
+        """From where the choices of implementations came, where it is not the same for all."""
+        counts = {m: Counter(layer.origins[m] for layer in self.converted if m in layer.origins) for m in BATCHES}
+        found: dict[str, list[int]] = {}
+        for m, origins in counts.items():
+            words = ", ".join(f"{origin} ({_layers(count)})" for origin, count in origins.items())
+            found.setdefault(words, []).append(m)
+        if {*counts[BATCHES[0]], *counts[BATCHES[1]]} <= {ORDER}:
+            return []
+        return [f"implementations at M={', '.join(map(str, batches))}: {words}" for words, batches in found.items()]
 
     def _share(self) -> str:
         """How much of the model was converted; if that is less than half, what the rest is."""

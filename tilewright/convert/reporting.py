@@ -75,9 +75,8 @@ def whole_report(
     before = rest + sum(layer.bytes_before for layer in layers)
     after = rest + sum(layer.bytes_after for layer in layers)
     attention = tuple(record.attention)
-    return Report(
-        model, tuple(layers), before, after, record.untraced, attention, tuple(others), training, dict(programs)
-    )
+    told = (record.untraced, attention, tuple(others), training, dict(programs), record.timing)
+    return Report(model, tuple(layers), before, after, *told)
 
 
 def _layer(
@@ -90,11 +89,13 @@ def _layer(
         return ReportedLayer(name, kind, device, "", {}, {}, held, held, reason=reason)
     implementations: dict[int, str] = {}
     declined: dict[int, list[str]] = {}
+    origins: dict[int, str] = {}
     for m in BATCHES:
         try:
             decision = route(module.problem(m=m))
             implementations[m] = describe(module.problem(m=m))
             declined[m] = [f"{other}: {reason}" for other, reason in decision.declined]
+            origins[m] = decision.origin
         except NotImplementedError as nobody:
             implementations[m], declined[m] = str(nobody), []
     made = record.layers.get(name)
@@ -103,7 +104,7 @@ def _layer(
         float_bytes = math.prod(module.weight_shape) * module.dtype.itemsize
         bias = module.bias.numel() * module.bias.element_size() if module.bias is not None else 0
         made = LayerRecord({}, module.scheme_name, float_bytes + bias, held + shared)
-    served = {"device": device, "implementations": implementations, "declined": declined}
+    served = {"device": device, "implementations": implementations, "declined": declined, "origins": origins}
     seen = {"bytes_before": made.bytes_before - shared, "bytes_after": held}
     return from_record(name, kind, made, **served, **seen, output_error=errors.get(name, made.output_error))
 

@@ -30,11 +30,12 @@ from tilewright.autotune.buckets import upper_edge
 from tilewright.autotune.clock import clock_for
 from tilewright.autotune.device import DeviceKind, cpu_kind, driver_version
 from tilewright.autotune.folders import cpu_tables_off
+from tilewright.autotune.racing import noise
 from tilewright.autotune.space import Hooks, Trials, Tunable, accept
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.card import REFERENCE, card_of, cards, make_arguments
 from tilewright.kernels.dispatch.problem import Problem
-from tilewright.kernels.dispatch.router import default_decision, implementations
+from tilewright.kernels.dispatch.router import Preferred, default_decision, implementations
 
 #: What one after another is timed on a CPU should exceed its last cache; copies of the operands make up for the rest.
 ROTATED_BYTES = 64 * 2**20
@@ -288,6 +289,21 @@ def _implementation_trials(tunable: Tunable, problem: Problem) -> Trials:
     return _trials(problem, lambda name, arguments: known[name].function(**arguments))
 
 
+#: The implementation that layers call with arguments put in place before, and whose code programs of whole blocks share
+#: (``cpu.replay_rows``): a layer that leaves it also leaves the program.
+C_KERNEL = "C kernel"
+#: What another must save of its time, as a share and in seconds: a call through the dispatcher takes that much longer
+#: than one that was prepared.
+PROGRAM_GAIN, PREPARED_CALL = 0.1, 10e-6
+
+
+def _limit(name: str, seconds: float) -> float:
+    """Seconds that another implementation must not exceed to replace the one called ``name``."""
+    if name != C_KERNEL:
+        return noise(name, seconds)
+    return min((1 - PROGRAM_GAIN) * seconds, seconds - PREPARED_CALL)
+
+
 @functools.cache
 def implementation_of(op: str) -> Tunable:
     """The choice between the implementations of ``op``, whose configurations are their names."""
@@ -300,18 +316,19 @@ def implementation_of(op: str) -> Tunable:
         hooks=Hooks(_implementation_facts, representative, device_kind, _implementation_trials),
         modules=modules,
         why_not=_why_not_implementation,
+        limit=_limit,
         encode=lambda name: {"implementation": name},
     )
 
 
-def preference(problem: Problem) -> tuple[str, str] | None:
-    """The implementation that the user fixed, or that a table says is fastest for ``problem``, and why, in words; None
-    without either.
+def preference(problem: Problem) -> Preferred | None:
+    """The implementation that the user fixed, or that a table says is fastest for ``problem``, with the words for it;
+    None without either.
     """
     tuned = implementation_of(problem.op)
     if tuned.is_constrained:
         name = tuned.explain(problem).config
-        return name, f"{name} was chosen by the user"
+        return Preferred(name, f"{name} was chosen by the user", "chosen by the user")
     choice, _ = tuned.tuned(problem)
     if choice is None:
         return None
@@ -319,18 +336,18 @@ def preference(problem: Problem) -> tuple[str, str] | None:
     entry = {} if found is None else found[0]
     mine, heuristics = entry.get("microseconds"), entry.get("heuristic_microseconds")
     where = "here" if choice.origin == "user" else "for the table that comes with the package"
-    words = f"{choice.config} was the fastest when it was timed {where}"
     if isinstance(entry.get("date"), str):
-        words += f" on {entry['date'][:10]}"
+        where += f" on {entry['date'][:10]}"
+    words = f"{choice.config} was the fastest when it was timed {where}"
     if isinstance(mine, float) and isinstance(heuristics, float) and heuristics > mine > 0:
         words += f", {heuristics / mine:.2f} times as fast as {default_decision(problem).name}"
-    return choice.config, words
+    return Preferred(choice.config, words, f"timed {where}")
 
 
 def preferred(problem: Problem) -> str | None:
     """The name that ``preference`` gives, or None."""
     found = preference(problem)
-    return None if found is None else found[0]
+    return None if found is None else found.name
 
 
 def tune_on_first_use(problem: Problem) -> None:

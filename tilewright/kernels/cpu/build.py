@@ -40,6 +40,8 @@ KERNELS = (
     "elementwise.c",
     "program.c",
     "sparse24.c",
+    "dequantize.c",
+    "peak.c",
 )
 HEADERS = tuple(sorted(path.name for path in FOLDER.glob("*.h")))
 # No contraction: a multiplication and an addition that are rounded once give other bits than the definition's two.

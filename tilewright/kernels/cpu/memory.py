@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,25 @@ WEIGHT_BLOCK_ELEMENTS = 1 << 20
 _KEPT_BYTES = 64 << 20
 _KEPT_VIEWS = 256
 _local = threading.local()
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@functools.cache
+def cache_bytes(level: int, folder: Path = _CACHES) -> int | None:
+    """Bytes of the data cache of ``level`` that the first core has, alone or with others; None where the system does
+    not say.
+    """
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    try:
+        for index in sorted(folder.glob("index*")):
+            found = {name: (index / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size")}
+            if found["level"] == str(level) and found["type"] in ("Data", "Unified"):
+                return int(found["size"][:-1]) * units[found["size"][-1]]
+    except (OSError, ValueError, KeyError, IndexError):
+        pass  # a system that hides or spells it otherwise
+    name = "SC_LEVEL1_DCACHE_SIZE" if level == 1 else f"SC_LEVEL{level}_CACHE_SIZE"
+    size = os.sysconf(name) if name in getattr(os, "sysconf_names", {}) else 0
+    return size if size > 0 else None
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, slot: str) -> torch.Tensor:

@@ -51,6 +51,11 @@ _SIGNATURES = {
     "weight_only_row_bytes": "n ccc -> c",
     "weight_only_pack": "n ppp ccc ppp",
     "weight_only_linear": "n ppp ccc pp n cc p n p n pp c n",
+    "dequantize": "n ppp cccccc p n",
+    "round_rows": "p n ccc n p n",
+    "peak_products": "n c n -> c",
+    "peak_read": "p cc n -> c",
+    "peak_regions": "c n",
     "call_int8_linear": "p pp p",
     "call_int4_int8_linear": "p pp p",
     "call_weight_only_linear": "p pp p",
@@ -121,10 +126,12 @@ def layout(name: str) -> str:
 
 
 @functools.cache
-def function(name: str) -> Callable[..., int]:
-    """The C function ``tw_<name>`` of the instruction set in use. Raises RuntimeError where there are no C kernels."""
+def function(name: str, of: str | None = None) -> Callable[..., int]:
+    """The C function ``tw_<name>`` of the instruction set in use, or of another that ``supports`` knows. Raises
+    RuntimeError where there are no C kernels.
+    """
     library, _ = _load()
-    found = getattr(library, f"tw_{name}_{isa()}")
+    found = getattr(library, f"tw_{name}_{of or isa()}")
     taken, _, returned = _SIGNATURES[name].partition("->")
     found.argtypes = [_TYPES[each] for each in taken if each != " "]
     found.restype = _TYPES[returned.strip() or "n"]

@@ -16,13 +16,23 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tilewright.kernels.dispatch.problem import Problem, device_facts
 
 PLUGIN_GROUP = "tilewright.kernels"
+#: ``Decision.origin`` where nothing was timed and nobody fixed anything.
+ORDER = "order of preference"
+
+
+class Preferred(NamedTuple):
+    """The name of an implementation that goes before all others, the words for that, and ``Decision.origin``."""
+
+    name: str
+    words: str
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,13 @@ def imported(target: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Decision:
-    """The implementation that serves a problem, and those preferred to it with their reasons against it."""
+    """The implementation that serves a problem, and those preferred to it with their reasons against it. origin: from
+    where the choice came, in a few words.
+    """
 
     implementation: Implementation
     declined: tuple[tuple[str, str], ...] = field(default=())
+    origin: str = ORDER
 
     @property
     def name(self) -> str:
@@ -137,17 +150,17 @@ def default_decision(problem: Problem) -> Decision:
     return _decide(problem, None)
 
 
-def _decide(problem: Problem, measured: tuple[str, str] | None) -> Decision:
+def _decide(problem: Problem, measured: Preferred | None) -> Decision:
     declined: list[tuple[str, str]] = []
     faster = measured or _faster(problem)
-    if faster is not None and not _supports(faster[0], problem):
+    if faster is not None and not _supports(faster.name, problem):
         faster = None
     for implementation in _registered.get(problem.op, ()):
         reason = implementation.why_not(problem)
-        if reason is None and faster is not None and implementation.name != faster[0]:
-            reason = faster[1]
+        if reason is None and faster is not None and implementation.name != faster.name:
+            reason = faster.words
         if reason is None:
-            return Decision(implementation, tuple(declined))
+            return Decision(implementation, tuple(declined), ORDER if faster is None else faster.origin)
         declined.append((implementation.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in declined) or "nothing is registered for it"
     raise NotImplementedError(f"no implementation of {problem.op} takes {problem}: {reasons}")
@@ -199,14 +212,14 @@ def _nothing(problem: Problem) -> None:
     """What nobody has said of ``problem``."""
 
 
-_faster: Callable[[Problem], tuple[str, str] | None] = _nothing
-_measured: Callable[[Problem], tuple[str, str] | None] = _nothing
+_faster: Callable[[Problem], Preferred | None] = _nothing
+_measured: Callable[[Problem], Preferred | None] = _nothing
 _before_call: Callable[[Problem], None] = _nothing
 
 
 def set_choices(
-    faster: Callable[[Problem], tuple[str, str] | None],
-    measured: Callable[[Problem], tuple[str, str] | None],
+    faster: Callable[[Problem], Preferred | None],
+    measured: Callable[[Problem], Preferred | None],
     before_call: Callable[[Problem], None],
 ) -> None:
     """Have ``route`` pass over all others for the implementation that ``measured`` names, or else ``faster``, with the

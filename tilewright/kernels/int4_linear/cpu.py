@@ -9,11 +9,13 @@ x whose columns are reordered, evens first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from typing_extensions import Unpack
 
-from tilewright.kernels.cpu import linear
+from tilewright.kernels.cpu import linear, panels
 from tilewright.kernels.cpu.memory import WEIGHT_BLOCK_ELEMENTS, scratch
 from tilewright.kernels.cpu.probes import why_no_int4pack
 from tilewright.kernels.dispatch.packed import packed
@@ -154,3 +156,25 @@ def dequantized_blocks(
         torch.mm(rows, part.view(j - i, -1).t(), out=y[:, i:j])
     y = y if dtype == torch.float64 else y.float()
     return finish_rows(y, None, x.dtype, **end).view(*x.shape[:-1], n)
+
+
+def prepare_blocks(
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+    k: int,
+) -> Callable[..., torch.Tensor]:
+    """``dequantized_blocks`` as a function of x and the residual; blocks are widened by a C kernel where there is
+    one.
+    """
+    weight = weight_packed, weight_scale, weight_zero, group_size
+
+    def other(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        end: End = {"bias": bias, "residual": residual, "activation": activation}
+        return dequantized_blocks(x, *weight, compute_dtype, **end)
+
+    return panels.prepare(*weight, k, activation, bias, compute_dtype, other)

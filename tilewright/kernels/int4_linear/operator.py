@@ -20,7 +20,7 @@ CARDS = (
             on_gpu("Triton, dequantise and multiply", ".triton_dequantize"),
             prepared_on_cpu("C kernel", "..cpu.linear:prepare_weight_only", ".cpu:why_not_native"),
             on_cpu("ATen int4pack", ".cpu"),
-            on_cpu("dequantised blocks", ".cpu:dequantized_blocks", ".cpu:why_not_blocks"),
+            prepared_on_cpu("dequantised blocks", ".cpu:prepare_blocks", ".cpu:why_not_blocks"),
             everywhere("dequantise and multiply", ".dequantize"),
             everywhere("reference", ".reference"),
         ),

@@ -8,9 +8,12 @@ in cache, and to multiply it with all rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from typing_extensions import Unpack
 
+from tilewright.kernels.cpu import panels
 from tilewright.kernels.cpu.memory import WEIGHT_BLOCK_ELEMENTS, scratch
 from tilewright.kernels.cpu.probes import why_no_int8pack
 from tilewright.kernels.dispatch.packed import packed
@@ -73,6 +76,25 @@ def dequantized_blocks(
         torch.mm(rows, part.t(), out=y[:, i : i + step])
     y = (y if dtype == torch.float64 else y.float()).mul_(weight_scale)
     return finish_rows(y, None, x.dtype, **end).view(*x.shape[:-1], n)
+
+
+def prepare_blocks(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    compute_dtype: torch.dtype | None,
+    k: int,
+) -> Callable[..., torch.Tensor]:
+    """``dequantized_blocks`` as a function of x and the residual; blocks are widened by a C kernel where there is one,
+    the scale with them.
+    """
+
+    def other(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        end: End = {"bias": bias, "residual": residual, "activation": activation}
+        return dequantized_blocks(x, weight, weight_scale, compute_dtype, **end)
+
+    return panels.prepare(weight, weight_scale, None, k, k, activation, bias, compute_dtype, other)
 
 
 def library_dtype(dtype: torch.dtype) -> torch.dtype:

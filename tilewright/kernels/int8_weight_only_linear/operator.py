@@ -31,7 +31,7 @@ CARDS = (
             on_gpu("dequantise and multiply", ".dequantize"),
             prepared_on_cpu("C kernel", "..cpu.linear:prepare_weight_only", "..cpu.linear:why_not_weight_only"),
             on_cpu("ATen int8pack", ".cpu"),
-            on_cpu("dequantised blocks", ".cpu:dequantized_blocks", "..matrices:why_empty"),
+            prepared_on_cpu("dequantised blocks", ".cpu:prepare_blocks", "..matrices:why_empty"),
             everywhere("reference", ".reference"),
         ),
         (Kernel(".triton_swapped", _multiplied),),

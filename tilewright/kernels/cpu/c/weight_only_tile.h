@@ -104,6 +104,9 @@ INLINE void NAME(multiply)(int bits, int rows, int vectors, const NAME(job) *job
 
 #undef AT_VECTOR
 
+/* Whether the channels of a panel fit one vector: those that are not there need not be multiplied. */
+#define NARROW(job, panel) ((job)->out.n - (panel) * PANEL <= LANES)
+
 /* As many rows as one tile takes, at most `count`; returns how many. */
 INLINE int NAME(tile)(int bits, int64_t count, const NAME(job) *job, int height, int64_t row, int64_t panel,
                       float sums[][PANEL]) {
@@ -115,9 +118,11 @@ INLINE int NAME(tile)(int bits, int64_t count, const NAME(job) *job, int height,
         return TALL_ROWS;
     }
 #endif
-    switch (count < TILE_ROWS ? count : TILE_ROWS) {
+    const int left = (int)(count < TILE_ROWS ? count : TILE_ROWS);
+    switch (NARROW(job, panel) ? -left : left) {
 #define CASE(rows)                                                                                                     \
-    case rows: NAME(multiply)(bits, rows, TILE_VECTORS, job, height, row, panel, 0, sums); return rows;
+    case rows: NAME(multiply)(bits, rows, TILE_VECTORS, job, height, row, panel, 0, sums); return rows;                \
+    case -rows: NAME(multiply)(bits, rows, 1, job, height, row, panel, 0, sums); return rows;
         UP_TO_TILE_ROWS(CASE)
 #undef CASE
     }
@@ -134,7 +139,10 @@ INLINE void NAME(unit)(int bits, const NAME(job) *job, int height, int64_t first
 #if WIDEN_ONCE
     if (last - row > TILE_ROWS) {
         float sums[ROW_GROUP][PANEL];
-        multiply_widened(bits, job, height, row, last - row, panel, sums);
+        if (NARROW(job, panel))
+            multiply_widened(bits, 1, job, height, row, last - row, panel, sums);
+        else
+            multiply_widened(bits, TILE_VECTORS, job, height, row, last - row, panel, sums);
         finish_floats(&job->out, sums[0], PANEL, NULL, first + row, (int)(last - row), panel * PANEL);
         return;
     }
@@ -205,3 +213,5 @@ static void NAME(part4)(void *job) { NAME(part)(4, job); }
 static void NAME(part8)(void *job) { NAME(part)(8, job); }
 static void NAME(take4)(const NAME(job) *job, int threads) { NAME(take)(4, job, 0, job->m, 0, threads); }
 static void NAME(take8)(const NAME(job) *job, int threads) { NAME(take)(8, job, 0, job->m, 0, threads); }
+
+#undef NARROW

@@ -7,30 +7,31 @@ typedef struct {
     float column[SEGMENT_WORDS * 8][PANEL] __attribute__((aligned(64)));
 } segment;
 
-/* bits is a constant wherever this is called. `at`: where the panel's scales and zeros of this group begin. */
-INLINE void widen_segment(int bits, const job_float *job, const uint8_t *word, int64_t words, int64_t at,
+/* bits and vectors are constants wherever this is called: of a panel with few channels one vector is widened, and
+   multiplied, in place of all. `at`: where the panel's scales and zeros of this group begin. */
+INLINE void widen_segment(int bits, int vectors, const job_float *job, const uint8_t *word, int64_t words, int64_t at,
                           segment *wide) {
     floats zero[TILE_VECTORS];
-    for (int v = 0; v < TILE_VECTORS; v++) zero[v] = bits == 4 ? centred_zeros(job->zero + at + v * LANES) : floats_zero();
+    for (int v = 0; v < vectors; v++) zero[v] = bits == 4 ? centred_zeros(job->zero + at + v * LANES) : floats_zero();
     for (int64_t i = 0; i < words; i++, word += PANEL * bits)
 #pragma GCC unroll 8
         for (int t = 0; t < 8; t++)
 #pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++)
+            for (int v = 0; v < vectors; v++)
                 store_floats(wide->column[i * 8 + t] + v * LANES,
                              bits == 4 ? decode4_float(word + v * LANES * 4, t, zero[v])
                                        : decode8_float(word + v * LANES, t));
 }
 
-/* `rows` is a constant wherever this is called: the sums stay in registers. next: from these rows to those of the tile
+/* `rows` and `vectors` are constants wherever this is called: the sums stay in registers. next: from these rows to those of the tile
    after them, whose lines the processor's prefetcher does not guess. */
-INLINE void add_segment_rows(int rows, const float *x, int height, const segment *wide, int64_t words,
+INLINE void add_segment_rows(int rows, int vectors, const float *x, int height, const segment *wide, int64_t words,
                              const float *scale, float sums[][PANEL], int64_t next) {
     floats sum[TALL_ROWS][TILE_VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = floats_zero();
+        for (int v = 0; v < vectors; v++) sum[r][v] = floats_zero();
     const float *w = wide->column[0];
     for (int64_t i = 0; i < words; i++, x += height * 8, w += 8 * PANEL) {
         for (int r = 0; r < rows; r += 2) __builtin_prefetch(x + next + r * 8); /* two rows of a word fill a line */
@@ -38,15 +39,15 @@ INLINE void add_segment_rows(int rows, const float *x, int height, const segment
         for (int t = 0; t < 8; t++) {
             floats b[TILE_VECTORS];
 #pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++) b[v] = load_floats(w + t * PANEL + v * LANES);
+            for (int v = 0; v < vectors; v++) b[v] = load_floats(w + t * PANEL + v * LANES);
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-                for (int v = 0; v < TILE_VECTORS; v++) sum[r][v] = add_product(sum[r][v], b[v], x + r * 8 + t);
+                for (int v = 0; v < vectors; v++) sum[r][v] = add_product(sum[r][v], b[v], x + r * 8 + t);
         }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < TILE_VECTORS; v++) {
+    for (int v = 0; v < vectors; v++) {
         const floats s = load_floats(scale + v * LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
@@ -56,18 +57,19 @@ INLINE void add_segment_rows(int rows, const float *x, int height, const segment
     }
 }
 
-static void add_segment(int rows, const float *x, int height, const segment *wide, int64_t words, const float *scale,
+static void add_segment(int rows, int vectors, const float *x, int height, const segment *wide, int64_t words, const float *scale,
                         float sums[][PANEL], int64_t next) {
-    switch (rows) {
+    switch (vectors == 1 ? -rows : rows) {
 #define CASE(count)                                                                                                    \
-    case count: add_segment_rows(count, x, height, wide, words, scale, sums, next); return;
+    case count: add_segment_rows(count, TILE_VECTORS, x, height, wide, words, scale, sums, next); return;              \
+    case -count: add_segment_rows(count, 1, x, height, wide, words, scale, sums, next); return;
         UP_TO_6(CASE)
 #undef CASE
     }
 }
 
 /* Sums of `rows` rows, at most ROW_GROUP, and one panel. `row` is a multiple of height. */
-INLINE void multiply_widened(int bits, const job_float *job, int height, int64_t row, int64_t rows, int64_t panel,
+INLINE void multiply_widened(int bits, int vectors, const job_float *job, int height, int64_t row, int64_t rows, int64_t panel,
                              float sums[][PANEL]) {
     const uint8_t *w = job->packed + panel * job->words * PANEL * bits;
     const int64_t next = job->words * 8 * height;
@@ -78,11 +80,11 @@ INLINE void multiply_widened(int bits, const job_float *job, int height, int64_t
         const int64_t end = begin + job->group_words < job->words ? begin + job->group_words : job->words;
         for (int64_t first = begin; first < end; first += SEGMENT_WORDS) {
             const int64_t words = end - first < SEGMENT_WORDS ? end - first : SEGMENT_WORDS;
-            widen_segment(bits, job, w + first * PANEL * bits, words, at, &wide);
+            widen_segment(bits, vectors, job, w + first * PANEL * bits, words, at, &wide);
             for (int64_t i = 0; i < rows; i += height) {
                 const float *x = job->rows + (row + i) * job->words * 8 + first * height * 8;
                 const int count = rows - i < height ? (int)(rows - i) : height;
-                add_segment(count, x, height, &wide, words, job->scale + at, sums + i, next);
+                add_segment(count, vectors, x, height, &wide, words, job->scale + at, sums + i, next);
             }
         }
     }
