@@ -11,6 +11,7 @@ import importlib.resources
 import json
 import math
 import os
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -32,11 +33,9 @@ def images(count: int, seed: int) -> torch.Tensor:
 
 
 def network(name: str, count: int, batch: int) -> Made:
-    """A network of torchvision, sample inputs, and an input to judge by."""
-    import torchvision
-
+    """A network of ``picture_networks``, sample inputs, and an input to judge by."""
     torch.manual_seed(0)
-    model: nn.Module = getattr(torchvision.models, name)(weights=None)
+    model: nn.Module = runpy.run_path(str(ROOT / "bench" / "picture_networks.py"))[name]()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -61,12 +60,12 @@ def minilm(count: int, batch: int) -> Made:
     return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), data, tokens(lines[count : 2 * count])
 
 
-#: By name: a package that it needs, and what makes it.
+#: By name: a package that it needs beside PyTorch, and what makes it.
 MODELS: dict[str, tuple[str, Callable[[], Made]]] = {
-    "resnet50, 8 images": ("torchvision", partial(network, "resnet50", 8, 8)),
-    "densenet121, 8 images": ("torchvision", partial(network, "densenet121", 8, 8)),
-    "resnet50, 32 images": ("torchvision", partial(network, "resnet50", 32, 8)),
-    "densenet121, 32 images": ("torchvision", partial(network, "densenet121", 32, 8)),
+    "resnet50, 8 images": ("torch", partial(network, "resnet50", 8, 8)),
+    "densenet121, 8 images": ("torch", partial(network, "densenet121", 8, 8)),
+    "resnet50, 32 images": ("torch", partial(network, "resnet50", 32, 8)),
+    "densenet121, 32 images": ("torch", partial(network, "densenet121", 32, 8)),
     "minilm, 32 sentences": ("transformers", partial(minilm, 32, 8)),
 }
 
@@ -99,4 +98,4 @@ def work(name: str) -> None:
 
 
 if __name__ == "__main__":
-    work(sys.argv[1])
+    work(sys.argv[-1])  # before it are the paths that it was started by

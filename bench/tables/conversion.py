@@ -2,14 +2,15 @@
 
     python -m bench.tables.conversion --base REV [--models NAME ...] [--rounds 3] [--csv FILE] [--append]
 
-ResNet-50 and DenseNet-121 of torchvision, with random weights and batch-norm statistics of random images, are
-calibrated with 8 images of 224 x 224 in one batch and with 32 in four; all-MiniLM-L6-v2 with 32 sentences in four
-batches. What the environment does not have is left out, with a line that says so.
+ResNet-50 and DenseNet-121 (``bench.picture_networks``), with random weights and batch-norm statistics of random
+images, are calibrated with 8 images of 224 x 224 in one batch and with 32 in four; all-MiniLM-L6-v2 with 32 sentences
+in four batches. What the environment does not have is left out, with a line that says so.
 
-Each side is a process with one thread. The two take turns, and a figure is the least of their rounds: of the wall
-clock, and of processor time, which tells more where a machine is shared. Both sides' models then answer the same
-inputs, and the signal over error in dB against the float model is beside the time: a faster conversion must not be a
-worse one.
+The older revision is built in a temporary folder, which takes minutes, or found where it has been checked out. Each
+side is a process with one thread, and does not time candidates at the end (``tune=``), which is no conversion. The two
+take turns, and a figure is the least of their rounds: of the wall clock, and of processor time, which says more where a
+machine is shared. Both sides' models then answer the same inputs, and the signal over error in dB against the float
+model is beside the time: a faster conversion must not be a worse one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import result_files, same
 from bench.conversion_worker import MODELS, ROOT
 
@@ -40,7 +43,7 @@ class Side:
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", start, str(WORKER), name],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive"},
+            env={**os.environ, "PYTHONPATH": str(folder), "OMP_WAIT_POLICY": "passive", "TILEWRIGHT_CPU_TABLE": "off"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -89,10 +92,18 @@ def compare(name: str, folders: dict[str, Path], rounds: int) -> dict[str, objec
     }
 
 
+def revision(base: str) -> str:
+    """``base``, or what git calls the revision in a folder of that name."""
+    if not Path(base).is_dir():
+        return base
+    command = ["git", "-C", base, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+
+
 def main() -> None:
     """The command line above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, metavar="REV", help="what git calls the older revision")
+    parser.add_argument("--base", required=True, metavar="REV", help="what git calls the older revision, or its folder")
     parser.add_argument(
         "--models", nargs="+", default=[""], metavar="NAME", help="those whose name contains one of these"
     )
@@ -100,10 +111,13 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep rows of the file that are not measured anew")
     parser.add_argument("--csv", type=Path, default=result_files.RESULTS / "conversion.csv")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as both sides do, which the rows say
     rows = []
     with tempfile.TemporaryDirectory(prefix="tilewright-conversion-") as temporary:
-        folders = {"old": Path(temporary) / "old", "new": ROOT}
-        same.extract(options.base, folders["old"])
+        given = Path(options.base)
+        folders = {"old": given.resolve() if given.is_dir() else Path(temporary) / "old", "new": ROOT}
+        if not given.is_dir():
+            same.extract(options.base, folders["old"])
         for folder in folders.values():
             same.build(folder)
         for name, (package, _) in MODELS.items():
@@ -112,7 +126,7 @@ def main() -> None:
             if importlib.util.find_spec(package) is None:
                 print(f"{name}: left out, there is no {package}")
                 continue
-            rows.append({"base": options.base, **compare(name, folders, options.rounds)})
+            rows.append({"base": revision(options.base), **compare(name, folders, options.rounds)})
             print(rows[-1], flush=True)
     kept = []
     if options.append and options.csv.is_file():

@@ -55,10 +55,13 @@ def test_a_conversion_holds_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None
     small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 16))
     images = [torch.randn(2, 3, 10, 10) for _ in range(6)]
     image_bytes, row_bytes = images[0].nbytes, 4 * 8 * 36 + 4
-    for limit, kept, rows in [(2**30, 4, 12), (2 * image_bytes + 3 * row_bytes, 2, 3), (1, 1, 1)]:
+    seen_bytes = image_bytes + 2 * 8 * (8 * 8 + 6 * 6) * 4  # what both convolutions read and return in a call
+    tight = 2 * image_bytes + 3 * row_bytes
+    for limit, kept, rows, seen in [(2**30, 4, 12, 4), (tight, 2, 3, 0), (1, 1, 1, 0)]:
         converted = convert_model(small, "int8", calibration_data=images, calibration_memory=limit)
         assert made[-1].most <= max(limit, image_bytes + row_bytes)
-        assert made[-1].most <= kept * image_bytes + rows * row_bytes
+        assert made[-1].most <= kept * image_bytes + rows * row_bytes + seen * seen_bytes
+        assert not seen or made[-1].most > kept * image_bytes + (seen - 1) * seen_bytes
         x = torch.randn(4, 3, 10, 10)
         assert relative_error(converted(x), small(x)) < 0.05
 

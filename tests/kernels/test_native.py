@@ -338,3 +338,32 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(build.BuildError, match="there is no C compiler"):
         build.build(tmp_path / "_native.so")
+
+
+@quick
+@given(
+    count=st.sampled_from((1, 3, 255, 256, 1000, 70_000)),
+    size=st.sampled_from((1e-30, 0.3, 1.0, 7e4)),
+    rectified=st.booleans(),
+    room=st.sampled_from((1.0, 1.3, 2.0)),
+    seed=st.integers(0, 1000),
+)
+def test_a_histogram_is_that_of_pytorch(isa: str, count: int, size: float, rectified: bool, room: float, seed: int):
+    torch.manual_seed(seed)
+    x = torch.randn(count) * size
+    x = x.relu() if rectified else x
+    limit = room * max(float(x.abs().max()), 1e-30)
+    expected = torch.histc(x, 512, -limit, limit)
+    threads = torch.get_num_threads()
+    try:
+        for each in (1, 2, 3):
+            torch.set_num_threads(each)
+            found = native.histogram(x, 512, limit)
+            assert found is not None and torch.equal(found, expected.long())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_histogram_that_c_does_not_make(isa: str):
+    assert native.histogram(torch.zeros(4, dtype=torch.float64), 8, 1.0) is None
+    assert native.histogram(torch.zeros(4, 4).t()[:, :2], 8, 1.0) is None

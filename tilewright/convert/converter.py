@@ -77,9 +77,10 @@ def convert_model(
     inplace: change ``model`` itself and free each float weight as soon as its replacement exists. Otherwise ``model``
         is left as it was, and the result shares every parameter and buffer that was not converted with it.
     calibration_memory: how many bytes may be held of what reaches layers while the calibration data goes through the
-        model: the rows that are kept of a linear layer's input, 512 where there is room and one at least, and the
-        inputs of convolutional networks that errors are measured on, those of one call at least. What the model itself
-        makes of one sample input comes on top.
+        model: the rows that are kept of a linear layer's input, 512 where there is room and one at least, the inputs
+        of convolutional networks that errors are measured on, those of one call at least, and where there is room what
+        their convolutions read and return, which then need not be computed a second time. What the model itself makes
+        of one sample input comes on top.
     progress: True or False shows or hides a progress bar; None shows one for many layers when stderr is a terminal.
     tune: whether to time, on a CPU, which implementations serve the converted linear layers fastest, and remember it
         for this machine (docs/autotune.md). None: where ``calibration_data`` or ``example_inputs`` show how many rows

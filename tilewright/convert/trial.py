@@ -22,8 +22,8 @@ from tilewright.convert import calibrate, layers, structure
 from tilewright.convert.conversion import Job
 from tilewright.convert.graph import unfuse_activations
 from tilewright.convert.network.convolutions import install_programs
-from tilewright.convert.network.program import remove_programs
-from tilewright.convert.network.proof import rehearsal
+from tilewright.convert.network.program import Program, remove_programs
+from tilewright.convert.network.proof import first_samples, rehearsal
 from tilewright.kernels.dispatch.layers import invalidate as invalidate_calls
 from tilewright.kernels.dispatch.packed import invalidate as invalidate_packed
 from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
@@ -60,14 +60,30 @@ def give_back_what_raises(job: Job, original: nn.Module | None, inputs: Iterable
 
 
 def _raised(model: nn.Module, item: Any, read: list[Any]) -> Exception | None:
-    """What a call raises. read: layers whose weights it asks for are added."""
-    try:
-        with calibrate.evaluation(model), noting_reads() as owners, rehearsal():
-            calibrate.call(model, item)
-        read += owners
-    except Exception as error:  # whatever the model's code raises
-        return error
-    return None
+    """What a call raises. read: layers whose weights it asks for are added.
+
+    Where the whole model is a program two samples of a batch do, as in a proof, unless they are what it raises for.
+    """
+    some = _first_samples(model, item)
+    for inputs in [item] if some is None else [some, item]:
+        try:
+            with calibrate.evaluation(model), noting_reads() as owners, rehearsal():
+                calibrate.call(model, inputs)
+            read += owners
+        except Exception as error:  # whatever the model's code raises
+            found = error
+        else:
+            return None
+    return found
+
+
+def _first_samples(model: nn.Module, item: Any) -> Any:
+    """``item`` with the first samples of its batch, or None."""
+    if isinstance(item, calibrate.Sample) or not isinstance(vars(model).get("forward"), Program):
+        return None
+    args, kwargs = calibrate.arguments(item)
+    some = first_samples((*args, *kwargs.values()))
+    return some if some is None or not kwargs else dict(zip(kwargs, some, strict=True))
 
 
 def _described(error: Exception) -> str:

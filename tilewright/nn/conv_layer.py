@@ -387,6 +387,10 @@ def pads_by_size(conv: nn.Module) -> bool:
     )
 
 
+#: Channels whose weights are folded at once.
+_FOLDED = 16
+
+
 def folded(conv: nn.Conv2d | nn.Conv1d, norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight OHWI and bias float32 of ``conv`` followed by ``norm`` in eval mode, or of ``conv`` alone.
 
@@ -400,7 +404,9 @@ def folded(conv: nn.Conv2d | nn.Conv1d, norm: nn.Module | None) -> tuple[torch.T
         scale, shift = affine_of(norm, conv.out_channels)
         scale, shift = scale.to(weight.device), shift.to(weight.device)
         dtype = weight.dtype
-        weight = (weight.double() * scale.view(-1, 1, 1, 1)).to(dtype)
+        # A block at a time, which a cache holds in float64 too.
+        blocks = zip(weight.split(_FOLDED), scale.view(-1, 1, 1, 1).split(_FOLDED), strict=True)
+        weight = torch.cat([(block.double() * factors).to(dtype) for block, factors in blocks])
         bias = shift if bias is None else bias.double() * scale + shift
     weight = weight.permute(0, 2, 3, 1).contiguous()
     return weight, None if bias is None else bias.float()

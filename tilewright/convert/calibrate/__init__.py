@@ -1,6 +1,6 @@
 """What sample inputs tell about a layer before it is replaced."""
 
-from tilewright.convert.calibrate.binding import ForwardFunction
+from tilewright.convert.calibrate.binding import ForwardFunction, Sample, arguments
 from tilewright.convert.calibrate.memory import CALIBRATION_MEMORY, Memory
 from tilewright.convert.calibrate.observers import Observer, check_observer
 from tilewright.convert.calibrate.rows import (

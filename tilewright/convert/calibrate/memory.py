@@ -20,13 +20,14 @@ _KEY_BYTES = 4
 class Memory:
     """limit: bytes that may be held. held, most: that are held now, and that were at any time.
 
-    Rows get at most a half of it, and say beforehand how many there may be; the inputs of networks get what is left.
+    Rows get at most a half of it, and say beforehand how many there may be; the inputs of networks get what is left,
+    and what else is seen in them what those leave.
     """
 
     def __init__(self, limit: int = CALIBRATION_MEMORY) -> None:
         self.limit = limit
         self.held = self.most = 0
-        self._for_rows = self._for_inputs = 0
+        self._for_rows = self._for_inputs = self._taken = 0
         self._by_owner: dict[int, int] = {}
 
     def count(self, owner: object, *tensors: torch.Tensor) -> None:
@@ -48,12 +49,28 @@ class Memory:
         did.
         """
         size = bytes_of(given)
-        if kept and self._for_inputs + size > self.limit - self._for_rows:
+        if kept and self._for_inputs + self._taken + size > self.limit - self._for_rows:
             return False
         self._for_inputs += size
         kept.append(private_copy(given))
         self.count(kept[-1], *(x for x in pytree.tree_leaves(kept[-1]) if isinstance(x, torch.Tensor)))
         return True
+
+    def take(self, owner: object, size: int) -> bool:
+        """Let ``owner`` hold ``size`` bytes more, if there is room beside rows and inputs: whether there was."""
+        if self._for_rows + self._for_inputs + self._taken + size > self.limit:
+            return False
+        self._taken += size
+        self.held += size
+        self._by_owner[id(owner)] = self._by_owner.get(id(owner), 0) + size
+        self.most = max(self.most, self.held)
+        return True
+
+    def give_back(self, owner: object) -> None:
+        """``owner`` holds nothing of what it took any more."""
+        size = self._by_owner.pop(id(owner), 0)
+        self._taken -= size
+        self.held -= size
 
     def drop(self, kept: list[Any]) -> None:
         """Take back what was appended last."""

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import torch
 
+from tilewright.kernels.cpu import native
+
 OBSERVERS = ("minmax", "percentile", "mse")
 #: On either side of zero.
 BINS = 4096
 #: Fractions of what was seen that "mse" tries as the clipping range.
 CANDIDATES = 96
+#: How many of them at once.
+_TOGETHER = 8
 #: Where activations all but vanish; products of scales must not.
 SMALLEST_SCALE = 2.0**-60
+
+
+def in_memory_order(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with its dimensions in the order in which it lies in memory: PyTorch reduces an image whose channels are
+    last twenty times as fast when they are.
+    """
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)) if x.layout == torch.strided else x
 
 
 def check_observer(observer: str, percentile: float) -> None:
@@ -41,7 +52,7 @@ class Observer:
         """Count the values of ``x``. Raises ValueError if it holds NaN or Inf."""
         if not x.numel():
             return
-        values = x.detach().float()
+        values = in_memory_order(x.detach()).float()
         least, largest = (float(each) for each in torch.aminmax(values))
         if not (least > -float("inf") and largest < float("inf")):
             raise ValueError("NaN or Inf")
@@ -49,7 +60,9 @@ class Observer:
         self.least, self.largest = min(self.least, least), max(self.largest, largest)
         self._widen(max(-least, largest))
         if self.limit:
-            counts = torch.histc(values, 2 * BINS, -self.limit, self.limit)
+            counts = native.histogram(values, 2 * BINS, self.limit)
+            if counts is None:
+                counts = torch.histc(values, 2 * BINS, -self.limit, self.limit)
             self.counts += counts.to("cpu", torch.float64)
 
     def _widen(self, largest: float) -> None:
@@ -111,15 +124,24 @@ class Observer:
         used = self.counts.nonzero().flatten()
         counts = self.counts[used]
         centres = (used - BINS + 0.5) * width
-        lows, highs = lows.unsqueeze(1), highs.unsqueeze(1)
-        step, zero = _grids(lows, highs)
-        rounded = (((centres / step).round() + zero).clamp(-127, 127) - zero) * step
-        # Where a step is wider than a bin, rounding the centre is exact enough; else the error is that of a uniform
-        # value within the step.
-        inside = (centres >= lows) & (centres <= highs)
-        error = torch.where(inside & (step < 4 * width), step.square() / 12, (rounded - centres).square())
         # Exact zeros, which ReLU makes in numbers, round to themselves whatever the step: they weigh nothing.
-        return (error * torch.where(used == BINS, 0.0, counts)).sum(1)
+        weights = torch.where(used == BINS, 0.0, counts)
+        found = []
+        # Some at a time: what all take together is many times what a cache holds.
+        lows, highs = lows.unsqueeze(1), highs.unsqueeze(1)
+        parts = (each.split(_TOGETHER) for each in (lows, highs, *_grids(lows, highs)))
+        for low, high, step, zero in zip(*parts, strict=True):
+            rounded = centres / step
+            rounded.round_().add_(zero).clamp_(-127, 127).sub_(zero).mul_(step)
+            error = rounded.sub_(centres).square_()
+            # Where a step is wider than a bin, rounding the centre is exact enough; else the error is that of a
+            # uniform value within the step.
+            narrow = step < 4 * width
+            if bool(narrow.any()):
+                inside = (centres >= low) & (centres <= high)
+                error = torch.where(inside & narrow, step.square() / 12, error)
+            found.append(error.mul_(weights).sum(1))
+        return torch.cat(found)
 
 
 def _fractions() -> torch.Tensor:

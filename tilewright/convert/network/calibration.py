@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from tilewright.convert.network.int8_flow import Flow, Scale
 from tilewright.convert.network.match import Site
 from tilewright.convert.network.means import MeanShift
 from tilewright.convert.network.program import Program
+from tilewright.convert.network.seen import SeenCall
 from tilewright.convert.record import join
 from tilewright.convert.text import display_name
 from tilewright.nn import Int8ConvBnAct2d
@@ -50,8 +52,12 @@ class Calibration:
         self.required = required
         self._memory = calibrate.Memory() if memory is None else memory
         self._grids: dict[Any, tuple[float, int | None]] = {}
-        #: What regions are called on, by their names.
+        #: What regions are called on, by their names, and what was seen in each of these calls.
         self._inputs: dict[str, list[tuple[Any, ...]]] = {}
+        self._seen: dict[str, list[SeenCall]] = {}
+        self._now: SeenCall | None = None
+        self._calls = {site.call: join(region.name, site.name) for region, sites in regions for site in sites}
+        self._calls = {call: layer for call, layer in self._calls.items() if layer in required}
         self.observers: dict[Scale, Observer] = {}
         self._by_node: dict[fx.Node, list[tuple[Observer, str]]] = {}
         inside: set[str] = set()
@@ -97,19 +103,37 @@ class Calibration:
                 program.observer = None
 
     def _observe_call(self, region: Region, given: tuple[Any, ...]) -> Any:
-        """Observe a call, whose inputs are kept until there are enough images or memory is short."""
-        kept = self._inputs.setdefault(region.name, [])
-        added = sum(map(_images, kept)) < MEASURED_IMAGES and self._memory.keep(kept, given)
+        """Observe a call, whose inputs are kept until there are enough images or memory is short, and as long as there
+        is room for it what it shows of the layers.
+        """
+        kept, seen = self._inputs.setdefault(region.name, []), self._seen.setdefault(region.name, [])
+        added = sum(map(_images, kept)) < MEASURED_IMAGES and self._keep(kept, given)
+        outer, self._now = self._now, SeenCall(self._memory) if added else None
+        if self._now is not None:
+            seen.append(self._now)
         try:
             return region.interpret(self._observe, given)
         except NotAsExpected:
             if added:
                 self._memory.drop(kept)
+                seen.pop().release()
             raise
+        finally:
+            self._now = outer
+
+    def _keep(self, kept: list[tuple[Any, ...]], given: tuple[Any, ...]) -> bool:
+        """Keep the inputs of a call: they come before what calls show, which a further run shows again."""
+        if self._memory.keep(kept, given):
+            return True
+        for each in itertools.chain.from_iterable(self._seen.values()):
+            each.release()
+        return self._memory.keep(kept, given)
 
     def _observe(self, node: fx.Node, given: tuple[Any, ...], value: Any) -> None:
         for observer, layer in self._by_node.get(node, ()):
             _add(observer, value, layer)
+        if self._now is not None and node in self._calls:
+            self._now.add(self._calls[node], given[1:], value)
 
     # ---- results
     def reached(self, layer: str) -> bool:
@@ -146,6 +170,8 @@ class Calibration:
         found: dict[str, float | None] = {}
 
         def at_site(name: str, given: tuple[Any, ...], value: torch.Tensor) -> None:
+            if name not in candidates:
+                return
             x, residual, activation, slope, padding = given
             layer = candidates[name]
             q = _quantized(x, layer.x_scale, layer.x_zero)
@@ -158,16 +184,24 @@ class Calibration:
 
         with calibrate.evaluation(self.model), self._interpreted(_run_unwatched):
             for region, sites in self.regions:
-                layers = {site.call: join(region.name, site.name) for site in sites}
-                layers = {call: name for call, name in layers.items() if name in candidates}
-
-                def watch(node: fx.Node, given: tuple[Any, ...], value: Any, layers: Any = layers) -> None:
-                    if node in layers:
-                        at_site(layers[node], given[1:], value)
-
-                for given in self._inputs.pop(region.name, []) if layers else ():
-                    region.interpret(watch, given)
+                if any(join(region.name, site.name) in candidates for site in sites):
+                    self._show_calls(region, at_site)
         return found
+
+    def _show_calls(self, region: Region, show: Callable[..., None]) -> None:
+        """What layers were given and returned in the calls of ``region`` that are kept, a last time."""
+
+        def watch(node: fx.Node, given: tuple[Any, ...], value: Any) -> None:
+            if node in self._calls:
+                show(self._calls[node], given[1:], value)
+
+        for given, seen in zip(self._inputs.pop(region.name, []), self._seen.pop(region.name, []), strict=True):
+            if seen.intact():
+                for shown in seen.shown():
+                    show(*shown)
+            else:
+                seen.release()
+                region.interpret(watch, given)
 
 
 def _run_unwatched(region: Region, given: tuple[Any, ...]) -> Any:

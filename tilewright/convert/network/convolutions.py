@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from tilewright.convert import calibrate, structure
 from tilewright.convert.code import names_in_code_of
@@ -19,7 +19,7 @@ from tilewright.convert.network.calibration import Calibration
 from tilewright.convert.network.int8_flow import Flow
 from tilewright.convert.network.int8_writing import write_int8
 from tilewright.convert.network.match import Site, call_counts, find_folds, rewrite
-from tilewright.convert.network.program import Program, remove_programs
+from tilewright.convert.network.program import Program, Watched, remove_programs
 from tilewright.convert.plan import Planned
 from tilewright.convert.progress import track
 from tilewright.convert.record import LayerRecord, join
@@ -83,8 +83,9 @@ class Convolutions(Conversion):
             required.discard(name)
             self.records[name].note = ON_VECTORS
         if required and self.job.with_data:
-            for each in self.regions:
-                _write_program(*each)
+            for region, sites in self.regions:
+                if sites:
+                    vars(region.module)["forward"] = Watched(region)
             self.calibration = Calibration(self.job.model, self.regions, required, self.job.memory)
         elif required:
             logger.warning("%d convolutions are fused in float: static int8 needs calibration_data", len(required))
@@ -232,9 +233,24 @@ def _called_otherwise(model: nn.Module, regions: list[Region], sample: Any) -> d
     def hear(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reasons.setdefault(name, []).append(by_name[name].why_not_called_so(args, kwargs))
 
-    with calibrate.listening({name: region.module for name, region in by_name.items()}, hear):
-        calibrate.run(model, [sample])
+    if list(by_name) == [""] and not model._forward_pre_hooks and _is_images(model, sample):
+        hear("", *calibrate.arguments(sample))  # which nobody has to run the model for
+    else:
+        with calibrate.listening({name: region.module for name, region in by_name.items()}, hear):
+            calibrate.run(model, [sample])
     return {name: said[0] for name, said in reasons.items() if said[0] is not None and None not in said}
+
+
+def _is_images(model: nn.Module, sample: Any) -> bool:
+    """Whether a model of images is called on batches of them, in its own dtype, and nothing else. Where it is called on
+    what it does not take, the model as it was says so best.
+    """
+    if isinstance(sample, calibrate.Sample):
+        return False
+    args, kwargs = calibrate.arguments(sample)
+    own = {(x.dtype, x.device) for x in model.parameters()}
+    given = (*args, *kwargs.values())
+    return all(isinstance(x, torch.Tensor) and x.dim() == 4 and {(x.dtype, x.device)} == own for x in given)
 
 
 def install_programs(
@@ -251,10 +267,7 @@ def install_programs(
         untraced |= reasons
         regions = [(region, rewrite(region)) for region in found]
     for region, sites in regions:
-        _write_program(region, sites, write_int8(region.graph, region.modules(), sites))
+        if sites:
+            steps = write_int8(region.graph, region.modules(), sites)
+            vars(region.module)["forward"] = Program(region, steps)
     return {join(region.name, site.name): site.epilogue for region, sites in regions for site in sites}
-
-
-def _write_program(region: Region, sites: list[Site], steps: tuple[fx.Graph, ...] = ()) -> None:
-    if sites:
-        vars(region.module)["forward"] = Program(region, steps)

@@ -290,6 +290,8 @@ class Program(ReplacedForward):
             self._proven.pop(kinds, None)  # the user's first call looks at all of its batch
             return result
         reason = self._why_wrong((result, given), before)
+        if reason is None and proof.is_rehearsal():
+            self._proven.pop(kinds, None)  # these may be some of its samples
         if reason is None:
             return result
         if not held.match(self._held_tensors()):  # by another thread: what was compared is of different weights
@@ -348,6 +350,28 @@ class Program(ReplacedForward):
 
     def _held_tensors(self) -> list[torch.Tensor | None]:
         return list(map(dict.get, self._tensor_tables, self._tensor_names))  # type: ignore[arg-type]
+
+
+class Watched(Program):
+    """Stands where the program of ``region`` will while its values are observed. It has no code: the graph of
+    the region is interpreted, or layers run.
+    """
+
+    def __init__(self, region: Region):
+        self.owner, self.inputs, self.defaults = region.module, region.inputs, region.defaults
+        self.gradients, self.constants = region.gradients, region.constants
+        self.observer: Callable[..., Any] | None = None
+
+    def run(self, given: tuple[Any, ...]) -> Any:
+        """As of ``Program``."""
+        if self.observer is None:
+            return self._by_layers(given)
+        try:
+            return self.observer(given)
+        except NotAsExpected:
+            return self._by_layers(given)
+        except Exception as error:
+            return self._after(error, given)
 
 
 def _picklable(names: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

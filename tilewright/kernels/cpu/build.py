@@ -27,6 +27,7 @@ COMMON = ("runtime.c", "conv_zeros.c")
 KERNELS = (
     "quantize.c",
     "activate.c",
+    "histogram.c",
     "int8_linear.c",
     "int4_int8_linear.c",
     "weight_only.c",

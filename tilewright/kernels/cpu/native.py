@@ -24,15 +24,18 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {row.name: row.number for row in TABLE.values() if "linear" in row.native}
 #: Below this many elements a second thread costs more than it brings (PyTorch's own grain size).
 _GRAIN = 32768
+#: Tables of counts that a thread fills in turns.
+_HISTOGRAM_TURNS = 4
 
-_TYPES = {"p": ctypes.c_void_p, "c": ctypes.c_int64, "n": ctypes.c_int}
-#: Of each C function: p is a pointer, c a count of 64 bits, n a number of 32. Those without "->" return 0, or what went
-#: wrong.
+_TYPES = {"p": ctypes.c_void_p, "c": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
+#: Of each C function: p is a pointer, c a count of 64 bits, n a number of 32, f a float. Those without "->" return 0
+#: or what went wrong.
 _SIGNATURES = {
     "run_steps": "p c n",
     "conv_lanes": "-> n",
     "quantize_rows": "p n ccc p n pp n",
     "activate": "p c nn",
+    "histogram": "p c f c p n",
     "panel": "-> c",
     "int8_packed_bytes": "cc -> c",
     "int8_row_bytes": "c -> c",
@@ -174,3 +177,17 @@ def activate(y: torch.Tensor, name: str) -> bool:
         return False
     threads = torch.get_num_threads() if y.numel() >= _GRAIN else 1
     return function("activate")(y.data_ptr(), y.numel(), ACTIVATIONS[name], threads) == 0
+
+
+def histogram(x: torch.Tensor, bins: int, limit: float) -> torch.Tensor | None:
+    """``torch.histc(x, bins, -limit, limit)`` of float32 ``x``, all of it within these limits, as int64 [bins].
+
+    None where there is no C kernel for it.
+    """
+    few = x.numel() < 2**31  # which is what its counts are sure to hold
+    if why_no_native() or x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous() or not few:
+        return None
+    threads = torch.get_num_threads() if x.numel() >= _GRAIN else 1
+    counts = torch.zeros(threads, _HISTOGRAM_TURNS, bins, dtype=torch.int32)
+    function("histogram")(x.data_ptr(), x.numel(), limit, bins, counts.data_ptr(), threads)
+    return counts.sum((0, 1))
