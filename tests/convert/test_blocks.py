@@ -85,7 +85,9 @@ def is_one_program(model: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("recipe", ["int8", "w4a8", tw.Int8ActInt4Weight(group_size=16, symmetric=True)], ids=str)
+@pytest.mark.parametrize(
+    "recipe", ["int8", "w4a8", tw.Int8ActInt4Weight(group_size=16, symmetric=True), "int4", "w8a16"], ids=str
+)
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoder_is_one_program_in_one_c_call(kind: str, recipe: Any, padded: bool) -> None:
     model, given = tw.convert_model(small(kind), recipe), inputs(kind, padded=padded)

@@ -73,6 +73,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
         "test_panels.py",
         "test_attention.py",
         "test_row_steps.py",
+        "test_decoder_steps.py",
         "test_conv_cpu.py",
         "test_conv_winograd.py",
         "test_conv_tiles.py",

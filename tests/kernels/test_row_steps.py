@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tilewright as tw
+from tests.kernels.replays import replayed
 from tilewright.kernels.attention import call
 from tilewright.kernels.cpu import native, norms, steps
 from tilewright.kernels.cpu.replay import Replays
-from tilewright.kernels.cpu.replay_plan import Replay
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.router import Implementation, register, unregister
 
@@ -31,17 +31,6 @@ def isa(isa: str) -> str:
     if not steps.lanes():
         pytest.skip(f"needs vectors, which {isa} has not")
     return isa
-
-
-def replayed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, Replay]:
-    """What the replay of ``function`` gives for other inputs than it was recorded on."""
-    fast = Replays(function)
-    with torch.no_grad():
-        others = [torch.randn_like(x) if x.is_floating_point() else x for x in inputs]
-        fast(*others), fast(*others)
-        assert fast.replays, fast.why_not
-        assert not fast.replays[0].python_steps
-        return fast(*inputs), fast.replays[0]
 
 
 def test_a_description_is_the_structure_of_the_c_kernels() -> None:
@@ -149,8 +138,9 @@ def test_products_of_rows_that_are_quantised_once(isa: str, rows: int, k: int, n
         fast(x), fast(x)
         (replay,) = fast.replays
         # The norm quantises; the three products follow, and only the first waits for it.
-        assert [step.kind for step in replay.parts[0].steps] == [steps.NORM, *[steps.INT8_PRODUCT] * 3]
-        assert [step.independent for step in replay.parts[0].steps] == [0, 0, 1, 1]
+        made = [steps.NORM, *[steps.INT8_PRODUCT] * 3, *[steps.ELEMENTWISE] * 3]
+        assert [step.kind for step in replay.parts[0].steps] == made
+        assert [step.independent for step in replay.parts[0].steps] == [0, 0, 1, 1, 0, 1, 1]
         assert torch.equal(fast(x), function(x))
 
 
@@ -161,6 +151,37 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
         tw.nn.Int8ActInt4WeightLinear.from_float, group_size=16, symmetric=True
     ),
 }
+
+
+WEIGHT_ONLY: dict[str, Callable[..., nn.Module]] = {
+    "int8 weight-only": tw.nn.Int8WeightOnlyLinear.from_float,
+    "int4": tw.nn.Int4Linear.from_float,
+    "int4, symmetric groups of 16": functools.partial(tw.nn.Int4Linear.from_float, group_size=16, symmetric=True),
+    "int4 in bfloat16": functools.partial(tw.nn.Int4Linear.from_float, group_size=32, compute_dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 40, 130])
+@pytest.mark.parametrize("made", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY)
+def test_weight_only_products_of_rows_that_are_converted_once(
+    isa: str, made: Callable[..., nn.Module], rows: int
+) -> None:
+    torch.manual_seed(0)
+    layers = [made(nn.Linear(96, n), activation=act) for n, act in ((96, "none"), (40, "silu"), (130, "none"))]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in layers], -1)
+
+    fast, x = Replays(function), torch.randn(rows, 96)
+    with torch.no_grad():
+        fast(x), fast(x)
+        kinds = [step.kind for step in fast.replays[0].parts[0].steps]
+        served = router.route(tw.kernels.dispatch.problem.Problem(layers[0].op_name, rows, 96, 96, x.dtype)).name
+        if served != "C kernel":
+            pytest.skip(f"{served} serves {rows} rows here")
+        assert kinds[:4] == [steps.WEIGHT_ONLY_CONVERT, *[steps.WEIGHT_ONLY_PRODUCT] * 3]
+        x = torch.randn(rows, 96)
+        assert torch.equal(fast(x), function(x))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 65, 130])
@@ -205,7 +226,7 @@ def test_channel_scales_and_residuals(isa: str, made: Callable[..., nn.Module]) 
         assert torch.equal(y, function(x))
 
 
-@pytest.mark.parametrize("made", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("made", [*LAYERS.values(), *WEIGHT_ONLY.values()], ids=[*LAYERS, *WEIGHT_ONLY])
 def test_products_are_bit_for_bit_those_of_the_layers(isa: str, made: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
     first, second = made(nn.Linear(100, 70), activation="gelu"), made(nn.Linear(70, 33, bias=False))

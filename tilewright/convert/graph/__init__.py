@@ -6,6 +6,7 @@ nothing else. Code is read by running it on values without content (``capture``)
     describe                what went wrong while code was read, in words
     AttentionConfig, behind the config of a module whose attention is ours, and what it stands before
     trace_call              a module as it is called once, with these arguments
+    HeldCache, is_cache     the cache of keys and values that a call brings along, and what may be one
     find_regions            the parts of a model that can be read as a graph, as large as can be, and why others cannot
     Region                  one of them: its module and graph, inputs and defaults, its calls of submodules in order,
                             whether a call asks for what the graph computes; runs the graph and shows every value
@@ -22,7 +23,8 @@ modules are replaced, so a region is found once and its graph rewritten from ste
 """
 
 from tilewright.convert.graph.activations import fuse_activations, fuse_named, fused_activations, unfuse_activations
-from tilewright.convert.graph.attention import AttentionConfig, behind
+from tilewright.convert.graph.attention import AttentionConfig, attention_output, behind
+from tilewright.convert.graph.caches import ExampleCache, HeldCache, is_cache, update_cache
 from tilewright.convert.graph.capture import describe
 from tilewright.convert.graph.chain import Chain, Match, Part, activates, added_to, follow
 from tilewright.convert.graph.codegen import compiled, flattened, source_of

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from tilewright.kernels.attention import call
+from tilewright.kernels.cpu.recording import reads_held
 
 NAME = "tilewright"
 #: What it stands in for.
@@ -145,6 +146,7 @@ def attention_forward(
     return ALL_ATTENTION_FUNCTIONS[REPLACED](module, query, key, value, attention_mask, **options)
 
 
+@reads_held
 def attention_output(*args: Any, **kwargs: Any) -> torch.Tensor:
     """What ``attention_forward`` computes, without the weights, which it does not give."""
     return attention_forward(*args, **kwargs)[0]

@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tilewright.convert.graph.caches import CacheValue, HeldCache
 from tilewright.convert.graph.effects import effect_of
 from tilewright.convert.graph.examples import Examples
 from tilewright.convert.graph.leaves import SAME_PADDING_FUNCTIONS
@@ -167,6 +168,8 @@ class Capture(fx.proxy.TracerBase):
 
     def proxy(self, node: fx.Node) -> Value:
         """What the code sees of a node."""
+        if node.op == "placeholder" and self.examples is not None and isinstance(self.examples.of(node), HeldCache):
+            return CacheValue(node, self)
         return Value(node, self)
 
     def _check_modes(self) -> None:
@@ -227,6 +230,8 @@ class Capture(fx.proxy.TracerBase):
         """``isinstance``, as the code of a module sees it."""
         if not isinstance(value, Value):
             return isinstance(value, kinds)
+        if isinstance(value, CacheValue) and self.examples is not None:
+            return isinstance(self.examples.of(value.node).cache, kinds)
         known = None if isinstance(value, Held) else effect_of(value.node, self.modules)
         kind = kind_of(value, known is not None and known.tensor)
         if kind is None and self.examples is not None:

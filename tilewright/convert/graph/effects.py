@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from tilewright.convert.graph.caches import update_cache
 from tilewright.convert.graph.leaves import SAME_PADDING_FUNCTIONS, has_hooks, is_known
 from tilewright.convert.graph.patterns import is_identity
 from tilewright.convert.graph.values import IN_PLACE, expect, expect_tensor, is_shape, put
@@ -99,7 +100,7 @@ class Effect:
     """shares: nodes whose memory the result may share. same: the one that the result is, whole and unmoved.
 
     writes: nodes that are written over. unknown: whether it may do anything to what it is given. tensor: whether the
-    result is known to be one.
+    result is known to be one. once: whether it must not be done twice.
     """
 
     shares: tuple[fx.Node, ...] = ()
@@ -107,6 +108,7 @@ class Effect:
     writes: tuple[fx.Node, ...] = ()
     unknown: bool = False
     tensor: bool = False
+    once: bool = False
 
 
 def effect_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Effect:
@@ -175,6 +177,8 @@ def _effect_of_function(node: fx.Node, target: Any) -> Effect:
     first = _first(node)
     if target in (expect, expect_tensor) or is_shape(node):
         return Effect()
+    if target is update_cache:
+        return Effect(shares=tuple(node.all_input_nodes), once=True)
     if target in IN_PLACE or target is put:
         return _passes(first, written=True)
     if target is getattr:

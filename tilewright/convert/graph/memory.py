@@ -64,6 +64,8 @@ class _Settling:
                 self.members.setdefault(root, []).append(node)
             for target in effect.writes:
                 done |= self._write(node, target, effect.same is target)
+            if effect.once:
+                node.meta[_KEPT] = done = True
             if effect.unknown and node.op != "output":
                 self.outside.update(*(self.roots[each] for each in node.all_input_nodes), self.roots[node])
                 done = True

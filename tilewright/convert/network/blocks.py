@@ -1,11 +1,15 @@
 """The ``forward`` of a transformer's blocks, and of the stack of them: one program where it can be.
 
-A block is what a list of modules holds, with attention by our kernel and layers that multiply integers inside (int8,
-w4a8); the module around the list, such as the encoder of a BERT, is its stack. What a program computes depends on how
-it is called: with a mask or without, in how many dimensions. So the code is read when it is first called in some way
-(``trace_call``), and the graph becomes a ``Program``, which is proven against the layers and replayed. A stack that
-cannot be read runs by its class, and its blocks have programs of their own; so it is with a stack in which a hook
-listens to one block.
+A block is what a list of modules holds, with attention by our kernel and quantised layers inside whose products are
+steps (``replay_rows``); the module around the list, such as the encoder of a BERT, is its stack. What a program
+computes depends on how it is called: with a mask or without, in how many dimensions. So the code is read when it is
+first called in some way (``trace_call``), and the graph becomes a ``Program``, which is proven against the layers and
+replayed. A stack that cannot be read runs by its class, and its blocks have programs of their own; so it is with a
+stack in which a hook listens to one block.
+
+A decoder's block is given a cache of keys and values: an object that grows and is the user's. Its ``update`` and the
+attention to what it gives are called from Python; what lies before and behind them is a C call each, whatever the
+length of what the cache holds (``block_program``).
 
 A program answers to the bit what the layers do: its steps are the C kernels that serve them, in the order in which they
 add. ``TILEWRIGHT_TRANSFORMER_PROGRAMS=0``, when a model is converted or loaded, leaves programs out.
@@ -17,13 +21,22 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from tilewright.convert.graph import AttentionConfig, Untraceable, describe, trace_call
+from tilewright.convert.graph import (
+    AttentionConfig,
+    ExampleCache,
+    HeldCache,
+    Untraceable,
+    describe,
+    is_cache,
+    trace_call,
+)
+from tilewright.convert.network.block_program import BlockProgram
 from tilewright.convert.network.program import Program
 from tilewright.convert.record import join
 from tilewright.convert.structure import ReplacedForward
@@ -41,18 +54,6 @@ MOST_WAYS = 16
 #: kept, and beyond, what Python costs between two layers is little.
 MOST_ELEMENTS = 1 << 19
 _CONSTANTS = (type(None), bool, int, float, str)
-
-
-class _BlockProgram(Program):
-    """One for each way of calling. Sentences have many lengths: where the code asks about a length, the graph asks
-    again, so one proof is enough for all of them but 1, which broadcasts.
-    """
-
-    most_replays = 64
-
-    @staticmethod
-    def _kind_of(x: torch.Tensor) -> Any:
-        return tuple(size == 1 for size in x.shape), x.dtype
 
 
 class Block(ReplacedForward):
@@ -82,31 +83,32 @@ class Block(ReplacedForward):
             return type(owner).forward(owner, *args, **kwargs)
         if owner.training or torch.is_grad_enabled() or is_special() or router.records_problems():
             return type(owner).forward(owner, *args, **kwargs)
-        way, tensors, others = _way(type(owner), args, kwargs)
-        if self.stack and any(x.numel() > MOST_ELEMENTS for x in tensors.values()):
+        way, inputs, others = _way(type(owner), args, kwargs)
+        if way is not None and (self.stack or way[0]) and _most_elements(inputs.values()) > MOST_ELEMENTS:
             way = None
         program = None if way is None else self.programs.get(way)
         if program is None and way is not None:
-            program = self._read(way, tensors, others)
+            program = self._read(way, inputs, others)
         if isinstance(program, Program) and program.refused is None:
-            return program.run(tuple(tensors.values()))
+            return program.run(tuple(inputs.values()))
         result = type(owner).forward(owner, *args, **kwargs)
         if isinstance(program, str) and way is not None:  # after the call: what the layers refuse says nothing
             self.programs.setdefault(way, program)
         return result
 
-    def _read(self, way: Any, tensors: Mapping[str, torch.Tensor], others: dict[str, Any]) -> Program | str | None:
+    def _read(self, way: Any, inputs: Mapping[str, Any], others: dict[str, Any]) -> Program | str | None:
         """The program for calls of this kind, or why there is none; None while another thread reads the code."""
         if reason := steps.why_no_kernels():
             return reason
-        if any(x.device.type != "cpu" for x in tensors.values()):
+        if any(x.device.type != "cpu" for x in _tensors(inputs.values())):
             return "its inputs are on another device"
         if len(self.programs) >= MOST_WAYS:
             return None
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            program = _BlockProgram(trace_call(self.owner, tensors, others))
+            examples = {name: ExampleCache(x.cache) if isinstance(x, HeldCache) else x for name, x in inputs.items()}
+            program = BlockProgram(trace_call(self.owner, examples, others), tuple(inputs.values()))
         except Untraceable as error:
             where = type(self.owner).__name__ if not error.path else error.path
             return f"{where}: {error.reason}"
@@ -141,28 +143,44 @@ def _parameter_names(kind: Any) -> tuple[str, ...] | None:
     return tuple(each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD)
 
 
-def _way(
-    kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
-    """How a module of the class ``kind`` is called, fit for a key; the tensors among its arguments, and the others. The
-    first is None where one is neither a tensor nor a constant.
+def _way(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """How a module of the class ``kind`` is called, fit for a key, which begins with whether there is a cache; the
+    tensors among its arguments, tuples of tensors and the cache; and the others. The first is None where one is none of
+    these and no constant.
     """
     names = _parameter_names(kind)
     if names is None or len(args) > len(names):
         return None, {}, {}
     given = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
-    tensors: dict[str, torch.Tensor] = {}
+    inputs: dict[str, Any] = {}
     others: dict[str, Any] = {}
+    looks: list[Any] = [False]
     for name, value in given.items():
         if type(value) is torch.Tensor:
-            tensors[name] = value
+            inputs[name] = value
+            looks.append((name, value.dim(), value.dtype))
         elif type(value) in _CONSTANTS:
             others[name] = value
+            looks.append((name, value))
+        elif type(value) is tuple and value and all(type(x) is torch.Tensor for x in value):
+            inputs[name] = value
+            looks.append((name, *[(x.dim(), x.dtype) for x in value]))
+        elif not looks[0] and is_cache(value):
+            inputs[name] = HeldCache(value)
+            looks[0] = True
+            looks.append((name, type(value)))
         else:
             return None, {}, {}
-    if not tensors:
-        return None, {}, {}
-    return (*((name, x.dim(), x.dtype) for name, x in tensors.items()), *others.items()), tensors, others
+    return (tuple(looks) if inputs else None), inputs, others
+
+
+def _tensors(inputs: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for x in inputs:
+        yield from x if isinstance(x, tuple) else () if isinstance(x, HeldCache) else (x,)
+
+
+def _most_elements(inputs: Iterable[Any]) -> int:
+    return max(x.numel() for x in _tensors(inputs))
 
 
 def _is_block(module: nn.Module) -> bool:

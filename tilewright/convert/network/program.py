@@ -267,7 +267,7 @@ class Program(ReplacedForward):
     # ---- the proof
     def _run(self, *given: Any) -> Any:
         """The fast form; proven, if it has not run on such inputs yet."""
-        kinds = tuple(self._kind_of(x) if isinstance(x, torch.Tensor) else type(x) for x in given)
+        kinds = tuple(map(self._kind_of, given))
         if kinds in self._proven or self._replays is None or any(self._watched) or not proof.may_run(given):
             return self._flat(self._bound, *given)
         if len(self._proven) >= MOST_PROVEN:
@@ -277,9 +277,9 @@ class Program(ReplacedForward):
         return self._prove(kinds, given)
 
     @staticmethod
-    def _kind_of(x: torch.Tensor) -> Any:
+    def _kind_of(x: Any) -> Any:
         """Inputs for which a proof is as good as for others of the same kind."""
-        return x.shape, x.stride(), x.dtype
+        return (x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else type(x)
 
     def _prove(self, kinds: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
         """The result for ``given``, and the end of the program if it is not what the layers give."""

@@ -38,6 +38,7 @@ KERNELS = (
     "conv_simple.c",
     "attention.c",
     "norm.c",
+    "elementwise.c",
     "program.c",
     "sparse24.c",
     "dequantize.c",

@@ -261,6 +261,27 @@ def why_not_weight_only(problem: Problem) -> str | None:
     return why_not(problem)
 
 
+def packed_weight_only(
+    stored: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """An int8 or int4 weight of K columns in the order of weight_only.c, its scales and zero points (None of int8),
+    made once for as long as it lives unchanged.
+    """
+    panel, bits, n = native.function("panel")(), 8 if stored.dtype == torch.int8 else 4, len(stored)
+    channels = _rounded_up(n, panel)
+    sizes = channels * -(-k // 8) * bits, channels * (weight_scale.numel() // n)
+    return _packed_groups("weight_only_pack", stored, weight_scale, weight_zero, k, sizes, bits)
+
+
+def weight_only_scratch(compute: int, m: int, block: int, k: int, group_size: int) -> tuple[int, int]:
+    """Bytes of what ``block`` of m rows, multiplied in the dtype of the number ``compute``, are converted to, and of
+    their sums in each group.
+    """
+    held = block + block % 2 if block <= _FEW_ROWS else max(_rounded_up(block, 12), _rounded_up(block, 32))
+    groups = -(-k // min(group_size, k))
+    return held * native.function("weight_only_row_bytes")(compute, m, k, group_size), block * groups * 4
+
+
 def prepare_weight_only(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
@@ -279,19 +300,15 @@ def prepare_weight_only(
     if stored is None:
         raise ValueError("a weight is missing")
     group_size = group_size or k
-    row_bytes_of, panel = native.function("weight_only_row_bytes"), native.function("panel")()
+    row_bytes_of = native.function("weight_only_row_bytes")
     bits, n = 8 if stored.dtype == torch.int8 else 4, len(stored)
-    groups = weight_scale.numel() // n
-    channels = -(-n // panel) * panel
-    sizes = channels * -(-k // 8) * bits, channels * groups
-    packed_weight = _packed_groups("weight_only_pack", stored, weight_scale, weight_zero, k, sizes, bits)
+    packed_weight = packed_weight_only(stored, weight_scale, weight_zero, k)
 
     def rest(m: int, threads: int, dtype: torch.dtype) -> _Rest:
         compute = native.DTYPES[compute_dtype or dtype]
         row_bytes = row_bytes_of(compute, m, k, group_size)
         block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
-        held = block + block % 2 if block <= _FEW_ROWS else max(_rounded_up(block, 12), _rounded_up(block, 32))
-        return (compute,), (held * row_bytes, block * groups * 4), (block,)
+        return (compute,), weight_only_scratch(compute, m, block, k, group_size), (block,)
 
     fixed = (bits, *packed_weight, n, k, group_size, _floats(bias))
     return Prepared("weight_only_linear", n, k, fixed, activation, rest)

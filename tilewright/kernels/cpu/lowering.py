@@ -12,6 +12,16 @@ from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.steps import Description
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tells the memory of a recorded tensor from that of others."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Two recorded tensors of one place are one."""
+    return storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 class NotNative(Exception):
     """The C kernels do not take this call."""
 
@@ -93,6 +103,12 @@ class Lowering:
         if rows.stride(1) != 1 and rows.shape[1] > 1:
             raise NotNative
         return rows
+
+    def constant(self, recorded: torch.Tensor) -> torch.Tensor:
+        """``recorded`` itself, where it is neither an input nor made by a call."""
+        if self.live(recorded) is not recorded:
+            raise NotNative
+        return recorded
 
     def own(self, values: torch.Tensor | None) -> int | None:
         """The address of a float32 copy of a vector, which lives as long as the steps."""

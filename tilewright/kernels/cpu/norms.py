@@ -1,4 +1,4 @@
-"""In which order PyTorch's layer norm adds, so that the C kernel's has its bits."""
+"""In which order PyTorch's layer norm and mean add, so that the C kernel's norms have their bits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tilewright.kernels.cpu.row_steps import NormStep, describe
 LANES = (8, 16)
 #: Widths at which every part of the sum shows: lanes alone, chunks of vectors, levels of chunks, and what is left over.
 _WIDTHS = (16, 300, 1100)
+_SQUARE_WIDTHS = (16, 300, 1100, 5000)
 _ROWS = 8
 
 
@@ -31,6 +32,22 @@ def lanes() -> int:
     return 0
 
 
+@functools.cache
+def square_lanes() -> int:
+    """As ``lanes``, of the mean of squares that models with a root mean square norm are written in."""
+    draw = torch.Generator().manual_seed(0)
+    empty = [torch.empty(_ROWS, width, dtype=torch.float32, device="cpu") for width in _SQUARE_WIDTHS]
+    samples = [x.uniform_(-2, 2, generator=draw) for x in empty]
+    for count in LANES:
+        if all(torch.equal(normalized(x, 1e-5, count, kind=steps.RMS_NORM), _root_mean_square(x)) for x in samples):
+            return count
+    return 0
+
+
+def _root_mean_square(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
 def _expected(x: torch.Tensor, epsilon: float) -> torch.Tensor:
     return torch.native_layer_norm(x, x.shape[1:], None, None, epsilon)[0]
 
@@ -41,8 +58,11 @@ def normalized(
     count: int,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    kind: int = steps.NORM,
 ) -> torch.Tensor:
-    """Layer norm of the rows of ``x`` float32 [M, K], contiguous, by the C kernel, its sums in ``count`` lanes."""
+    """Layer norm (kind RMS_NORM: root mean square norm) of the rows of ``x`` float32 [M, K], contiguous, by the C
+    kernel, its sums in ``count`` lanes.
+    """
     y = torch.empty_like(x)
     rows, columns = x.shape
     job = NormStep(
@@ -56,6 +76,6 @@ def normalized(
         epsilon=epsilon,
         lanes=count,
     )
-    step = describe(steps.NORM, job)
+    step = describe(kind, job)
     native.function("run_steps")(ctypes.addressof(step), 1, 1)
     return y

@@ -15,6 +15,9 @@ from tilewright.kernels.dispatch.layers import Listener
 
 _local = threading.local()
 
+#: Calls of functions marked with ``of_holder`` and ``reads_held``.
+HOLDER, HELD = "call of a holder", "call with what is held"
+
 
 class Call(NamedTuple):
     """One recorded call. name: of the operator, or of the step of a function marked with ``recorded``."""
@@ -31,6 +34,19 @@ class _Recorder(Listener):
         super().__init__()
         self.calls: list[Call] = []
         self.suspended = False
+        #: Storages of what holders gave.
+        self.held: set[int] = set()
+
+    def note(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``function`` as one call of that name, whatever it calls."""
+        self.suspended = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self.suspended = False
+        args = args[1:] if name == HOLDER else args
+        self.calls.append(Call(name, function, args, kwargs, result))
+        return result
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,17 +70,46 @@ def recorded(step: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             recorder: _Recorder | None = getattr(_local, "recorder", None)
             if recorder is None or recorder.suspended:
                 return function(*args, **kwargs)
-            recorder.suspended = True
-            try:
-                result = function(*args, **kwargs)
-            finally:
-                recorder.suspended = False
-            recorder.calls.append(Call(f"step {step}", function, args, kwargs, result))
-            return result
+            return recorder.note(f"step {step}", function, args, kwargs)
 
         return run
 
     return mark
+
+
+def of_holder(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a recording see a call of a function as one that is made from Python in each replay. The first argument is
+    somebody's object, another one in each replay, which may keep what it is given and decides what it gives, tensors of
+    any size.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        recorder: _Recorder | None = getattr(_local, "recorder", None)
+        if recorder is None or recorder.suspended:
+            return function(*args, **kwargs)
+        result = recorder.note(HOLDER, function, args, kwargs)
+        recorder.held.update(tensor.untyped_storage().data_ptr() for tensor in tensors_in(result))
+        return result
+
+    return run
+
+
+def reads_held(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a recording see a call of a function as one that is made from Python in each replay, if it is given what an
+    ``of_holder`` function gave: then it may do other operators each time, but for the size of its results.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        recorder: _Recorder | None = getattr(_local, "recorder", None)
+        if recorder is None or recorder.suspended or not recorder.held:
+            return function(*args, **kwargs)
+        if not any(tensor.untyped_storage().data_ptr() in recorder.held for tensor in tensors_in((args, kwargs))):
+            return function(*args, **kwargs)
+        return recorder.note(HELD, function, args, kwargs)
+
+    return run
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
@@ -84,7 +129,7 @@ def written_by(call: Call) -> list[torch.Tensor]:
     return tensors_in([given.get(name) for name in names])
 
 
-def record(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> tuple[list[Call], Any]:
+def record(function: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[list[Call], Any]:
     """What ``function`` calls for these inputs, and what it returns."""
     recorder = _Recorder()
     _local.recorder = recorder

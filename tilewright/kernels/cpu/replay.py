@@ -37,7 +37,8 @@ class Replays:
     state: called each time; replays are made anew when what it returns changes. Numbers that ``function`` reads from
     modules are part of a recording, so whoever changes such numbers must change the state. tensors: called each time
     too; replays are made anew when one of the tensors it returns was replaced or written to. Others are noticed when
-    ``function`` alone held them.
+    ``function`` alone held them. free: numbers of inputs that may have any size, since ``function`` gives them to
+    nothing but functions that read what a holder gave (``recording``).
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class Replays:
         state: Callable[[], Hashable] = lambda: None,
         tensors: Callable[[], Sequence[torch.Tensor | None]] = tuple,
         most: int = MOST_REPLAYS,
+        free: frozenset[int] = frozenset(),
     ):
-        self.function, self.state, self.tensors, self.most = function, state, tensors, most
+        self.function, self.state, self.tensors, self.most, self.free = function, state, tensors, most, free
         #: What the replays were made of, and the replays: exchanged together, so that a thread which records while
         #: another replaces tensors puts what it has made of the old ones where nobody looks any more.
         self._known: tuple[SameTensors, dict[Hashable, Replay | int | str]] = (SameTensors(()), {})
@@ -65,39 +67,49 @@ class Replays:
 
     def __call__(self, *inputs: Any) -> Any:
         """What ``function(*inputs)`` returns."""
+        return self.run(inputs, None)
+
+    def run(self, inputs: tuple[Any, ...], holder: Any) -> Any:
+        """What ``function(*inputs)`` returns, or ``function(*inputs, holder)`` where there is one."""
         for x in inputs:
             if type(x) is not torch.Tensor or x.device.type != "cpu" or not holds_values(x):
-                return self.function(*inputs)
+                return self._called(inputs, holder)
             if x.requires_grad and torch.is_grad_enabled():
-                return self.function(*inputs)
+                return self._called(inputs, holder)
         if is_special():
-            return self.function(*inputs)
+            return self._called(inputs, holder)
         same, known = self._known
         if not same.match(tensors := self.tensors()):  # which this call keeps alive until the kernels have read them
             if any(type(tensor) not in _PLAIN for tensor in tensors):
-                return self.function(*inputs)
+                return self._called(inputs, holder)
             known = {}
             self._known = (SameTensors(tensors), known)
         key = (
             self.state(),
             router.generation(),
             torch.get_num_threads(),
-            *[(x.shape, x.stride(), x.dtype) for x in inputs],
+            *[
+                (x.dim(), x.dtype) if number in self.free else (x.shape, x.stride(), x.dtype)
+                for number, x in enumerate(inputs)
+            ],
         )
         replay = known.get(key)
         if isinstance(replay, str):
-            return self.function(*inputs)
+            return self._called(inputs, holder)
         if not isinstance(replay, Replay):
-            return self._record(known, key, inputs, tensors)
+            return self._record(known, key, inputs, tensors, holder)
         if not replay.is_current():
             known.pop(key, None)
-            return self.function(*inputs)
+            return self._called(inputs, holder)
         if not replay.lock.acquire(blocking=False):  # another thread is in its memory
-            return self.function(*inputs)
+            return self._called(inputs, holder)
         try:
-            return replay(inputs)
+            return replay(inputs, holder)
         finally:
             replay.lock.release()
+
+    def _called(self, inputs: tuple[Any, ...], holder: Any) -> Any:
+        return self.function(*inputs) if holder is None else self.function(*inputs, holder)
 
     def _record(
         self,
@@ -105,23 +117,25 @@ class Replays:
         key: Hashable,
         inputs: tuple[torch.Tensor, ...],
         tensors: Sequence[torch.Tensor | None],
+        holder: Any,
     ) -> Any:
         if conv_steps.why_no_kernels():
             known[key] = str(conv_steps.why_no_kernels())
-            return self.function(*inputs)
+            return self._called(inputs, holder)
         if key not in known:
             if len(known) >= self.most:
                 known.clear()
             known[key] = 1
-            return self.function(*inputs)
+            return self._called(inputs, holder)
         # What is made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            calls, result = record(self.function, inputs)
+            calls, result = record(self.function, inputs if holder is None else (*inputs, holder))
             try:
-                replay = Replay(calls, result, inputs, tensors)
+                replay = Replay(calls, result, inputs, tensors, self.free)
                 with replay.lock:
                     reason = replay.why_wrong(inputs, calls)
-                    replayed = result if reason else replay(inputs)
+                    # A holder must not be given the same twice.
+                    replayed = result if reason or holder is not None else replay(inputs)
             except CannotReplay as error:
                 known[key] = str(error)
                 return result

@@ -12,17 +12,23 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from tilewright.kernels.cpu import native
-from tilewright.kernels.cpu.lowering import Lowering, NotNative
-from tilewright.kernels.cpu.recording import Call, tensors_in, written_by
+from tilewright.kernels.cpu import native, steps
+from tilewright.kernels.cpu.lowering import Lowering, NotNative, place_of
+from tilewright.kernels.cpu.recording import HELD, HOLDER, Call, tensors_in, written_by
+from tilewright.kernels.cpu.replay_checks import is_near, is_same
+from tilewright.kernels.cpu.replay_norms import lower_rms_norm, read_rms_norm
 from tilewright.kernels.cpu.replay_rows import ROWS, grouped
 from tilewright.kernels.cpu.replay_steps import NATIVE
-from tilewright.kernels.cpu.row_steps import pointers_of, requantize
+from tilewright.kernels.cpu.row_steps import one_thread_does, pointers_of, requantize
 from tilewright.kernels.cpu.steps import Description
 from tilewright.kernels.dispatch.same import SameTensors, version_of
 
 #: Recorded calls of which a step makes the first result alone.
 _FIRST_RESULT = ("aten.native_layer_norm.default", "aten.max_pool2d_with_indices.default")
+
+
+#: Steps that have the bits of the calls that they stand for.
+_EXACT = (steps.RMS_NORM, steps.ELEMENTWISE)
 
 
 class CannotReplay(Exception):
@@ -37,13 +43,15 @@ def _storage(tensor: torch.Tensor) -> int:
 class _Part:
     """Steps that run one after the other: those of one C call, or a function of Python in their place.
 
-    made: for each step the calls whose results are there after it.
+    made: for each step the calls whose results are there after it. one_thread: whether one thread alone has done all
+    since threads last waited for each other.
     """
 
     made: list[list[Call]]
     steps: list[Description]
     function: Callable[[], None] | None = None
     array: Any = None
+    one_thread: bool = False
 
     def run(self, first: int, count: int, threads: int) -> None:
         """Some of the steps of a C call."""
@@ -55,7 +63,8 @@ class Replay:
     """One recording, made ready to run for inputs of the recorded shapes and strides, on as many threads as there were
     then. Raises CannotReplay.
 
-    calls, result: what ``record`` gave. watched: tensors that somebody else has an eye on.
+    calls, result: what ``record`` gave. watched: tensors that somebody else has an eye on. free: numbers of inputs that
+    are of any size.
     """
 
     def __init__(
@@ -64,10 +73,20 @@ class Replay:
         result: Any,
         inputs: tuple[torch.Tensor, ...],
         watched: Sequence[torch.Tensor | None] = (),
+        free: frozenset[int] = frozenset(),
     ):
+        #: What a call is given, while it runs: its holder, its inputs, and by what was recorded what its holder gave.
+        self.holder: Any = None
+        self.given: tuple[torch.Tensor, ...] = inputs
+        self.held: dict[int, torch.Tensor] = {}
+        #: Storages of what the recorded holder gave, and of inputs that are of any size; the latter with their numbers.
+        self.held_storages: set[int] = set()
+        self.free = {_storage(inputs[number]): number for number in free}
         self.watched = {_storage(tensor) for tensor in watched if tensor is not None}
         self.lock = threading.Lock()
         made: set[int] = set()
+        if self.free.keys() & {_storage(x) for number, x in enumerate(inputs) if number not in free}:
+            raise CannotReplay("two inputs share memory")
         groups = grouped([call for call in calls if not self._is_view(call, made)])
         self._place(groups, inputs, result)
         self._lower(groups)
@@ -76,8 +95,7 @@ class Replay:
         leaves, self.structure = pytree.tree_flatten(result)
         self.leaves = [self._live(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
-    @staticmethod
-    def _is_view(call: Call, made: set[int]) -> bool:
+    def _is_view(self, call: Call, made: set[int]) -> bool:
         """Whether the call computes nothing: it looks at memory that is there. Raises CannotReplay.
 
         made: storages that calls before it have made, to which those of this one are added.
@@ -88,6 +106,16 @@ class Replay:
             raise CannotReplay(f"{call.name} writes to what the recorded function did not make itself")
         results = tensors_in(call.result)
         sources = {_storage(tensor) for tensor in tensors_in((call.args, call.kwargs))}
+        if call.name == HOLDER:
+            self.held_storages |= {_storage(tensor) for tensor in results}
+            if self.held_storages & (made | sources):
+                raise CannotReplay("a holder gives what it was given")
+            return False
+        if call.name == HELD:
+            if sources & {_storage(tensor) for tensor in results}:
+                raise CannotReplay("it returns what is held")
+        elif sources & (self.held_storages | self.free.keys()):
+            raise CannotReplay(f"{call.name} reads what has another size in each call")
         if results and all(_storage(tensor) in sources for tensor in results):
             return not written_by(call)
         made |= {_storage(tensor) for tensor in results}
@@ -98,12 +126,16 @@ class Replay:
     # ---- memory
     def _place(self, groups: list[list[Call]], inputs: tuple[torch.Tensor, ...], result: Any) -> None:
         """Give what the calls make a place in one arena, which is free again after the last group that reads it."""
-        self.inputs = {_storage(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs}
+        fixed = {number: x for number, x in enumerate(inputs) if number not in self.free.values()}
+        self.inputs = {_storage(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in fixed.values()}
+        self.numbers = list(fixed)
         #: Where each input began in its storage, of which it may be a part.
-        self.offsets = {_storage(x): x.storage_offset() for x in inputs}
-        if len(self.inputs) != len(inputs):
+        self.offsets = {_storage(x): x.storage_offset() for x in fixed.values()}
+        if len(self.inputs) != len(fixed):
             raise CannotReplay("two inputs share memory")
-        if any(stride == 0 and size > 1 for x in inputs for size, stride in zip(x.shape, x.stride(), strict=True)):
+        if any(
+            stride == 0 and size > 1 for x in fixed.values() for size, stride in zip(x.shape, x.stride(), strict=True)
+        ):
             raise CannotReplay("an input is expanded")
         born: dict[int, int] = {}
         dies: dict[int, int] = {}
@@ -114,13 +146,13 @@ class Replay:
                 key = _storage(tensor)
                 if key in born:
                     dies[key] = number
-                elif key not in self.inputs:
+                elif key not in self.inputs and key not in self.held_storages and key not in self.free:
                     # A view, as of a transposed weight, is made anew in each call; what it looks at stays.
                     owner = tensor._base if tensor._is_view() and tensor._base is not None else tensor
                     constants[id(owner)] = owner
             for tensor in tensors_in(call.result):
                 key = _storage(tensor)
-                if key not in self.inputs:
+                if key not in self.inputs and key not in self.held_storages:
                     born.setdefault(key, number)
                     dies.setdefault(key, number)
                     size[key] = tensor.untyped_storage().nbytes()
@@ -164,7 +196,9 @@ class Replay:
                     if len(group) > 1 and self._lower_group(plan, [call]):
                         continue
                     plan.forget([*tensors_in(call.result), *written_by(call)])
-                    self.parts.append(_Part([[call]], [], self._python_step(call)))
+                    apart = call.name in (HOLDER, HELD)
+                    function = self._step_with_holder(call) if apart else self._python_step(call)
+                    self.parts.append(_Part([[call]], [], function))
                     self.python_steps.append(call.name)
                     read |= {_storage(tensor) for tensor in tensors_in((call.args, call.kwargs))}
         scratch = sorted(plan.scratch, key=lambda each: each.born)
@@ -181,11 +215,23 @@ class Replay:
                 for copy, step in zip(copies, part.steps, strict=True):
                     copy.described = step.described
                 part.steps = copies
-        self.copied = [number for number, key in enumerate(self.inputs) if key in read]
+        #: Inputs that functions of Python read, and where.
+        self.copied = [
+            (place, number)
+            for number, (key, place) in zip(self.numbers, self.inputs.items(), strict=True)
+            if key in read
+        ]
         self.patches = self._find_inputs()
 
     def _lower_group(self, plan: Lowering, group: list[Call]) -> bool:
         """Add the steps of calls that are lowered together; False, having added none, where one has no C kernel."""
+        if len(group) > 1 and (norm := read_rms_norm(group)) is not None:
+            plan.forget(tensors_in([call.result for call in group]))
+            try:
+                self._add_steps(lower_rms_norm(plan, norm), len(group))
+            except NotNative:
+                return False
+            return True
         if any(call.name not in NATIVE for call in group):
             return False
         made: list[tuple[Description, list[Call]]] = []
@@ -203,35 +249,87 @@ class Replay:
             made[-1][1].append(call)
         if absorbed is not None and plan.is_read_later(absorbed.result):
             made[-1][1].append(absorbed)
-        self.native_steps += len(group)
+        self._add_steps(made, len(group))
+        return True
+
+    def _add_steps(self, made: list[tuple[Description, list[Call]]], calls: int) -> None:
+        self.native_steps += calls
         if not self.parts or self.parts[-1].function is not None:
             self.parts.append(_Part([], []))
-        self.parts[-1].steps += [each for each, _ in made]
-        self.parts[-1].made += [calls for _, calls in made]
-        return True
+        part = self.parts[-1]
+        for step, results in made:
+            alone = one_thread_does(step)
+            if part.one_thread and alone:
+                step.independent = True  # it is the same thread
+            part.one_thread = alone and (part.one_thread or not step.independent)
+            part.steps.append(step)
+            part.made.append(results)
 
     def _python_step(self, call: Call) -> Callable[[], None]:
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._live, (call.args, call.kwargs))
-        places = [self._live(tensor) for tensor in tensors_in(call.result)]
+        places, function = [self._live(tensor) for tensor in tensors_in(call.result)], call.function
 
         def step() -> None:
-            for place, tensor in zip(places, tensors_in(call.function(*args, **kwargs)), strict=True):
+            for place, tensor in zip(places, tensors_in(function(*args, **kwargs)), strict=True):
                 if tensor.data_ptr() != place.data_ptr():  # or it was written in place
                     place.copy_(tensor)
 
         return step
 
+    def _step_with_holder(self, call: Call) -> Callable[[], None]:
+        """A call of a function that is given, or gives, what a holder holds."""
+        if tensors_in([each for each in (*call.args, *call.kwargs.values()) if not isinstance(each, torch.Tensor)]):
+            raise CannotReplay(f"{call.name} is given tensors in a container")
+        sources = [self._source(each) for each in call.args]
+        named = {name: self._source(each) for name, each in call.kwargs.items()}
+        numbers = [id(tensor) for tensor in tensors_in(call.result)]
+        places = [] if call.name == HOLDER else [self._live(tensor) for tensor in tensors_in(call.result)]
+        function = call.function
+
+        def held_step() -> None:
+            given, options = [source() for source in sources], {name: source() for name, source in named.items()}
+            for place, tensor in zip(places, _results(function(*given, **options)), strict=True):
+                place.copy_(tensor)
+
+        def step_of_holder() -> None:
+            # It may keep what it is given, whose memory is used again.
+            given = [source() for source in sources]
+            own = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
+            options = {name: source() for name, source in named.items()}
+            self.held.update(zip(numbers, _results(function(self.holder, *own, **options)), strict=True))
+
+        return step_of_holder if call.name == HOLDER else held_step
+
+    def _source(self, argument: Any) -> Callable[[], Any]:
+        """What gives, in a replay, what ``argument`` was in the recording."""
+        if not isinstance(argument, torch.Tensor):
+            return lambda: argument
+        key = _storage(argument)
+        if key in self.held_storages:
+            recorded = id(argument)
+            return lambda: self.held[recorded]
+        if key in self.free:
+            number = self.free[key]
+            if place_of(argument) != place_of(self.given[number]):
+                raise CannotReplay("it looks at a part of an input that has another size in each call")
+            return lambda: self.given[number]
+        live = self._live(argument)
+        return lambda: live
+
     def _find_inputs(self) -> list[tuple[ctypes.Structure, str, int, int]]:
         """Where steps of the C kernels have the address of an input, which need not be copied: the structure, its
         member, how far into the input, and its number.
         """
-        spans = [(x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()) for x in self.inputs.values()]
+        spans = [
+            (number, x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes())
+            for number, x in zip(self.numbers, self.inputs.values(), strict=True)
+        ]
         return [
             (structure, name, address - begin, number)
             for part in self.parts
             for step in part.steps
             for structure, name, address in pointers_of(step)
-            for number, (begin, end) in enumerate(spans)
+            for number, begin, end in spans
             if begin <= address < end
         ]
 
@@ -248,26 +346,36 @@ class Replay:
 
     def is_current(self) -> bool:
         """Whether no constant that nobody else watches was replaced or written to since the recording."""
-        return self.same.match([reference() for reference in self.constants])
+        return not self.constants or self.same.match([reference() for reference in self.constants])
 
     def _take(self, inputs: tuple[torch.Tensor, ...]) -> None:
-        own = list(self.inputs.values())
-        for number in self.copied:
-            own[number].copy_(inputs[number])
+        self.given = inputs
+        for place, number in self.copied:
+            place.copy_(inputs[number])
         for structure, name, offset, number in self.patches:
             setattr(structure, name, inputs[number].data_ptr() + offset)
 
-    def __call__(self, inputs: tuple[torch.Tensor, ...]) -> Any:
+    def __call__(self, inputs: tuple[torch.Tensor, ...], holder: Any = None) -> Any:
         """The result for ``inputs``, in tensors of its own. The caller holds ``lock``."""
         self._take(inputs)
+        self.holder = holder
         threads = torch.get_num_threads()
-        for part in self.parts:
-            if part.function is not None:
-                part.function()
-            else:
-                part.run(0, len(part.steps), threads)
+        try:
+            for part in self.parts:
+                if part.function is not None:
+                    part.function()
+                else:
+                    part.run(0, len(part.steps), threads)
+        finally:
+            self._let_go()
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        if self.structure.is_leaf():
+            return leaves[0]
         return pytree.tree_unflatten(leaves, self.structure)
+
+    def _let_go(self) -> None:
+        self.holder, self.given = None, ()
+        self.held.clear()
 
     def why_wrong(self, inputs: tuple[torch.Tensor, ...], calls: Iterable[Call]) -> str | None:
         """What differs from the recording of ``calls`` on these inputs, in words, or None.
@@ -280,6 +388,9 @@ class Replay:
         last_written = {_storage(tensor): id(call) for call in calls for tensor in written_by(call)}
         for part in self.parts:
             for number, made in enumerate(part.made):
+                if made and made[0].name == HOLDER:  # which was called, and must not be again
+                    self.held.update((id(tensor), tensor) for tensor in tensors_in(made[0].result))
+                    continue
                 if part.function is not None:
                     part.function()
                 else:
@@ -290,17 +401,24 @@ class Replay:
                         if last_written.get(_storage(tensor), id(call)) != id(call):
                             continue
                         place = self._live(tensor)
-                        if not is_near(place, tensor, call.name in ROWS):
+                        exact = part.function is None and part.steps[number].kind in _EXACT
+                        if not (is_same(place, tensor) if exact else is_near(place, tensor, call.name in ROWS)):
                             return f"a step of the replay does not give what {call.name} gave"
                         place.copy_(tensor)
                 if part.function is None and (again := requantize(part.steps[number])) is not None:
                     native.function("run_steps")(ctypes.addressof(again), 1, threads)
+        self._let_go()
         return None
 
     def forget_recording(self) -> None:
         """Let go of the calls, and so of all that they have made."""
         for part in self.parts:
             part.made = []
+
+
+def _results(result: Any) -> Sequence[torch.Tensor]:
+    """The tensors that a function gave, which gives one or a tuple of nothing else: quicker than ``tensors_in``."""
+    return result if type(result) is tuple else (result,)
 
 
 def arrange(lives: Iterable[tuple[int, int, int]]) -> tuple[list[int], int]:
@@ -321,16 +439,3 @@ def arrange(lives: Iterable[tuple[int, int, int]]) -> tuple[list[int], int]:
         begins.append(begin)
         total = max(total, end)
     return begins, total
-
-
-def is_near(found: torch.Tensor, expected: torch.Tensor, strict: bool) -> bool:
-    """Whether two results of one operator on the same inputs are equal but for rounding; strict: of float32 sums in
-    another order.
-    """
-    if not expected.is_floating_point():
-        return not expected.numel() or int((found.int() - expected.int()).abs().max()) <= 1
-    relative, absolute = (1e-4, 1e-5) if strict else (1e-2, 1e-3)
-    a, b = found.double(), expected.double()
-    finite = b[b.isfinite()]
-    size = finite.abs().max().item() if finite.numel() else 0.0
-    return torch.allclose(a, b, relative, absolute * size, True)

@@ -1,7 +1,7 @@
 """From recorded operators on rows to steps of the C kernels, as ``replay_steps`` does for images.
 
 Calls are lowered in groups: products of the same rows, which are quantised once and need not wait for each other; an
-addition and the normalisation of its result.
+addition and the normalisation of its result, which may be written in several operators (``replay_norms``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tilewright.kernels.cpu import attention, linear, native, norms, steps
-from tilewright.kernels.cpu.lowering import Lowering, NotNative, Scratch
-from tilewright.kernels.cpu.row_steps import Int4Step, Int8Step, NormStep, describe
+from tilewright.kernels.cpu.lowering import Lowering, NotNative, Scratch, place_of, storage_of
+from tilewright.kernels.cpu.replay_norms import rms_norm_at
+from tilewright.kernels.cpu.row_steps import Int4Step, Int8Step, NormStep, WeightOnlyStep, describe
 from tilewright.kernels.cpu.steps import Description
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.card import card_of
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from tilewright.kernels.cpu.recording import Call
 
 _INT8, _INT4 = "tilewright.int8_linear.default", "tilewright.int4_int8_linear.default"
+_W4A16, _W8A16 = "tilewright.int4_linear.default", "tilewright.int8_weight_only_linear.default"
+_PRODUCTS = (_INT8, _INT4, _W4A16, _W8A16)
 _NORM, _ADD = "aten.native_layer_norm.default", "aten.add.Tensor"
 #: What the router calls the implementation whose code the steps share.
 _C_KERNEL = "C kernel"
@@ -37,7 +40,14 @@ _MOST_COLUMNS = (768 << 10) // 4
 def grouped(calls: Sequence[Call]) -> list[list[Call]]:
     """The calls in order, those that are lowered together in one list."""
     groups: list[list[Call]] = []
-    for call in calls:
+    end = 0
+    for number, call in enumerate(calls):
+        if number < end:
+            continue
+        if count := rms_norm_at(calls, number):
+            groups.append(list(calls[number : number + count]))
+            end = number + count
+            continue
         last = groups[-1] if groups else []
         if last and (_same_rows(last, call) or _normalises(last, call)):
             last.append(call)
@@ -48,13 +58,13 @@ def grouped(calls: Sequence[Call]) -> list[list[Call]]:
 
 def _same_rows(last: list[Call], call: Call) -> bool:
     """Whether ``call`` multiplies the rows that those of ``last`` do, and reads nothing that they make."""
-    if call.name not in (_INT8, _INT4) or last[0].name != call.name:
+    if call.name not in _PRODUCTS or last[0].name != call.name:
         return False
     mine, theirs = (_arguments_of(each.function, each.args, each.kwargs) for each in (call, last[0]))
-    if mine.get("residual") is not None or _place(mine["x"]) != _place(theirs["x"]):
+    if mine.get("residual") is not None or place_of(mine["x"]) != place_of(theirs["x"]):
         return False
-    storages = {_storage(each.result) for each in last}
-    return _storage(mine["x"]) not in storages and _storage(call.result) not in storages
+    storages = {storage_of(each.result) for each in last}
+    return storage_of(mine["x"]) not in storages and storage_of(call.result) not in storages
 
 
 def _normalises(last: list[Call], call: Call) -> bool:
@@ -62,15 +72,7 @@ def _normalises(last: list[Call], call: Call) -> bool:
         return False
     a, b = last[0].args[:2]
     same = isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype == torch.float32
-    return same and len(last[0].args) == 2 and _place(call.args[0]) == _place(last[0].result)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    return same and len(last[0].args) == 2 and place_of(call.args[0]) == place_of(last[0].result)
 
 
 def _arguments_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _arguments_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
     return {**defaults, **dict(zip([each.name for each in declared], args, strict=False)), **kwargs}
 
 
-# ---- products of integers
+# ---- products
 def _ends(
     plan: Lowering, op: str, given: Mapping[str, Any], result: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -133,22 +135,59 @@ def _int4_int8_linear(plan: Lowering, *args: Any, result: torch.Tensor, **kwargs
     plan.kept.append(weight)
     packed, scale, zero = (None if each is None else each.data_ptr() for each in weight)
     job = Int4Step(packed=packed, scale=scale, zero=zero, group=group_size, **ends)
-    key = (_storage(given["x"]), _place(given["x"]), _INT4, group_size, _address(given["channel_scale"]))
+    key = (storage_of(given["x"]), place_of(given["x"]), _INT4, group_size, _address(given["channel_scale"]))
     made, known = [], plan.quantized.get(key)
     if known is None:
         sizes = m * native.function("int4_int8_row_bytes")(k), 4 * m * groups, 4 * m
         known = plan.quantized[key] = tuple(map(plan.reserve, sizes))
         first = Int4Step(x=rows.data_ptr(), m=m, k=k, x_stride=rows.stride(0), group=group_size)
         first.channel_scale = plan.own(given["channel_scale"])
-        _use(plan, known, first)
+        _use(plan, known, first, _INT4_SCRATCH)
         made.append(describe(steps.INT4_QUANTIZE, first))
-    _use(plan, known, job)
+    _use(plan, known, job, _INT4_SCRATCH)
     made.append(describe(steps.INT4_PRODUCT, job, independent=plan.independent and not made))
     return made
 
 
-def _use(plan: Lowering, places: Sequence[Scratch], job: Int4Step) -> None:
-    for place, name in zip(places, ("q", "q_sums", "row_scale"), strict=True):
+def _weight_only(op: str) -> Callable[..., list[Description]]:
+    """Of ``int4_linear`` or ``int8_weight_only_linear``."""
+
+    def lower(plan: Lowering, *args: Any, result: torch.Tensor, **kwargs: Any) -> list[Description]:
+        given = _arguments_of(getattr(torch.ops.tilewright, op).default, args, kwargs)
+        rows, ends = _ends(plan, op, given, result)
+        (m, k), compute = rows.shape, native.DTYPES[given["compute_dtype"] or torch.float32]
+        stored = given["weight_packed" if op == "int4_linear" else "weight"]
+        group = given.get("group_size") or k
+        packed, scale, zero = linear.packed_weight_only(stored, given["weight_scale"], given.get("weight_zero"), k)
+        plan.kept.append((packed, scale, zero))
+        weight = {
+            "packed": packed.data_ptr(),
+            "scale": scale.data_ptr(),
+            "zero": _address(zero),
+            "bits": 4 if zero is not None else 8,
+            "group": group,
+            "compute": compute,
+        }
+        job = WeightOnlyStep(**weight, **ends)
+        key = (storage_of(given["x"]), place_of(given["x"]), op, group, compute)
+        made, known = [], plan.quantized.get(key)
+        if known is None:
+            known = plan.quantized[key] = tuple(map(plan.reserve, linear.weight_only_scratch(compute, m, m, k, group)))
+            first = WeightOnlyStep(**weight, x=rows.data_ptr(), m=m, k=k, x_stride=rows.stride(0))
+            _use(plan, known, first, ("rows", "row_sums"))
+            made.append(describe(steps.WEIGHT_ONLY_CONVERT, first))
+        _use(plan, known, job, ("rows", "row_sums"))
+        made.append(describe(steps.WEIGHT_ONLY_PRODUCT, job, independent=plan.independent and not made))
+        return made
+
+    return lower
+
+
+_INT4_SCRATCH = ("q", "q_sums", "row_scale")
+
+
+def _use(plan: Lowering, places: Sequence[Scratch], job: ctypes.Structure, names: Sequence[str]) -> None:
+    for place, name in zip(places, names, strict=True):
         place.use(plan.group, job, name)
 
 
@@ -160,12 +199,12 @@ def _quantized(
     plan: Lowering, x: torch.Tensor, rows: torch.Tensor, channel_scale: torch.Tensor | None
 ) -> tuple[list[Description], tuple[Scratch, ...]]:
     """The steps that quantise ``rows``, the place of ``x``, if it is not done already; and where they are then."""
-    key = (_storage(x), _place(x), _INT8, _address(channel_scale))
+    key = (storage_of(x), place_of(x), _INT8, _address(channel_scale))
     known = plan.quantized.get(key)
     if known is not None:
         return [], known
     m, k = rows.shape
-    maker = plan.makers.get(_storage(x))
+    maker = plan.makers.get(storage_of(x))
     born = plan.group if maker is None else maker.group
     scratch_rows, row_bytes = native.function("int8_rows")(m), native.function("int8_row_bytes")(k)
     places = plan.reserve(scratch_rows * row_bytes, born), plan.reserve(4 * m, born)
@@ -174,7 +213,7 @@ def _quantized(
     if maker is not None and maker.rows.shape == rows.shape and maker.rows.data_ptr() == rows.data_ptr():
         job: ctypes.Structure = maker.job
         maker.job.channel_scale = plan.own(channel_scale)
-        del plan.makers[_storage(x)]
+        del plan.makers[storage_of(x)]
     else:
         job = Int8Step(x=rows.data_ptr(), m=m, k=k, x_stride=rows.stride(0), channel_scale=plan.own(channel_scale))
         made.append(describe(steps.INT8_QUANTIZE, job))
@@ -262,6 +301,8 @@ def _attention(
 ROWS: dict[str, Callable[..., list[Description]]] = {
     _INT8: _int8_linear,
     _INT4: _int4_int8_linear,
+    _W4A16: _weight_only("int4_linear"),
+    _W8A16: _weight_only("int8_weight_only_linear"),
     _NORM: _layer_norm,
     "step attention": _attention,
 }

@@ -11,6 +11,7 @@ from tilewright.kernels.activation import TABLE
 from tilewright.kernels.conv_geometry import check_sizes
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.lowering import Lowering, NotNative
+from tilewright.kernels.cpu.replay_elementwise import ELEMENTWISE
 from tilewright.kernels.cpu.replay_rows import ROWS
 from tilewright.kernels.cpu.steps import Description, describe, set_residual, set_window
 
@@ -156,11 +157,8 @@ def _quantized_mean(
 
 
 def _add(plan: Lowering, a: Any, b: Any, alpha: float = 1, *, result: torch.Tensor) -> list[Description]:
-    if not isinstance(b, torch.Tensor) or a.shape != b.shape or alpha != 1 or a.dtype != b.dtype:
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape or alpha != 1 or a.dtype != b.dtype or a.dim() != 4:
         raise NotNative
-    if a.dim() != 4:  # rows are images of one pixel
-        first, second, target = (plan.rows(each)[:, :, None, None] for each in (a, b, result))
-        return _combine_images(plan, conv_steps.ADD, first, second, target)
     return _combine(plan, conv_steps.ADD, a, b, result)
 
 
@@ -268,6 +266,20 @@ def _linear(
     return [description]
 
 
+def _either(
+    lower: Callable[..., list[Description]], otherwise: Callable[..., list[Description]]
+) -> Callable[..., list[Description]]:
+    """The steps that the first function makes, or the second where that has none."""
+
+    def lower_either(plan: Lowering, *args: Any, **kwargs: Any) -> list[Description]:
+        try:
+            return lower(plan, *args, **kwargs)
+        except NotNative:
+            return otherwise(plan, *args, **kwargs)
+
+    return lower_either
+
+
 #: By the name of a recorded call.
 NATIVE: dict[str, Callable[..., list[Description]]] = {
     "tilewright.conv2d_fused.default": _conv("conv2d_fused"),
@@ -280,8 +292,9 @@ NATIVE: dict[str, Callable[..., list[Description]]] = {
     "aten._adaptive_avg_pool2d.default": _pool_to_one,
     "aten.adaptive_avg_pool2d.default": _pool_to_one,
     "aten.avg_pool2d.default": _pool_to_one,
-    "aten.add.Tensor": _add,
-    "aten.mul.Tensor": _multiply,
+    **ELEMENTWISE,
+    "aten.add.Tensor": _either(_add, ELEMENTWISE["aten.add.Tensor"]),
+    "aten.mul.Tensor": _either(_multiply, ELEMENTWISE["aten.mul.Tensor"]),
     "aten.addmm.default": _addmm,
     "aten.linear.default": _linear,
     **{

@@ -1,4 +1,4 @@
-"""Steps of a network for the C kernels that work on rows: int8 products, normalisation, attention.
+"""Steps of a network for the C kernels that work on rows: products, normalisation, attention, single numbers.
 
 Each is a ``Description`` whose ``job`` points to a structure of its kernel. What is written into it are addresses: the
 caller keeps the tensors.
@@ -36,8 +36,30 @@ class Int4Step(ctypes.Structure):
     ]
 
 
+class WeightOnlyStep(ctypes.Structure):
+    """``weight_only_step`` of weight_only.c: of WEIGHT_ONLY_CONVERT and WEIGHT_ONLY_PRODUCT."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("packed", "zero", "scale", "bias")),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "y", "rows", "row_sums")),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "x_stride", "group")),
+        *((name, ctypes.c_int32) for name in ("bits", "dtype", "compute", "activation")),
+    ]
+
+
+class ElementwiseStep(ctypes.Structure):
+    """``elementwise_step`` of elementwise.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "y")),
+        *((name, ctypes.c_int64 * 4) for name in ("size", "a_stride", "b_stride", "y_stride")),
+        ("scalar", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("operation", "alone")),
+    ]
+
+
 class NormStep(ctypes.Structure):
-    """``norm_step`` of norm.c."""
+    """``norm_step`` of norm.c: of NORM and RMS_NORM."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "bias", "channel_scale")),
@@ -56,6 +78,18 @@ JOBS: dict[int, type[ctypes.Structure]] = {
     steps.NORM: NormStep,
     steps.INT4_QUANTIZE: Int4Step,
     steps.INT4_PRODUCT: Int4Step,
+    steps.WEIGHT_ONLY_CONVERT: WeightOnlyStep,
+    steps.WEIGHT_ONLY_PRODUCT: WeightOnlyStep,
+    steps.RMS_NORM: NormStep,
+    steps.ELEMENTWISE: ElementwiseStep,
+}
+#: Steps whose rows are shared among the threads, with the member that says how many rows there are.
+_BY_ROWS = {
+    steps.INT8_QUANTIZE: "m",
+    steps.INT4_QUANTIZE: "m",
+    steps.WEIGHT_ONLY_CONVERT: "m",
+    steps.NORM: "rows",
+    steps.RMS_NORM: "rows",
 }
 
 
@@ -64,6 +98,14 @@ def describe(kind: int, job: ctypes.Structure, *, independent: bool = False) -> 
     d = Description(kind=kind, job=ctypes.addressof(job), independent=independent)
     d.described = job
     return d
+
+
+def one_thread_does(description: Description) -> bool:
+    """Whether the last thread does all of the step, so that it need not wait for another such step before it."""
+    job = description.described
+    if isinstance(job, ElementwiseStep):
+        return bool(job.alone)
+    return description.kind in _BY_ROWS and getattr(job, _BY_ROWS[description.kind]) == 1
 
 
 def pointers_of(description: Description) -> list[tuple[ctypes.Structure, str, int]]:

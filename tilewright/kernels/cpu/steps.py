@@ -24,6 +24,7 @@ from tilewright.kernels.dispatch.same import TensorCache, version_of
 FLOAT32, INT8, UINT8, NONNEGATIVE = range(4)
 CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD, MARK = range(10)
 INT8_QUANTIZE, INT8_PRODUCT, ATTENTION, NORM, INT4_QUANTIZE, INT4_PRODUCT = range(10, 16)  # which row_steps describes
+WEIGHT_ONLY_CONVERT, WEIGHT_ONLY_PRODUCT, RMS_NORM, ELEMENTWISE = range(16, 20)  # likewise
 TYPES = {torch.float32: FLOAT32, torch.int8: INT8, torch.uint8: UINT8}
 #: Those that the kernels have, by their numbers in C.
 ACTIVATIONS = {row.name: row.number for row in TABLE.values() if "convolution" in row.native}

@@ -117,18 +117,28 @@ INLINE void moments_of(const float *x, int64_t columns, int halves, float *mean,
     *variance = s / (float)columns;
 }
 
-static void norm_row(const norm_step *s, int64_t row) {
+/* x + residual of one row, in `sum` or in its place; x itself where nothing is added. */
+INLINE const float *summed_row(const norm_step *s, int64_t row, float *place) {
     const float *x = s->x + row * s->x_stride;
+    if (!s->residual) return x;
+    const float *residual = s->residual + row * s->r_stride;
+    float *sum = s->sum ? s->sum + row * s->columns : place;
+    int64_t i = 0;
+    for (; i + LANES <= s->columns; i += LANES) v_store(sum + i, v_add(v_load(x + i), v_load(residual + i)));
+    for (; i < s->columns; i++) sum[i] = x[i] + residual[i];
+    return sum;
+}
+
+INLINE void quantize_normalised(const norm_step *s, int64_t row, const float *y) {
+    if (s->q)
+        quantize_for_product(y, FLOAT32, 1, s->columns, s->columns, s->channel_scale,
+                             s->q + row * int8_row_bytes(s->columns), s->scale + row);
+}
+
+static void norm_row(const norm_step *s, int64_t row) {
     const int64_t columns = s->columns;
     float *y = s->y ? s->y + row * columns : (float *)tw_scratch;
-    if (s->residual) {
-        const float *residual = s->residual + row * s->r_stride;
-        float *sum = s->sum ? s->sum + row * columns : y;
-        int64_t i = 0;
-        for (; i + LANES <= columns; i += LANES) v_store(sum + i, v_add(v_load(x + i), v_load(residual + i)));
-        for (; i < columns; i++) sum[i] = x[i] + residual[i];
-        x = sum;
-    }
+    const float *x = summed_row(s, row, y);
     float mean, variance;
     if (s->lanes == HALF)
         moments_of(x, columns, 1, &mean, &variance);
@@ -141,16 +151,82 @@ static void norm_row(const norm_step *s, int64_t row) {
         const vec weight = s->weight ? v_load_first(s->weight + i, n) : one;
         v_store_first(y + i, v_fma(v, weight, s->bias ? v_load_first(s->bias + i, n) : zero), n);
     }
-    if (s->q)
-        quantize_for_product(y, FLOAT32, 1, columns, columns, s->channel_scale, s->q + row * int8_row_bytes(columns),
-                             s->scale + row);
+    quantize_normalised(s, row, y);
+}
+
+/* ---- the root of the mean square instead of mean and variance */
+/* Of `vectors` vectors: STREAMS sums side by side, each in a cascade of LEVELS sums, of which one adds up `1 << power` of
+   those below it; what is left over goes to the first. */
+enum { STREAMS = 4, LEVELS = 4 };
+
+INLINE void add_squares(const float *x, int streams, int halves, __m256 sum[STREAMS][2]) {
+#pragma GCC unroll 4
+    for (int c = 0; c < streams; c++)
+        for (int h = 0; h < halves; h++) {
+            const __m256 value = _mm256_loadu_ps(x + (c * halves + h) * HALF);
+            sum[c][h] = _mm256_add_ps(sum[c][h], _mm256_mul_ps(value, value));
+        }
+}
+
+INLINE float sum_of_squares(const float *x, int64_t columns, int halves) {
+    const int lanes = HALF * halves;
+    const int64_t vectors = columns / lanes, size = vectors / STREAMS;
+    int power = 0;
+    while (((int64_t)1 << power) < size) power++;
+    power = power / LEVELS > 4 ? power / LEVELS : 4;
+    const int64_t step = (int64_t)1 << power;
+    __m256 sums[LEVELS][STREAMS][2];
+    memset(sums, 0, sizeof sums);
+    int64_t i = 0;
+    while (i + step <= size) {
+        for (int64_t end = i + step; i < end; i++) add_squares(x + i * STREAMS * lanes, STREAMS, halves, sums[0]);
+        for (int level = 1; level < LEVELS; level++) {
+            for (int c = 0; c < STREAMS; c++)
+                for (int h = 0; h < halves; h++) {
+                    sums[level][c][h] = _mm256_add_ps(sums[level][c][h], sums[level - 1][c][h]);
+                    sums[level - 1][c][h] = _mm256_setzero_ps();
+                }
+            if (i & (step - 1) << (level * power)) break;
+        }
+    }
+    for (; i < size; i++) add_squares(x + i * STREAMS * lanes, STREAMS, halves, sums[0]);
+    for (int level = 1; level < LEVELS; level++)
+        for (int c = 0; c < STREAMS; c++)
+            for (int h = 0; h < halves; h++) sums[0][c][h] = _mm256_add_ps(sums[0][c][h], sums[level][c][h]);
+    for (i = size * STREAMS; i < vectors; i++) add_squares(x + i * lanes, 1, halves, sums[0]);
+    for (int c = 1; c < STREAMS; c++)
+        for (int h = 0; h < halves; h++) sums[0][0][h] = _mm256_add_ps(sums[0][0][h], sums[0][c][h]);
+    float parts[2 * HALF], total = 0.0f;
+    for (int h = 0; h < halves; h++) _mm256_storeu_ps(parts + h * HALF, sums[0][0][h]);
+    for (i = vectors * lanes; i < columns; i++) total += x[i] * x[i];
+    for (int lane = 0; lane < lanes; lane++) total += parts[lane];
+    return total;
+}
+
+static void rms_row(const norm_step *s, int64_t row) {
+    const int64_t columns = s->columns;
+    float *y = s->y ? s->y + row * columns : (float *)tw_scratch;
+    const float *x = summed_row(s, row, y);
+    const float square = s->lanes == HALF ? sum_of_squares(x, columns, 1) : sum_of_squares(x, columns, 2);
+    const vec factor = v_set(1.0f / sqrtf(square / (float)columns + s->epsilon)), one = v_set(1.0f);
+    for (int64_t i = 0; i < columns; i += LANES) {
+        const int n = columns - i < LANES ? (int)(columns - i) : LANES;
+        const vec weight = s->weight ? v_load_first(s->weight + i, n) : one;
+        v_store_first(y + i, v_mul(v_mul(v_load_first(x + i, n), factor), weight), n);
+    }
+    quantize_normalised(s, row, y);
 }
 
 void ISA_NAME(tw_norm_step)(tw_step *step, int number, int threads) {
     const norm_step *s = step->job;
     int64_t begin, end;
     share_of(s->rows, number, threads, &begin, &end);
-    for (int64_t row = begin; row < end; row++) norm_row(s, row);
+    for (int64_t row = begin; row < end; row++) {
+        if (step->kind == RMS_NORM)
+            rms_row(s, row);
+        else
+            norm_row(s, row);
+    }
 }
 
 #else

@@ -14,6 +14,9 @@ void JOIN(tw_attention_step, TILEWRIGHT_ISA)(tw_step *step, int number, int thre
 void JOIN(tw_norm_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 void JOIN(tw_int4_quantize_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 void JOIN(tw_int4_product_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
+void JOIN(tw_weight_only_convert_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
+void JOIN(tw_weight_only_product_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
+void JOIN(tw_elementwise_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 
 static void run_step(tw_step *step, int number, int threads) {
 #if defined(__AVX2__) && defined(__FMA__)
@@ -31,9 +34,13 @@ static void run_step(tw_step *step, int number, int threads) {
         case INT8_QUANTIZE: JOIN(tw_int8_quantize_step, TILEWRIGHT_ISA)(step, number, threads); return;
         case INT8_PRODUCT: JOIN(tw_int8_product_step, TILEWRIGHT_ISA)(step, number, threads); return;
         case ATTENTION: JOIN(tw_attention_step, TILEWRIGHT_ISA)(step, number, threads); return;
-        case NORM: JOIN(tw_norm_step, TILEWRIGHT_ISA)(step, number, threads); return;
+        case NORM:
+        case RMS_NORM: JOIN(tw_norm_step, TILEWRIGHT_ISA)(step, number, threads); return;
         case INT4_QUANTIZE: JOIN(tw_int4_quantize_step, TILEWRIGHT_ISA)(step, number, threads); return;
         case INT4_PRODUCT: JOIN(tw_int4_product_step, TILEWRIGHT_ISA)(step, number, threads); return;
+        case WEIGHT_ONLY_CONVERT: JOIN(tw_weight_only_convert_step, TILEWRIGHT_ISA)(step, number, threads); return;
+        case WEIGHT_ONLY_PRODUCT: JOIN(tw_weight_only_product_step, TILEWRIGHT_ISA)(step, number, threads); return;
+        case ELEMENTWISE: JOIN(tw_elementwise_step, TILEWRIGHT_ISA)(step, number, threads); return;
         default: JOIN(tw_simple_step, TILEWRIGHT_ISA)(step, number, threads);
     }
 #else

@@ -10,7 +10,8 @@
 #include "parallel.h"
 
 enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGRAD, MARK, INT8_QUANTIZE, INT8_PRODUCT,
-       ATTENTION, NORM, INT4_QUANTIZE, INT4_PRODUCT };
+       ATTENTION, NORM, INT4_QUANTIZE, INT4_PRODUCT, WEIGHT_ONLY_CONVERT, WEIGHT_ONLY_PRODUCT, RMS_NORM,
+       ELEMENTWISE };
 
 /* kernels/cpu/steps.py holds the same structure. Steps of networks of images are described by what stands here (conv.h);
    those of transformers by a structure of their kernel, `job`. Strides count elements from one pixel to the next. */

@@ -16,6 +16,7 @@
 #include "epilogue.h"
 #include "nibbles.h"
 #include "parallel.h"
+#include "program.h"
 
 /* ROW_GROUP: rows for which a segment of a panel is widened once; their sums stay in the first-level cache. FEW_ROWS: so
    many are multiplied without tiles. */
@@ -300,4 +301,80 @@ EXPORT int ISA_NAME(tw_weight_only_linear)(int bits, const uint8_t *packed, cons
                      rows, row_sums, block, &units};
     tw_parallel(bits == 4 ? part4_float : part8_float, &job, threads);
     return 0;
+}
+
+/* A linear layer as steps of a program: WEIGHT_ONLY_CONVERT writes rows and row_sums, WEIGHT_ONLY_PRODUCT reads them.
+   kernels/cpu/row_steps.py holds the same structure. The members are the arguments of tw_weight_only_linear; all of x,
+   rows and row_sums is there. */
+typedef struct {
+    const uint8_t *packed, *zero;
+    const float *scale, *bias;
+    const void *x, *residual;
+    void *y, *rows;
+    float *row_sums;
+    int64_t m, n, k, x_stride, group;
+    int32_t bits, dtype, compute, activation;
+} weight_only_step;
+
+#define JOB_OF_STEP(type)                                                                                              \
+    (type){s->packed, s->scale, s->zero, s->n, s->k, words, group_words, divide_up(words, group_words), s->x, s->dtype, \
+           s->compute, s->m, s->x_stride, {s->bias, s->residual, s->activation, s->y, s->dtype, s->n}, s->rows,        \
+           s->row_sums, s->m, &step->units}
+
+#if defined(__AMX_BF16__)
+static job_tiles tiles_of_step(tw_step *step) {
+    const weight_only_step *s = step->job;
+    const int64_t words = divide_up(s->k, 8), group = s->group < s->k ? s->group : words * 8;
+    return (job_tiles){s->packed, s->scale, s->zero, s->k, words, group, divide_up(words * 8, group), s->x, s->dtype,
+                       s->compute, s->m, s->x_stride, {s->bias, s->residual, s->activation, s->y, s->dtype, s->n}, s->rows,
+                       s->m, &step->units};
+}
+#endif
+
+void ISA_NAME(tw_weight_only_convert_step)(tw_step *step, int number, int threads) {
+    const weight_only_step *s = step->job;
+    const int64_t words = divide_up(s->k, 8), group_words = s->group < s->k ? s->group / 8 : words;
+    int64_t begin, end;
+    share_of(s->m, number, threads, &begin, &end);
+#if defined(__AMX_BF16__)
+    if (takes_tiles(s->m, s->k, s->group)) {
+        static void (*const splits[3])(const job_tiles *, int64_t, int64_t) = {split1, split2, split3};
+        const job_tiles job = tiles_of_step(step);
+        splits[terms_of(s->compute) - 1](&job, begin, end);
+        return;
+    }
+#endif
+#if defined(__AVX512BF16__)
+    if (s->compute == BFLOAT16) {
+        const job_pairs job = JOB_OF_STEP(job_pairs);
+        convert_rows_pairs(&job, 0, s->m, begin, end);
+        return;
+    }
+#endif
+    const job_float job = JOB_OF_STEP(job_float);
+    convert_rows_float(&job, 0, s->m, begin, end);
+}
+
+void ISA_NAME(tw_weight_only_product_step)(tw_step *step, int number, int threads) {
+    const weight_only_step *s = step->job;
+    const int64_t words = divide_up(s->k, 8), group_words = s->group < s->k ? s->group / 8 : words;
+    (void)number;
+#if defined(__AMX_BF16__)
+    if (takes_tiles(s->m, s->k, s->group)) {
+        static void (*const products[2][3])(const job_tiles *) = {{step4_tiles1, step4_tiles2, step4_tiles3},
+                                                                  {step8_tiles1, step8_tiles2, step8_tiles3}};
+        const job_tiles job = tiles_of_step(step);
+        products[s->bits == 8][terms_of(s->compute) - 1](&job);
+        return;
+    }
+#endif
+#if defined(__AVX512BF16__)
+    if (s->compute == BFLOAT16) {
+        const job_pairs job = JOB_OF_STEP(job_pairs);
+        (s->bits == 4 ? take4_pairs : take8_pairs)(&job, threads);
+        return;
+    }
+#endif
+    const job_float job = JOB_OF_STEP(job_float);
+    (s->bits == 4 ? take4_float : take8_float)(&job, threads);
 }

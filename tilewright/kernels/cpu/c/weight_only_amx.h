@@ -187,10 +187,19 @@ INLINE void multiply_rows_by_half(int bits, int terms, const job_tiles *job, int
     finish_floats(&job->out, sums[0], HALF, NULL, first_row + row, (int)rows, panel * PANEL + offset);
 }
 
+/* The half panels that this thread takes of the split rows, `rows` of them, the first of which is number `first`. */
+INLINE void take_tiles(int bits, int terms, const job_tiles *job, int64_t first, int64_t rows, int64_t round) {
+    const int64_t halves = divide_up(job->out.n, HALF), row_groups = divide_up(rows, GROUP_ROWS), units = halves * row_groups;
+    for (int64_t unit = tw_take(job->units, round, 1); unit < units; unit = tw_take(job->units, round, 1)) {
+        const int64_t row = unit % row_groups * GROUP_ROWS, left = rows - row, half = unit / row_groups;
+        multiply_rows_by_half(bits, terms, job, first, row, left < GROUP_ROWS ? left : GROUP_ROWS, half / 2,
+                              (int)(half % 2) * HALF);
+    }
+}
+
 INLINE void part_tiles(int bits, int terms, const job_tiles *job) {
     int number, threads;
     tw_team(&number, &threads);
-    const int64_t halves = divide_up(job->out.n, HALF);
     amx_begin();
     for (int64_t first = 0, round = 0; first < job->m; first += job->block, round++) {
         const int64_t rows = job->m - first < job->block ? job->m - first : job->block;
@@ -199,23 +208,32 @@ INLINE void part_tiles(int bits, int terms, const job_tiles *job) {
         if (!number) tw_refill(job->units, round);
         split_rows(terms, job, first, begin, end);
         tw_barrier();
-        const int64_t row_groups = divide_up(rows, GROUP_ROWS), units = halves * row_groups;
-        for (int64_t unit = tw_take(job->units, round, 1); unit < units; unit = tw_take(job->units, round, 1)) {
-            const int64_t row = unit % row_groups * GROUP_ROWS, left = rows - row, half = unit / row_groups;
-            multiply_rows_by_half(bits, terms, job, first, row, left < GROUP_ROWS ? left : GROUP_ROWS, half / 2,
-                                  (int)(half % 2) * HALF);
-        }
+        take_tiles(bits, terms, job, first, rows, round);
         if (first + job->block < job->m) tw_barrier(); /* the next block overwrites the rows */
     }
     amx_end();
 }
 
+/* Of all rows, as a step of a program. */
+INLINE void step_tiles(int bits, int terms, const job_tiles *job) {
+    amx_begin();
+    take_tiles(bits, terms, job, 0, job->m, 0);
+    amx_end();
+}
+
 #define DEFINE_PART(bits, terms)                                                                                       \
-    static void part##bits##_tiles##terms(void *job) { part_tiles(bits, terms, job); }
+    static void part##bits##_tiles##terms(void *job) { part_tiles(bits, terms, job); }                                 \
+    static void step##bits##_tiles##terms(const job_tiles *job) { step_tiles(bits, terms, job); }
+#define DEFINE_SPLIT(terms)                                                                                            \
+    static void split##terms(const job_tiles *job, int64_t begin, int64_t end) { split_rows(terms, job, 0, begin, end); }
 DEFINE_PART(4, 1)
 DEFINE_PART(4, 2)
 DEFINE_PART(4, 3)
 DEFINE_PART(8, 1)
 DEFINE_PART(8, 2)
 DEFINE_PART(8, 3)
+DEFINE_SPLIT(1)
+DEFINE_SPLIT(2)
+DEFINE_SPLIT(3)
 #undef DEFINE_PART
+#undef DEFINE_SPLIT

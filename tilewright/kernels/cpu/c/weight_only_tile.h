@@ -165,40 +165,53 @@ INLINE void NAME(pair)(int bits, const NAME(job) *job, int64_t row, int64_t pane
 }
 #endif
 
-INLINE void NAME(part)(int bits, const NAME(job) *job) {
+/* The panels that this thread takes of the converted rows, `rows` of them, the first of which is number `first`. */
+INLINE void NAME(take)(int bits, const NAME(job) *job, int64_t first, int64_t rows, int64_t round, int threads) {
     const int64_t panels = divide_up(job->out.n, PANEL);
+    const int height = rows < TALL_ROWS ? (int)rows : TALL_ROWS;
+#if PAIRS_PANELS
+    if (rows == 1) {
+        for (int64_t panel = tw_take(job->units, round, 2); panel < panels; panel = tw_take(job->units, round, 2))
+            if (panel + 1 < panels)
+                NAME(pair)(bits, job, first, panel);
+            else
+                NAME(unit)(bits, job, height, first, 0, 1, panel);
+        return;
+    }
+#endif
+    const int64_t row_groups = divide_up(rows, ROW_GROUP), units = panels * row_groups;
+    const int64_t step = panels >= 8 * threads ? row_groups : 1; /* a panel stays in the cache of one core */
+    for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
+        for (int64_t unit = taken; unit < taken + step; unit++) {
+            const int64_t row = unit % row_groups * ROW_GROUP;
+            NAME(unit)(bits, job, height, first, row, row + ROW_GROUP < rows ? row + ROW_GROUP : rows,
+                       unit / row_groups);
+        }
+}
+
+/* Rows `begin` to `end` of those that begin at `first`, `rows` of which are converted at a time. */
+static void NAME(convert_rows)(const NAME(job) *job, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+    const int height = rows < TALL_ROWS ? (int)rows : TALL_ROWS;
+    for (int64_t row = begin; row < end; row++) NAME(convert)(job, first + row, row, height);
+}
+
+INLINE void NAME(part)(int bits, const NAME(job) *job) {
     int number, threads;
     tw_team(&number, &threads);
     for (int64_t first = 0, round = 0; first < job->m; first += job->block, round++) {
         int64_t rows = job->m - first < job->block ? job->m - first : job->block, begin, end;
-        const int height = rows < TALL_ROWS ? (int)rows : TALL_ROWS;
         tw_share(rows, &begin, &end);
-        for (int64_t row = begin; row < end; row++) NAME(convert)(job, first + row, row, height);
+        NAME(convert_rows)(job, first, rows, begin, end);
         if (!number) tw_refill(job->units, round);
         tw_barrier();
-        const int64_t row_groups = divide_up(rows, ROW_GROUP), units = panels * row_groups;
-#if PAIRS_PANELS
-        if (rows == 1) {
-            for (int64_t panel = tw_take(job->units, round, 2); panel < panels; panel = tw_take(job->units, round, 2))
-                if (panel + 1 < panels)
-                    NAME(pair)(bits, job, first, panel);
-                else
-                    NAME(unit)(bits, job, height, first, 0, 1, panel);
-            continue; /* the block was the last one */
-        }
-#endif
-        const int64_t step = panels >= 8 * threads ? row_groups : 1; /* a panel stays in the cache of one core */
-        for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
-            for (int64_t unit = taken; unit < taken + step; unit++) {
-                const int64_t row = unit % row_groups * ROW_GROUP;
-                NAME(unit)(bits, job, height, first, row, row + ROW_GROUP < rows ? row + ROW_GROUP : rows,
-                           unit / row_groups);
-            }
+        NAME(take)(bits, job, first, rows, round, threads);
         if (first + job->block < job->m) tw_barrier(); /* the next block overwrites the rows */
     }
 }
 
 static void NAME(part4)(void *job) { NAME(part)(4, job); }
 static void NAME(part8)(void *job) { NAME(part)(8, job); }
+static void NAME(take4)(const NAME(job) *job, int threads) { NAME(take)(4, job, 0, job->m, 0, threads); }
+static void NAME(take8)(const NAME(job) *job, int threads) { NAME(take)(8, job, 0, job->m, 0, threads); }
 
 #undef NARROW
