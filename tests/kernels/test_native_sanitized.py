@@ -76,6 +76,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
         "test_decoder_steps.py",
         "test_conv_cpu.py",
         "test_conv_winograd.py",
+        "test_conv_tiles.py",
     ],
 )
 def test_sanitized(library: str, file: str):

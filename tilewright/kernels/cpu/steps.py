@@ -34,6 +34,8 @@ MOST_WINDOWS, MOST_GATHERED_BYTES, MOST_PIXEL_BYTES, MOST_TAPS = 4096, 64 << 10,
 FEW_CHANNELS = 8
 #: Sums of products of int8 values must stay below 2^31.
 LARGEST_DEPTH = 66_000
+#: int8 values in a row of a tile of weights; see conv_int8_amx.h.
+TILE_DEPTH = 64
 
 
 #: stride, padding (top, bottom, left, right), dilation, groups
@@ -96,7 +98,19 @@ class Description(ctypes.Structure):
         ("marks_count", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
-            for name in ("x", "weight", "residual", "y", "scale", "bias", "compensation", "outside", "plain", "marks")
+            for name in (
+                "x",
+                "weight",
+                "residual",
+                "y",
+                "scale",
+                "bias",
+                "compensation",
+                "signed_compensation",
+                "outside",
+                "plain",
+                "marks",
+            )
         ),
         *((name, ctypes.c_float) for name in ("slope", "x_scale", "r_scale", "y_scale")),
         *((name, ctypes.c_float) for name in ("x_zero", "r_zero", "y_zero")),
@@ -173,7 +187,9 @@ def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
     integer, taps = weight.dtype == torch.int8, height * width
     total = weight.sum((1, 2, 3), dtype=torch.int32) if integer else None
     if groups > 1 and groups == out_channels and channels == 1:
-        packed_taps = _pack_depthwise(weight.reshape(out_channels, taps))
+        if integer and (height, width) == (3, 3):  # column by column, each with a fourth tap of zeros
+            weight = F.pad(weight.transpose(1, 2), (0, 0, 0, 1))
+        packed_taps = _pack_depthwise(weight.reshape(out_channels, -1))
         return PackedWeight(packed_taps, None if total is None else padded_vector(total, 1), DEPTHWISE, False)
     step = 4 if integer else 1
     depth, group_out = taps * channels, out_channels // groups
@@ -188,6 +204,8 @@ def pack_weight(weight: torch.Tensor, groups: int) -> PackedWeight:
             # [channels, depth] -> [depth / step, channels, step]
             blocks.append(block.reshape(wide * lanes(), -1, step).transpose(0, 1).reshape(-1))
             first += wide
+    # Tiles are read as a whole, those at the end of a window whose depth is no multiple of theirs too.
+    blocks.append(rows.new_zeros(TILE_DEPTH // step * 3 * lanes() * step if integer else 0))
     sums = None if total is None else padded_vector(total, groups)
     return PackedWeight(torch.cat(blocks), sums, CONV, gathers(channels, taps, integer))
 
@@ -322,6 +340,9 @@ def describe_conv(x: torch.Tensor, y: torch.Tensor, weight: PackedWeight, convol
         else:
             kept.append(weight.sums * -(128 + zero))
             d.compensation = kept[-1].data_ptr()
+            if zero:
+                kept.append(weight.sums * -zero)
+                d.signed_compensation = kept[-1].data_ptr()
         kept.append(padding_pixel(x.dtype, zero, x.shape[1]))
         d.outside = kept[-1].data_ptr()
     if convolution.out_scale is not None:

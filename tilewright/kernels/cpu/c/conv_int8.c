@@ -21,7 +21,6 @@ INLINE vector i_load_first(const void *p, int64_t n) {
 INLINE vector i_add(vector a, vector b) { return _mm512_add_epi32(a, b); }
 INLINE vector i_xor(vector a, vector b) { return _mm512_xor_si512(a, b); }
 INLINE vector i_set_bytes(char value) { return _mm512_set1_epi8(value); }
-INLINE vector i_set(int32_t value) { return _mm512_set1_epi32(value); }
 INLINE vec i_to_float(vector v) { return _mm512_cvtepi32_ps(v); }
 #define I_UNPACK(half, bits, a, b) _mm512_unpack##half##_epi##bits(a, b)
 #else
@@ -40,10 +39,12 @@ INLINE vector i_load_first(const void *p, int64_t n) {
 INLINE vector i_add(vector a, vector b) { return _mm256_add_epi32(a, b); }
 INLINE vector i_xor(vector a, vector b) { return _mm256_xor_si256(a, b); }
 INLINE vector i_set_bytes(char value) { return _mm256_set1_epi8(value); }
-INLINE vector i_set(int32_t value) { return _mm256_set1_epi32(value); }
 INLINE vec i_to_float(vector v) { return _mm256_cvtepi32_ps(v); }
 #define I_UNPACK(half, bits, a, b) _mm256_unpack##half##_epi##bits(a, b)
 #endif
+
+/* How far ahead weights are asked for: those of the next block of channels may lie in memory still. */
+#define PREFETCH_BYTES 8192
 
 static inline int most_rows(int vectors) { return vectors == 3 ? MOST_ROWS_OF_THREE : MOST_ROWS; }
 static void tile(const tw_step *s, int valid, int vectors, const element *const *pointers, int64_t windows,
@@ -51,33 +52,52 @@ static void tile(const tw_step *s, int valid, int vectors, const element *const 
 
 static inline vector flip_of(const tw_step *s) { return i_set_bytes(s->x_type == INT8 ? -128 : 0); }
 
+/* Windows are copied before they are multiplied: to 16 bits, or with their top bit flipped, which would be done for each
+   vector of output channels otherwise and take half as long as the products. */
+#define COPY_WINDOWS
 #if WIDEN_INTEGERS
-/* Room for widened pixels, half of a small second-level cache; one of the deepest fits. */
-#define WIDE_BYTES (192 << 10)
+enum { COPIED_BYTES = 192 << 10, ELEMENT_BYTES = 2 }; /* half of a small second-level cache; one of the deepest fits */
+static inline int copies_windows(const tw_step *s) { return s != NULL; }
+#else
+enum { COPIED_BYTES = 400 << 10, ELEMENT_BYTES = 1 };
+static inline int copies_windows(const tw_step *s) { return s->x_type == INT8; }
+#endif
 
-/* Pixels whose windows are widened together. */
+/* Pixels whose windows are copied together. */
 static int64_t most_pixels(int64_t depth) {
-    const int64_t most = WIDE_BYTES / (2 * depth);
+    const int64_t most = COPIED_BYTES / (ELEMENT_BYTES * depth);
     return most < 1 ? 1 : most;
 }
 
-/* Writes the windows of `count` pixels side by side, in 16 bits, and puts into `pointers`, instead of those to its windows,
-   one for each pixel. */
-static void widen_windows(const tw_step *s, const element **pointers, int64_t count, int64_t windows, int64_t length) {
+/* Copies the windows of `count` pixels side by side, and puts into `pointers`, instead of those to its windows, one for each
+   pixel. */
+static void copy_windows(const tw_step *s, const element **pointers, int64_t count, int64_t windows, int64_t length) {
+#if WIDEN_INTEGERS
     const int flip = s->x_type == INT8 ? 128 : 0;
-    int16_t *to = (int16_t *)tw_scratch;
+#else
+    const vector flip = flip_of(s);
+#endif
+    int8_t *to = (int8_t *)tw_scratch;
     for (int64_t i = 0; i < count; i++) {
-        const element *row = (const element *)to;
-        for (int64_t w = 0; w < windows; w++, to += length)
-            widen_activations((const uint8_t *)pointers[i * windows + w], length, flip, to);
+        const element *row = to;
+        for (int64_t w = 0; w < windows; w++, to += ELEMENT_BYTES * length) {
+            const element *x = pointers[i * windows + w];
+#if WIDEN_INTEGERS
+            widen_activations((const uint8_t *)x, length, flip, (int16_t *)to);
+#else
+            /* What is written behind a window is overwritten by the next. */
+            for (int64_t k = 0; k < length; k += 4 * LANES)
+                vector_store((int32_t *)(to + k), i_xor(i_load_first(x + k, length - k), flip));
+#endif
+        }
         pointers[i] = row;
     }
 }
 
-/* One window, widened. `flip` is in it. */
+#if WIDEN_INTEGERS
+/* One window, widened. */
 INLINE void add_window(const int rows, const int vectors, const element *const *x, int64_t length, const element *weight,
-                       vector flip, vector sum[MOST_ROWS][3]) {
-    (void)flip;
+                       vector sum[MOST_ROWS][3]) {
     for (int64_t k = 0; k < length; k += 4, weight += vectors * LANES * 4)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
@@ -97,16 +117,17 @@ INLINE void add_window(const int rows, const int vectors, const element *const *
 }
 #else
 INLINE void add_window(const int rows, const int vectors, const element *const *x, int64_t length, const element *weight,
-                       vector flip, vector sum[MOST_ROWS][3]) {
+                       vector sum[MOST_ROWS][3]) {
     for (int64_t k = 0; k < length; k += 4, weight += vectors * LANES * 4) {
         weights b[3];
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) b[v] = load_weights(weight + v * LANES * 4);
+        for (int v = 0; v < vectors; v++) {
+            b[v] = load_weights(weight + v * LANES * 4);
+            __builtin_prefetch(weight + v * LANES * 4 + PREFETCH_BYTES);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < rows; m++) {
-            int32_t four;
-            memcpy(&four, x[m] + k, 4);
-            const activations a = as_activations(i_xor(i_set(four), flip));
+            const activations a = broadcast_activations((const uint8_t *)x[m] + k);
 #pragma GCC unroll 3
             for (int v = 0; v < vectors; v++) sum[m][v] = dot4(sum[m][v], a, b[v]);
         }
@@ -116,7 +137,7 @@ INLINE void add_window(const int rows, const int vectors, const element *const *
 #include "conv_tile.h"
 
 INLINE void tile_of(const int rows, const int vectors, int valid, const element *const *pointers, int64_t windows,
-                    int64_t length, const element *weight, vector flip, const int32_t *start, int32_t *out) {
+                    int64_t length, const element *weight, const int32_t *start, int32_t *out) {
     vector sum[MOST_ROWS][3]; /* no array of variable length: the compiler would keep it in memory */
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; v++) {
@@ -128,7 +149,7 @@ INLINE void tile_of(const int rows, const int vectors, int valid, const element 
         const int8_t *x[MOST_ROWS];
 #pragma GCC unroll 16
         for (int m = 0; m < rows; m++) x[m] = pointers[(m < valid ? m : valid - 1) * windows + w];
-        add_window(rows, vectors, x, length, weight, flip, sum);
+        add_window(rows, vectors, x, length, weight, sum);
         weight += length * vectors * LANES;
     }
 #pragma GCC unroll 16
@@ -137,37 +158,76 @@ INLINE void tile_of(const int rows, const int vectors, int valid, const element 
         for (int v = 0; v < vectors; v++) vector_store(out + (m * vectors + v) * LANES, sum[m][v]);
 }
 
+INLINE vec scaled(const int32_t *sums, vec scale, vec bias) { return v_add(v_mul(i_to_float(i_load(sums)), scale), bias); }
+
+#ifdef __AVX512F__
+/* Of pixels with two whole vectors of an int8 result, two pixels at once. `stride`: sums from one pixel to the next. */
+INLINE void finish_two_vectors(const int epilogue, const bounds *limits, const tw_step *s, int valid, const int32_t *sums,
+                               int64_t stride, const float *scale, const float *bias, int64_t pixel, int64_t channel) {
+    const vec scale0 = v_load(scale), scale1 = v_load(scale + LANES), bias0 = v_load(bias), bias1 = v_load(bias + LANES);
+    for (int m = 0; m < valid; m += 2) {
+        const int other = m + 1 < valid ? m + 1 : m;
+        const int32_t *first = sums + m * stride, *second = sums + other * stride;
+        vec v[4] = {scaled(first, scale0, bias0), scaled(first + LANES, scale1, bias1), scaled(second, scale0, bias0),
+                    scaled(second + LANES, scale1, bias1)};
+        finish_pairs(epilogue, limits, s, v, pixel + m, pixel + other, channel);
+    }
+}
+#endif
+
 /* Rolled loops: unrolled into every tile, the epilogue would be most of the code. */
 static void finish_tile(const tw_step *s, int valid, int vectors, const int32_t *sums, int64_t pixel, int64_t group,
                         int64_t begin) {
     const int64_t group_out = s->out_channels / s->groups, all = (group_out + LANES - 1) / LANES;
     const bounds limits = bounds_of(s);
+    const int epilogue = epilogue_of(s);
     for (int v = 0; v < vectors; v++, sums += LANES) {
         const int64_t at = (begin + v) * LANES, left = group_out - at, channel = group * group_out + at;
-        const vec scale = v_load(s->scale + group * all * LANES + at), bias = v_load(s->bias + group * all * LANES + at);
-        if (left < LANES) {
-            for (int m = 0; m < valid; m++) {
-                const vec sum = i_to_float(i_load(sums + m * vectors * LANES));
-                finish(s, v_add(v_mul(sum, scale), bias), pixel + m, channel, (int)left);
-            }
+        const float *scale_at = s->scale + group * all * LANES + at, *bias_at = s->bias + group * all * LANES + at;
+#ifdef __AVX512F__
+        const int64_t stride = vectors * LANES;
+        if (v + 1 < vectors && left >= 2 * LANES && (epilogue == TO_INT8 || epilogue == ADD_TO_INT8)) {
+            if (epilogue == TO_INT8)
+                finish_two_vectors(TO_INT8, &limits, s, valid, sums, stride, scale_at, bias_at, pixel, channel);
+            else
+                finish_two_vectors(ADD_TO_INT8, &limits, s, valid, sums, stride, scale_at, bias_at, pixel, channel);
+            v++, sums += LANES;
             continue;
         }
-        WITH_EPILOGUE(epilogue_of(s), {
-            for (int m = 0; m < valid; m++) {
-                const vec sum = i_to_float(i_load(sums + m * vectors * LANES));
-                finish_as(EPILOGUE, &limits, s, v_add(v_mul(sum, scale), bias), pixel + m, channel);
-            }
+#endif
+        const vec scale = v_load(scale_at), bias = v_load(bias_at);
+        if (left < LANES) {
+            for (int m = 0; m < valid; m++)
+                finish(s, scaled(sums + m * vectors * LANES, scale, bias), pixel + m, channel, (int)left);
+            continue;
+        }
+        WITH_EPILOGUE(epilogue, {
+            for (int m = 0; m < valid; m++)
+                finish_as(EPILOGUE, &limits, s, scaled(sums + m * vectors * LANES, scale, bias), pixel + m, channel);
         })
+    }
+}
+
+/* A tile reads and writes a few lines of each of its pixels, which no prefetcher of a processor foresees. Asked for before
+   the sums, they are there after them. */
+static void prefetch_results(const tw_step *s, int64_t valid, int64_t pixel, int64_t channel) {
+    if (s->y_type != FLOAT32) {
+        const char *y = (const char *)s->y + pixel * s->y_stride + channel;
+        for (int64_t m = 0; m < valid; m++) __builtin_prefetch(y + m * s->y_stride, 1);
+    }
+    if (s->residual && s->r_type != FLOAT32) {
+        const char *residual = (const char *)s->residual + pixel * s->r_stride + channel;
+        for (int64_t m = 0; m < valid; m++) __builtin_prefetch(residual + m * s->r_stride);
     }
 }
 
 #define TILE(rows, vectors)                                                                                            \
     static void __attribute__((noinline)) tile_##rows##_##vectors(                                                     \
-        int valid, const element *const *pointers, int64_t windows, int64_t length, const element *weight, vector flip, const int32_t *start, \
+        int valid, const element *const *pointers, int64_t windows, int64_t length, const element *weight, const int32_t *start, \
         int32_t *out) { \
-        tile_of(rows, vectors, valid, pointers, windows, length, weight, flip, start, out); \
+        tile_of(rows, vectors, valid, pointers, windows, length, weight, start, out); \
     }
-#define CALL(rows, vectors) tile_##rows##_##vectors(valid, pointers, windows, length, weight, flip, start, out)
+#define CALL(rows, vectors) tile_##rows##_##vectors(valid, pointers, windows, length, weight, start, out)
 TILE(1, 1)
 TILE(1, 2)
 TILE(2, 2)
@@ -202,7 +262,7 @@ static void tile(const tw_step *s, int valid, int vectors, const element *const 
     _Alignas(64) int32_t out[MOST_ROWS * 3 * LANES];
     const int64_t all = (s->out_channels / s->groups + LANES - 1) / LANES;
     const int32_t *start = s->compensation ? s->compensation + (group * all + begin) * LANES : (const int32_t *)tw_zeros;
-    const vector flip = flip_of(s);
+    prefetch_results(s, valid, pixel, group * (s->out_channels / s->groups) + begin * LANES);
 #if defined(__AVX512VNNI__)
     if (vectors == 1) {
         if (valid == 1) CALL(1, 1);
@@ -252,7 +312,19 @@ static void tile(const tw_step *s, int valid, int vectors, const element *const 
     finish_tile(s, valid, vectors, out, pixel, group, begin);
 }
 
-void JOIN(tw_int8_conv, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) { convolve_part(s, number, count); }
+#ifdef __AMX_INT8__
+#include "conv_int8_amx.h"
+#endif
+
+void JOIN(tw_int8_conv, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) {
+#ifdef __AMX_INT8__
+    if (takes_tiles(s)) {
+        convolve_by_tiles(s, number, count);
+        return;
+    }
+#endif
+    convolve_part(s, number, count);
+}
 
 /* ---- depthwise: the bytes of four taps are interleaved, so that one instruction adds four taps of 16 channels */
 #define MOST_TAPS 128
@@ -275,6 +347,9 @@ INLINE void in_order(vector sum[4]) {
     sum[0] = a, sum[1] = b, sum[2] = c, sum[3] = d;
 }
 #endif
+
+/* Windows of 3 x 3 are taken column by column, each with a fourth tap of zeros; others row by row, with zeros at the end. */
+static inline int by_columns(const tw_step *s) { return s->kernel_height == 3 && s->kernel_width == 3; }
 
 /* `taps` is a multiple of 4. The weight of four vectors of channels is [taps / 4][4 vectors][LANES channels][4 taps]. */
 INLINE void depthwise_pixel(const int epilogue, const tw_step *s, const int8_t *const *pointers, const int taps,
@@ -310,9 +385,19 @@ INLINE void depthwise_pixel(const int epilogue, const tw_step *s, const int8_t *
     }
 }
 
+#ifdef __AVX512VNNI__
+#include "conv_int8_depthwise.h"
+#endif
+
 void JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(const tw_step *s, int number, int count) {
+#ifdef __AVX512VNNI__
+    if (by_columns(s)) {
+        depthwise_by_columns(s, number, count);
+        return;
+    }
+#endif
     const int8_t *outside = s->outside;
-    const int taps = (int)round_up(s->kernel_height * s->kernel_width, 4);
+    const int taps = (int)round_up(s->kernel_height * s->kernel_width, 4), columns = by_columns(s);
     const vector flip = flip_of(s);
     const int8_t *pointers[MOST_TAPS];
     for (int t = 0; t < MOST_TAPS; t++) pointers[t] = outside;
@@ -328,17 +413,16 @@ void JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(const tw_step *s, int number, int c
         for (int64_t q = 0; q < s->out_width; q++) {
             const int64_t left = q * s->stride_width - s->left, pixel = row * s->out_width + q;
             const int whole = inside && left >= 0 && left + reach < s->width;
-            int t = 0;
-            if (whole && moved) {
-                const int64_t step = s->stride_width * s->x_stride, real = s->kernel_height * s->kernel_width;
-                for (; t < real; t++) pointers[t] += step;
-            } else {
-                for (int64_t i = 0; i < s->kernel_height; i++)
-                    for (int64_t j = 0; j < s->kernel_width; j++, t++) {
-                        const int8_t *x = tap_pixel(s, image, p, q, i, j);
-                        pointers[t] = x ? x : outside;
+            for (int64_t i = 0; i < s->kernel_height; i++)
+                for (int64_t j = 0; j < s->kernel_width; j++) {
+                    const int8_t **pointer = pointers + (columns ? 4 * j + i : i * s->kernel_width + j);
+                    if (whole && moved) {
+                        *pointer += s->stride_width * s->x_stride;
+                        continue;
                     }
-            }
+                    const int8_t *x = tap_pixel(s, image, p, q, i, j);
+                    *pointer = x ? x : outside;
+                }
             moved = whole;
             if (taps == 12 && epilogue == TO_INT8) depthwise_pixel(TO_INT8, s, pointers, 12, pixel, flip, &limits);
             else if (epilogue == TO_INT8) depthwise_pixel(TO_INT8, s, pointers, taps, pixel, flip, &limits);

@@ -57,22 +57,90 @@ enum { ANY, TO_FLOAT, ADD_TO_FLOAT, TO_INT8, ADD_TO_INT8 };
 
 typedef struct {
     vec low, high, inverse, scale, zero, r_scale, r_zero;
-    vec least, most, shift; /* of a quotient before the zero point is added */
+    vec least, most, shift; /* of a quotient before the zero point is added; the activation's bounds are in them */
 } bounds;
 
 static inline int epilogue_of(const tw_step *s) {
-    if (s->activation > RELU6) return ANY;
+    if (s->activation > RELU6 || s->y_scale < 1e-37f) return ANY; /* of smaller ones the reciprocal is infinite */
     if (s->y_type == FLOAT32) return !s->residual ? TO_FLOAT : s->r_type == FLOAT32 ? ADD_TO_FLOAT : ANY;
     if (s->y_type == INT8) return !s->residual ? TO_INT8 : s->r_type == INT8 ? ADD_TO_INT8 : ANY;
     return ANY;
 }
 
 INLINE bounds bounds_of(const tw_step *s) {
-    const float infinity = __builtin_inff();
-    return (bounds){v_set(s->activation == NONE ? -infinity : 0.0f), v_set(s->activation == RELU6 ? 6.0f : infinity),
-                    v_set(1.0f / s->y_scale), v_set(s->y_scale), v_set(s->y_zero), v_set(s->r_scale), v_set(s->r_zero),
-                    v_set(-127.0f - s->y_zero), v_set(127.0f - s->y_zero), v_set(12582912.0f + s->y_zero)};
+    const float infinity = __builtin_inff(), inverse = 1.0f / s->y_scale;
+    const vec low = v_set(s->activation == NONE ? -infinity : 0.0f), high = v_set(s->activation == RELU6 ? 6.0f : infinity);
+    /* A product with a positive factor is rounded to the same side of a bound's product. */
+    const vec least = v_max(v_mul(low, v_set(inverse)), v_set(-127.0f - s->y_zero));
+    const vec most = v_min(v_mul(high, v_set(inverse)), v_set(127.0f - s->y_zero));
+    return (bounds){low, high, v_set(inverse), v_set(s->y_scale), v_set(s->y_zero), v_set(s->r_scale), v_set(s->r_zero),
+                    least, most, v_set(12582912.0f + s->y_zero)};
 }
+
+/* Adds the residual, if there is one, at element `at` of it. */
+INLINE vec add_residual(const int epilogue, const bounds *b, const tw_step *s, vec v, int64_t at) {
+    if (epilogue == ADD_TO_FLOAT) return v_add(v, v_mul(v_load((const float *)s->residual + at), b->r_scale));
+    if (epilogue != ADD_TO_INT8) return v;
+    const vec r = v_load_int8((const int8_t *)s->residual + at, LANES);
+    return v_add(v, v_mul(v_sub(r, b->r_zero), b->r_scale));
+}
+
+#ifdef __AVX512F__
+/* clamp(v / scale) + zero point, as v + 1.5 * 2^23, whose low byte is the integer.
+
+   A product with the reciprocal is within two units in the last place of the quotient: 254 * 2^-22 < 7e-5. Only where it
+   lies that close to the middle between two integers, or is NaN, may the quotient be rounded otherwise: `off` becomes the
+   larger of itself and the bits of the distance to the nearest integer, of which a NaN has more than any number. */
+INLINE __m512i quantized(const bounds *b, vec v, __m512i *off) {
+    const vec product = v_max(b->least, v_min(b->most, v_mul(v, b->inverse)));
+    const vec shifted = v_add(product, b->shift);
+    const vec distance = _mm512_abs_ps(v_sub(product, v_sub(shifted, b->shift)));
+    *off = _mm512_max_epu32(*off, _mm512_castps_si512(distance));
+    return _mm512_castps_si512(shifted);
+}
+INLINE int is_doubtful(__m512i off) {
+    return _mm512_cmpgt_epu32_mask(off, _mm512_castps_si512(v_set(0.49993f))) != 0;
+}
+
+/* Four vectors quantised to bytes: of each four dwords that lie together, one is of each vector. Returns 0 where some may
+   be rounded otherwise. */
+INLINE int quantize_four(const bounds *b, const vec v[4], __m512i *bytes) {
+    __m512i q[4], off = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        q[i] = _mm512_sub_epi32(quantized(b, v[i], &off), _mm512_castps_si512(v_set(12582912.0f)));
+    *bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+    return !is_doubtful(off);
+}
+
+/* By division. */
+INLINE void store_quotient(const bounds *b, int8_t *y, vec v) {
+    v_store_int8(y, v_div(v_max(b->low, v_min(b->high, v)), b->scale), b->zero, 0, LANES);
+}
+
+/* `finish` to int8 of two vectors of one pixel, then of two of another. */
+INLINE void finish_pairs(const int epilogue, const bounds *b, const tw_step *s, vec v[4], int64_t pixel, int64_t other,
+                         int64_t channel) {
+    const int64_t residual = pixel * s->r_stride + channel, other_residual = other * s->r_stride + channel;
+    v[0] = add_residual(epilogue, b, s, v[0], residual);
+    v[1] = add_residual(epilogue, b, s, v[1], residual + LANES);
+    v[2] = add_residual(epilogue, b, s, v[2], other_residual);
+    v[3] = add_residual(epilogue, b, s, v[3], other_residual + LANES);
+    int8_t *y = (int8_t *)s->y + pixel * s->y_stride + channel, *y_other = (int8_t *)s->y + other * s->y_stride + channel;
+    __m512i bytes;
+    if (__builtin_expect(!quantize_four(b, v, &bytes), 0)) {
+        store_quotient(b, y, v[0]);
+        store_quotient(b, y + LANES, v[1]);
+        store_quotient(b, y_other, v[2]);
+        store_quotient(b, y_other + LANES, v[3]);
+        return;
+    }
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    bytes = _mm512_permutexvar_epi32(order, bytes);
+    _mm256_storeu_si256((__m256i *)y, _mm512_castsi512_si256(bytes));
+    _mm256_storeu_si256((__m256i *)y_other, _mm512_extracti64x4_epi64(bytes, 1));
+}
+#endif
 
 /* `finish` of a whole vector; `epilogue` is a constant where this is inlined. */
 INLINE void finish_as(const int epilogue, const bounds *b, const tw_step *s, vec v, int64_t pixel, int64_t channel) {
@@ -80,31 +148,21 @@ INLINE void finish_as(const int epilogue, const bounds *b, const tw_step *s, vec
         finish(s, v, pixel, channel, LANES);
         return;
     }
-    if (epilogue == ADD_TO_FLOAT)
-        v = v_add(v, v_mul(v_load((const float *)s->residual + pixel * s->r_stride + channel), b->r_scale));
-    if (epilogue == ADD_TO_INT8) {
-        const vec r = v_load_int8((const int8_t *)s->residual + pixel * s->r_stride + channel, LANES);
-        v = v_add(v, v_mul(v_sub(r, b->r_zero), b->r_scale));
-    }
-    v = v_max(b->low, v_min(b->high, v));
+    v = add_residual(epilogue, b, s, v, pixel * s->r_stride + channel);
     if (epilogue == TO_FLOAT || epilogue == ADD_TO_FLOAT) {
-        v_store((float *)s->y + pixel * s->y_stride + channel, v);
+        v_store((float *)s->y + pixel * s->y_stride + channel, v_max(b->low, v_min(b->high, v)));
         return;
     }
     int8_t *y = (int8_t *)s->y + pixel * s->y_stride + channel;
 #ifdef __AVX512F__
-    /* A product with the reciprocal is within two units in the last place of the quotient: 254 * 2^-22 < 7e-5. Only where
-       it lies that close to the middle between two integers, or is NaN, may the quotient be rounded otherwise. Adding
-       1.5 * 2^23 and the zero point rounds and leaves the integer in the low byte. */
-    const vec product = v_max(b->least, v_min(b->most, v_mul(v, b->inverse)));
-    const vec shifted = v_add(product, b->shift);
-    const vec off = _mm512_abs_ps(v_sub(product, v_sub(shifted, b->shift)));
-    if (__builtin_expect(_mm512_cmp_ps_mask(off, v_set(0.49993f), _CMP_NLE_UQ), 0))
-        v_store_int8(y, v_div(v, b->scale), b->zero, 0, LANES);
+    __m512i off = _mm512_setzero_si512();
+    const __m512i shifted = quantized(b, v, &off);
+    if (__builtin_expect(is_doubtful(off), 0))
+        store_quotient(b, y, v);
     else
-        _mm_storeu_si128((__m128i *)y, _mm512_cvtepi32_epi8(_mm512_castps_si512(shifted)));
+        _mm_storeu_si128((__m128i *)y, _mm512_cvtepi32_epi8(shifted));
 #else
-    v_store_int8(y, v_div(v, b->scale), b->zero, 0, LANES);
+    v_store_int8(y, v_div(v_max(b->low, v_min(b->high, v)), b->scale), b->zero, 0, LANES);
 #endif
 }
 

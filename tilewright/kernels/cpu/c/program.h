@@ -27,6 +27,7 @@ typedef struct {
     void *y;
     const float *scale, *bias;   /* padded to whole vectors for each group */
     const int32_t *compensation; /* likewise: the sums of the weights times -(128 + x_zero) */
+    const int32_t *signed_compensation; /* likewise, times -x_zero: of kernels that multiply signed by signed */
     const void *outside; /* of integers: a pixel of padding, channels bytes that stand for zeros */
     const float *plain; /* WINOGRAD alone: the weight itself, OHWI */
     float *marks;       /* NaN, or 0: written by CONVERT where a value is not finite, read by MARK */
