@@ -22,7 +22,6 @@ from tilewright.convert.progress import Rest, track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
 from tilewright.convert.record import NOT_FASTER, detach, record_of, remember_original
 from tilewright.convert.text import display_name, size
-from tilewright.kernels.dispatch.router import record_problems
 from tilewright.nn import FoldedBatchNorm
 
 logger = logging.getLogger("tilewright")
@@ -194,11 +193,10 @@ def _convert(
         record.skipped = {name: reason for name, reason in record.skipped.items() if name not in record.layers}
         record.attach(model)
     inputs = [*(examples or [])[:1], *samples]
-    with record_problems() as posed:
-        trial.give_back_what_raises(job, None if inplace else original, inputs)
+    trial.give_back_what_raises(job, None if inplace else original, inputs)
     model = job.model
     if tuned.wanted(tune, bool(inputs)):
-        record.timing = tuned.time_candidates(model, posed, bool(tune))
+        record.timing = tuned.time_candidates(model, inputs, bool(tune))
     record.attach(model)
     if not any(name in record.layers for name in plan.convert):
         if any(reason.startswith(NOT_FASTER) for reason in record.skipped.values()):

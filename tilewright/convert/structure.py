@@ -229,7 +229,7 @@ def tied_to(model: nn.Module) -> dict[int, str]:
 
 def memory_extent(tensor: torch.Tensor | None) -> tuple[tuple[str, int], int, int] | None:
     """Where a tensor's elements lie: (device and storage, first byte, byte after the last). None without memory."""
-    if tensor is None or nn.parameter.is_lazy(tensor) or not tensor.numel():
+    if tensor is None or nn.parameter.is_lazy(tensor) or not tensor.numel() or tensor._is_zerotensor():
         return None
     if tensor.device.type == "meta" or tensor.layout != torch.strided or type(tensor.data) is not torch.Tensor:
         return None

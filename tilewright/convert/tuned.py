@@ -11,16 +11,20 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from tilewright.autotune import modes
 from tilewright.autotune.folders import cpu_tables_off
 from tilewright.autotune.series import Series
+from tilewright.convert import calibrate
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch.layers import invalidate as invalidate_calls
 from tilewright.kernels.dispatch.packed import invalidate as invalidate_packed
 from tilewright.kernels.dispatch.problem import Problem
+from tilewright.kernels.dispatch.router import record_problems
 from tilewright.kernels.layer_trials import Weight, time_layers
 from tilewright.nn import QuantizedLinear
 
@@ -37,18 +41,18 @@ def wanted(tune: bool | None, with_inputs: bool) -> bool:
     return tune is True or (with_inputs and os.environ.get(modes.VARIABLE, "") != "0")
 
 
-def time_candidates(model: nn.Module, posed: Iterable[Problem], asked: bool) -> str:
+def time_candidates(model: nn.Module, inputs: Iterable[Any], asked: bool) -> str:
     """Time what could serve the converted linear layers of ``model`` that are on the CPU, and remember the fastest.
     Returns what came of it, in words for the report; "" where there was nothing to choose from.
 
-    posed: the problems of a call of the model; without any of its layers, ``ROWS`` of each. asked: by the user, so that
-    there is more time.
+    inputs: which the model is called with to see the rows that reach its layers; where none are reached, ``ROWS`` of
+    each. asked: by the user, so that there is more time.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear) and _can_be_timed(module)]
     if not layers or native.why_no_native():
         return ""
     try:
-        found, known = time_layers(_posed(layers, list(posed)), ASKED if asked else UNASKED)
+        found, known = time_layers(_posed(layers, _problems(model, inputs)), ASKED if asked else UNASKED)
     finally:
         for layer in layers:  # what was packed for candidates
             invalidate_calls(layer)
@@ -61,6 +65,14 @@ def _can_be_timed(layer: QuantizedLinear) -> bool:
     """Whether a layer calls its operator with nothing but x and what it holds: one of fixed int8 inputs does not."""
     held = all(hasattr(layer, name) for name in layer._by_name.values())
     return held and layer.device.type == "cpu" and bool(layer.in_features) and bool(layer.out_features)
+
+
+def _problems(model: nn.Module, inputs: Iterable[Any]) -> list[Problem]:
+    """What the operators of ``model`` are asked when it is called with each of ``inputs``."""
+    with calibrate.evaluation(model), torch.inference_mode(), record_problems() as posed:
+        for item in inputs:
+            calibrate.call(model, item)
+    return posed
 
 
 def _posed(layers: list[QuantizedLinear], posed: list[Problem]) -> Iterator[tuple[Problem, Weight]]:
