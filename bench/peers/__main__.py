@@ -37,8 +37,8 @@ from bench.result_files import RESULTS
 PACKAGES = ("onnxruntime", "openvino", "nncf", "xllamacpp", "torchao", "transformers")
 
 
-def about() -> dict[str, str]:
-    """Machine, versions and date, as in every row."""
+def about(threads: int) -> dict[str, str]:
+    """Machine, versions and date, as in every row. threads: of each contestant."""
     from tilewright.autotune.device import cpu_kind
     from tilewright.kernels.cpu import native
 
@@ -50,7 +50,7 @@ def about() -> dict[str, str]:
             versions.append(f"no {package}")
     kind = cpu_kind()
     return {
-        "device": f"{kind.name}, {native.why_no_native() or native.isa()}, {kind.units} threads",
+        "device": f"{kind.name}, {native.why_no_native() or native.isa()}, {threads} threads",
         "versions": ", ".join(versions),
         "date": datetime.date.today().isoformat(),
     }
@@ -87,7 +87,7 @@ def rows_of(
 def run(chosen: Sequence[Work], output: Path, rounds: int, seconds: float, threads: int) -> None:
     """Measure work model by model; what a model needs is prepared once."""
     torch.set_num_threads(threads)
-    where, peaks = about(), floor.measure(threads)
+    where, peaks = about(threads), floor.measure(threads)
     print(f"{where['device']}; {peaks.words()}\n\n{table.targets([])}", flush=True)
     for _, group in itertools.groupby(chosen, key=lambda work: work.model):
         together = list(group)
