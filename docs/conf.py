@@ -38,7 +38,7 @@ CONTENTS = {
         "Extend it": ["/CONTRIBUTING", "/CHANGELOG"],
     },
     "docs/api/index": {"Reference": ["convert", "recipes", "nn", "deploy", "autotune", "kernels", "aot"]},
-    "bench/results/README": {"Tables": ["linear_cpu", "linear_nvidia_h200"]},
+    "bench/results/README": {"Tables": ["linear_cpu", "linear_nvidia_h200", "peers"]},
 }
 
 html_theme = "furo"
