@@ -115,12 +115,17 @@ def test_a_hook_that_raises_is_called_once_and_heard_by_the_caller(model: nn.Mod
 
 def test_a_hook_that_removes_itself_and_other_hooks(model: nn.Module) -> None:
     x = image()
+    heard: list[int] = []
+
+    def hear(*_: Any) -> None:
+        heard.append(1)
+        handle.remove()
+
     run(model, x)
-    for _ in range(12):  # more than the sets that are remembered
-        heard: list[int] = []
-        handle = model.fc.register_forward_hook(lambda *_: (heard.append(1), handle.remove()) and None)  # noqa: B023
+    for number in range(1, 13):  # more than the sets that are remembered
+        handle = model.fc.register_forward_hook(hear)
         close(model, run(model, x, 3)[-1], by_layers(model, x))
-        assert heard == [1]
+        assert len(heard) == number
     assert not surroundings(model), "nobody looked more than twice"
 
 
