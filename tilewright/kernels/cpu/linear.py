@@ -8,8 +8,10 @@ into the tensors that it was given. x is float [..., K] of one of ``native.DTYPE
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -127,18 +129,34 @@ class Prepared:
         function, address = native.function(f"call_{self._name}"), ctypes.addressof(numbers)
         held = sum(areas) + 64 * (len(areas) + 1)
         area = ((held,), torch.uint8, "linear") if held > _STACK_BYTES else None
-        sizes = *shape[:-1], self._n
+        empty, like = _empty(*shape[:-1], self._n, dtype=dtype)
         # Looked up here, once: what a call looks up is a good part of the time it takes.
-        empty, threads_now, other = torch.empty, torch.get_num_threads, self.__call__
+        threads_now, other = torch.get_num_threads, self.__call__
 
         def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = numbers) -> torch.Tensor:
             if residual is not None or not x.is_contiguous() or (threads > 1 and threads_now() != threads):
                 return other(x, residual)
-            y = empty(*sizes, dtype=dtype)
+            y = empty(like)
             function(address, x.data_ptr(), y.data_ptr(), None if area is None else scratch(*area).data_ptr())
             return y
 
+        #: For ``dispatch.repeated``: contiguous x alone, and so many threads.
+        given_scratch = None if area is None else lambda: scratch(*area).data_ptr()
+        call.fixed = threads, _address_of(function), address, empty, like, given_scratch  # type: ignore[attr-defined]
         return call
+
+
+def _address_of(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _empty(*sizes: int, dtype: torch.dtype) -> tuple[Callable[[Any], torch.Tensor], Any]:
+    """(function, its argument) that return a new contiguous tensor: quicker than ``torch.empty`` with all of it."""
+    with torch.inference_mode(False):
+        like = torch.empty(1, dtype=dtype).expand(sizes)
+    if torch.empty_like(like).is_contiguous():
+        return torch.empty_like, like
+    return functools.partial(torch.empty, dtype=dtype), sizes
 
 
 def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
