@@ -26,13 +26,15 @@ _BLOCK_BYTES = 4 << 20
 _TILE_ROWS = 96
 #: So many rows, or one more if that is odd, are one tile of the weight-only kernels, or several of two.
 _FEW_ROWS = 6
+#: Instruction sets whose kernels of float activations multiply nibbles less 8.
+_LESS_8 = ("amx", "avx512_bf16", "avx512_vnni")
 #: Below this many products a second thread costs more than it brings: they take one 2 to 5 us.
 _GRAIN = 1 << 18
 #: Scratch memory of up to so many bytes is on the stack.
 _STACK_BYTES = 64 << 10
 #: Up to so many activations every thread quantises all of them, rather than wait until others have done their part.
 _OWN_ELEMENTS = 8192
-#: How the threads of int8_linear share the work: as its enum.
+#: How the threads of int8_linear and weight_only_linear share the work: as their enums.
 _TOGETHER, _ALL, _ROWS = range(3)
 #: Bytes of a weight that stays in a core's second-level cache beside the rows that pass through.
 _CACHED_WEIGHT = 768 << 10
@@ -291,6 +293,11 @@ def packed_weight_only(
     return _packed_groups("weight_only_pack", stored, weight_scale, weight_zero, k, sizes, bits)
 
 
+def zeros_that_count(packed_zero: torch.Tensor | None, weight_zero: torch.Tensor | None) -> torch.Tensor | None:
+    """The zero points that weight_only.c is to be given: with AVX-512 none where every one is 8."""
+    return None if weight_zero is None and native.isa() in _LESS_8 else packed_zero
+
+
 def weight_only_scratch(compute: int, m: int, block: int, k: int, group_size: int) -> tuple[int, int]:
     """Bytes of what ``block`` of m rows, multiplied in the dtype of the number ``compute``, are converted to, and of
     their sums in each group.
@@ -326,7 +333,14 @@ def prepare_weight_only(
         compute = native.DTYPES[compute_dtype or dtype]
         row_bytes = row_bytes_of(compute, m, k, group_size)
         block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
-        return (compute,), weight_only_scratch(compute, m, block, k, group_size), (block,)
+        areas = weight_only_scratch(compute, m, block, k, group_size)
+        sharing = _TOGETHER
+        if m * k <= _OWN_ELEMENTS:
+            sharing, areas = _ALL, (areas[0] * threads, areas[1] * threads)
+        elif m == block and m >= _ROWS_FOR_EACH * threads and n * k * bits <= 8 * _CACHED_WEIGHT:
+            sharing = _ROWS
+        return (compute,), areas, (block, sharing)
 
-    fixed = (bits, *packed_weight, n, k, group_size, _floats(bias))
+    values, scales, zeros = packed_weight
+    fixed = (bits, values, scales, zeros_that_count(zeros, weight_zero), n, k, group_size, _floats(bias))
     return Prepared("weight_only_linear", n, k, fixed, activation, rest)

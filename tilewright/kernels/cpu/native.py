@@ -55,7 +55,7 @@ _SIGNATURES = {
     "sparse24_linear": "pp cc pp n",
     "weight_only_row_bytes": "n ccc -> c",
     "weight_only_pack": "n ppp ccc ppp",
-    "weight_only_linear": "n ppp ccc pp n cc p n p n pp c n",
+    "weight_only_linear": "n ppp ccc pp n cc p n p n pp c nn",
     "dequantize": "n ppp cccccc p n",
     "round_rows": "p n ccc n p n",
     "peak_products": "n c n -> c",
@@ -133,7 +133,7 @@ def eager() -> tuple[Any, str | None]:
         module = importlib.import_module("tilewright.kernels.cpu._eager")
     except ImportError as error:
         return None, f"it cannot be loaded: {error}"
-    if module.SOURCE_HASH != build.source_hash():
+    if build.source_hash() != module.SOURCE_HASH:
         return None, "it was compiled from other sources: install the package again"
     return module, None
 

@@ -1,9 +1,9 @@
-"""The shortest way to a prepared call (``dispatch.layers``): one C function that looks whether a call of a layer is like one
-before, and makes it (``kernels/cpu/c/eager.c``).
+"""The shortest way to a prepared call (``dispatch.layers``): one C function that looks whether a call of a layer is
+like one before, and makes it (``kernels/cpu/c/eager.c``).
 
-It asks who looks at operators and compares the layer's tensors. PyTorch's own guards of compiled graphs tell the rest in
-one call: type, dtype, sizes, strides and dispatch keys of each tensor, together with what this thread adds to them, such as
-autocast, transforms, tracing and modes.
+It asks who looks at operators and compares the layer's tensors. PyTorch's own guards of compiled graphs tell the rest
+in one call: type, dtype, sizes, strides and dispatch keys of each tensor, together with what this thread adds to them,
+such as autocast, transforms, tracing and modes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Held(NamedTuple):
 
 @functools.cache
 def why_not(slot: str) -> str | None:
-    """Why no call can be remembered, or None. slot: the layer's attribute whose attribute ``repeated`` holds, by the shape
-    of x, what ``remember`` returned.
+    """Why no call can be remembered, or None. slot: the layer's attribute whose attribute ``repeated`` holds, by the
+    shape of x, what ``remember`` returned.
     """
     module, reason = native.eager()
     if module is None:
