@@ -167,6 +167,34 @@ DEFINE_CONVERT(float)
 #define SPREADS_WORDS 1
 /* `words` words of eight columns of a row of float32, each `step` elements after the one before, rounded to bfloat16 where
    that is multiplied. */
+#if defined(__AVX512F__)
+INLINE __m512 as_bfloat16(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i up = _mm512_and_si512(sum, _mm512_set1_epi32(-0x10000)), quiet = _mm512_set1_epi32(0x7fc00000);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q); /* as round_to_bfloat16 */
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(up, nan, quiet));
+}
+INLINE void spread(const float *x, int64_t words, int rounds, float *to, int64_t step) {
+    int64_t i = 0;
+    for (; i + 2 <= words; i += 2, to += 2 * step) {
+        __m512 value = _mm512_loadu_ps(x + 8 * i);
+        if (rounds) value = as_bfloat16(value);
+        _mm256_storeu_ps(to, _mm512_castps512_ps256(value));
+        _mm256_storeu_ps(to + step, _mm512_extractf32x8_ps(value, 1));
+    }
+    if (i == words) return;
+    __m512 value = _mm512_castps256_ps512(_mm256_loadu_ps(x + 8 * i));
+    if (rounds) value = as_bfloat16(value);
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(value));
+}
+static void spread_words(const float *x, int64_t words, int compute, float *to, int64_t step) {
+    if (compute == FLOAT32)
+        spread(x, words, 0, to, step);
+    else
+        spread(x, words, 1, to, step);
+}
+#else
 static void spread_words(const float *x, int64_t words, int compute, float *to, int64_t step) {
     const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), upper = _mm256_set1_epi32(-0x10000);
     if (compute == FLOAT32)
@@ -181,6 +209,7 @@ static void spread_words(const float *x, int64_t words, int compute, float *to, 
             _mm256_storeu_ps(to, _mm256_blendv_ps(_mm256_castsi256_ps(up), quiet, nan));
         }
 }
+#endif
 #endif
 /* Column t of the eight. */
 INLINE floats decode4_float(const uint8_t *w, int t, floats zero, int zeros) {
