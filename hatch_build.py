@@ -32,12 +32,14 @@ class CustomBuildHook(BuildHookInterface):
             return
         builder = _load_builder(Path(self.root))
         try:
-            library = builder.build()
+            built = [builder.build(), builder.build_eager()]
         except builder.BuildError as error:
             self.app.display_warning(f"The C kernels were not built, the CPU path will be slower: {error}")
             builder.LIBRARY.unlink(missing_ok=True)
+            builder.EAGER.unlink(missing_ok=True)
             return
-        build_data["artifacts"].append(str(library.relative_to(self.root)))
+        build_data["artifacts"] += [str(library.relative_to(self.root)) for library in built if library is not None]
         build_data["pure_python"] = False
-        # Neither Python's nor PyTorch's version matters to a library with a plain C interface.
+        # Neither Python's nor PyTorch's version matters to a library with a plain C interface, nor Python's to a module
+        # that keeps to its limited one.
         build_data["tag"] = f"py3-none-linux_{platform.machine()}"

@@ -19,6 +19,7 @@ from tilewright.autotune import tables
 from tilewright.commands import doctor, tune
 from tilewright.convert.schemes import base
 from tilewright.kernels import tuning
+from tilewright.kernels.cpu import peaks
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import record_problems
 from tilewright.kernels.roofline import CEILINGS, ceilings_for, floor, measure_cpu
@@ -64,6 +65,17 @@ def test_tune_a_model_then_show_export_clear_import(saved: Path, folder: Path, t
     assert "added 4 entries" in run(capsys, "cache", "import", copy)[1]
     asked = Problem("int8_linear", 2, 128, 64, torch.float32)
     assert tuning.preferred(asked.with_rows(4)) is not None and tuning.preferred(asked.with_rows(64)) is None
+
+
+def test_clearing_takes_what_was_measured_along(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    found = peaks.Peaks(2, {"avx2 float32": 1e9}, 1e-6, 0.0, None, "2026-12-01")
+    for variable in ("", str(tmp_path / "named.json")):
+        monkeypatch.setenv("TILEWRIGHT_CPU_TABLE", variable)
+        assert peaks.store(found) and peaks.path().is_file()
+        beside = peaks.path().with_name("somebody.json")
+        beside.write_text("{}")
+        assert "and 1 files of what this CPU does at most" in run(capsys, "cache", "clear")[1]
+        assert not peaks.path().exists() and beside.exists()
 
 
 def test_a_busy_machine_is_said_to_be_busy(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys):

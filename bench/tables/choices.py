@@ -29,7 +29,10 @@ from tilewright.kernels.dispatch.router import implementations
 from tilewright.kernels.layer_trials import layer_call
 
 THREADS = 2
-SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (4096, 4096))
+SHAPES = (
+    *((256, 256), (384, 384), (192, 768), (1536, 384), (384, 1536)),
+    *((768, 768), (3072, 768), (768, 3072), (2048, 2048), (4096, 4096)),
+)
 BATCHES = (1, 4, 16, 64, 128, 512)
 C_KERNEL = "C kernel"
 #: Neither is meant to be fast.

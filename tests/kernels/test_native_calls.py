@@ -21,10 +21,12 @@ PREPARE: dict[str, Any] = {
 }
 
 
-def prepared(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[linear.Prepared, torch.Tensor]:
+def prepared(
+    op: str, m: int, n: int, k: int, dtype: torch.dtype, symmetric: bool = True
+) -> tuple[linear.Prepared, torch.Tensor]:
     """The C kernel of a random weight, and x [m, k]."""
-    group_size = 32 if op.startswith("int4") else None
-    card, problem = card_of(op), Problem(op, m, n, k, dtype, group_size=group_size, bias=True, activation="silu")
+    options: dict[str, Any] = {"group_size": 32, "symmetric": symmetric} if op.startswith("int4") else {}
+    card, problem = card_of(op), Problem(op, m, n, k, dtype, bias=True, activation="silu", **options)
     assert card is not None
     arguments = make_arguments(problem)
     x = arguments.pop("x")
@@ -68,6 +70,33 @@ def test_takes_as_many_threads_as_there_are(isa: str, op: str):
             torch.set_num_threads(threads)
             assert torch.equal(fast(x), expected)
             assert torch.equal(call.for_rows(x.shape, x.dtype)(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_however_threads_share_the_work_the_bits_are_the_same(isa: str, op: str, symmetric: bool, dtype: torch.dtype):
+    """Few rows, which every thread converts for itself; up to 12, in halves of panels; some, which all wait for; and
+    many, of which each thread takes its own.
+    """
+    if not symmetric and op.startswith("int8"):
+        pytest.skip("has no zero points")
+    n, k = 200, 640
+    call, x = prepared(op, 300, n, k, dtype, symmetric)
+    before = torch.get_num_threads()
+    alone = torch.cat([call(row[None]) for row in x])
+    try:
+        for m in (1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 20, 60, 75, 100, 300):
+            torch.set_num_threads(1)
+            expected = call(x[:m])
+            if isa != "amx" or not op.endswith(("int4_linear", "weight_only_linear")):
+                assert torch.equal(expected, alone[:m]), m
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(call(x[:m]), expected), (m, threads)
+                assert torch.equal(call.for_rows(x[:m].shape, dtype)(x[:m]), expected), (m, threads)
     finally:
         torch.set_num_threads(before)
 

@@ -31,6 +31,9 @@ logger = logging.getLogger("tilewright")
 #: In place of the driver's version in shipped tables: measured with one, taken to hold for all.
 ANY_DRIVER = "any"
 
+#: How the name of a file with what a CPU does at most ends, beside that of the table of what was timed on it.
+MEASURED = ".peaks.json"
+
 
 def key_of(name: str, facts: Mapping[str, object], driver: str, source: str) -> str:
     """The key of one entry: everything that a measurement depends on, beside the device that names the file."""
@@ -157,12 +160,24 @@ def entries_of(device: DeviceKind) -> dict[str, Entry]:
         return {**known.shipped, **known.user, **known.here}
 
 
-def clear_tables() -> tuple[int, int]:
-    """Delete the user's tables; returns (files, entries). Raises OSError for one that cannot be deleted."""
-    paths = user_tables()
+def user_measurements() -> list[Path]:
+    """The files beside the user's tables with what CPUs do at most (``kernels.cpu.peaks``)."""
+    folder, named = folders.user_folder(), folders.cpu_table()
+    found = set(folder.glob(f"*.v{FORMAT}{MEASURED}")) if folder.is_dir() else set()
+    beside = None if named is None else named.with_suffix(MEASURED)
+    return sorted(found | ({beside} if beside is not None and beside.is_file() else set()))
+
+
+def clear_tables() -> tuple[int, int, int]:
+    """Delete the user's tables and what was measured beside them; returns (tables, their entries, measurements). Raises
+    OSError for one that cannot be deleted.
+    """
+    paths, measured = user_tables(), user_measurements()
     count = sum(remove_table(path) for path in paths)
+    for path in measured:
+        remove_table(path)
     forget_tables()
-    return len(paths), count
+    return len(paths), count, len(measured)
 
 
 def export_table(source: Path, target: Path, shipped: bool = False) -> int:

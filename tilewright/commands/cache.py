@@ -1,7 +1,7 @@
 """``tilewright cache``: what has been tuned on this machine.
 
 tilewright cache show                     where tables are, and what is in them
-tilewright cache clear                    delete the user's tables
+tilewright cache clear                    delete the user's tables and what ``doctor --measure`` kept
 tilewright cache export FILE [--table T]  copy one to FILE; --shipped: in the form that comes with the package
 tilewright cache import FILE              add what FILE holds to the user's tables
 """
@@ -35,8 +35,9 @@ def run(options: argparse.Namespace, console: Console | None = None) -> int:
     if options.action == "show":
         return _show(console)
     if options.action == "clear":
-        files, entries = tables.clear_tables()
-        console.print(f"deleted {files} tables with {entries} entries in {folders.user_folder()}")
+        files, entries, measured = tables.clear_tables()
+        more = f" and {measured} files of what this CPU does at most" if measured else ""
+        console.print(f"deleted {files} tables with {entries} entries{more} in {folders.user_folder()}")
     elif options.action == "export":
         count = tables.export_table(_chosen(options.table), options.file, options.shipped)
         console.print(f"wrote {count} entries to {options.file}")

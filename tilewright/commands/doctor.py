@@ -100,6 +100,9 @@ def _c_kernels() -> Iterator[Finding]:
         best = next(name for name in build.isas() if name != "portable" and native.supports(name))
         note = "" if native.isa() == best else f"; TILEWRIGHT_CPU_ISA turns off the better {best}"
         yield Finding("C kernels", f"use {native.isa()}{note}", good=not note)
+        _, missing = native.eager()
+        if missing is not None:
+            yield Finding("  short calls", f"2 us more for each call of a layer: {missing}", good=False)
         return
     yield Finding("C kernels", reason, good=False)
     yield Finding("  what that costs", COST, good=False)

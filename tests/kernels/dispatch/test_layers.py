@@ -17,6 +17,8 @@ import tilewright.nn as tnn
 from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch import layers, router
 
+#: Calls after which the next one goes the shortest way: the second prepares a function, the third remembers it.
+SHORTEST = 4
 LAYERS = {
     "int8": lambda linear: tnn.Int8Linear.from_float(linear),
     "int8, scaled": lambda linear: tnn.Int8Linear.from_float(linear, channel_scale=torch.rand(32) + 0.5),
@@ -151,7 +153,7 @@ def test_whatever_is_changed_is_noticed(kind: str):
 
     def check() -> None:
         with torch.no_grad():
-            for _ in range(3):
+            for _ in range(SHORTEST):
                 assert torch.equal(layer(x), operator_of(layer, x))
 
     factor = "weight_scale" if hasattr(layer, "weight_scale") else "weight_values"
@@ -207,7 +209,7 @@ def twice(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **options: Any) -> 
 
 def test_a_layer_can_be_pickled_and_freed(layer: Any):
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(SHORTEST):
             y = layer(torch.ones(1, 32))
         again = pickle.loads(pickle.dumps(layer))  # noqa: S301  (our own bytes)
         assert torch.equal(again(torch.ones(1, 32)), y)
@@ -218,7 +220,7 @@ def test_a_layer_can_be_pickled_and_freed(layer: Any):
 
 def test_arguments_are_checked_on_the_short_way(layer: Any):
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(SHORTEST):
             layer(torch.randn(3, 32))
         with pytest.raises((ValueError, TypeError), match="residual"):
             layer(torch.randn(3, 32), torch.randn(3, 15))
@@ -237,7 +239,7 @@ def test_a_call_reads_no_memory_that_is_freed(kind: str):
     layer, x = LAYERS[kind](nn.Linear(32, 16)), torch.randn(5, 32)
     for name in [*dict(layer.named_parameters()), *dict(layer.named_buffers())]:
         with torch.no_grad():
-            for _ in range(3):
+            for _ in range(SHORTEST):
                 layer(x)
             tensor = getattr(layer, name)
             tensor.data = (tensor.data * 0.5).to(tensor.dtype)
@@ -253,7 +255,7 @@ def test_what_the_operator_refused_is_not_prepared(kind: str):
     layer, x = LAYERS[kind](nn.Linear(32, 16)), torch.randn(5, 32)
     name = next(name for name in ("weight_codes", "weight_packed", "weight_values") if name in layer._buffers)
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(SHORTEST):
             layer(x)
         getattr(layer, name).data = getattr(layer, name).data[:-1]
         for _ in range(4):

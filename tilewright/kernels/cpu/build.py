@@ -3,7 +3,8 @@
     python -m tilewright.kernels.cpu.build
 
 Runs when the package is installed (hatch_build.py loads this file by itself, so it imports nothing of the package). The
-library has a plain C interface and links with neither Python nor PyTorch: one build serves every version of both.
+library has a plain C interface and links with neither Python nor PyTorch: one build serves every version of both. So
+does the small extension module beside it, by Python's limited interface.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "c"
 LIBRARY = FOLDER.with_name("_native.so")
+#: The one file that is linked with Python, by its limited interface: a module of its own, which is left out where
+#: Python's headers are not installed.
+EAGER_SOURCE = "eager.c"
+EAGER = FOLDER.with_name("_eager.abi3.so")
 #: Built once: what does not depend on the instruction set.
 COMMON = ("runtime.c", "conv_zeros.c")
 #: Built for each instruction set.
@@ -89,7 +95,7 @@ class BuildError(RuntimeError):
 def source_hash() -> str:
     """Of every C file, in hexadecimal. It is compiled into the library, which so knows whether it is out of date."""
     digest = hashlib.sha256()
-    for path in (*(FOLDER / name for name in (*COMMON, *KERNELS, *HEADERS)), Path(__file__)):
+    for path in (*(FOLDER / name for name in (*COMMON, *KERNELS, EAGER_SOURCE, *HEADERS)), Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -142,14 +148,33 @@ def build(output: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [(name, None) for name in COMMON] + list(itertools.product(KERNELS, known))
             objects = list(pool.map(compile_one, jobs))
-        # Beside the output, so that the last step is a rename: a process that holds the old library keeps it whole.
-        partial = output.with_name(f"{output.name}.{os.getpid()}")
-        try:
-            _run([compiler, *extra_flags, "-shared", *objects, "-lm", "-o", str(partial)])
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
+        _link([compiler, *extra_flags, "-shared", *objects, "-lm"], output)
     return output
+
+
+def build_eager(output: Path = EAGER) -> Path | None:
+    """Compile the extension module into ``output`` and return it; None where there are no headers of Python. Raises
+    BuildError.
+    """
+    headers = Path(sysconfig.get_paths()["include"])
+    if platform.python_implementation() != "CPython" or not (headers / "Python.h").is_file():
+        output.unlink(missing_ok=True)
+        return None
+    about = f'-DTILEWRIGHT_SOURCE_HASH="{source_hash()}"'
+    _link([find_compiler(), *FLAGS, about, f"-I{headers}", "-shared", str(FOLDER / EAGER_SOURCE)], output)
+    return output
+
+
+def _link(command: list[str], output: Path) -> None:
+    """Run a command that makes ``output``. Beside it, so that the last step is a rename: a process that holds the old
+    library keeps it whole.
+    """
+    partial = output.with_name(f"{output.name}.{os.getpid()}")
+    try:
+        _run([*command, "-o", str(partial)])
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> None:
@@ -159,4 +184,4 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{build()}\n")
+    sys.stdout.write(f"{build()}\n{build_eager() or 'no headers of Python: without _eager'}\n")

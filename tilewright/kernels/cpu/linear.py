@@ -8,8 +8,10 @@ into the tensors that it was given. x is float [..., K] of one of ``native.DTYPE
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,13 +26,15 @@ _BLOCK_BYTES = 4 << 20
 _TILE_ROWS = 96
 #: So many rows, or one more if that is odd, are one tile of the weight-only kernels, or several of two.
 _FEW_ROWS = 6
+#: Instruction sets whose kernels of float activations multiply nibbles less 8.
+_LESS_8 = ("amx", "avx512_bf16", "avx512_vnni")
 #: Below this many products a second thread costs more than it brings: they take one 2 to 5 us.
 _GRAIN = 1 << 18
 #: Scratch memory of up to so many bytes is on the stack.
 _STACK_BYTES = 64 << 10
 #: Up to so many activations every thread quantises all of them, rather than wait until others have done their part.
 _OWN_ELEMENTS = 8192
-#: How the threads of int8_linear share the work: as its enum.
+#: How the threads of int8_linear and weight_only_linear share the work: as their enums.
 _TOGETHER, _ALL, _ROWS = range(3)
 #: Bytes of a weight that stays in a core's second-level cache beside the rows that pass through.
 _CACHED_WEIGHT = 768 << 10
@@ -127,18 +131,34 @@ class Prepared:
         function, address = native.function(f"call_{self._name}"), ctypes.addressof(numbers)
         held = sum(areas) + 64 * (len(areas) + 1)
         area = ((held,), torch.uint8, "linear") if held > _STACK_BYTES else None
-        sizes = *shape[:-1], self._n
+        empty, like = _empty(*shape[:-1], self._n, dtype=dtype)
         # Looked up here, once: what a call looks up is a good part of the time it takes.
-        empty, threads_now, other = torch.empty, torch.get_num_threads, self.__call__
+        threads_now, other = torch.get_num_threads, self.__call__
 
         def call(x: torch.Tensor, residual: torch.Tensor | None = None, kept: object = numbers) -> torch.Tensor:
             if residual is not None or not x.is_contiguous() or (threads > 1 and threads_now() != threads):
                 return other(x, residual)
-            y = empty(*sizes, dtype=dtype)
+            y = empty(like)
             function(address, x.data_ptr(), y.data_ptr(), None if area is None else scratch(*area).data_ptr())
             return y
 
+        #: For ``dispatch.repeated``: contiguous x alone, and so many threads.
+        given_scratch = None if area is None else lambda: scratch(*area).data_ptr()
+        call.fixed = threads, _address_of(function), address, empty, like, given_scratch  # type: ignore[attr-defined]
         return call
+
+
+def _address_of(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _empty(*sizes: int, dtype: torch.dtype) -> tuple[Callable[[Any], torch.Tensor], Any]:
+    """(function, its argument) that return a new contiguous tensor: quicker than ``torch.empty`` with all of it."""
+    with torch.inference_mode(False):
+        like = torch.empty(1, dtype=dtype).expand(sizes)
+    if torch.empty_like(like).is_contiguous():
+        return torch.empty_like, like
+    return functools.partial(torch.empty, dtype=dtype), sizes
 
 
 def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,6 +293,11 @@ def packed_weight_only(
     return _packed_groups("weight_only_pack", stored, weight_scale, weight_zero, k, sizes, bits)
 
 
+def zeros_that_count(packed_zero: torch.Tensor | None, weight_zero: torch.Tensor | None) -> torch.Tensor | None:
+    """The zero points that weight_only.c is to be given: with AVX-512 none where every one is 8."""
+    return None if weight_zero is None and native.isa() in _LESS_8 else packed_zero
+
+
 def weight_only_scratch(compute: int, m: int, block: int, k: int, group_size: int) -> tuple[int, int]:
     """Bytes of what ``block`` of m rows, multiplied in the dtype of the number ``compute``, are converted to, and of
     their sums in each group.
@@ -308,7 +333,14 @@ def prepare_weight_only(
         compute = native.DTYPES[compute_dtype or dtype]
         row_bytes = row_bytes_of(compute, m, k, group_size)
         block = min(m, max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
-        return (compute,), weight_only_scratch(compute, m, block, k, group_size), (block,)
+        areas = weight_only_scratch(compute, m, block, k, group_size)
+        sharing = _TOGETHER
+        if m * k <= _OWN_ELEMENTS:
+            sharing, areas = _ALL, (areas[0] * threads, areas[1] * threads)
+        elif m == block and m >= _ROWS_FOR_EACH * threads and n * k * bits <= 8 * _CACHED_WEIGHT:
+            sharing = _ROWS
+        return (compute,), areas, (block, sharing)
 
-    fixed = (bits, *packed_weight, n, k, group_size, _floats(bias))
+    values, scales, zeros = packed_weight
+    fixed = (bits, values, scales, zeros_that_count(zeros, weight_zero), n, k, group_size, _floats(bias))
     return Prepared("weight_only_linear", n, k, fixed, activation, rest)

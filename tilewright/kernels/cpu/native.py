@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +55,7 @@ _SIGNATURES = {
     "sparse24_linear": "pp cc pp n",
     "weight_only_row_bytes": "n ccc -> c",
     "weight_only_pack": "n ppp ccc ppp",
-    "weight_only_linear": "n ppp ccc pp n cc p n p n pp c n",
+    "weight_only_linear": "n ppp ccc pp n cc p n p n pp c nn",
     "dequantize": "n ppp cccccc p n",
     "round_rows": "p n ccc n p n",
     "peak_products": "n c n -> c",
@@ -120,6 +122,20 @@ def supports(isa: str) -> bool:
     """Whether this processor can execute the build called ``isa``; False where there are no C kernels."""
     library, _ = _load()
     return library is not None and bool(library.tw_supports(isa.encode()))
+
+
+@functools.cache
+def eager() -> tuple[Any, str | None]:
+    """The extension module for calls of layers that repeat, or None and the reason."""
+    if not build.EAGER.is_file():
+        return None, "it was not built when the package was installed (no C compiler, no headers of Python)"
+    try:
+        module = importlib.import_module("tilewright.kernels.cpu._eager")
+    except ImportError as error:
+        return None, f"it cannot be loaded: {error}"
+    if build.source_hash() != module.SOURCE_HASH:
+        return None, "it was compiled from other sources: install the package again"
+    return module, None
 
 
 @functools.cache

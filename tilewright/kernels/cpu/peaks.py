@@ -186,7 +186,7 @@ def _sizes(threads: int) -> dict[str, tuple[int, bool]]:
 # ---- kept
 def path() -> Path:
     """The file of measurements of this CPU: beside the table of what was timed on it."""
-    return tables.table_path(_device()).with_suffix(".peaks.json")
+    return tables.table_path(_device()).with_suffix(tables.MEASURED)
 
 
 def _device() -> DeviceKind:

@@ -163,7 +163,7 @@ def _weight_only(op: str) -> Callable[..., list[Description]]:
         weight = {
             "packed": packed.data_ptr(),
             "scale": scale.data_ptr(),
-            "zero": _address(zero),
+            "zero": _address(linear.zeros_that_count(zero, given.get("weight_zero"))),
             "bits": 4 if zero is not None else 8,
             "group": group,
             "compute": compute,

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from tilewright.kernels.dispatch import router
+from tilewright.kernels.dispatch import repeated, router
 from tilewright.kernels.dispatch.card import Card, card_of
 from tilewright.kernels.dispatch.same import SameTensors, TensorCache, holds_values, version_of
 
@@ -125,6 +125,7 @@ class Layer(Protocol):
 
     activation: str
     op_name: ClassVar[str]
+    _held_names: ClassVar[tuple[str, ...]]
 
     def _check_input(self, x: torch.Tensor) -> None: ...
 
@@ -134,12 +135,19 @@ class Layer(Protocol):
 class _Known:
     """What is known of one layer's calls, for as long as its tensors are the same and the router decides as it did."""
 
-    __slots__ = ("calls", "generation", "same")
+    __slots__ = ("again", "calls", "generation", "repeated", "same")
 
     def __init__(self, tensors: Sequence[torch.Tensor | None]):
         self.generation = router.generation()
         self.calls: dict[Any, Call | None] = {}
-        self.same = SameTensors(tensors, self.calls.clear)
+        #: What was remembered for ``again``, a function of the layer's attributes and x, by the shape of x.
+        self.repeated: dict[torch.Size, object] = {}
+        self.again: Callable[..., torch.Tensor | None] | None = None
+        self.same = SameTensors(tensors, self._clear)
+
+    def _clear(self) -> None:
+        self.calls.clear()
+        self.repeated.clear()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy of the layer knows nothing, and a file holds nothing of this
@@ -148,6 +156,24 @@ class _Known:
 def invalidate(layer: torch.nn.Module) -> None:
     """Drop what is known of ``layer``."""
     vars(layer).pop(_SLOT, None)
+
+
+def _remember(known: _Known, layer: Layer, x: torch.Tensor, tensors: Sequence[torch.Tensor | None], call: Call) -> None:
+    """Have calls like this one, which ``call`` serves, find it by the shortest way."""
+    if not x.is_contiguous() or repeated.why_not(_SLOT):
+        return
+    if len(known.repeated) >= _MOST_SHAPES:
+        known.repeated.clear()
+    held = repeated.Held(layer._held_names, tensors, known.same, layer.activation, known.generation)
+    known.again, known.repeated[x.shape] = repeated.remember(held, x, call)
+
+
+def repeated_call(attributes: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor | None:
+    """The result for ``x`` of the layer that has these attributes, if a call like it was prepared before, or None: then
+    ``prepared_call`` is to be asked.
+    """
+    known = attributes.get(_SLOT)
+    return None if known is None or known.again is None else known.again(attributes, x)
 
 
 def prepared_call(layer: Layer, x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> Call | None:
@@ -166,6 +192,7 @@ def prepared_call(layer: Layer, x: torch.Tensor, tensors: Sequence[torch.Tensor 
         known = slots[_SLOT] = _Known(tensors)
     call: Call | None = known.calls.get((x.shape, x.dtype, layer.activation))
     if call is not None:
+        _remember(known, layer, x, tensors, call)
         return call
     layer._check_input(x)
     card = card_of(layer.op_name)

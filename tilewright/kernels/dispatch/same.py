@@ -91,6 +91,11 @@ class SameTensors:
         """Whether one of their storages was freed."""
         return bool(self._expired)
 
+    @property
+    def freed(self) -> list[Any]:
+        """Empty until one of their storages is freed."""
+        return self._expired
+
     def match(self, tensors: Sequence[torch.Tensor | None]) -> bool:
         """Whether these are the tensors remembered, unwritten, in the same memory and of the same layout."""
         if self._expired or len(tensors) != len(self._states):

@@ -20,7 +20,7 @@ int KERNEL(int4_int8_linear)(const uint8_t *, const float *, const uint8_t *, in
                              int32_t *, float *, int64_t, int, int);
 int KERNEL(weight_only_linear)(int, const uint8_t *, const float *, const uint8_t *, int64_t, int64_t, int64_t,
                                const float *, const void *, int, int64_t, int64_t, const void *, int, void *, int, void *,
-                               float *, int64_t, int);
+                               float *, int64_t, int, int);
 
 static int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -50,5 +50,5 @@ EXPORT int ISA_NAME(tw_call_weight_only_linear)(const int64_t *given, const void
     AREAS(2, given + 12)
     return KERNEL(weight_only_linear)((int)given[0], AT(1), AT(2), AT(3), given[4], given[5], given[6], AT(7), x,
                                       (int)given[8], given[9], given[10], NULL, (int)given[11], y, (int)given[14],
-                                      areas[0], (float *)areas[1], given[15], (int)given[16]);
+                                      areas[0], (float *)areas[1], given[15], (int)given[16], (int)given[17]);
 }

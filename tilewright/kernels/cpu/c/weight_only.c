@@ -6,7 +6,7 @@
    sums, in float32, and a weight is widened in registers where it is multiplied, or, for many rows of float32, once for
    all of them (weight_only_wide.h). Where the processor multiplies pairs of bfloat16, bfloat16 is multiplied as such;
    everything else is multiplied in float32. In pairs a nibble stands for u - 8, and (z - 8) times the sum of the group's
-   activations is taken off.
+   activations is taken off. With AVX-512 there is no `zero` where every z is 8.
 
    int8 weights are one group with one scale for each channel. Weights are packed in panels of PANEL output channels:
 
@@ -27,6 +27,10 @@ enum { ROW_GROUP = 96 };
 #endif
 enum { PART = 512, FEW_ROWS = 6 };
 
+/* How threads share the work, as in int8_linear.c. TOGETHER: each converts some rows, all wait, each takes panels. ALL: each
+   converts all rows for itself. BY_ROWS: each takes rows, converts them and multiplies them by the whole weight. */
+enum { TOGETHER, ALL, BY_ROWS };
+
 static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 #if defined(__AVX512F__)
@@ -40,11 +44,15 @@ INLINE floats centred_zeros(const uint8_t *z) {
 INLINE floats widen_bytes(const uint8_t *w) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
 }
-/* Nibble `at` of each word, less 8, less `zero`. */
-INLINE floats widen_nibbles(const uint8_t *w, int at, floats zero) {
+/* Nibble `at` of each word, less 8. */
+INLINE floats nibbles_less_8(const uint8_t *w, int at) {
     const floats table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     /* The permutation looks at the low four bits of an index and at no other. */
-    return _mm512_sub_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(w), 4 * at), table), zero);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(w), 4 * at), table);
+}
+/* The same less `zero`. */
+INLINE floats widen_nibbles(const uint8_t *w, int at, floats zero) {
+    return _mm512_sub_ps(nibbles_less_8(w, at), zero);
 }
 /* Written out, as for AVX2 below. */
 INLINE floats add_product(floats sum, floats w, const float *x) {
@@ -94,6 +102,15 @@ INLINE floats add_product(floats sum, floats w, const float *x) {
 }
 #endif
 
+#if !defined(__AVX512F__)
+INLINE floats nibbles_less_8(const uint8_t *w, int at) { return widen_nibbles(w, at, floats_zero()); } /* not called */
+#endif
+
+/* The zero points of LANES channels as widen_nibbles takes them; of int8 and of 8 there are none. */
+INLINE floats zeros_at(int bits, const uint8_t *zero, int64_t at) {
+    return bits == 4 && zero ? centred_zeros(zero + at) : floats_zero();
+}
+
 /* The number that multiplying x in the format `compute` multiplies. */
 INLINE float rounded(float x, int compute) {
     if (compute == BFLOAT16) return from_bits((uint32_t)round_to_bfloat16(x) << 16);
@@ -123,6 +140,9 @@ INLINE float rounded(float x, int compute) {
 #define ELEMENT float
 #define STEP 1
 #define NEEDS_ROW_SUMS 0
+#if defined(__AVX512F__)
+#define MOST_SHORT 12 /* rows whose tile is half a panel wide: their products hide the widening */
+#endif
 #define SEGMENT_WORDS 16 /* short chains of sums, as PyTorch has them; a panel of them widened is 32 KiB at most */
 #if defined(__AVX2__)
 #define TALL_ROWS 6
@@ -147,6 +167,34 @@ DEFINE_CONVERT(float)
 #define SPREADS_WORDS 1
 /* `words` words of eight columns of a row of float32, each `step` elements after the one before, rounded to bfloat16 where
    that is multiplied. */
+#if defined(__AVX512F__)
+INLINE __m512 as_bfloat16(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i up = _mm512_and_si512(sum, _mm512_set1_epi32(-0x10000)), quiet = _mm512_set1_epi32(0x7fc00000);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q); /* as round_to_bfloat16 */
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(up, nan, quiet));
+}
+INLINE void spread(const float *x, int64_t words, int rounds, float *to, int64_t step) {
+    int64_t i = 0;
+    for (; i + 2 <= words; i += 2, to += 2 * step) {
+        __m512 value = _mm512_loadu_ps(x + 8 * i);
+        if (rounds) value = as_bfloat16(value);
+        _mm256_storeu_ps(to, _mm512_castps512_ps256(value));
+        _mm256_storeu_ps(to + step, _mm512_extractf32x8_ps(value, 1));
+    }
+    if (i == words) return;
+    __m512 value = _mm512_castps256_ps512(_mm256_loadu_ps(x + 8 * i));
+    if (rounds) value = as_bfloat16(value);
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(value));
+}
+static void spread_words(const float *x, int64_t words, int compute, float *to, int64_t step) {
+    if (compute == FLOAT32)
+        spread(x, words, 0, to, step);
+    else
+        spread(x, words, 1, to, step);
+}
+#else
 static void spread_words(const float *x, int64_t words, int compute, float *to, int64_t step) {
     const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), upper = _mm256_set1_epi32(-0x10000);
     if (compute == FLOAT32)
@@ -162,8 +210,11 @@ static void spread_words(const float *x, int64_t words, int compute, float *to, 
         }
 }
 #endif
+#endif
 /* Column t of the eight. */
-INLINE floats decode4_float(const uint8_t *w, int t, floats zero) { return widen_nibbles(w, t / 2 + t % 2 * 4, zero); }
+INLINE floats decode4_float(const uint8_t *w, int t, floats zero, int zeros) {
+    return zeros ? widen_nibbles(w, t / 2 + t % 2 * 4, zero) : nibbles_less_8(w, t / 2 + t % 2 * 4);
+}
 INLINE floats decode8_float(const uint8_t *w, int t) { return widen_bytes(w + t * PANEL); }
 INLINE floats multiply_add_float(floats sum, floats w, const float *x) { return add_product(sum, w, x); }
 #include "weight_only_tile.h"
@@ -174,6 +225,7 @@ INLINE floats multiply_add_float(floats sum, floats w, const float *x) { return 
 #undef SEGMENT_WORDS
 #undef TALL_ROWS
 #undef WIDEN_ONCE
+#undef MOST_SHORT
 #undef PAIRS_PANELS
 #undef SPREADS_WORDS
 #undef WIDEN
@@ -192,8 +244,8 @@ INLINE floats multiply_add_float(floats sum, floats w, const float *x) { return 
 #define STORE(to, value) *(to) = (uint16_t)(to_bits(value) >> 16)
 #define convert_row convert_row_pairs
 DEFINE_CONVERT(uint16_t)
-INLINE floats decode4_pairs(const uint8_t *w, int t, floats zero) {
-    (void)zero;
+INLINE floats decode4_pairs(const uint8_t *w, int t, floats zero, int zeros) {
+    (void)zero, (void)zeros;
     /* u - 8 as bfloat16, twice: the permutation looks at five bits of an index, of which the fifth is another nibble's. */
     const __m512i table = _mm512_set_epi16(
         0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, (short)0xbf80, (short)0xc000, (short)0xc040,
@@ -262,27 +314,37 @@ EXPORT int64_t ISA_NAME(tw_weight_only_row_bytes)(int compute, int64_t m, int64_
     return divide_up(k, 8) * 8 * 4;
 }
 
+/* Rows of scratch memory for `rows` rows: whole tiles. */
+static int64_t held_rows(int64_t rows) {
+    const int64_t twelve = divide_up(rows, 12) * 12, of_amx = divide_up(rows, 32) * 32;
+    return rows <= FEW_ROWS ? rows + rows % 2 : twelve > of_amx ? twelve : of_amx;
+}
+
 /* packed, scale, zero: from pack. x: [m, k] in the format `dtype`, rows x_stride elements apart; y and residual (or NULL):
    [m, n], contiguous, in the same format. group: columns that share a scale, a multiple of 8 or at least k. compute: the
-   format that is multiplied. bias: float32 [n] or NULL. Scratch for `block` rows, which are converted at a time: rows of
-   block (rounded up to 12 and to 32) * tw_weight_only_row_bytes, row_sums of block * groups. Returns 0, or 1 for a format
-   that this build cannot read. */
+   format that is multiplied. bias: float32 [n] or NULL. Scratch for `block` rows, which are converted at a time, all m
+   unless `sharing` is TOGETHER: rows of held_rows(block) * tw_weight_only_row_bytes, row_sums of block * groups; for each
+   thread where it is ALL. Returns 0, or 1 for a format that this build cannot read. */
 EXPORT int ISA_NAME(tw_weight_only_linear)(int bits, const uint8_t *packed, const float *scale, const uint8_t *zero,
                                            int64_t n, int64_t k, int64_t group, const float *bias, const void *x,
                                            int dtype, int64_t m, int64_t x_stride, const void *residual, int activation,
                                            void *y, int compute, void *rows, float *row_sums, int64_t block,
-                                           int threads) {
+                                           int sharing, int threads) {
     if ((dtype == FLOAT16 || compute == FLOAT16) && !HAS_FLOAT16) return 1;
     int64_t words = divide_up(k, 8), group_words = group < k ? group / 8 : words;
     int64_t groups = divide_up(words, group_words);
     output out = {bias, residual, activation, y, dtype, n};
+    /* As many for each thread, or nearly. */
+    const int64_t each = divide_up(m, threads), at_once = divide_up(each, divide_up(each, ROW_GROUP));
+    const int64_t held_bytes = held_rows(m) * ISA_NAME(tw_weight_only_row_bytes)(compute, m, k, group);
 #if defined(__AMX_BF16__)
     if (takes_tiles(m, k, group)) {
         static const tw_body parts[2][3] = {{part4_tiles1, part4_tiles2, part4_tiles3},
                                             {part8_tiles1, part8_tiles2, part8_tiles3}};
         tw_queue units = {{0, 0}};
         job_tiles job = {packed, scale, zero, k, words, group < k ? group : words * 8, groups, x, dtype, compute, m,
-                         x_stride, out, rows, block, &units};
+                         x_stride, out, rows, block, &units, sharing, divide_up(at_once, UNIT_ROWS) * UNIT_ROWS,
+                         held_bytes};
         tw_parallel(parts[bits == 8][terms_of(compute) - 1], &job, threads);
         return 0;
     }
@@ -291,14 +353,14 @@ EXPORT int ISA_NAME(tw_weight_only_linear)(int bits, const uint8_t *packed, cons
     if (compute == BFLOAT16) {
         tw_queue units = {{0, 0}};
         job_pairs job = {packed, scale, zero, n, k, words, group_words, groups, x, dtype, compute, m, x_stride, out,
-                         rows, row_sums, block, &units};
+                         rows, row_sums, block, &units, sharing, divide_up(at_once, 12) * 12, held_bytes};
         tw_parallel(bits == 4 ? part4_pairs : part8_pairs, &job, threads);
         return 0;
     }
 #endif
     tw_queue units = {{0, 0}};
     job_float job = {packed, scale, zero, n, k, words, group_words, groups, x, dtype, compute, m, x_stride, out,
-                     rows, row_sums, block, &units};
+                     rows, row_sums, block, &units, sharing, divide_up(at_once, 12) * 12, held_bytes};
     tw_parallel(bits == 4 ? part4_float : part8_float, &job, threads);
     return 0;
 }
@@ -319,7 +381,7 @@ typedef struct {
 #define JOB_OF_STEP(type)                                                                                              \
     (type){s->packed, s->scale, s->zero, s->n, s->k, words, group_words, divide_up(words, group_words), s->x, s->dtype, \
            s->compute, s->m, s->x_stride, {s->bias, s->residual, s->activation, s->y, s->dtype, s->n}, s->rows,        \
-           s->row_sums, s->m, &step->units}
+           s->row_sums, s->m, &step->units, TOGETHER, 0, 0}
 
 #if defined(__AMX_BF16__)
 static job_tiles tiles_of_step(tw_step *step) {
@@ -327,7 +389,7 @@ static job_tiles tiles_of_step(tw_step *step) {
     const int64_t words = divide_up(s->k, 8), group = s->group < s->k ? s->group : words * 8;
     return (job_tiles){s->packed, s->scale, s->zero, s->k, words, group, divide_up(words * 8, group), s->x, s->dtype,
                        s->compute, s->m, s->x_stride, {s->bias, s->residual, s->activation, s->y, s->dtype, s->n}, s->rows,
-                       s->m, &step->units};
+                       s->m, &step->units, TOGETHER, 0, 0};
 }
 #endif
 

@@ -21,7 +21,7 @@ enum {
 typedef struct {
     const uint8_t *packed;
     const float *scale;
-    const uint8_t *zero; /* NULL for int8 */
+    const uint8_t *zero; /* NULL for int8, and for 8 */
     int64_t k, words, group, groups;
     const void *x;
     int dtype, compute;
@@ -30,6 +30,8 @@ typedef struct {
     uint16_t *rows; /* [row / 16][k / 32][term] tiles of 16 rows and 32 k */
     int64_t block;
     tw_queue *units;
+    int sharing;
+    int64_t at_once, rows_bytes; /* as in weight_only_tile.h */
 } job_tiles;
 
 static int terms_of(int compute) { return compute == BFLOAT16 ? 1 : compute == FLOAT16 ? 2 : 3; }
@@ -76,7 +78,7 @@ INLINE void widen_chunk(int bits, const job_tiles *job, int64_t panel, int offse
     for (int64_t k = first; k < first + count; k += TILE_K, tiles += 2 * AMX_TILE) {
         const int64_t at = (panel * job->groups + k / job->group) * PANEL + offset;
         for (int v = 0; v < 2; v++) {
-            const floats zero = bits == 4 ? centred_zeros(job->zero + at + v * LANES) : floats_zero();
+            const floats zero = zeros_at(bits, job->zero, at + v * LANES);
             for (int i = 0; i < TILE_K / 8; i++) {
                 const uint8_t *word = w + (k / 8 + i) * word_bytes + v * LANES * (bits == 4 ? 4 : 1);
                 uint8_t *to = tiles + v * AMX_TILE + i * 4 * AMX_BYTES;
@@ -197,10 +199,36 @@ INLINE void take_tiles(int bits, int terms, const job_tiles *job, int64_t first,
     }
 }
 
+/* Rows that no other thread splits or reads. */
+INLINE void part_tiles_by_rows(int bits, int terms, const job_tiles *job) {
+    const int64_t halves = divide_up(job->out.n, HALF), parts = divide_up(job->m, job->at_once);
+    for (int64_t part = tw_take(job->units, 0, 1); part < parts; part = tw_take(job->units, 0, 1)) {
+        const int64_t begin = part * job->at_once, end = begin + job->at_once < job->m ? begin + job->at_once : job->m;
+        split_rows(terms, job, 0, begin, end);
+        for (int64_t row = begin; row < end; row += GROUP_ROWS)
+            for (int64_t half = 0; half < halves; half++)
+                multiply_rows_by_half(bits, terms, job, 0, row, end - row < GROUP_ROWS ? end - row : GROUP_ROWS, half / 2,
+                                      (int)(half % 2) * HALF);
+    }
+}
+
 INLINE void part_tiles(int bits, int terms, const job_tiles *job) {
     int number, threads;
     tw_team(&number, &threads);
     amx_begin();
+    if (job->sharing == BY_ROWS) {
+        part_tiles_by_rows(bits, terms, job);
+        amx_end();
+        return;
+    }
+    if (job->sharing == ALL) {
+        job_tiles mine = *job;
+        mine.rows += number * (job->rows_bytes / (int64_t)sizeof *job->rows);
+        split_rows(terms, &mine, 0, 0, job->m);
+        take_tiles(bits, terms, &mine, 0, job->m, 0);
+        amx_end();
+        return;
+    }
     for (int64_t first = 0, round = 0; first < job->m; first += job->block, round++) {
         const int64_t rows = job->m - first < job->block ? job->m - first : job->block;
         int64_t begin, end;

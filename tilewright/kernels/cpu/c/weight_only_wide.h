@@ -12,14 +12,14 @@ typedef struct {
 INLINE void widen_segment(int bits, int vectors, const job_float *job, const uint8_t *word, int64_t words, int64_t at,
                           segment *wide) {
     floats zero[TILE_VECTORS];
-    for (int v = 0; v < vectors; v++) zero[v] = bits == 4 ? centred_zeros(job->zero + at + v * LANES) : floats_zero();
+    for (int v = 0; v < vectors; v++) zero[v] = zeros_at(bits, job->zero, at + v * LANES);
     for (int64_t i = 0; i < words; i++, word += PANEL * bits)
 #pragma GCC unroll 8
         for (int t = 0; t < 8; t++)
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++)
                 store_floats(wide->column[i * 8 + t] + v * LANES,
-                             bits == 4 ? decode4_float(word + v * LANES * 4, t, zero[v])
+                             bits == 4 ? decode4_float(word + v * LANES * 4, t, zero[v], 1)
                                        : decode8_float(word + v * LANES, t));
 }
 
