@@ -1,12 +1,12 @@
 """Room behind the keys and values of a cache, so that the next ones are written and nothing else is copied.
 
 A layer of ``DynamicCache`` joins what it has and what is new, a copy of all of it for each token. Here its tensors are
-parts of larger ones, and what is new comes behind them, where that cannot be told from joining: nobody but the layer may
-look at the memory, by another name, a view or an array. What the layer holds then is what it would hold, but that the
-heads do not lie side by side in memory, as after ``crop``.
+parts of larger ones, and what is new comes behind them, where that cannot be told from joining: nobody but the layer
+may look at the memory, by another name, a view or an array. What the layer holds then is what it would hold, but that
+the heads do not lie side by side in memory, as after ``crop``.
 
-Only the layers of transformers itself are written to in this way, and only after ``update`` of one like it was seen to do
-the same. Every other cache is asked to update itself.
+Only the layers of transformers itself are written to in this way, and only after ``update`` of one like it was seen to
+do the same. Every other cache is asked to update itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def room_for(cache: Any, layer: int, key: torch.Tensor, value: torch.Tensor) -> 
         return None
     if not _takes(part.keys, key) or not _takes(part.values, value) or part.keys.shape[2] != part.values.shape[2]:
         return None
-    if not _is_known(caches, type(cache), type(cache).update, type(part), type(part).update):
+    if not _is_known((caches, type(cache), type(cache).update, type(part), type(part).update)):
         return None
     return way(part, key, value)
 
@@ -144,6 +144,8 @@ class _Memory(NamedTuple):
             return False
         if old.storage_offset() + length * width > self.room * width:
             return False
+        if sys.getrefcount(storage) != _ONE_STORAGE:
+            return False
         # ``old``, outside of inference mode the whole that it is a part of, and ``storage``.
         return bool(torch._C._storage_Use_Count(storage._cdata) == 2 + old._is_view())
 
@@ -154,13 +156,23 @@ def _names_for(part: Any, name: str) -> int:
     return sys.getrefcount(tensor)
 
 
+def _names_for_storage(tensor: torch.Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage)
+
+
+#: What the functions above find where nobody else knows the object.
+_ONE_STORAGE = _names_for_storage(torch.empty(0))
 _ONE_NAME = _names_for(types.SimpleNamespace(keys=torch.empty(0)), "keys")
 
 
 # ---- the proof
 @functools.lru_cache(maxsize=64)
-def _is_known(caches: Any, cache_type: Any, update: Any, layer_type: Any, layer_update: Any) -> bool:
-    """Whether caches and layers with these ``update`` functions hold and give, token by token, what is made here."""
+def _is_known(kinds: tuple[Any, ...]) -> bool:
+    """Whether caches and layers hold and give, token by token, what is made here. kinds: transformers' module, the
+    class of a cache, its ``update``, the class of a layer, its ``update``.
+    """
+    caches, cache_type, _, layer_type, _ = kinds
     way = _ways(caches)[layer_type]
     try:
         theirs, ours = (_small_cache(cache_type, layer_type) for _ in range(2))

@@ -64,8 +64,8 @@ def job(
     y: torch.Tensor,
     threads: int,
 ) -> Job:
-    """What attention.c is told, but for the scratch memory and the counters ``done``. The last dimension of query, key and value is contiguous,
-    that of the mask, float32 or bool, contiguous or expanded; y: contiguous [B, L, H, E].
+    """What attention.c is told, but for the scratch memory and the counters ``done``. The last dimension of query, key
+    and value is contiguous, that of the mask, float32 or bool, contiguous or expanded; y: contiguous [B, L, H, E].
     """
     batch, heads, queries, width = query.shape
     kv_heads, keys, value_width = value.shape[1:]

@@ -115,7 +115,7 @@ class CachedAttention:
         return True
 
     def written(self, room: Room) -> dict[int, torch.Tensor]:
-        """What a holder gives, by what was recorded of it, having written what the step would, where that does not fit."""
+        """What a holder gives, by what was recorded of it, having written what the step would where it does not fit."""
         for whole, new in zip(room[:2], self._new, strict=True):
             whole[:, :, room[2] : room[2] + new.shape[2]] = new
         return dict(zip(self._recorded, room[:2], strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -168,21 +169,20 @@ class Replay:
     def _join_parts(self) -> None:
         """Put the steps of all C calls into one array; with what is between them, where that can be a step too."""
         native_parts = [part for part in self.parts if part.function is None]
-        calls = [part.made[0][0] for part in self.parts if part.function is not None]
-        between = [part.function is not None for part in self.parts] == [False, True, True, False]
+        between = [part.made[0][0] for part in self.parts if part.function is not None]
+        order = [part.function is not None for part in self.parts] == [False, True, True, False]
         self.cached: CachedAttention | None = None
-        if between and [call.name for call in calls] == [HOLDER, HELD]:
+        if order and [call.name for call in between] == [HOLDER, HELD]:
             with contextlib.suppress(NotNative, CannotReplay):
-                self.cached = CachedAttention(*calls, self.memory.live, self._source)
-        extra = [] if self.cached is None else [self.cached.step]
-        described = [
-            step for part in native_parts for step in [*part.steps, *(extra if part is native_parts[0] else [])]
-        ]
-        self.array = (Description * len(described))(*described)
+                self.cached = CachedAttention(between[0], between[1], self.memory.live, self._source)
+        described = [list(part.steps) for part in native_parts]
+        if self.cached is not None:
+            described[0].append(self.cached.step)
+        self.array = (Description * sum(map(len, described)))(*itertools.chain(*described))
         begin = 0
-        for part in native_parts:
+        for part, joined in zip(native_parts, described, strict=True):
             part.array = (Description * len(part.steps)).from_buffer(self.array, begin * ctypes.sizeof(Description))
-            begin += len(part.steps) + len(extra)
+            begin += len(joined)
 
     def _lower_group(self, plan: Lowering, group: list[Call]) -> bool:
         """Add the steps of calls that are lowered together; False, having added none, where one has no C kernel."""
@@ -377,9 +377,9 @@ class Replay:
                         if not (is_same(place, tensor) if exact else is_near(place, tensor, call.name in ROWS)):
                             return f"a step of the replay does not give what {call.name} gave"
                         place.copy_(tensor)
-                if made and made[0].name == HELD and self.cached is not None:
-                    if not self.cached.is_right(made[0].result, self.held):
-                        self.cached = None
+                attends = bool(made) and made[0].name == HELD
+                if self.cached is not None and attends and not self.cached.is_right(made[0].result, self.held):
+                    self.cached = None
                 if part.function is None and (again := requantize(part.steps[number])) is not None:
                     native.function("run_steps")(ctypes.addressof(again), 1, threads)
         self._let_go()
