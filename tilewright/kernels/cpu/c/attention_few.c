@@ -15,6 +15,9 @@ enum { ROWS = 4, WIDE_ROWS = 3 };
 #else
 enum { ROWS = 2, WIDE_ROWS = 1 };
 #endif
+/* Keys and values come from memory, and the processor's own prefetching begins anew in each page: so many bytes ahead they
+   are asked for. */
+enum { AHEAD = 8192 };
 /* A chain of sums of values is SEGMENT long at most, for the sake of its error. */
 enum { PART = 128, SEGMENT = 32 };
 
@@ -32,8 +35,10 @@ void ISA_NAME(tw_few_begin)(const attention *job) {
     if (job->done) memset(job->done, 0, (size_t)(job->batch * job->kv_heads) * sizeof *job->done);
 }
 
+static int64_t rows_ahead(int64_t width) { return AHEAD / (int64_t)sizeof(float) / width + 1; }
+
 /* scores[r][j] = q[r] . key j, of `rows` queries and `keys` keys, which are constants wherever this is called. */
-INLINE void score_block(int rows, int keys, int64_t width, const float *const *q, const float *const *k,
+INLINE void score_block(int rows, int keys, int64_t width, const float *const *q, const float *const *k, int64_t ahead,
                         float (*scores)[PART], int64_t at) {
     vec sum[ROWS][8];
 #pragma GCC unroll 8
@@ -48,6 +53,7 @@ INLINE void score_block(int rows, int keys, int64_t width, const float *const *q
 #pragma GCC unroll 8
         for (int i = 0; i < keys; i++) {
             const vec b = v_load(k[i] + c);
+            __builtin_prefetch(k[i] + c + ahead);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], a[r], b);
         }
@@ -70,17 +76,18 @@ INLINE void score_block(int rows, int keys, int64_t width, const float *const *q
 INLINE void score(int rows, const attention *job, const float *const *q, const float *k, int64_t count,
                   float (*scores)[PART]) {
     const int keys = rows == 1 ? 8 : 4;
+    const int64_t ahead = rows_ahead(job->width) * job->k_stride[2];
     for (int64_t j = 0; j < count; j += keys) {
         const float *at[8];
         for (int i = 0; i < keys; i++) /* beyond the last key: the last one again */
             at[i] = k + (j + i < count ? j + i : count - 1) * job->k_stride[2];
-        score_block(rows, keys, job->width, q, at, scores, j);
+        score_block(rows, keys, job->width, q, at, ahead, scores, j);
     }
 }
 
 /* to[r] = sum_j p[r][j] v[j], of `vectors` vectors of channels, or of the first n channels of one. */
 INLINE void add_values(int rows, int vectors, int n, const float (*p)[PART], const float *v, int64_t stride,
-                       int64_t count, float *const *to, int64_t channel) {
+                       int64_t ahead, int64_t count, float *const *to, int64_t channel) {
     for (int64_t begin = 0; begin < count; begin += SEGMENT) {
         const int64_t end = count - begin < SEGMENT ? count : begin + SEGMENT;
         vec sum[ROWS][8];
@@ -96,6 +103,7 @@ INLINE void add_values(int rows, int vectors, int n, const float (*p)[PART], con
 #pragma GCC unroll 8
             for (int i = 0; i < vectors; i++) {
                 const vec b = n == LANES ? v_load(row + i * LANES) : v_load_first(row, n);
+                __builtin_prefetch(row + i * LANES + ahead);
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], a[r], b);
             }
@@ -116,12 +124,12 @@ INLINE void add_values(int rows, int vectors, int n, const float (*p)[PART], con
 INLINE void add_all_values(int rows, const attention *job, const float (*p)[PART], const float *v, int64_t count,
                            float *const *to) {
     const int vectors = rows <= WIDE_ROWS ? 8 : 4;
-    const int64_t width = job->value_width, stride = job->v_stride[2];
+    const int64_t width = job->value_width, stride = job->v_stride[2], ahead = rows_ahead(width) * stride;
     int64_t c = 0;
     for (; c + vectors * LANES <= width; c += vectors * LANES)
-        add_values(rows, vectors, LANES, p, v, stride, count, to, c);
-    for (; c + LANES <= width; c += LANES) add_values(rows, 1, LANES, p, v, stride, count, to, c);
-    if (c < width) add_values(rows, 1, (int)(width - c), p, v, stride, count, to, c);
+        add_values(rows, vectors, LANES, p, v, stride, ahead, count, to, c);
+    for (; c + LANES <= width; c += LANES) add_values(rows, 1, LANES, p, v, stride, ahead, count, to, c);
+    if (c < width) add_values(rows, 1, (int)(width - c), p, v, stride, ahead, count, to, c);
 }
 
 /* One part of a head of keys for queries `first` and on, `rows` of them. A query is numbered by its head, among those that
