@@ -197,6 +197,14 @@ def test_a_full_cache_says_so_itself() -> None:
     assert room_for(mine, 0, *tokens(1)) is not None
 
 
+def test_what_inference_mode_made_is_not_written_to_outside() -> None:
+    with torch.inference_mode():
+        mine, _ = started(static)
+        assert room_for(mine, 0, *tokens(1)) is not None
+    assert room_for(mine, 0, *tokens(1)) is None
+    assert int(mine.layers[0].cumulative_length) == 6
+
+
 def test_writing_is_seen_by_autograd() -> None:
     mine, _ = started(static)
     x = torch.ones((), requires_grad=True)
@@ -238,6 +246,10 @@ def as_a_parameter(cache: Any) -> None:
     cache.layers[0].keys = torch.nn.Parameter(cache.layers[0].keys)
 
 
+def with_a_sign_to_change(cache: Any) -> None:
+    cache.layers[0].keys = torch._neg_view(cache.layers[0].keys)
+
+
 def of_other_lengths(cache: Any) -> None:
     cache.layers[0].keys = cache.layers[0].keys[:, :, 1:]
 
@@ -246,7 +258,7 @@ def of_other_lengths(cache: Any) -> None:
     "change",
     [
         *(other_update, other_update_of_the_layer, more_in_the_layer, offloading, of_another_class),
-        *(of_another_type, as_a_parameter, of_other_lengths),
+        *(of_another_type, as_a_parameter, with_a_sign_to_change, of_other_lengths),
     ],
     ids=lambda change: change.__name__,
 )

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from tilewright.kernels.dispatch.same import holds_values
+
 #: What ``room_for`` gives: keys, values, and the position of the first that is to be written.
 Room = tuple[torch.Tensor, torch.Tensor, int]
 #: What layers have for attributes, beside keys and values, in the versions of transformers that are known.
@@ -61,6 +63,8 @@ def _takes(old: Any, new: torch.Tensor) -> bool:
     if type(old) is not torch.Tensor or old.dtype != torch.float32 or old.device.type != "cpu" or old.requires_grad:
         return False
     shape = old.shape
+    if not holds_values(old):
+        return False
     return len(shape) == 4 and shape[:2] == new.shape[:2] and shape[3] == new.shape[3] and old.numel() > 0
 
 
@@ -91,6 +95,8 @@ def _grown_static(part: Any, key: torch.Tensor, value: torch.Tensor) -> Room | N
     first = int(length)
     if first + key.shape[2] > part.keys.shape[2]:
         return None  # it says so itself
+    if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in (part.keys, part.values, length)):
+        return None  # likewise
     length.add_(key.shape[2])
     for tensor in (part.keys, part.values):
         if not tensor.is_inference():
@@ -144,10 +150,10 @@ class _Memory(NamedTuple):
             return False
         if old.storage_offset() + length * width > self.room * width:
             return False
-        if sys.getrefcount(storage) != _ONE_STORAGE:
+        if sys.getrefcount(storage) != _ONE_STORAGE or _users_of is None:
             return False
         # ``old``, outside of inference mode the whole that it is a part of, and ``storage``.
-        return bool(torch._C._storage_Use_Count(storage._cdata) == 2 + old._is_view())
+        return bool(_users_of(storage._cdata) == 2 + old._is_view())
 
 
 def _names_for(part: Any, name: str) -> int:
@@ -161,6 +167,8 @@ def _names_for_storage(tensor: torch.Tensor) -> int:
     return sys.getrefcount(storage)
 
 
+#: How many tensors and other objects of C++ have a storage, of PyTorch's own checks of memory; not in every version.
+_users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 #: What the functions above find where nobody else knows the object.
 _ONE_STORAGE = _names_for_storage(torch.empty(0))
 _ONE_NAME = _names_for(types.SimpleNamespace(keys=torch.empty(0)), "keys")
