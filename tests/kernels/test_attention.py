@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.tolerance import assert_close_as_plain
 from tilewright.kernels.attention import cpu, pytorch, reference
-from tilewright.kernels.cpu import native
+from tilewright.kernels.cpu import attention, native
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import route
 
@@ -162,6 +162,105 @@ def test_more_queries_than_one_block(vector_isa: str):
     q, k, v = operands(1, 1, 1, 300, 300, 8, 8)
     exact = reference.attention(q.double(), k.double(), v.double(), causal=True)
     assert_close_as_plain(cpu.attention(q, k, v, causal=True), reference.attention(q, k, v, causal=True), exact)
+
+
+# ---- few queries
+@quick
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 5),
+    queries=st.integers(1, 4),
+    keys=st.sampled_from((1, 7, 127, 128, 129, 256, 300, 515, 1100)),
+    width=st.sampled_from((8, 16, 30, 64, 80, 128)),
+    value_width=st.sampled_from((8, 24, 64, 128, 133)),
+    mask=st.sampled_from((*MASKS, "causal")),
+    seed=st.integers(0, 1000),
+)
+def test_few_queries_agree_with_float64(
+    vector_isa: str,
+    batch: int,
+    kv_heads: int,
+    groups: int,
+    queries: int,
+    keys: int,
+    width: int,
+    value_width: int,
+    mask: str,
+    seed: int,
+):
+    torch.manual_seed(seed)
+    heads = kv_heads * groups
+    if batch * heads * queries * value_width < 256:  # as above
+        batch = -(-256 // (heads * queries * value_width))
+    q, k, v = operands(batch, heads, kv_heads, queries, keys, width, value_width)
+    added = mask_of(mask, batch, heads, queries, keys)
+    causal = mask == "causal"
+    exact = reference.attention(q.double(), k.double(), v.double(), double(added), causal)
+    y = cpu.attention(q, k, v, added, causal)
+    assert_close_as_plain(y, reference.attention(q, k, v, added, causal), exact)
+    lonely = cpu.attention(*(t[:1] for t in (q, k, v)), None if added is None or added.dim() < 4 else added[:1], causal)
+    if added is None or added.dim() == 4:
+        assert torch.equal(lonely, y[:1])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert torch.equal(cpu.attention(q, k, v, added, causal), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_strides_of_a_cache_change_nothing(vector_isa: str):
+    q, k, v = operands(2, 6, 2, 1, 400, 64, 64)
+    y = cpu.attention(q, k, v)
+    room_k, room_v = torch.full((2, 2, 512, 64), math.nan), torch.full((2, 2, 512, 64), math.nan)
+    room_k[:, :, 50:450], room_v[:, :, 50:450] = k, v
+    assert torch.equal(cpu.attention(q, room_k[:, :, 50:450], room_v[:, :, 50:450]), y)
+
+
+@pytest.mark.parametrize("keys", [100, 700])
+def test_few_queries_that_see_nothing(vector_isa: str, keys: int):
+    q, k, v = operands(1, 4, 2, 3, keys, 16, 16)
+    seen = torch.ones(1, 1, 3, keys, dtype=torch.bool)
+    seen[:, :, 1] = False
+    for mask in (seen, torch.zeros(1, 1, 3, keys).masked_fill(~seen, -math.inf)):
+        y = cpu.attention(q, k, v, mask)
+        assert torch.equal(y[:, :, 1], torch.zeros_like(y[:, :, 1])) and torch.isfinite(y).all()
+        assert torch.equal(y[:, :, [0, 2]], cpu.attention(q, k, v)[:, :, [0, 2]])
+
+
+@pytest.mark.parametrize("keys", [100, 700])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_value_among_few_queries_stays_alone(vector_isa: str, keys: int, bad: float):
+    q, k, v = operands(2, 4, 2, 2, keys, 16, 16)
+    clean = cpu.attention(q, k, v)
+    q[1, 0, 1, 3] = bad
+    y = cpu.attention(q, k, v)
+    assert torch.isnan(y[1, 0, 1]).all()
+    y[1, 0, 1] = clean[1, 0, 1]
+    assert torch.equal(y, clean)
+    q[1, 0, 1, 3] = 0.0
+    v[0, 1, 40, 2] = math.nan
+    y = cpu.attention(q, k, v)
+    assert torch.isnan(y[0, 2:, :, 2]).all() and torch.isnan(y).sum() == 4
+    k[0, 0, -1, 2] = math.nan
+    assert torch.isnan(cpu.attention(q, k, v)[0, :2]).all()
+
+
+def test_what_a_cache_has_not_been_filled_with_is_not_read(vector_isa: str):
+    q, k, v = operands(1, 4, 2, 1, 1000, 32, 32)
+    seen = torch.zeros(1, 1, 1, 1000, dtype=torch.bool)
+    seen[..., :130] = True
+    k[:, :, 256:], v[:, :, 256:] = math.nan, math.nan
+    y = cpu.attention(q, k, v, seen)
+    expected = reference.attention(*(t[:, :, :130].double() if t is not q else t.double() for t in (q, k, v)))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_few_queries_take_any_number_of_keys(vector_isa: str):
+    for queries, keys, served in ((1, 8000, True), (4, 513, True), (5, 513, False), (5, 512, True)):
+        problem = Problem("attention", queries, attention.routed_keys(queries, keys), 8, torch.float32)
+        assert (route(problem).name == "C kernel") == served
 
 
 @pytest.mark.parametrize(

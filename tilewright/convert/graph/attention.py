@@ -134,8 +134,7 @@ def attention_forward(
     if causal is None:
         causal = getattr(module, "is_causal", True)
     causal = bool(causal) and attention_mask is None and length > 1
-    special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
-    if special or dropout or kwargs.get("output_attentions") or (causal and key.shape[2] != length):
+    if _special(kwargs) or dropout or (causal and key.shape[2] != length):
         supports = False
     else:
         supports = call.supports(query, key, value, attention_mask, causal)
@@ -146,7 +145,33 @@ def attention_forward(
     return ALL_ATTENTION_FUNCTIONS[REPLACED](module, query, key, value, attention_mask, **options)
 
 
-@reads_held
+def _as_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Any, ...] | None:
+    """Query, key, value, mask and scale of the attention that ``attention_forward`` asks for, however many keys there
+    are; None where it may ask for another.
+    """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if dropout or _special(kwargs) or (causal and attention_mask is None and query.shape[2] > 1):
+        return None
+    return query, key, value, attention_mask, scaling
+
+
+def _special(options: dict[str, Any]) -> bool:
+    """Whether more than attention is asked for."""
+    named = any(options.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+    return named or bool(options.get("output_attentions"))
+
+
+@reads_held(_as_attention)
 def attention_output(*args: Any, **kwargs: Any) -> torch.Tensor:
     """What ``attention_forward`` computes, without the weights, which it does not give."""
     return attention_forward(*args, **kwargs)[0]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from tilewright.convert.graph.cache_room import room_for
 from tilewright.convert.graph.values import Value
 from tilewright.kernels.cpu.recording import of_holder
 
@@ -59,7 +60,15 @@ def twin_of(cache: Any, layers: Collection[int], memo: dict[int, Any] | None = N
     return copy.deepcopy(cache, shared | (memo or {}))
 
 
-@of_holder
+def _room_in(
+    held: HeldCache, key: torch.Tensor, value: torch.Tensor, layer: int, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    if args or kwargs or torch.is_inference_mode_enabled() != held._inference:
+        return None
+    return room_for(held.cache, layer, key, value)
+
+
+@of_holder(_room_in)
 def update_cache(cache: HeldCache, key: Any, value: Any, layer: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """The ``update`` of a cache: it takes the keys and values of a layer, and gives all of its."""
     return tuple(cache.update(key, value, layer, *args, **kwargs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tilewright.kernels.attention.operator import why_not_shapes
+from tilewright.kernels.cpu.attention import routed_keys
 from tilewright.kernels.cpu.recording import recorded
 from tilewright.kernels.dispatch.layers import can_bypass_dispatcher, profiler_enabled
 from tilewright.kernels.dispatch.router import resolve
@@ -62,6 +63,7 @@ def _attend(
     scale: float | None,
 ) -> torch.Tensor:
     batch, heads, queries, width = query.shape
-    function = resolve("attention", batch * heads * queries, key.shape[2], width, query.dtype, query.device)
+    keys = routed_keys(queries, key.shape[2])
+    function = resolve("attention", batch * heads * queries, keys, width, query.dtype, query.device)
     y: torch.Tensor = function(query, key, value, mask, causal, scale)
     return y

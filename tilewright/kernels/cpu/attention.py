@@ -13,6 +13,8 @@ from tilewright.kernels.dispatch.problem import Problem
 MOST_KEYS = 512
 #: Beyond this width of a head likewise.
 WIDEST = 256
+#: Up to so many queries attention_few.c reads keys where they lie, any number of them (``FEW_QUERIES`` of attention.h).
+FEW_QUERIES = 4
 
 
 class Job(ctypes.Structure):
@@ -27,6 +29,10 @@ class Job(ctypes.Structure):
         ("causal", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("new_k", "new_v")),
+        *((name, ctypes.c_int64 * 3) for name in ("new_k_stride", "new_v_stride")),
+        *((name, ctypes.c_int64) for name in ("new_first", "new_count")),
+        ("done", ctypes.c_void_p),
     ]
 
 
@@ -43,6 +49,11 @@ def why_not(problem: Problem) -> str | None:
     return native.why_no_native() or (None if steps.lanes() else f"is not built for {native.isa()}")
 
 
+def routed_keys(queries: int, keys: int) -> int:
+    """The keys of the problem by which the router chooses: few queries have no need of caches."""
+    return min(keys, MOST_KEYS) if queries <= FEW_QUERIES else keys
+
+
 def job(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -53,8 +64,8 @@ def job(
     y: torch.Tensor,
     threads: int,
 ) -> Job:
-    """What attention.c is told, but for the scratch memory. The last dimension of query, key and value is contiguous,
-    that of the mask, float32 or bool, contiguous or expanded; y: contiguous [B, L, H, E].
+    """What attention.c is told, but for the scratch memory and the counters ``done``. The last dimension of query, key
+    and value is contiguous, that of the mask, float32 or bool, contiguous or expanded; y: contiguous [B, L, H, E].
     """
     batch, heads, queries, width = query.shape
     kv_heads, keys, value_width = value.shape[1:]

@@ -43,6 +43,7 @@ KERNELS = (
     "conv_int8.c",
     "conv_simple.c",
     "attention.c",
+    "attention_few.c",
     "norm.c",
     "elementwise.c",
     "program.c",

@@ -19,6 +19,11 @@ _local = threading.local()
 HOLDER, HELD = "call of a holder", "call with what is held"
 
 
+#: Of functions marked with ``of_holder`` and ``reads_held``: what was said of them.
+ROOM_OF: dict[Callable[..., Any], Callable[..., Any]] = {}
+ATTENTION_OF: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
 class Call(NamedTuple):
     """One recorded call. name: of the operator, or of the step of a function marked with ``recorded``."""
 
@@ -77,39 +82,56 @@ def recorded(step: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return mark
 
 
-def of_holder(function: Callable[..., Any]) -> Callable[..., Any]:
+def of_holder(room: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Let a recording see a call of a function as one that is made from Python in each replay. The first argument is
     somebody's object, another one in each replay, which may keep what it is given and decides what it gives, tensors of
     any size.
+
+    room: a function of the same arguments. Either it gives what a call would, tensors of float32 in which what the
+    caller has brought is for him to write from position ``first`` on, as (keys, values, first), and leaves the object
+    as a call would; or it does nothing and gives None.
     """
 
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        recorder: _Recorder | None = getattr(_local, "recorder", None)
-        if recorder is None or recorder.suspended:
-            return function(*args, **kwargs)
-        result = recorder.note(HOLDER, function, args, kwargs)
-        recorder.held.update(tensor.untyped_storage().data_ptr() for tensor in tensors_in(result))
-        return result
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        ROOM_OF[function] = room
 
-    return run
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            recorder: _Recorder | None = getattr(_local, "recorder", None)
+            if recorder is None or recorder.suspended:
+                return function(*args, **kwargs)
+            result = recorder.note(HOLDER, function, args, kwargs)
+            recorder.held.update(tensor.untyped_storage().data_ptr() for tensor in tensors_in(result))
+            return result
+
+        return run
+
+    return mark
 
 
-def reads_held(function: Callable[..., Any]) -> Callable[..., Any]:
+def reads_held(attention: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Let a recording see a call of a function as one that is made from Python in each replay, if it is given what an
     ``of_holder`` function gave: then it may do other operators each time, but for the size of its results.
+
+    attention: gives of the same arguments those of the ``attention`` (without ``causal``) whose result, heads merged,
+    is that of the function, or None where it may be another.
     """
 
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        recorder: _Recorder | None = getattr(_local, "recorder", None)
-        if recorder is None or recorder.suspended or not recorder.held:
-            return function(*args, **kwargs)
-        if not any(tensor.untyped_storage().data_ptr() in recorder.held for tensor in tensors_in((args, kwargs))):
-            return function(*args, **kwargs)
-        return recorder.note(HELD, function, args, kwargs)
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        ATTENTION_OF[function] = attention
 
-    return run
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            recorder: _Recorder | None = getattr(_local, "recorder", None)
+            if recorder is None or recorder.suspended or not recorder.held:
+                return function(*args, **kwargs)
+            if not any(tensor.untyped_storage().data_ptr() in recorder.held for tensor in tensors_in((args, kwargs))):
+                return function(*args, **kwargs)
+            return recorder.note(HELD, function, args, kwargs)
+
+        return run
+
+    return mark
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:

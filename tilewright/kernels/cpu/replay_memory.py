@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tilewright.kernels.cpu.recording import Call, tensors_in
+from tilewright.kernels.cpu.recording import HOLDER, Call, tensors_in
 from tilewright.kernels.dispatch.same import SameTensors, version_of
 
 
@@ -58,7 +58,8 @@ class Memory:
             for tensor in tensors_in((call.args, call.kwargs)):
                 key = storage_key(tensor)
                 if key in born:
-                    dies[key] = number
+                    # What a holder is given may be written to what it holds only where that is read, in the next group.
+                    dies[key] = number + (call.name == HOLDER)
                 elif key not in self.inputs and key not in held and key not in free:
                     # A view, as of a transposed weight, is made anew in each call; what it looks at stays.
                     owner = tensor._base if tensor._is_view() and tensor._base is not None else tensor

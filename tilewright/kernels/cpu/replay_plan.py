@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from torch.utils import _pytree as pytree
 from tilewright.kernels.cpu import native, steps
 from tilewright.kernels.cpu.lowering import Lowering, NotNative, place_of
 from tilewright.kernels.cpu.recording import HELD, HOLDER, Call, tensors_in, written_by
+from tilewright.kernels.cpu.replay_cache import CachedAttention, Room
 from tilewright.kernels.cpu.replay_checks import is_near, is_same
 from tilewright.kernels.cpu.replay_memory import CannotReplay, Memory, arrange, storage_key
 from tilewright.kernels.cpu.replay_norms import lower_rms_norm, read_rms_norm
@@ -146,9 +149,11 @@ class Replay:
             for structure, name in each.members:
                 setattr(structure, name, self.scratch.data_ptr() + begin)
         self.kept = plan.kept
+        self._join_parts()
+        #: How often the last call entered C.
+        self.c_calls = sum(part.function is None for part in self.parts)
         for part in self.parts:
             if part.function is None:
-                part.array = (Description * len(part.steps))(*part.steps)
                 copies = list(part.array)  # objects that stand for parts of the array, whose memory they share
                 for copy, step in zip(copies, part.steps, strict=True):
                     copy.described = step.described
@@ -160,6 +165,24 @@ class Replay:
             if key in read
         ]
         self.patches = self._find_inputs()
+
+    def _join_parts(self) -> None:
+        """Put the steps of all C calls into one array; with what is between them, where that can be a step too."""
+        native_parts = [part for part in self.parts if part.function is None]
+        between = [part.made[0][0] for part in self.parts if part.function is not None]
+        order = [part.function is not None for part in self.parts] == [False, True, True, False]
+        self.cached: CachedAttention | None = None
+        if order and [call.name for call in between] == [HOLDER, HELD]:
+            with contextlib.suppress(NotNative, CannotReplay):
+                self.cached = CachedAttention(between[0], between[1], self.memory.live, self._source)
+        described = [list(part.steps) for part in native_parts]
+        if self.cached is not None:
+            described[0].append(self.cached.step)
+        self.array = (Description * sum(map(len, described)))(*itertools.chain(*described))
+        begin = 0
+        for part, joined in zip(native_parts, described, strict=True):
+            part.array = (Description * len(part.steps)).from_buffer(self.array, begin * ctypes.sizeof(Description))
+            begin += len(joined)
 
     def _lower_group(self, plan: Lowering, group: list[Call]) -> bool:
         """Add the steps of calls that are lowered together; False, having added none, where one has no C kernel."""
@@ -264,19 +287,17 @@ class Replay:
         ]
         return [
             (structure, name, address - begin, number)
-            for part in self.parts
-            for step in part.steps
+            for step in self._all_steps()
             for structure, name, address in pointers_of(step)
             for number, begin, end in spans
             if begin <= address < end
         ]
 
-    # ---- running
-    @property
-    def c_calls(self) -> int:
-        """How often a call enters C."""
-        return sum(part.function is None for part in self.parts)
+    def _all_steps(self) -> list[Description]:
+        described = [step for part in self.parts for step in part.steps]
+        return described if self.cached is None else [*described, self.cached.step]
 
+    # ---- running
     @property
     def size(self) -> int:
         """Bytes of memory that it works in."""
@@ -299,17 +320,30 @@ class Replay:
         self.holder = holder
         threads = torch.get_num_threads()
         try:
-            for part in self.parts:
-                if part.function is not None:
-                    part.function()
-                else:
-                    part.run(0, len(part.steps), threads)
+            room = None if self.cached is None else self.cached.room_in(holder)
+            if self.cached is not None and room is not None and self.cached.take(room):
+                native.function("run_steps")(ctypes.addressof(self.array), len(self.array), threads)
+                self.c_calls = 1
+            else:
+                self._run_parts(room, threads)
         finally:
             self._let_go()
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         if self.structure.is_leaf():
             return leaves[0]
         return pytree.tree_unflatten(leaves, self.structure)
+
+    def _run_parts(self, room: Room | None, threads: int) -> None:
+        """room: what the holder has given already, if it has."""
+        self.c_calls = 0
+        for part in self.parts:
+            if part.function is None:
+                part.run(0, len(part.steps), threads)
+                self.c_calls += 1
+            elif self.cached is not None and room is not None and part is self.parts[1]:
+                self.held.update(self.cached.written(room))
+            else:
+                part.function()
 
     def _let_go(self) -> None:
         self.holder, self.given = None, ()
@@ -343,6 +377,9 @@ class Replay:
                         if not (is_same(place, tensor) if exact else is_near(place, tensor, call.name in ROWS)):
                             return f"a step of the replay does not give what {call.name} gave"
                         place.copy_(tensor)
+                attends = bool(made) and made[0].name == HELD
+                if self.cached is not None and attends and not self.cached.is_right(made[0].result, self.held):
+                    self.cached = None
                 if part.function is None and (again := requantize(part.steps[number])) is not None:
                     native.function("run_steps")(ctypes.addressof(again), 1, threads)
         self._let_go()

@@ -281,7 +281,8 @@ def _attention(
 ) -> list[Description]:
     q, k, v, y = map(plan.live, (query, key, value, result))
     batch, heads, queries, width = q.shape
-    problem = Problem("attention", batch * heads * queries, k.shape[2], width, q.dtype)
+    keys = attention.routed_keys(queries, k.shape[2])
+    problem = Problem("attention", batch * heads * queries, keys, width, q.dtype)
     if attention.why_not(problem) or any(t.stride(3) != 1 for t in (q, k, v)):
         raise NotNative
     if not y.transpose(1, 2).is_contiguous():
@@ -292,8 +293,9 @@ def _attention(
     threads = torch.get_num_threads()
     scale = 1 / math.sqrt(max(width, 1)) if scale is None else scale
     job = attention.job(q, k, v, seen, causal, scale, y.transpose(1, 2), threads)
-    floats = native.function("attention_scratch")(ctypes.addressof(job)) * threads
+    floats = native.function("attention_scratch")(ctypes.addressof(job))
     plan.reserve(4 * floats).use(plan.group, job, "scratch")
+    plan.reserve(4 * batch * k.shape[1]).use(plan.group, job, "done")
     return [describe(steps.ATTENTION, job)]
 
 

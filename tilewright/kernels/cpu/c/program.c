@@ -11,6 +11,7 @@ typedef struct {
 void JOIN(tw_int8_quantize_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 void JOIN(tw_int8_product_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 void JOIN(tw_attention_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
+void JOIN(tw_attention_begin, TILEWRIGHT_ISA)(const void *job);
 void JOIN(tw_norm_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 void JOIN(tw_int4_quantize_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
 void JOIN(tw_int4_product_step, TILEWRIGHT_ISA)(tw_step *step, int number, int threads);
@@ -72,7 +73,10 @@ EXPORT int JOIN(tw_conv_lanes, TILEWRIGHT_ISA)(void) {
 EXPORT int64_t JOIN(tw_step_size, TILEWRIGHT_ISA)(void) { return sizeof(tw_step); }
 
 EXPORT int JOIN(tw_run_steps, TILEWRIGHT_ISA)(tw_step *steps, int64_t count, int threads) {
-    for (int64_t i = 0; i < count; i++) steps[i].units.taken[0] = steps[i].units.taken[1] = 0;
+    for (int64_t i = 0; i < count; i++) {
+        steps[i].units.taken[0] = steps[i].units.taken[1] = 0;
+        if (steps[i].kind == ATTENTION) JOIN(tw_attention_begin, TILEWRIGHT_ISA)(steps[i].job);
+    }
     program p = {.steps = steps, .count = count};
     tw_parallel(run_part, &p, threads);
     return 0;

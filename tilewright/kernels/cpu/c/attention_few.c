@@ -1,0 +1,279 @@
+/* Attention of few queries to many keys (attention.h), as in a step of a decoder: the keys and values are read once, where
+   they lie, by all queries of the heads that share them.
+
+   A unit of work is PART keys of one head of keys. Whoever does the last part of a head adds up what all parts of it have
+   given, in their order: the parts are the same on any number of threads, and so is the result. */
+#include "attention.h"
+
+#include <string.h>
+
+#ifdef LANES
+
+/* Sums in registers, of which AVX-512 has 32 and AVX2 16: rows of queries times keys, or times vectors of values. */
+#if defined(__AVX512F__)
+enum { ROWS = 4, WIDE_ROWS = 3 };
+#else
+enum { ROWS = 2, WIDE_ROWS = 1 };
+#endif
+/* Keys and values come from memory, and the processor's own prefetching begins anew in each page: so many bytes ahead they
+   are asked for. */
+enum { AHEAD = 8192 };
+/* A chain of sums of values is SEGMENT long at most, for the sake of its error. */
+enum { PART = 128, SEGMENT = 32 };
+
+static int64_t parts_of(const attention *job) { return (job->keys + PART - 1) / PART; }
+
+/* What a part gives of a query: the values, the largest score, and the sum of the exponentials. */
+static int64_t part_floats(const attention *job) { return job->value_width + 2; }
+
+int64_t ISA_NAME(tw_few_floats)(const attention *job) {
+    const int64_t parts = parts_of(job);
+    return parts > 1 ? job->batch * job->heads * job->queries * parts * part_floats(job) : 0;
+}
+
+void ISA_NAME(tw_few_begin)(const attention *job) {
+    if (job->done) memset(job->done, 0, (size_t)(job->batch * job->kv_heads) * sizeof *job->done);
+}
+
+static int64_t rows_ahead(int64_t width) { return AHEAD / (int64_t)sizeof(float) / width + 1; }
+
+/* scores[r][j] = q[r] . key j, of `rows` queries and `keys` keys, which are constants wherever this is called. */
+INLINE void score_block(int rows, int keys, int64_t width, const float *const *q, const float *const *k, int64_t ahead,
+                        float (*scores)[PART], int64_t at) {
+    vec sum[ROWS][8];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < keys; i++) sum[r][i] = v_zero();
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES) {
+        vec a[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) a[r] = v_load(q[r] + c);
+#pragma GCC unroll 8
+        for (int i = 0; i < keys; i++) {
+            const vec b = v_load(k[i] + c);
+            __builtin_prefetch(k[i] + c + ahead);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], a[r], b);
+        }
+    }
+    if (c < width) {
+        const int n = (int)(width - c);
+#pragma GCC unroll 8
+        for (int i = 0; i < keys; i++) {
+            const vec b = v_load_first(k[i] + c, n);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], v_load_first(q[r] + c, n), b);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < keys; i++) scores[r][at + i] = v_total(sum[r][i]);
+}
+
+INLINE void score(int rows, const attention *job, const float *const *q, const float *k, int64_t count,
+                  float (*scores)[PART]) {
+    const int keys = rows == 1 ? 8 : 4;
+    const int64_t ahead = rows_ahead(job->width) * job->k_stride[2];
+    for (int64_t j = 0; j < count; j += keys) {
+        const float *at[8];
+        for (int i = 0; i < keys; i++) /* beyond the last key: the last one again */
+            at[i] = k + (j + i < count ? j + i : count - 1) * job->k_stride[2];
+        score_block(rows, keys, job->width, q, at, ahead, scores, j);
+    }
+}
+
+/* to[r] = sum_j p[r][j] v[j], of `vectors` vectors of channels, or of the first n channels of one. */
+INLINE void add_values(int rows, int vectors, int n, const float (*p)[PART], const float *v, int64_t stride,
+                       int64_t ahead, int64_t count, float *const *to, int64_t channel) {
+    for (int64_t begin = 0; begin < count; begin += SEGMENT) {
+        const int64_t end = count - begin < SEGMENT ? count : begin + SEGMENT;
+        vec sum[ROWS][8];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+            for (int i = 0; i < vectors; i++) sum[r][i] = v_zero();
+        for (int64_t j = begin; j < end; j++) {
+            const float *row = v + j * stride + channel;
+            vec a[ROWS];
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) a[r] = v_set(p[r][j]);
+#pragma GCC unroll 8
+            for (int i = 0; i < vectors; i++) {
+                const vec b = n == LANES ? v_load(row + i * LANES) : v_load_first(row, n);
+                __builtin_prefetch(row + i * LANES + ahead);
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], a[r], b);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+            for (int i = 0; i < vectors; i++) {
+                float *at = to[r] + channel + i * LANES;
+                if (n == LANES)
+                    v_store(at, begin ? v_add(v_load(at), sum[r][i]) : sum[r][i]);
+                else
+                    v_store_first(at, begin ? v_add(v_load_first(at, n), sum[r][i]) : sum[r][i], n);
+            }
+    }
+}
+
+INLINE void add_all_values(int rows, const attention *job, const float (*p)[PART], const float *v, int64_t count,
+                           float *const *to) {
+    const int vectors = rows <= WIDE_ROWS ? 8 : 4;
+    const int64_t width = job->value_width, stride = job->v_stride[2], ahead = rows_ahead(width) * stride;
+    int64_t c = 0;
+    for (; c + vectors * LANES <= width; c += vectors * LANES)
+        add_values(rows, vectors, LANES, p, v, stride, ahead, count, to, c);
+    for (; c + LANES <= width; c += LANES) add_values(rows, 1, LANES, p, v, stride, ahead, count, to, c);
+    if (c < width) add_values(rows, 1, (int)(width - c), p, v, stride, ahead, count, to, c);
+}
+
+/* One part of a head of keys for queries `first` and on, `rows` of them. A query is numbered by its head, among those that
+   share the keys, and its position. */
+INLINE void attend_rows(int rows, const attention *job, int64_t batch, int64_t kv_head, int64_t part, int64_t first) {
+    const int64_t group = job->heads / job->kv_heads, parts = parts_of(job), begin = part * PART;
+    const int64_t count = job->keys - begin < PART ? job->keys - begin : PART;
+    const float *k = job->k + batch * job->k_stride[0] + kv_head * job->k_stride[1] + begin * job->k_stride[2];
+    const float *v = job->v + batch * job->v_stride[0] + kv_head * job->v_stride[1] + begin * job->v_stride[2];
+    const float *q[ROWS];
+    float scores[ROWS][PART], *to[ROWS];
+    for (int r = 0; r < rows; r++) {
+        const int64_t head = kv_head * group + (first + r) / job->queries, query = (first + r) % job->queries;
+        q[r] = job->q + batch * job->q_stride[0] + head * job->q_stride[1] + query * job->q_stride[2];
+        to[r] = parts > 1 ? job->scratch + (((batch * job->heads + head) * job->queries + query) * parts + part) *
+                                               part_floats(job)
+                          : job->y + ((batch * job->queries + query) * job->heads + head) * job->value_width;
+    }
+    score(rows, job, q, k, count, scores);
+    float largest[ROWS], total[ROWS];
+    for (int r = 0; r < rows; r++) {
+        const int64_t head = kv_head * group + (first + r) / job->queries, query = (first + r) % job->queries;
+        const int64_t last = job->causal && query < begin + count ? query - begin : count - 1;
+        query_mask mask = mask_of(job, batch, head, query);
+        if (mask.seen) mask.seen += begin * mask.step;
+        if (mask.added) mask.added += begin * mask.step;
+        total[r] = exponentiate(job, mask, scores[r], count, last, &largest[r]);
+    }
+    add_all_values(rows, job, (const float(*)[PART])scores, v, count, to);
+    for (int r = 0; r < rows; r++) {
+        if (parts > 1) {
+            to[r][job->value_width] = largest[r];
+            to[r][job->value_width + 1] = total[r];
+        } else {
+            const float inverse = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
+            for (int64_t c = 0; c < job->value_width; c++) to[r][c] *= inverse;
+        }
+    }
+}
+
+/* What the parts of one query make together. */
+static void join_parts(const attention *job, int64_t batch, int64_t head, int64_t query) {
+    const int64_t parts = parts_of(job), floats = part_floats(job), width = job->value_width;
+    const float *part = job->scratch + ((batch * job->heads + head) * job->queries + query) * parts * floats;
+    float *y = job->y + ((batch * job->queries + query) * job->heads + head) * width;
+    float largest = -INFINITY, total = 0.0f;
+    for (int64_t i = 0; i < parts; i++)
+        if (part[i * floats + width] > largest) largest = part[i * floats + width];
+    if (largest == -INFINITY) largest = 0.0f; /* nothing is seen, or NaN */
+    for (int64_t i = 0; i < parts; i++) {
+        const float *from = part + i * floats;
+        float factor[LANES];
+        v_store(factor, exp_or_zero(v_set(from[width] - largest)));
+        total += factor[0] * from[width + 1];
+        for (int64_t c = 0; c < width; c += LANES) {
+            const int n = (int)(width - c < LANES ? width - c : LANES);
+            const vec value = v_mul(v_set(factor[0]), v_load_first(from + c, n));
+            v_store_first(y + c, i ? v_add(v_load_first(y + c, n), value) : value, n);
+        }
+    }
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    for (int64_t c = 0; c < width; c++) y[c] *= inverse;
+}
+
+/* Whether no query sees a key of the part, as in what a cache of fixed size has not been filled with. */
+static int is_unseen(const attention *job, int64_t batch, int64_t kv_head, int64_t begin, int64_t count) {
+    const int64_t group = job->heads / job->kv_heads;
+    if (!job->mask || !job->mask_is_bytes) return 0;
+    for (int64_t row = 0; row < group * job->queries; row++) {
+        const query_mask mask = mask_of(job, batch, kv_head * group + row / job->queries, row % job->queries);
+        for (int64_t j = 0; j < count; j++)
+            if (mask.seen[(begin + j) * mask.step]) return 0;
+    }
+    return 1;
+}
+
+/* A part whose keys count for nothing. */
+static void skip_part(const attention *job, int64_t batch, int64_t kv_head, int64_t part) {
+    const int64_t group = job->heads / job->kv_heads, parts = parts_of(job), floats = part_floats(job);
+    const int64_t rows = group * job->queries;
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t query = ((batch * job->heads + kv_head * group) * job->queries + row) * parts + part;
+        memset(job->scratch + query * floats, 0, (size_t)floats * sizeof(float));
+        job->scratch[query * floats + job->value_width] = -INFINITY;
+    }
+}
+
+/* The new keys and values of a head that fall into a part. */
+static void write_new(const attention *job, int64_t batch, int64_t head, int64_t begin, int64_t count) {
+    for (int64_t i = 0; i < job->new_count; i++) {
+        const int64_t at = job->new_first + i;
+        if (at < begin || at >= begin + count) continue;
+        const int64_t to_k = batch * job->k_stride[0] + head * job->k_stride[1] + at * job->k_stride[2];
+        const int64_t to_v = batch * job->v_stride[0] + head * job->v_stride[1] + at * job->v_stride[2];
+        memcpy((float *)job->k + to_k,
+               job->new_k + batch * job->new_k_stride[0] + head * job->new_k_stride[1] + i * job->new_k_stride[2],
+               (size_t)job->width * sizeof(float));
+        memcpy((float *)job->v + to_v,
+               job->new_v + batch * job->new_v_stride[0] + head * job->new_v_stride[1] + i * job->new_v_stride[2],
+               (size_t)job->value_width * sizeof(float));
+    }
+}
+
+static void attend_part(const attention *job, int64_t batch, int64_t kv_head, int64_t part) {
+    const int64_t rows = job->heads / job->kv_heads * job->queries, begin = part * PART;
+    const int64_t count = job->keys - begin < PART ? job->keys - begin : PART;
+    write_new(job, batch, kv_head, begin, count);
+    if (parts_of(job) > 1 && is_unseen(job, batch, kv_head, begin, count)) {
+        skip_part(job, batch, kv_head, part);
+        return;
+    }
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        switch (rows - first) {
+            case 1: attend_rows(1, job, batch, kv_head, part, first); break;
+#if defined(__AVX512F__)
+            case 2: attend_rows(2, job, batch, kv_head, part, first); break;
+            case 3: attend_rows(3, job, batch, kv_head, part, first); break;
+#endif
+            default: attend_rows(ROWS, job, batch, kv_head, part, first);
+        }
+    }
+}
+
+void ISA_NAME(tw_few_attend)(const attention *job, tw_queue *queue) {
+    const int64_t parts = parts_of(job), rows = job->heads / job->kv_heads * job->queries;
+    const int64_t units = job->batch * job->kv_heads * parts;
+    for (int64_t unit = tw_take(queue, 0, 1); unit < units; unit = tw_take(queue, 0, 1)) {
+        const int64_t head = unit / parts, batch = head / job->kv_heads, kv_head = head % job->kv_heads;
+        attend_part(job, batch, kv_head, unit % parts);
+        if (parts == 1 || __atomic_add_fetch(job->done + head, 1, __ATOMIC_ACQ_REL) < parts) continue;
+        for (int64_t row = 0; row < rows; row++)
+            join_parts(job, batch, kv_head * (job->heads / job->kv_heads) + row / job->queries, row % job->queries);
+    }
+}
+
+#else
+
+int64_t ISA_NAME(tw_few_floats)(const attention *job) {
+    (void)job;
+    return 0;
+}
+
+void ISA_NAME(tw_few_begin)(const attention *job) { (void)job; }
+
+void ISA_NAME(tw_few_attend)(const attention *job, tw_queue *queue) { (void)job, (void)queue; }
+
+#endif
