@@ -7,6 +7,7 @@ nothing else. Code is read by running it on values without content (``capture``)
     AttentionConfig, behind the config of a module whose attention is ours, and what it stands before
     trace_call              a module as it is called once, with these arguments
     HeldCache, is_cache     the cache of keys and values that a call brings along, and what may be one
+    trace_with_opaque_parts one part, with what cannot be read in it as single calls
     find_regions            the parts of a model that can be read as a graph, as large as can be, and why others cannot
     Region                  one of them: its module and graph, inputs and defaults, its calls of submodules in order,
                             whether a call asks for what the graph computes; runs the graph and shows every value
@@ -44,5 +45,13 @@ from tilewright.convert.graph.patterns import (
     reshape_views,
     zero_padding,
 )
-from tilewright.convert.graph.tracing import Region, Watch, bind_call, call_forward, find_regions, trace_call
+from tilewright.convert.graph.tracing import (
+    Region,
+    Watch,
+    bind_call,
+    call_forward,
+    find_regions,
+    trace_call,
+    trace_with_opaque_parts,
+)
 from tilewright.convert.graph.values import NotAsExpected, Untraceable

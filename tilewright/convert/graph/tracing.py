@@ -212,7 +212,7 @@ def find_regions(
         try:
             if name in refused:
                 raise Untraceable("", refused[name])
-            region = found_before.get(name) or _trace_with_opaque_parts(name, module, parts)
+            region = found_before.get(name) or trace_with_opaque_parts(name, module, parts)
         except Untraceable as error:
             untraced[name] = error.reason
             logger.debug("%s does not trace: %s", name or "the model", error.reason)
@@ -231,7 +231,10 @@ def find_regions(
     return regions, untraced
 
 
-def _trace_with_opaque_parts(name: str, module: nn.Module, parts: Set[nn.Module]) -> Region:
+def trace_with_opaque_parts(name: str, module: nn.Module, parts: Set[nn.Module] = frozenset()) -> Region:
+    """The region that ``module`` is, with ``parts`` and whatever cannot be read as single calls. Raises
+    ``Untraceable``.
+    """
     opaque = frozenset(path for path, part in module.named_modules(remove_duplicate=False) if part in parts)
     while True:
         try:

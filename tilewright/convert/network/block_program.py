@@ -25,6 +25,7 @@ class BlockProgram(Program):
     """
 
     most_replays = 64
+    runs_around_hooks = False
 
     def __init__(self, region: Region, given: Sequence[Any]):
         super().__init__(region)

@@ -35,6 +35,7 @@ from tilewright.convert.graph import (
 )
 from tilewright.convert.network import proof
 from tilewright.convert.network import replayable as whole
+from tilewright.convert.network.around_hooks import Surroundings
 from tilewright.convert.network.assumed import assumptions, place_of
 from tilewright.convert.network.draws import Draws, Unrepeatable
 from tilewright.convert.network.int8_writing import before_integers
@@ -50,6 +51,9 @@ from tilewright.nn.conv_int8 import scales_read
 logger = logging.getLogger("tilewright")
 #: Kinds of inputs of which a program remembers that it is proven.
 MOST_PROVEN = 4096
+#: Tables of the hooks of one module, and of hooks on every module there is.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS_ON_ALL = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 #: What is kept in copies and pickles.
 _KEPT = (
     "owner",
@@ -84,6 +88,8 @@ class Program(ReplacedForward):
     writes_outside = False  # of those that were pickled before there was such a thing
     constants: Mapping[str, Any] = MappingProxyType({})  # likewise
     most_replays = MOST_REPLAYS
+    #: Whether what lies around watched modules is recorded.
+    runs_around_hooks = True
 
     def __init__(self, region: Region, steps: Sequence[fx.Graph] = ()):
         self.owner, self.inputs, self.defaults = region.module, region.inputs, region.defaults
@@ -155,13 +161,16 @@ class Program(ReplacedForward):
                 return self.observer(given)
             if not self._is_current():
                 return self._by_layers(given)
-            if self._loses_derivatives(given):
+            watched = self._while_watched(given)
+            if watched is None and self._loses_derivatives(given):
                 return self._straight_through(self._fast, given)
-            return self._fast(*given)
+            if watched is None:
+                return self._fast(*given)
         except NotAsExpected:
             return self._by_layers(given)
         except Exception as error:
             return self._after(error, given)
+        return watched(given)  # whatever a hook raises is its own affair
 
     def _after(self, error: Exception, given: tuple[Any, ...]) -> Any:
         """Raise what the layers raise for inputs that the graph does not take: they name themselves. For a single image
@@ -198,6 +207,20 @@ class Program(ReplacedForward):
         except NotAsExpected:
             return self._by_layers(given)
 
+    def _while_watched(self, given: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """What runs, on the inputs, while hooks watch modules whose calls the program does not make, or a recording
+        would pass by; None where the program may run.
+        """
+        inside = any(self._hooks)
+        if not inside and (self._replays is None or not any(self._watched)):
+            return None
+        around = None
+        if self._replays is not None and self.runs_around_hooks and not (self.writes_outside or any(_HOOKS_ON_ALL)):
+            tables = [*self._hooks, *self._watched]
+            hooks = tuple((number, *table) for number, table in enumerate(tables) if table)
+            around = self._around.find(hooks, given)
+        return self._by_layers if around is None and inside else around
+
     def _fast(self, *given: Any) -> Any:
         # A recording misses hooks on what it calls, and begins with a call that is proven on its whole batch.
         replays = None if torch.is_grad_enabled() or proof.is_rehearsal() else self._replays
@@ -225,12 +248,12 @@ class Program(ReplacedForward):
 
     # ---- the fast form
     def _is_current(self) -> bool:
-        """Whether the model is still the one that was converted: no submodule replaced, no hook put on one inside, no
-        attribute changed that the code names.
+        """Whether the model is still the one that was converted: no submodule replaced, no attribute changed that the
+        code names.
         """
         if self._bound is None:
             self._bind()
-        return not any(self._hooks) and list(map(dict.get, self._tables, self._keys)) == self._expected
+        return list(map(dict.get, self._tables, self._keys)) == self._expected
 
     def _bind(self) -> None:
         """Look up the submodules once: ``nn.Module`` is slow to reach them, and there are many."""
@@ -247,7 +270,7 @@ class Program(ReplacedForward):
         self._keys += [each.name for each in self.assumed]
         self._expected += [each.value for each in self.assumed]
         hooked = [module for module in inlined if module is not owner]
-        self._hooks = [table for m in hooked for table in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+        self._hooks = [vars(module)[name] for module in hooked for name in _HOOKS] + _HOOKS_ON_ALL
         self._bind_replays(owner, called)
         self._bound = bound  # last: from now on other threads use what was set before
 
@@ -263,6 +286,7 @@ class Program(ReplacedForward):
         held = [(t, n) for m in owner.modules() for t in (m._parameters, m._buffers) for n in t]
         self._tensor_tables, self._tensor_names = [table for table, _ in held], [name for _, name in held]
         self._replays = Replays(self._run, scales_read, self._held_tensors, self.most_replays)
+        self._around = Surroundings(owner, self.inputs, self._held_tensors, self.most_replays)
 
     # ---- the proof
     def _run(self, *given: Any) -> Any:
