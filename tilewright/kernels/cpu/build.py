@@ -34,6 +34,7 @@ KERNELS = (
     "linear_call.c",
     "conv_float.c",
     "conv_float_depthwise.c",
+    "conv_band.c",
     "conv_winograd.c",
     "conv_int8.c",
     "conv_simple.c",
