@@ -13,6 +13,8 @@
 #define BETWEEN_BYTES (448 << 10)
 /* With less between them in all, the steps one after the other stay in the second-level cache as well. */
 #define FEWEST_BYTES (1 << 20)
+/* Of weights, which are read again for each of the rows that are done at once, and have to stay in that cache too. */
+#define MOST_WEIGHT_BYTES (256 << 10)
 /* Pixels that a product by 1 x 1 is to have at least, so that its weights are read for something. */
 #define FEWEST_PIXELS 96
 
@@ -52,6 +54,10 @@ static int64_t window_of(const tw_step *s, int64_t rows) {
     return (rows - 1) * s->stride_height + (s->kernel_height - 1) * s->dilation_height + 1;
 }
 
+static int64_t weight_bytes(const tw_step *s) {
+    return s ? s->channels * s->out_channels * s->kernel_height * s->kernel_width * (int64_t)sizeof(float) : 0;
+}
+
 static int64_t row_bytes(const tw_step *s) { return s->out_width * s->out_channels * (int64_t)sizeof(float); }
 
 /* How many rows are done at once; 0 where the steps are better done one after the other. */
@@ -61,7 +67,7 @@ static int64_t plan_rows(band *b, int threads) {
     int64_t all = 0;
     if (b->first) all += images * b->first->out_height * row_bytes(b->first);
     if (b->last) all += images * middle->out_height * row_bytes(middle);
-    if (all < FEWEST_BYTES) return 0;
+    if (all < FEWEST_BYTES || weight_bytes(b->first) + weight_bytes(b->last) > MOST_WEIGHT_BYTES) return 0;
     /* Rows that threads make twice: one in twenty at most. */
     const int64_t twice = window_of(middle, 1) - middle->stride_height, height = images * middle->height;
     if (b->first && images % threads && twice > 0 && (threads - 1) * twice * 20 > height) return 0;
