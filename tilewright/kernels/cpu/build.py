@@ -39,6 +39,8 @@ KERNELS = (
     "weight_only.c",
     "linear_call.c",
     "conv_float.c",
+    "conv_float_depthwise.c",
+    "conv_band.c",
     "conv_winograd.c",
     "conv_int8.c",
     "conv_simple.c",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class Memory:
     Raises CannotReplay.
 
     groups: calls that run together, in order. watched, held: storages that somebody else has an eye on, and of what the
-    holder gives. free: storages of inputs that are of any size, with their numbers.
+    holder gives. free: storages of inputs that are of any size, with their numbers. together: numbers of groups that
+    may run at the same time, of which none may write where another reads.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Memory:
         watched: Collection[int],
         free: Mapping[int, int],
         held: Collection[int],
+        together: Sequence[range] = (),
     ):
         fixed = {number: x for number, x in enumerate(inputs) if number not in free.values()}
         self.inputs = {storage_key(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in fixed.values()}
@@ -76,8 +78,11 @@ class Memory:
             dies[storage_key(tensor)] = len(groups)
         others = [t for t in constants.values() if version_of(t) >= 0 and storage_key(t) not in watched]
         self._constants, self._same = list(map(weakref.ref, others)), SameTensors(others)
-        keys = sorted(born, key=born.__getitem__)
-        begins, total = arrange((born[key], dies[key], size[key]) for key in keys)
+        first = {number: each[0] for each in together for number in each}
+        last = {number: each[-1] for each in together for number in each}
+        lives = {key: (first.get(born[key], born[key]), last.get(dies[key], dies[key])) for key in born}
+        keys = sorted(born, key=lambda key: lives[key][0])
+        begins, total = arrange((*lives[key], size[key]) for key in keys)
         self.places = dict(zip(keys, begins, strict=True))
         self.last_use = dies
         self.arena = torch.empty(total, dtype=torch.uint8)

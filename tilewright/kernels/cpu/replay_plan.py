@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from tilewright.kernels.cpu import native, steps
+from tilewright.kernels.cpu import bands, native, steps
 from tilewright.kernels.cpu.lowering import Lowering, NotNative, place_of
 from tilewright.kernels.cpu.recording import HELD, HOLDER, Call, tensors_in, written_by
 from tilewright.kernels.cpu.replay_cache import CachedAttention, Room
@@ -81,6 +81,7 @@ class Replay:
         if self.free.keys() & {storage_key(x) for number, x in enumerate(inputs) if number not in free}:
             raise CannotReplay("two inputs share memory")
         groups = grouped([call for call in calls if not self._is_view(call, made)])
+        together = bands.find(groups, result)
         self.memory = Memory(
             groups,
             inputs,
@@ -88,8 +89,9 @@ class Replay:
             watched={storage_key(tensor) for tensor in watched if tensor is not None},
             free=self.free,
             held=self.held_storages,
+            together=together,
         )
-        self._lower(groups)
+        self._lower(groups, together)
         if not self.native_steps:
             raise CannotReplay("no operator of it has a C kernel")
         leaves, self.structure = pytree.tree_flatten(result)
@@ -124,13 +126,15 @@ class Replay:
         return False
 
     # ---- steps
-    def _lower(self, groups: list[list[Call]]) -> None:
+    def _lower(self, groups: list[list[Call]], together: Sequence[range]) -> None:
         plan = Lowering(self.memory.live, self.memory.last_use)
         self.parts: list[_Part] = []
         self.native_steps = 0
         self.python_steps: list[str] = []
         #: Storages of inputs that functions of Python read.
         read: set[int] = set()
+        #: The part that has the steps of each group, and where they end in it.
+        ends: list[tuple[_Part, int]] = []
         for plan.group, group in enumerate(groups):
             if not self._lower_group(plan, group):
                 for call in group:
@@ -142,6 +146,12 @@ class Replay:
                     self.parts.append(_Part([[call]], [], function))
                     self.python_steps.append(call.name)
                     read |= {storage_key(tensor) for tensor in tensors_in((call.args, call.kwargs))}
+            ends.append((self.parts[-1], len(self.parts[-1].steps)))
+        for numbers in together:
+            part, end = ends[numbers[-1]]
+            # A step each but for the first group, which may begin with a copy of its input.
+            if [ends[number] for number in numbers] == [(part, end - back) for back in reversed(range(len(numbers)))]:
+                bands.mark(part.steps[end - len(numbers) : end])
         scratch = sorted(plan.scratch, key=lambda each: each.born)
         begins, total = arrange((each.born, each.dies[0], each.size) for each in scratch)
         self.scratch = torch.empty(total, dtype=torch.uint8)
@@ -377,6 +387,12 @@ class Replay:
                         if not (is_same(place, tensor) if exact else is_near(place, tensor, call.name in ROWS)):
                             return f"a step of the replay does not give what {call.name} gave"
                         place.copy_(tensor)
+                        if (first := _begin_of_band(part.steps, number)) is not None:
+                            place.fill_(float("nan"))
+                            part.run(first, number + 1 - first, threads)
+                            if not is_near(place, tensor, False):
+                                return f"steps that run together do not give what {call.name} gave"
+                            place.copy_(tensor)
                 attends = bool(made) and made[0].name == HELD
                 if self.cached is not None and attends and not self.cached.is_right(made[0].result, self.held):
                     self.cached = None
@@ -389,6 +405,11 @@ class Replay:
         """Let go of the calls, and so of all that they have made."""
         for part in self.parts:
             part.made = []
+
+
+def _begin_of_band(made: Sequence[Description], last: int) -> int | None:
+    """Where the steps begin that run together with step number ``last`` as their last one."""
+    return next((first for first in range(max(last - 2, 0), last) if made[first].band == last + 1 - first), None)
 
 
 def _results(result: Any) -> Sequence[torch.Tensor]:

@@ -19,6 +19,8 @@ enum { FLOAT32, INT8, UINT8, NONNEGATIVE };
 void JOIN(tw_float_conv, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 void JOIN(tw_float_depthwise, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 void JOIN(tw_winograd, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
+/* The steps of a band from the first one on, for threads that all do this. */
+void JOIN(tw_band, TILEWRIGHT_ISA)(const tw_step *steps, int number, int count);
 void JOIN(tw_int8_conv, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 void JOIN(tw_int8_depthwise, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);
 void JOIN(tw_simple_step, TILEWRIGHT_ISA)(const tw_step *step, int number, int count);

@@ -180,7 +180,12 @@ static void convolve_part(const tw_step *s, int number, int threads) {
                 const int64_t rows = tile_rows(count, most_rows(width));
                 for (int64_t i = 0; i < count; i += rows) {
                     const int valid = (int)(count - i < rows ? count - i : rows);
+#ifdef WEIGHTS_AHEAD
+                    tile(s, valid, width, pointers + i * tile_windows, tile_windows, tile_length, weight, from + i, group, v,
+                         i, count);
+#else
                     tile(s, valid, width, pointers + i * tile_windows, tile_windows, tile_length, weight, from + i, group, v);
+#endif
                 }
                 v += width;
             }

@@ -49,13 +49,27 @@ static void run_step(tw_step *step, int number, int threads) {
 #endif
 }
 
+static void run_band(const tw_step *steps, int number, int threads) {
+#if defined(__AVX2__) && defined(__FMA__)
+    JOIN(tw_band, TILEWRIGHT_ISA)(steps, number, threads);
+#else
+    (void)steps, (void)number, (void)threads;
+#endif
+}
+
 static void run_part(void *data) {
     program *p = data;
     int number, threads;
     tw_team(&number, &threads);
     for (int64_t i = 0; i < p->count; i++) {
         if (i && !p->steps[i].independent) tw_barrier();
-        run_step(p->steps + i, number, threads);
+        const int64_t band = p->steps[i].band;
+        if (band > 1 && i + band <= p->count) {
+            run_band(p->steps + i, number, threads);
+            i += band - 1;
+        } else {
+            run_step(p->steps + i, number, threads);
+        }
     }
 }
 

@@ -18,6 +18,7 @@ enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGR
 typedef struct {
     int32_t kind, x_type, y_type, r_type, activation, gather; /* gather: copy windows that are too ragged to read */
     int32_t independent; /* reads nothing that the step before writes, and writes nothing that it reads or writes */
+    int32_t band; /* > 1: so many steps from this one on may be done together, as conv_band.c does */
     int64_t batch, height, width, channels, out_height, out_width, out_channels;
     int64_t kernel_height, kernel_width, stride_height, stride_width, top, left, dilation_height, dilation_width, groups;
     int64_t x_stride, y_stride, r_stride;
