@@ -152,7 +152,7 @@ void JOIN(tw_simple_step, TILEWRIGHT_ISA)(const tw_step *s, int number, int coun
     if (s->kind == CONVERT && s->x_type == FLOAT32) {
         if (s->marks) {
             if (!number) memset(s->marks, 0, (size_t)s->marks_count * sizeof *s->marks);
-            tw_barrier();
+            if (count > 1) tw_barrier(); /* in a chain a thread works for itself */
         }
         share_of(s->batch * s->height, number, count, &begin, &end);
         convert_rows(s, begin, end);
