@@ -18,7 +18,8 @@ import torch
 
 from tilewright.kernels.cpu import steps as conv_steps
 from tilewright.kernels.cpu.recording import record
-from tilewright.kernels.cpu.replay_plan import CannotReplay, Replay
+from tilewright.kernels.cpu.replay_memory import CannotReplay
+from tilewright.kernels.cpu.replay_plan import Replay
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.derivatives import is_transformed
 from tilewright.kernels.dispatch.same import SameTensors, holds_values

@@ -1,10 +1,9 @@
-"""One recording made ready to run again: places for what it makes, and the steps that make it."""
+"""One recording made ready to run again: its calls become steps of C calls, or functions of Python between them."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,12 @@ from tilewright.kernels.cpu import native, steps
 from tilewright.kernels.cpu.lowering import Lowering, NotNative, place_of
 from tilewright.kernels.cpu.recording import HELD, HOLDER, Call, tensors_in, written_by
 from tilewright.kernels.cpu.replay_checks import is_near, is_same
+from tilewright.kernels.cpu.replay_memory import CannotReplay, Memory, arrange, storage_key
 from tilewright.kernels.cpu.replay_norms import lower_rms_norm, read_rms_norm
 from tilewright.kernels.cpu.replay_rows import ROWS, grouped
 from tilewright.kernels.cpu.replay_steps import NATIVE
 from tilewright.kernels.cpu.row_steps import one_thread_does, pointers_of, requantize
 from tilewright.kernels.cpu.steps import Description
-from tilewright.kernels.dispatch.same import SameTensors, version_of
 
 #: Recorded calls of which a step makes the first result alone.
 _FIRST_RESULT = ("aten.native_layer_norm.default", "aten.max_pool2d_with_indices.default")
@@ -29,14 +28,6 @@ _FIRST_RESULT = ("aten.native_layer_norm.default", "aten.max_pool2d_with_indices
 
 #: Steps that have the bits of the calls that they stand for.
 _EXACT = (steps.RMS_NORM, steps.ELEMENTWISE)
-
-
-class CannotReplay(Exception):
-    """Why a recording cannot be replayed, in words."""
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 @dataclass
@@ -81,19 +72,25 @@ class Replay:
         self.held: dict[int, torch.Tensor] = {}
         #: Storages of what the recorded holder gave, and of inputs that are of any size; the latter with their numbers.
         self.held_storages: set[int] = set()
-        self.free = {_storage(inputs[number]): number for number in free}
-        self.watched = {_storage(tensor) for tensor in watched if tensor is not None}
+        self.free = {storage_key(inputs[number]): number for number in free}
         self.lock = threading.Lock()
         made: set[int] = set()
-        if self.free.keys() & {_storage(x) for number, x in enumerate(inputs) if number not in free}:
+        if self.free.keys() & {storage_key(x) for number, x in enumerate(inputs) if number not in free}:
             raise CannotReplay("two inputs share memory")
         groups = grouped([call for call in calls if not self._is_view(call, made)])
-        self._place(groups, inputs, result)
+        self.memory = Memory(
+            groups,
+            inputs,
+            result,
+            watched={storage_key(tensor) for tensor in watched if tensor is not None},
+            free=self.free,
+            held=self.held_storages,
+        )
         self._lower(groups)
         if not self.native_steps:
             raise CannotReplay("no operator of it has a C kernel")
         leaves, self.structure = pytree.tree_flatten(result)
-        self.leaves = [self._live(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.leaves = [self.memory.live(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
     def _is_view(self, call: Call, made: set[int]) -> bool:
         """Whether the call computes nothing: it looks at memory that is there. Raises CannotReplay.
@@ -102,89 +99,30 @@ class Replay:
         """
         if call.name in ("aten.dropout.default", "aten.dropout_.default") and not call.args[2]:
             return True
-        if any(_storage(tensor) not in made for tensor in written_by(call)):
+        if any(storage_key(tensor) not in made for tensor in written_by(call)):
             raise CannotReplay(f"{call.name} writes to what the recorded function did not make itself")
         results = tensors_in(call.result)
-        sources = {_storage(tensor) for tensor in tensors_in((call.args, call.kwargs))}
+        sources = {storage_key(tensor) for tensor in tensors_in((call.args, call.kwargs))}
         if call.name == HOLDER:
-            self.held_storages |= {_storage(tensor) for tensor in results}
+            self.held_storages |= {storage_key(tensor) for tensor in results}
             if self.held_storages & (made | sources):
                 raise CannotReplay("a holder gives what it was given")
             return False
         if call.name == HELD:
-            if sources & {_storage(tensor) for tensor in results}:
+            if sources & {storage_key(tensor) for tensor in results}:
                 raise CannotReplay("it returns what is held")
         elif sources & (self.held_storages | self.free.keys()):
             raise CannotReplay(f"{call.name} reads what has another size in each call")
-        if results and all(_storage(tensor) in sources for tensor in results):
+        if results and all(storage_key(tensor) in sources for tensor in results):
             return not written_by(call)
-        made |= {_storage(tensor) for tensor in results}
+        made |= {storage_key(tensor) for tensor in results}
         if torch.Tag.nondeterministic_seeded in getattr(call.function, "tags", ()):
             raise CannotReplay(f"{call.name} is random")
         return False
 
-    # ---- memory
-    def _place(self, groups: list[list[Call]], inputs: tuple[torch.Tensor, ...], result: Any) -> None:
-        """Give what the calls make a place in one arena, which is free again after the last group that reads it."""
-        fixed = {number: x for number, x in enumerate(inputs) if number not in self.free.values()}
-        self.inputs = {_storage(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in fixed.values()}
-        self.numbers = list(fixed)
-        #: Where each input began in its storage, of which it may be a part.
-        self.offsets = {_storage(x): x.storage_offset() for x in fixed.values()}
-        if len(self.inputs) != len(fixed):
-            raise CannotReplay("two inputs share memory")
-        if any(
-            stride == 0 and size > 1 for x in fixed.values() for size, stride in zip(x.shape, x.stride(), strict=True)
-        ):
-            raise CannotReplay("an input is expanded")
-        born: dict[int, int] = {}
-        dies: dict[int, int] = {}
-        size: dict[int, int] = {}
-        constants: dict[int, torch.Tensor] = {}
-        for number, call in ((number, call) for number, group in enumerate(groups) for call in group):
-            for tensor in tensors_in((call.args, call.kwargs)):
-                key = _storage(tensor)
-                if key in born:
-                    dies[key] = number
-                elif key not in self.inputs and key not in self.held_storages and key not in self.free:
-                    # A view, as of a transposed weight, is made anew in each call; what it looks at stays.
-                    owner = tensor._base if tensor._is_view() and tensor._base is not None else tensor
-                    constants[id(owner)] = owner
-            for tensor in tensors_in(call.result):
-                key = _storage(tensor)
-                if key not in self.inputs and key not in self.held_storages:
-                    born.setdefault(key, number)
-                    dies.setdefault(key, number)
-                    size[key] = tensor.untyped_storage().nbytes()
-        for tensor in tensors_in(result):
-            if _storage(tensor) not in born:
-                raise CannotReplay("it returns an input or a constant")
-            dies[_storage(tensor)] = len(groups)
-        others = [t for t in constants.values() if version_of(t) >= 0 and _storage(t) not in self.watched]
-        self.constants, self.same = list(map(weakref.ref, others)), SameTensors(others)
-        keys = sorted(born, key=born.__getitem__)
-        begins, total = arrange((born[key], dies[key], size[key]) for key in keys)
-        self.places = dict(zip(keys, begins, strict=True))
-        self.last_use = dies
-        self.arena = torch.empty(total, dtype=torch.uint8)
-
-    def _live(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Where a recorded tensor is found in a replay."""
-        key = _storage(tensor)
-        if key in self.places:
-            offset = self.places[key] // tensor.element_size() + tensor.storage_offset()
-            empty = torch.empty(0, dtype=tensor.dtype)
-            return empty.set_(self.arena.untyped_storage(), offset, tensor.shape, tensor.stride())
-        if key in self.inputs:
-            offset = tensor.storage_offset() - self.offsets[key]
-            if offset < 0:
-                raise CannotReplay("it looks at memory in front of its input")
-            return self.inputs[key].as_strided(tensor.shape, tensor.stride(), offset)
-        return tensor
-
     # ---- steps
     def _lower(self, groups: list[list[Call]]) -> None:
-        plan = Lowering(self._live, self.last_use)
+        plan = Lowering(self.memory.live, self.memory.last_use)
         self.parts: list[_Part] = []
         self.native_steps = 0
         self.python_steps: list[str] = []
@@ -200,7 +138,7 @@ class Replay:
                     function = self._step_with_holder(call) if apart else self._python_step(call)
                     self.parts.append(_Part([[call]], [], function))
                     self.python_steps.append(call.name)
-                    read |= {_storage(tensor) for tensor in tensors_in((call.args, call.kwargs))}
+                    read |= {storage_key(tensor) for tensor in tensors_in((call.args, call.kwargs))}
         scratch = sorted(plan.scratch, key=lambda each: each.born)
         begins, total = arrange((each.born, each.dies[0], each.size) for each in scratch)
         self.scratch = torch.empty(total, dtype=torch.uint8)
@@ -218,7 +156,7 @@ class Replay:
         #: Inputs that functions of Python read, and where.
         self.copied = [
             (place, number)
-            for number, (key, place) in zip(self.numbers, self.inputs.items(), strict=True)
+            for number, (key, place) in zip(self.memory.numbers, self.memory.inputs.items(), strict=True)
             if key in read
         ]
         self.patches = self._find_inputs()
@@ -266,8 +204,8 @@ class Replay:
             part.made.append(results)
 
     def _python_step(self, call: Call) -> Callable[[], None]:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._live, (call.args, call.kwargs))
-        places, function = [self._live(tensor) for tensor in tensors_in(call.result)], call.function
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self.memory.live, (call.args, call.kwargs))
+        places, function = [self.memory.live(tensor) for tensor in tensors_in(call.result)], call.function
 
         def step() -> None:
             for place, tensor in zip(places, tensors_in(function(*args, **kwargs)), strict=True):
@@ -283,7 +221,7 @@ class Replay:
         sources = [self._source(each) for each in call.args]
         named = {name: self._source(each) for name, each in call.kwargs.items()}
         numbers = [id(tensor) for tensor in tensors_in(call.result)]
-        places = [] if call.name == HOLDER else [self._live(tensor) for tensor in tensors_in(call.result)]
+        places = [] if call.name == HOLDER else [self.memory.live(tensor) for tensor in tensors_in(call.result)]
         function = call.function
 
         def held_step() -> None:
@@ -304,7 +242,7 @@ class Replay:
         """What gives, in a replay, what ``argument`` was in the recording."""
         if not isinstance(argument, torch.Tensor):
             return lambda: argument
-        key = _storage(argument)
+        key = storage_key(argument)
         if key in self.held_storages:
             recorded = id(argument)
             return lambda: self.held[recorded]
@@ -313,7 +251,7 @@ class Replay:
             if place_of(argument) != place_of(self.given[number]):
                 raise CannotReplay("it looks at a part of an input that has another size in each call")
             return lambda: self.given[number]
-        live = self._live(argument)
+        live = self.memory.live(argument)
         return lambda: live
 
     def _find_inputs(self) -> list[tuple[ctypes.Structure, str, int, int]]:
@@ -322,7 +260,7 @@ class Replay:
         """
         spans = [
             (number, x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes())
-            for number, x in zip(self.numbers, self.inputs.values(), strict=True)
+            for number, x in zip(self.memory.numbers, self.memory.inputs.values(), strict=True)
         ]
         return [
             (structure, name, address - begin, number)
@@ -342,11 +280,11 @@ class Replay:
     @property
     def size(self) -> int:
         """Bytes of memory that it works in."""
-        return self.arena.numel() + self.scratch.numel()
+        return self.memory.arena.numel() + self.scratch.numel()
 
     def is_current(self) -> bool:
         """Whether no constant that nobody else watches was replaced or written to since the recording."""
-        return not self.constants or self.same.match([reference() for reference in self.constants])
+        return self.memory.is_current()
 
     def _take(self, inputs: tuple[torch.Tensor, ...]) -> None:
         self.given = inputs
@@ -385,7 +323,7 @@ class Replay:
         self._take(inputs)
         threads = torch.get_num_threads()
         #: What is written to later is no longer what a call gave.
-        last_written = {_storage(tensor): id(call) for call in calls for tensor in written_by(call)}
+        last_written = {storage_key(tensor): id(call) for call in calls for tensor in written_by(call)}
         for part in self.parts:
             for number, made in enumerate(part.made):
                 if made and made[0].name == HOLDER:  # which was called, and must not be again
@@ -398,9 +336,9 @@ class Replay:
                 for call in made:
                     tensors = tensors_in(call.result)[: 1 if call.name in _FIRST_RESULT else None]
                     for tensor in tensors:
-                        if last_written.get(_storage(tensor), id(call)) != id(call):
+                        if last_written.get(storage_key(tensor), id(call)) != id(call):
                             continue
-                        place = self._live(tensor)
+                        place = self.memory.live(tensor)
                         exact = part.function is None and part.steps[number].kind in _EXACT
                         if not (is_same(place, tensor) if exact else is_near(place, tensor, call.name in ROWS)):
                             return f"a step of the replay does not give what {call.name} gave"
@@ -419,23 +357,3 @@ class Replay:
 def _results(result: Any) -> Sequence[torch.Tensor]:
     """The tensors that a function gave, which gives one or a tuple of nothing else: quicker than ``tensors_in``."""
     return result if type(result) is tuple else (result,)
-
-
-def arrange(lives: Iterable[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Where each of some pieces of memory begins, and how much there is in all, so that those which live at the same
-    time lie apart. lives: of each the first and the last moment, and its bytes; the first ones in order.
-    """
-    live: list[tuple[int, int, int]] = []  # begin, end, last use
-    begins, total = [], 0
-    for born, dies, size in lives:
-        live = sorted(each for each in live if each[2] >= born)
-        begin = 0
-        for used_begin, used_end, _ in live:
-            if begin + size <= used_begin:
-                break
-            begin = max(begin, used_end)
-        end = begin + (size + 63) // 64 * 64
-        live.append((begin, end, dies))
-        begins.append(begin)
-        total = max(total, end)
-    return begins, total
