@@ -88,7 +88,17 @@ class Description(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int32)
-            for name in ("kind", "x_type", "y_type", "r_type", "activation", "gather", "independent", "chain", "in_slot")
+            for name in (
+                "kind",
+                "x_type",
+                "y_type",
+                "r_type",
+                "activation",
+                "gather",
+                "independent",
+                "chain",
+                "in_slot",
+            )
         ),
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels")),
         *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels")),
