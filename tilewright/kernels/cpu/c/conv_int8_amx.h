@@ -13,6 +13,7 @@ enum { TILE_PIXELS = 2 * AMX_ROWS };
 /* Of one convolution or of one thread's part of it. bytes: of a row that one product reads. */
 typedef struct {
     const tw_step *s;
+    bounds limits;
     int is_signed;
     int64_t bytes, steps; /* steps * bytes >= depth */
     int64_t depth;        /* of the packed weight */
@@ -35,9 +36,9 @@ typedef struct {
     int64_t pixel, group, vector, left;
 } waiting_sums;
 
-static void finish_waiting(const tw_step *s, waiting_sums *wait, int64_t pixels) {
+static void finish_waiting(const tile_job *job, waiting_sums *wait, int64_t pixels) {
     const int64_t count = pixels < wait->left ? pixels : wait->left;
-    finish_tile(s, (int)count, wait->vectors, wait->next, wait->pixel, wait->group, wait->vector);
+    finish_tile(&job->limits, job->s, (int)count, wait->vectors, wait->next, wait->pixel, wait->group, wait->vector);
     wait->next += count * wait->vectors * LANES;
     wait->pixel += count;
     wait->left -= count;
@@ -76,7 +77,7 @@ INLINE void multiply_tile(const int is_signed, const int tall, const int wide, c
             if (wide) TILE_PRODUCT(is_signed, 3, 5, 7);
         }
         for (int64_t line = 0; line < ahead; line += AMX_BYTES) __builtin_prefetch(w + PREFETCH_BYTES + line);
-        if (wait->left) finish_waiting(job->s, wait, pixels);
+        if (wait->left) finish_waiting(job, wait, pixels);
     }
     char *to = (char *)sums;
     _tile_stored(0, to, row);
@@ -183,7 +184,7 @@ static void convolve_by_tiles(const tw_step *s, int number, int threads) {
     const part share = part_of(s, number, threads);
     if (share.first >= share.last || share.first_block >= share.last_block) return;
     const int in_place = !s->gather && reads_one_pixel(s) && even_rows(channels);
-    tile_job job = {.s = s, .is_signed = s->x_type == INT8, .depth = taps * channels};
+    tile_job job = {.s = s, .limits = bounds_of(s), .is_signed = s->x_type == INT8, .depth = taps * channels};
     if (s->gather) job.depth = round_up(job.depth, K_STEP);
     job.bytes = in_place ? even_rows(channels) : AMX_BYTES;
     job.steps = (job.depth + job.bytes - 1) / job.bytes;
@@ -230,6 +231,6 @@ static void convolve_by_tiles(const tw_step *s, int number, int threads) {
             }
         }
     }
-    if (wait.left) finish_waiting(s, &wait, wait.left);
+    if (wait.left) finish_waiting(&job, &wait, wait.left);
     amx_end();
 }
