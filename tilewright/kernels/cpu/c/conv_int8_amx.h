@@ -132,6 +132,11 @@ INLINE void end_with_zeros(int8_t *row, int64_t depth, int64_t stride) {
     if (depth < stride) _mm512_mask_storeu_epi8(row + depth, ((__mmask64)1 << (stride - depth)) - 1, vector_zero());
 }
 
+/* `count` bytes, and what lies behind them up to whole lines. */
+INLINE void copy_lines(int8_t *to, const int8_t *from, int64_t count) {
+    for (int64_t k = 0; k < count; k += AMX_BYTES) _mm512_storeu_si512(to + k, i_load_first(from + k, count - k));
+}
+
 /* Copies the windows of `count` pixels from `pixel` on to rows `stride` apart, a multiple of 64. */
 static void copy_rows(const tw_step *s, int64_t pixel, int64_t count, int64_t offset, int64_t channels, int64_t depth,
                          int8_t *rows, int64_t stride) {
@@ -141,17 +146,25 @@ static void copy_rows(const tw_step *s, int64_t pixel, int64_t count, int64_t of
         return;
     }
     const int64_t area = s->out_height * s->out_width;
+    /* Inside of the image a row of a window is one run of bytes. */
+    const int64_t run = s->kernel_width * channels, down = s->dilation_height * s->width * channels;
+    const int64_t reach = (s->kernel_height - 1) * s->dilation_height;
+    const int side_by_side = s->dilation_width == 1 && s->x_stride == channels;
     int64_t n = pixel / area, p = pixel % area / s->out_width, q = pixel % s->out_width;
     for (int64_t i = 0; i < count; i++, rows += stride) {
         int8_t *to = rows;
-        for (int64_t r = 0; r < s->kernel_height; r++)
-            for (int64_t c = 0; c < s->kernel_width; c++, to += channels) {
-                const int8_t *x = tap_pixel(s, n, p, q, r, c);
-                const int8_t *from = x ? x + offset : (const int8_t *)s->outside;
-                /* What is written behind a pixel's channels is overwritten by the next. */
-                for (int64_t k = 0; k < channels; k += AMX_BYTES)
-                    _mm512_storeu_si512(to + k, i_load_first(from + k, channels - k));
-            }
+        const int64_t top = p * s->stride_height - s->top, left = q * s->stride_width - s->left;
+        /* What is written behind a run, or a pixel's channels, is overwritten by the next. */
+        if (side_by_side && top >= 0 && left >= 0 && top + reach < s->height && left + s->kernel_width <= s->width) {
+            const int8_t *x = (const int8_t *)s->x + ((n * s->height + top) * s->width + left) * channels;
+            for (int64_t r = 0; r < s->kernel_height; r++, to += run, x += down) copy_lines(to, x, run);
+        } else {
+            for (int64_t r = 0; r < s->kernel_height; r++)
+                for (int64_t c = 0; c < s->kernel_width; c++, to += channels) {
+                    const int8_t *x = tap_pixel(s, n, p, q, r, c);
+                    copy_lines(to, x ? x + offset : (const int8_t *)s->outside, channels);
+                }
+        }
         end_with_zeros(rows, depth, stride);
         if (++q == s->out_width) {
             q = 0;

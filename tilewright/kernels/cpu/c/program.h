@@ -27,7 +27,7 @@ typedef struct {
     int64_t kernel_height, kernel_width, stride_height, stride_width, top, left, dilation_height, dilation_width, groups;
     int64_t x_stride, y_stride, r_stride;
     int64_t x_image, x_row, x_channel; /* CONVERT alone: strides of the source */
-    int64_t marks_count;               /* CONVERT and MARK: each mark stands for as many rows, or pixels */
+    int64_t marks_count;               /* each mark stands for as many rows, or pixels */
     int64_t slot_bytes;
     const void *x, *weight, *residual;
     void *y;
@@ -36,7 +36,7 @@ typedef struct {
     const int32_t *signed_compensation; /* likewise, times -x_zero: of kernels that multiply signed by signed */
     const void *outside; /* of integers: a pixel of padding, channels bytes that stand for zeros */
     const float *plain; /* WINOGRAD alone: the weight itself, OHWI */
-    float *marks;       /* NaN, or 0: written by CONVERT where a value is not finite, read by MARK */
+    float *marks; /* NaN, or 0: written by CONVERT and MULTIPLY where a value is not finite, read by MARK */
     float slope, x_scale, r_scale, y_scale;
     float x_zero, r_zero, y_zero; /* whole numbers: integers stand for (value - zero) * scale */
     const void *job; /* INT8_QUANTIZE and all after it */
