@@ -26,9 +26,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "efficientnet": (lambda: nn.Sequential(SqueezeExcite(), SqueezeExcite()), 12),
     "inception": (Inception, 12),
 }
-SIZE = 14
+SIZE = 20
 #: Small enough for images of that size to overflow it, and large enough for the weights of some steps.
-CACHE = 8 << 10
+CACHE = 5 << 10
 
 
 @pytest.fixture(params=NETWORKS)
