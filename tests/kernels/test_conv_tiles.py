@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.kernels.test_conv_cpu import ONE_TAP, image, int8_arguments, needs_c
 from tilewright.kernels.conv_geometry import ConvGeometry
 from tilewright.kernels.cpu import steps as conv_steps
+from tilewright.kernels.cpu.recording import recorded
+from tilewright.kernels.cpu.replay import Replays
 from tilewright.kernels.int8_conv2d import cpu as int8_cpu
 from tilewright.kernels.int8_conv2d import reference as int8_reference
 
@@ -153,3 +158,97 @@ def test_a_scale_without_a_reciprocal(isa: str) -> None:
     arguments = {"x": x, "x_scale": 1.0, "weight": weight, "weight_scale": torch.full((32,), 1e-39)}
     arguments |= {"out_scale": 1e-39, "activation": "relu"}
     assert torch.equal(int8_cpu.int8_conv2d_fused(**arguments), int8_reference.int8_conv2d_fused(**arguments))
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish"])
+@pytest.mark.parametrize("zero_point", [0, -127, 19])
+def test_integers_that_are_rounded_with_one_multiplication(isa: str, activation: str, zero_point: int) -> None:
+    """Among so many some lie so close to the middle between two that they must be divided."""
+    needs_c()
+    torch.manual_seed(0)
+    sizes = {"batch": 1, "in_channels": 32, "height": 40, "width": 40, "out_channels": 96}
+    for residual in (None, "int8"):
+        options = {"activation": activation, "out_zero_point": zero_point, "out_scale": 0.031, "residual": residual}
+        check(sizes, **options)
+        depthwise = {**sizes, "in_channels": 96, "groups": 96, "kernel": (3, 3), "padding": (1, 1, 1, 1)}
+        check(depthwise, **options)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+def test_quotients_in_the_middle_between_two_integers(isa: str, activation: str) -> None:
+    """Scales that are powers of two: a quarter of the results lie right there."""
+    needs_c()
+    torch.manual_seed(0)
+    sizes = {**ONE_TAP, "batch": 1, "in_channels": 64, "height": 8, "width": 8, "out_channels": 64}
+    for zero_point in (0, 1):
+        arguments = int8_arguments(sizes, torch.int8, "int8", activation=activation, out_zero_point=zero_point)
+        arguments |= {"x_scale": 2.0**-7, "weight_scale": torch.full((64,), 2.0**-8), "residual_scale": 2.0**-3}
+        arguments |= {"bias": torch.randint(-9, 9, (64,)) * 0.125, "out_scale": 0.25}
+        arguments["x"] = arguments["x"] // 32
+        found, expected = (each.int8_conv2d_fused(**arguments) for each in (int8_cpu, int8_reference))
+        assert torch.equal(found, expected) and found.unique().numel() > 20
+
+
+@pytest.mark.parametrize("damage", ["bias", "scale", "residual scale"])
+def test_factors_that_are_infinite(isa: str, damage: str) -> None:
+    needs_c()
+    torch.manual_seed(0)
+    sizes = {**ONE_TAP, "batch": 1, "in_channels": 64, "height": 6, "width": 6, "out_channels": 64}
+    arguments = int8_arguments(sizes, torch.int8, "int8", out_scale=1e-3)
+    if damage == "bias":
+        arguments["bias"][::3], arguments["bias"][1::3] = 3e38, -3e38
+    elif damage == "scale":
+        arguments["weight_scale"][::3] = 3e36
+        arguments["bias"][::6] = -3e38
+    else:
+        arguments["residual_scale"] = 3e37
+    found, expected = (each.int8_conv2d_fused(**arguments) for each in (int8_cpu, int8_reference))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("channels", [3, 16, 64, 70, 144])
+def test_products_with_a_gate_are_quantised_at_once(isa: str, channels: int) -> None:
+    """As two steps would: integers, marks, NaN and infinity."""
+    needs_c()
+    torch.manual_seed(0)
+
+    def gated(x: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.tilewright.quantize_per_tensor_marked(torch.relu(x) * torch.relu(gate), 0.02, 1, zero_point=-7)
+
+    x, gate = image(3, channels, 9, 7), torch.randn(3, channels, 1, 1)
+    fast = Replays(gated)
+    with torch.no_grad():
+        for _ in range(3):
+            fast(x, gate)
+        assert fast.replays, fast.why_not
+        (part,) = fast.replays[0].parts
+        product = part.steps[-1]
+        assert product.kind == conv_steps.MULTIPLY and product.y_type == conv_steps.INT8
+        for bad in (0.0, float("nan"), float("inf"), 3e38):
+            x[1, channels // 2, 4, 4] = bad
+            for found, expected in zip(fast(x, gate * 10), gated(x, gate * 10), strict=True):
+                assert torch.equal(found.isnan(), expected.isnan())
+                assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("channels", [1, 16, 63, 64, 65])
+def test_the_largest_of_a_window(isa: str, channels: int) -> None:
+    needs_c()
+    torch.manual_seed(0)
+
+    @recorded("max_pool")
+    def pool(q: torch.Tensor, *window: int) -> torch.Tensor:
+        return F.max_pool2d(q.float(), *window).to(torch.int8)
+
+    for window in ((3, 2, 1), (2, 2, 0), (3, 1, 1)):
+        fast, q = Replays(functools.partial(_called_with, pool, window)), image(2, channels, 9, 11, dtype=torch.int8)
+        with torch.no_grad():
+            for _ in range(3):
+                fast(q)
+            assert fast.replays, fast.why_not
+            q = image(2, channels, 9, 11, dtype=torch.int8)
+            assert torch.equal(fast(q), F.max_pool2d(q.float(), *window).to(torch.int8))
+
+
+def _called_with(function: Callable[..., torch.Tensor], more: tuple[int, ...], q: torch.Tensor) -> torch.Tensor:
+    return function(q, *more)

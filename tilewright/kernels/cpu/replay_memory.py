@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tilewright.kernels.cpu.recording import HOLDER, Call, tensors_in
+from tilewright.kernels.cpu.replay_chains import Chain
 from tilewright.kernels.dispatch.same import SameTensors, version_of
 
 
@@ -27,7 +28,8 @@ class Memory:
 
     groups: calls that run together, in order. watched, held: storages that somebody else has an eye on, and of what the
     holder gives. free: storages of inputs that are of any size, with their numbers. together: numbers of groups that
-    may run at the same time, of which none may write where another reads.
+    may run at the same time, of which none may write where another reads. chains: groups whose steps so many threads
+    take image by image: what they alone read lies in slots, one image of it for each thread.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Memory:
         free: Mapping[int, int],
         held: Collection[int],
         together: Sequence[range] = (),
+        chains: Sequence[Chain] = (),
+        threads: int = 1,
     ):
         fixed = {number: x for number, x in enumerate(inputs) if number not in free.values()}
         self.inputs = {storage_key(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in fixed.values()}
@@ -81,16 +85,35 @@ class Memory:
         first = {number: each[0] for each in together for number in each}
         last = {number: each[-1] for each in together for number in each}
         lives = {key: (first.get(born[key], born[key]), last.get(dies[key], dies[key])) for key in born}
-        keys = sorted(born, key=lambda key: lives[key][0])
-        begins, total = arrange((*lives[key], size[key]) for key in keys)
-        self.places = dict(zip(keys, begins, strict=True))
         self.last_use = dies
-        self.arena = torch.empty(total, dtype=torch.uint8)
+        self._arrange(lives, size, chains, threads)
+
+    def _arrange(
+        self, lives: dict[int, tuple[int, int]], size: dict[int, int], chains: Sequence[Chain], threads: int
+    ) -> None:
+        """Give each storage its place. lives: first and last group."""
+        #: Of storages in slots the bytes of one image.
+        inner = self._of_image = dict[int, int]()
+        for chain in chains:
+            for key, (born, dies) in lives.items():
+                if chain.first <= born and dies <= chain.last:
+                    inner[key] = -(-size[key] // chain.images)
+                elif born <= chain.last and dies >= chain.first:  # some images are done before others begin
+                    lives[key] = min(born, chain.first), max(dies, chain.last)
+        self.places, total = _places({key: life for key, life in lives.items() if key not in inner}, size)
+        in_slot, self.slot_bytes = _places({key: lives[key] for key in inner}, inner)
+        self.places |= {key: total + place for key, place in in_slot.items()}
+        #: Tensors of whole batches must not end behind the arena, even if all but one image of them is never touched.
+        end = max([total + self.slot_bytes * threads, *(self.places[key] + size[key] for key in inner)])
+        self.arena = torch.empty(end, dtype=torch.uint8)
+        self.slots = (self.arena.data_ptr() + total, self.arena.data_ptr() + total + self.slot_bytes)
 
     def live(self, tensor: torch.Tensor) -> torch.Tensor:
         """Where a recorded tensor is found in a replay."""
         key = storage_key(tensor)
         if key in self.places:
+            if key in self._of_image and not _is_batch(tensor, self._of_image[key]):
+                raise CannotReplay("what a chain makes is no batch of images")
             offset = self.places[key] // tensor.element_size() + tensor.storage_offset()
             empty = torch.empty(0, dtype=tensor.dtype)
             return empty.set_(self.arena.untyped_storage(), offset, tensor.shape, tensor.stride())
@@ -104,6 +127,23 @@ class Memory:
     def is_current(self) -> bool:
         """Whether no constant that nobody else watches was replaced or written to since the recording."""
         return not self._constants or self._same.match([reference() for reference in self._constants])
+
+
+def _is_batch(tensor: torch.Tensor, image: int) -> bool:
+    """Whether images ``image`` bytes long follow each other, and what the tensor has of the first lies in that."""
+    first = (
+        1
+        + tensor.storage_offset()
+        + sum((n - 1) * s for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+    )
+    return tensor.stride(0) * tensor.element_size() == image >= first * tensor.element_size()
+
+
+def _places(lives: Mapping[int, tuple[int, int]], size: Mapping[int, int]) -> tuple[dict[int, int], int]:
+    """Where storages begin, and how many bytes there are in all."""
+    keys = sorted(lives, key=lambda key: lives[key][0])
+    begins, total = arrange((*lives[key], size[key]) for key in keys)
+    return dict(zip(keys, begins, strict=True)), total
 
 
 def arrange(lives: Iterable[tuple[int, int, int]]) -> tuple[list[int], int]:

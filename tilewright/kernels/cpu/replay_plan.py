@@ -7,7 +7,7 @@ import ctypes
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tilewright.kernels.cpu import bands, native, steps
 from tilewright.kernels.cpu.lowering import Lowering, NotNative, place_of
 from tilewright.kernels.cpu.recording import HELD, HOLDER, Call, tensors_in, written_by
 from tilewright.kernels.cpu.replay_cache import CachedAttention, Room
+from tilewright.kernels.cpu.replay_chains import Chain, set_chains
 from tilewright.kernels.cpu.replay_checks import is_near, is_same
 from tilewright.kernels.cpu.replay_memory import CannotReplay, Memory, arrange, storage_key
 from tilewright.kernels.cpu.replay_norms import lower_rms_norm, read_rms_norm
@@ -34,11 +35,11 @@ _EXACT = (steps.RMS_NORM, steps.ELEMENTWISE)
 
 
 @dataclass
-class _Part:
+class Part:
     """Steps that run one after the other: those of one C call, or a function of Python in their place.
 
-    made: for each step the calls whose results are there after it. one_thread: whether one thread alone has done all
-    since threads last waited for each other.
+    groups: for each step the number of the group of calls that it is of. made: for each step the calls whose results
+    are there after it. one_thread: whether one thread alone has done all since threads last waited for each other.
     """
 
     made: list[list[Call]]
@@ -46,6 +47,7 @@ class _Part:
     function: Callable[[], None] | None = None
     array: Any = None
     one_thread: bool = False
+    groups: list[int] = field(default_factory=list)
 
     def run(self, first: int, count: int, threads: int) -> None:
         """Some of the steps of a C call."""
@@ -58,7 +60,7 @@ class Replay:
     then. Raises CannotReplay.
 
     calls, result: what ``record`` gave. watched: tensors that somebody else has an eye on. free: numbers of inputs that
-    are of any size.
+    are of any size. chains: groups of calls whose steps are taken image by image.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Replay:
         inputs: tuple[torch.Tensor, ...],
         watched: Sequence[torch.Tensor | None] = (),
         free: frozenset[int] = frozenset(),
+        chains: Sequence[Chain] = (),
     ):
         #: What a call is given, while it runs: its holder, its inputs, and by what was recorded what its holder gave.
         self.holder: Any = None
@@ -90,8 +93,11 @@ class Replay:
             free=self.free,
             held=self.held_storages,
             together=together,
+            chains=chains,
+            threads=torch.get_num_threads(),
         )
         self._lower(groups, together)
+        set_chains(self.parts, chains, self.memory.slots, self.memory.slot_bytes)
         if not self.native_steps:
             raise CannotReplay("no operator of it has a C kernel")
         leaves, self.structure = pytree.tree_flatten(result)
@@ -128,13 +134,13 @@ class Replay:
     # ---- steps
     def _lower(self, groups: list[list[Call]], together: Sequence[range]) -> None:
         plan = Lowering(self.memory.live, self.memory.last_use)
-        self.parts: list[_Part] = []
+        self.parts: list[Part] = []
         self.native_steps = 0
         self.python_steps: list[str] = []
         #: Storages of inputs that functions of Python read.
         read: set[int] = set()
         #: The part that has the steps of each group, and where they end in it.
-        ends: list[tuple[_Part, int]] = []
+        ends: list[tuple[Part, int]] = []
         for plan.group, group in enumerate(groups):
             if not self._lower_group(plan, group):
                 for call in group:
@@ -143,7 +149,7 @@ class Replay:
                     plan.forget([*tensors_in(call.result), *written_by(call)])
                     apart = call.name in (HOLDER, HELD)
                     function = self._step_with_holder(call) if apart else self._python_step(call)
-                    self.parts.append(_Part([[call]], [], function))
+                    self.parts.append(Part([[call]], [], function))
                     self.python_steps.append(call.name)
                     read |= {storage_key(tensor) for tensor in tensors_in((call.args, call.kwargs))}
             ends.append((self.parts[-1], len(self.parts[-1].steps)))
@@ -199,7 +205,7 @@ class Replay:
         if len(group) > 1 and (norm := read_rms_norm(group)) is not None:
             plan.forget(tensors_in([call.result for call in group]))
             try:
-                self._add_steps(lower_rms_norm(plan, norm), len(group))
+                self._add_steps(plan.group, lower_rms_norm(plan, norm), len(group))
             except NotNative:
                 return False
             return True
@@ -220,13 +226,13 @@ class Replay:
             made[-1][1].append(call)
         if absorbed is not None and plan.is_read_later(absorbed.result):
             made[-1][1].append(absorbed)
-        self._add_steps(made, len(group))
+        self._add_steps(plan.group, made, len(group))
         return True
 
-    def _add_steps(self, made: list[tuple[Description, list[Call]]], calls: int) -> None:
+    def _add_steps(self, group: int, made: list[tuple[Description, list[Call]]], calls: int) -> None:
         self.native_steps += calls
         if not self.parts or self.parts[-1].function is not None:
-            self.parts.append(_Part([], []))
+            self.parts.append(Part([], []))
         part = self.parts[-1]
         for step, results in made:
             alone = one_thread_does(step)
@@ -234,6 +240,7 @@ class Replay:
                 step.independent = True  # it is the same thread
             part.one_thread = alone and (part.one_thread or not step.independent)
             part.steps.append(step)
+            part.groups.append(group)
             part.made.append(results)
 
     def _python_step(self, call: Call) -> Callable[[], None]:

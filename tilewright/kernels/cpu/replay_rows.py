@@ -29,6 +29,7 @@ _INT8, _INT4 = "tilewright.int8_linear.default", "tilewright.int4_int8_linear.de
 _W4A16, _W8A16 = "tilewright.int4_linear.default", "tilewright.int8_weight_only_linear.default"
 _PRODUCTS = (_INT8, _INT4, _W4A16, _W8A16)
 _NORM, _ADD = "aten.native_layer_norm.default", "aten.add.Tensor"
+_MULTIPLY, _QUANTIZE_MARKED = "aten.mul.Tensor", "tilewright.quantize_per_tensor_marked.default"
 #: What the router calls the implementation whose code the steps share.
 _C_KERNEL = "C kernel"
 #: Sums of products of u8 and s8 must stay below 2^31.
@@ -49,7 +50,7 @@ def grouped(calls: Sequence[Call]) -> list[list[Call]]:
             end = number + count
             continue
         last = groups[-1] if groups else []
-        if last and (_same_rows(last, call) or _normalises(last, call)):
+        if last and (_same_rows(last, call) or _normalises(last, call) or _quantizes_product(last, call)):
             last.append(call)
         else:
             groups.append([call])
@@ -73,6 +74,12 @@ def _normalises(last: list[Call], call: Call) -> bool:
     a, b = last[0].args[:2]
     same = isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype == torch.float32
     return same and len(last[0].args) == 2 and place_of(call.args[0]) == place_of(last[0].result)
+
+
+def _quantizes_product(last: list[Call], call: Call) -> bool:
+    if call.name != _QUANTIZE_MARKED or len(last) != 1 or last[0].name != _MULTIPLY or last[0].kwargs:
+        return False
+    return place_of(call.args[0]) == place_of(last[0].result)
 
 
 def _arguments_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,18 @@ class Description(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int32)
-            for name in ("kind", "x_type", "y_type", "r_type", "activation", "gather", "independent", "band")
+            for name in (
+                "kind",
+                "x_type",
+                "y_type",
+                "r_type",
+                "activation",
+                "gather",
+                "independent",
+                "band",
+                "chain",
+                "in_slot",
+            )
         ),
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels")),
         *((name, ctypes.c_int64) for name in ("out_height", "out_width", "out_channels")),
@@ -96,6 +107,7 @@ class Description(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("top", "left", "dilation_height", "dilation_width", "groups")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "r_stride", "x_image", "x_row", "x_channel")),
         ("marks_count", ctypes.c_int64),
+        ("slot_bytes", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
             for name in (

@@ -13,6 +13,7 @@ enum { TILE_PIXELS = 2 * AMX_ROWS };
 /* Of one convolution or of one thread's part of it. bytes: of a row that one product reads. */
 typedef struct {
     const tw_step *s;
+    bounds limits;
     int is_signed;
     int64_t bytes, steps; /* steps * bytes >= depth */
     int64_t depth;        /* of the packed weight */
@@ -35,9 +36,9 @@ typedef struct {
     int64_t pixel, group, vector, left;
 } waiting_sums;
 
-static void finish_waiting(const tw_step *s, waiting_sums *wait, int64_t pixels) {
+static void finish_waiting(const tile_job *job, waiting_sums *wait, int64_t pixels) {
     const int64_t count = pixels < wait->left ? pixels : wait->left;
-    finish_tile(s, (int)count, wait->vectors, wait->next, wait->pixel, wait->group, wait->vector);
+    finish_tile(&job->limits, job->s, (int)count, wait->vectors, wait->next, wait->pixel, wait->group, wait->vector);
     wait->next += count * wait->vectors * LANES;
     wait->pixel += count;
     wait->left -= count;
@@ -76,7 +77,7 @@ INLINE void multiply_tile(const int is_signed, const int tall, const int wide, c
             if (wide) TILE_PRODUCT(is_signed, 3, 5, 7);
         }
         for (int64_t line = 0; line < ahead; line += AMX_BYTES) __builtin_prefetch(w + PREFETCH_BYTES + line);
-        if (wait->left) finish_waiting(job->s, wait, pixels);
+        if (wait->left) finish_waiting(job, wait, pixels);
     }
     char *to = (char *)sums;
     _tile_stored(0, to, row);
@@ -131,6 +132,11 @@ INLINE void end_with_zeros(int8_t *row, int64_t depth, int64_t stride) {
     if (depth < stride) _mm512_mask_storeu_epi8(row + depth, ((__mmask64)1 << (stride - depth)) - 1, vector_zero());
 }
 
+/* `count` bytes, and what lies behind them up to whole lines. */
+INLINE void copy_lines(int8_t *to, const int8_t *from, int64_t count) {
+    for (int64_t k = 0; k < count; k += AMX_BYTES) _mm512_storeu_si512(to + k, i_load_first(from + k, count - k));
+}
+
 /* Copies the windows of `count` pixels from `pixel` on to rows `stride` apart, a multiple of 64. */
 static void copy_rows(const tw_step *s, int64_t pixel, int64_t count, int64_t offset, int64_t channels, int64_t depth,
                          int8_t *rows, int64_t stride) {
@@ -140,17 +146,25 @@ static void copy_rows(const tw_step *s, int64_t pixel, int64_t count, int64_t of
         return;
     }
     const int64_t area = s->out_height * s->out_width;
+    /* Inside of the image a row of a window is one run of bytes. */
+    const int64_t run = s->kernel_width * channels, down = s->dilation_height * s->width * channels;
+    const int64_t reach = (s->kernel_height - 1) * s->dilation_height;
+    const int side_by_side = s->dilation_width == 1 && s->x_stride == channels;
     int64_t n = pixel / area, p = pixel % area / s->out_width, q = pixel % s->out_width;
     for (int64_t i = 0; i < count; i++, rows += stride) {
         int8_t *to = rows;
-        for (int64_t r = 0; r < s->kernel_height; r++)
-            for (int64_t c = 0; c < s->kernel_width; c++, to += channels) {
-                const int8_t *x = tap_pixel(s, n, p, q, r, c);
-                const int8_t *from = x ? x + offset : (const int8_t *)s->outside;
-                /* What is written behind a pixel's channels is overwritten by the next. */
-                for (int64_t k = 0; k < channels; k += AMX_BYTES)
-                    _mm512_storeu_si512(to + k, i_load_first(from + k, channels - k));
-            }
+        const int64_t top = p * s->stride_height - s->top, left = q * s->stride_width - s->left;
+        /* What is written behind a run, or a pixel's channels, is overwritten by the next. */
+        if (side_by_side && top >= 0 && left >= 0 && top + reach < s->height && left + s->kernel_width <= s->width) {
+            const int8_t *x = (const int8_t *)s->x + ((n * s->height + top) * s->width + left) * channels;
+            for (int64_t r = 0; r < s->kernel_height; r++, to += run, x += down) copy_lines(to, x, run);
+        } else {
+            for (int64_t r = 0; r < s->kernel_height; r++)
+                for (int64_t c = 0; c < s->kernel_width; c++, to += channels) {
+                    const int8_t *x = tap_pixel(s, n, p, q, r, c);
+                    copy_lines(to, x ? x + offset : (const int8_t *)s->outside, channels);
+                }
+        }
         end_with_zeros(rows, depth, stride);
         if (++q == s->out_width) {
             q = 0;
@@ -183,7 +197,7 @@ static void convolve_by_tiles(const tw_step *s, int number, int threads) {
     const part share = part_of(s, number, threads);
     if (share.first >= share.last || share.first_block >= share.last_block) return;
     const int in_place = !s->gather && reads_one_pixel(s) && even_rows(channels);
-    tile_job job = {.s = s, .is_signed = s->x_type == INT8, .depth = taps * channels};
+    tile_job job = {.s = s, .limits = bounds_of(s), .is_signed = s->x_type == INT8, .depth = taps * channels};
     if (s->gather) job.depth = round_up(job.depth, K_STEP);
     job.bytes = in_place ? even_rows(channels) : AMX_BYTES;
     job.steps = (job.depth + job.bytes - 1) / job.bytes;
@@ -230,6 +244,6 @@ static void convolve_by_tiles(const tw_step *s, int number, int threads) {
             }
         }
     }
-    if (wait.left) finish_waiting(s, &wait, wait.left);
+    if (wait.left) finish_waiting(&job, &wait, wait.left);
     amx_end();
 }

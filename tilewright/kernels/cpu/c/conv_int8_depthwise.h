@@ -11,7 +11,8 @@ typedef struct {
     const int8_t *row[4], *outside; /* of the image, or `outside` */
     int64_t step[4];                /* from one column to the next: 0 outside */
     const int8_t *weight;           /* of the first row of results; of the second they follow */
-    vec scale[4], bias[4];
+    quick_scale quick[4];
+    vec doubt;
     vector start[4];
     int64_t channel;
     __mmask64 mask;
@@ -39,9 +40,9 @@ INLINE void finish_column(const int epilogue, const depthwise_row *d, const boun
     if (epilogue == TO_INT8) {
         vec v[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) v[i] = v_add(v_mul(i_to_float(sum[i]), d->scale[i]), d->bias[i]);
+        for (int i = 0; i < 4; i++) v[i] = v_fma(i_to_float(sum[i]), d->quick[i].factor, d->quick[i].offset);
         __m512i bytes;
-        if (__builtin_expect(quantize_four(limits, v, &bytes), 1)) {
+        if (__builtin_expect(quick_bytes(limits, v, d->doubt, &bytes), 1)) {
             _mm512_mask_storeu_epi8((int8_t *)s->y + pixel * s->y_stride + d->channel, d->mask, bytes);
             return;
         }
@@ -125,7 +126,12 @@ static void depthwise_rows(const tw_step *s, int rows, int64_t image, int64_t p,
         in_order(scale);
         in_order(bias);
         in_order(d.start);
-        for (int v = 0; v < 4; v++) d.scale[v] = _mm512_castsi512_ps(scale[v]), d.bias[v] = _mm512_castsi512_ps(bias[v]);
+        vec error = v_zero();
+        for (int v = 0; v < 4; v++) {
+            d.quick[v] = quick_scale_of(limits, _mm512_castsi512_ps(scale[v]), _mm512_castsi512_ps(bias[v]));
+            error = v_max(d.quick[v].error, error);
+        }
+        d.doubt = doubt_of(limits, error);
         if (rows == 2 && to_int8) depthwise_along(2, TO_INT8, &d, limits, pixel);
         else if (rows == 2) depthwise_along(2, ANY, &d, limits, pixel);
         else if (to_int8) depthwise_along(1, TO_INT8, &d, limits, pixel);

@@ -67,7 +67,7 @@ static void gather_windows(const tw_step *s, int64_t first, int64_t count, int64
             element *to = rows;
             for (int64_t r = 0; r < s->kernel_height; r++, to += run, x += s->dilation_height * s->width * channels)
                 for (int64_t k = 0; k < run; k += slack) memcpy(to + k, x + k, GATHER_STEP);
-            memset(to, 0, (size_t)(length - s->kernel_height * run) * sizeof *rows);
+            for (; to < rows + length; to += slack) memcpy(to, tw_zeros, GATHER_STEP); /* quicker than memset of so few */
             continue;
         }
         memset(rows, s->x_type == FLOAT32 ? 0 : *(const char *)s->outside, (size_t)length * sizeof *rows);

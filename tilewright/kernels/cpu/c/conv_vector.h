@@ -51,6 +51,12 @@ INLINE void finish(const tw_step *step, vec v, int64_t pixel, int64_t channel, i
     store_values(step, pixel * step->y_stride + channel, n, v);
 }
 
+/* The activation, where it is one that `curve` knows and the result is int8 alone, or -1. */
+static inline int curve_of(const tw_step *s) {
+    const int known = s->activation == SILU || s->activation == HARDSWISH;
+    return known && s->y_type == INT8 && !s->residual && s->y_scale >= 1e-37f ? s->activation : -1;
+}
+
 /* The epilogues that most layers have, without a branch: the activation cuts off at two bounds, the result and the
    residual, if there is one, are of one type. Layers of few input channels take longer for `finish` than for the sums. */
 enum { ANY, TO_FLOAT, ADD_TO_FLOAT, TO_INT8, ADD_TO_INT8 };
@@ -58,6 +64,10 @@ enum { ANY, TO_FLOAT, ADD_TO_FLOAT, TO_INT8, ADD_TO_INT8 };
 typedef struct {
     vec low, high, inverse, scale, zero, r_scale, r_zero;
     vec least, most, shift; /* of a quotient before the zero point is added; the activation's bounds are in them */
+#ifdef __AVX512F__
+    __m512i lowest, highest; /* bytes */
+    vec r_factor, r_error;   /* of `quick_bytes`: the residual's scale over the result's, and its part of the error */
+#endif
 } bounds;
 
 static inline int epilogue_of(const tw_step *s) {
@@ -69,12 +79,23 @@ static inline int epilogue_of(const tw_step *s) {
 
 INLINE bounds bounds_of(const tw_step *s) {
     const float infinity = __builtin_inff(), inverse = 1.0f / s->y_scale;
-    const vec low = v_set(s->activation == NONE ? -infinity : 0.0f), high = v_set(s->activation == RELU6 ? 6.0f : infinity);
+    const int cuts = s->activation == RELU || s->activation == RELU6;
+    const vec low = v_set(cuts ? 0.0f : -infinity), high = v_set(s->activation == RELU6 ? 6.0f : infinity);
     /* A product with a positive factor is rounded to the same side of a bound's product. */
     const vec least = v_max(v_mul(low, v_set(inverse)), v_set(-127.0f - s->y_zero));
     const vec most = v_min(v_mul(high, v_set(inverse)), v_set(127.0f - s->y_zero));
-    return (bounds){low, high, v_set(inverse), v_set(s->y_scale), v_set(s->y_zero), v_set(s->r_scale), v_set(s->r_zero),
-                    least, most, v_set(12582912.0f + s->y_zero)};
+    bounds b = {.low = low, .high = high, .inverse = v_set(inverse), .scale = v_set(s->y_scale), .zero = v_set(s->y_zero),
+                .r_scale = v_set(s->r_scale), .r_zero = v_set(s->r_zero), .least = least, .most = most,
+                .shift = v_set(12582912.0f + s->y_zero)};
+#ifdef __AVX512F__
+    const float lowest = cuts && s->y_zero > -127.0f ? s->y_zero : -127.0f;
+    const float six = __builtin_rintf(6.0f / s->y_scale) + s->y_zero;
+    b.lowest = _mm512_set1_epi8((char)lowest);
+    b.highest = _mm512_set1_epi8(s->activation == RELU6 && six < 127.0f ? (char)six : 127);
+    b.r_factor = s->residual ? v_set(s->r_scale * inverse) : v_zero();
+    b.r_error = v_mul(b.r_factor, v_set(256.0f * 12.0f));
+#endif
+    return b;
 }
 
 /* Adds the residual, if there is one, at element `at` of it. */
@@ -102,15 +123,41 @@ INLINE int is_doubtful(__m512i off) {
     return _mm512_cmpgt_epu32_mask(off, _mm512_castps_si512(v_set(0.49993f))) != 0;
 }
 
-/* Four vectors quantised to bytes: of each four dwords that lie together, one is of each vector. Returns 0 where some may
-   be rounded otherwise. */
-INLINE int quantize_four(const bounds *b, const vec v[4], __m512i *bytes) {
+/* Four vectors of quotients, zero points included, to bytes: of each four dwords that lie together, one is of each vector.
+   Whole numbers are cut off at the bounds after they are rounded, which is the same. Returns 0 where some lie so close to the middle between two
+   integers, `doubt` or more from the nearest, that the quotient by division may be rounded otherwise, or are NaN. */
+INLINE int quick_bytes(const bounds *b, const vec v[4], vec doubt, __m512i *bytes) {
     __m512i q[4], off = _mm512_setzero_si512();
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-        q[i] = _mm512_sub_epi32(quantized(b, v[i], &off), _mm512_castps_si512(v_set(12582912.0f)));
+    for (int i = 0; i < 4; i++) {
+        const vec quotient = v_min(v_set(1e6f), v[i]); /* NaN stays; of what is too large to convert bytes saturate */
+        q[i] = _mm512_cvtps_epi32(quotient);
+        off = _mm512_max_epu32(off, _mm512_castps_si512(_mm512_abs_ps(_mm512_reduce_ps(quotient, 8))));
+    }
     *bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
-    return !is_doubtful(off);
+    *bytes = _mm512_min_epi8(b->highest, _mm512_max_epi8(b->lowest, *bytes));
+    return _mm512_cmpge_epu32_mask(off, _mm512_castps_si512(doubt)) == 0;
+}
+
+/* What takes a sum, and a residual's integer, to a quotient without rounding in between: their factors and what is added,
+   of one vector of channels. */
+typedef struct {
+    vec factor, offset, error; /* error: the part of `doubt_of` that depends on the bias */
+} quick_scale;
+
+INLINE quick_scale quick_scale_of(const bounds *b, vec scale, vec bias) {
+    const vec part = v_mul(bias, b->inverse);
+    return (quick_scale){v_mul(scale, b->inverse),
+                         v_sub(v_fma(bias, b->inverse, b->zero), v_mul(b->r_zero, b->r_factor)),
+                         v_mul(_mm512_abs_ps(part), v_set(10.0f))};
+}
+
+/* From which distance on a quotient is doubtful. Both ways, counted in units of 2^-24 with S, B and R for what sum, bias
+   and residual are in quotients and P for the quotient itself, are off from the real one by at most 5 S + 5 B + 7 R + 3 P
+   and 4 for each of the zero point; S <= P + B + R, and where the result is not cut off P <= 256. */
+INLINE vec doubt_of(const bounds *b, vec bias_error) {
+    const vec error = v_add(v_add(bias_error, b->r_error), v_set(8.0f * 256.0f + 4.0f * 128.0f));
+    return _mm512_max_ps(v_sub(v_set(0.5f), v_mul(error, v_set(6.3e-8f))), v_zero()); /* 0 for NaN */
 }
 
 /* By division. */
@@ -118,28 +165,42 @@ INLINE void store_quotient(const bounds *b, int8_t *y, vec v) {
     v_store_int8(y, v_div(v_max(b->low, v_min(b->high, v)), b->scale), b->zero, 0, LANES);
 }
 
-/* `finish` to int8 of two vectors of one pixel, then of two of another. */
-INLINE void finish_pairs(const int epilogue, const bounds *b, const tw_step *s, vec v[4], int64_t pixel, int64_t other,
-                         int64_t channel) {
-    const int64_t residual = pixel * s->r_stride + channel, other_residual = other * s->r_stride + channel;
-    v[0] = add_residual(epilogue, b, s, v[0], residual);
-    v[1] = add_residual(epilogue, b, s, v[1], residual + LANES);
-    v[2] = add_residual(epilogue, b, s, v[2], other_residual);
-    v[3] = add_residual(epilogue, b, s, v[3], other_residual + LANES);
-    int8_t *y = (int8_t *)s->y + pixel * s->y_stride + channel, *y_other = (int8_t *)s->y + other * s->y_stride + channel;
-    __m512i bytes;
-    if (__builtin_expect(!quantize_four(b, v, &bytes), 0)) {
-        store_quotient(b, y, v[0]);
-        store_quotient(b, y + LANES, v[1]);
-        store_quotient(b, y_other, v[2]);
-        store_quotient(b, y_other + LANES, v[3]);
-        return;
-    }
+/* Writes two vectors of one pixel and two of another, quantised. */
+INLINE void store_pairs(__m512i bytes, int8_t *y, int8_t *y_other) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     bytes = _mm512_permutexvar_epi32(order, bytes);
     _mm256_storeu_si256((__m256i *)y, _mm512_castsi512_si256(bytes));
     _mm256_storeu_si256((__m256i *)y_other, _mm512_extracti64x4_epi64(bytes, 1));
 }
+
+/* An activation within four units in the last place, where `activate` divides. */
+INLINE vec curve(const int activation, vec x) {
+    if (activation == HARDSWISH) {
+        const vec ramp = v_max(v_zero(), v_min(v_set(6.0f), v_add(x, v_set(3.0f))));
+        return v_mul(v_mul(x, ramp), v_set(1.0f / 6.0f));
+    }
+    const vec denominator = v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)));
+    const vec near = _mm512_rcp14_ps(denominator); /* and one step of Newton's; NaN of infinity */
+    return v_mul(x, v_mul(near, _mm512_fnmadd_ps(denominator, near, v_set(2.0f))));
+}
+
+/* `finish` to int8, without a residual, of two vectors of one pixel, then of two of another, by a curve. */
+INLINE void finish_curves(const int activation, const bounds *b, const tw_step *s, const vec v[4], int64_t pixel,
+                          int64_t other, int64_t channel) {
+    vec quotients[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) quotients[i] = v_fma(curve(activation, v[i]), b->inverse, b->zero);
+    int8_t *y = (int8_t *)s->y + pixel * s->y_stride + channel, *y_other = (int8_t *)s->y + other * s->y_stride + channel;
+    __m512i bytes;
+    /* 12 units in the last place of 256 */
+    if (__builtin_expect(quick_bytes(b, quotients, v_set(0.4998f), &bytes), 1)) {
+        store_pairs(bytes, y, y_other);
+        return;
+    }
+    for (int i = 0; i < 4; i++)
+        store_quotient(b, (i < 2 ? y : y_other) + i % 2 * LANES, activate(v[i], activation, 0.0f));
+}
+
 #endif
 
 /* `finish` of a whole vector; `epilogue` is a constant where this is inlined. */

@@ -1,5 +1,9 @@
 /* Runs a list of steps, each shared by all threads, which wait for each other between two steps: one parallel region,
-   and no interpreter, for a whole network. */
+   and no interpreter, for a whole network.
+
+   Steps of a chain are not shared: a thread takes an image through all of them, so that what one writes is still in its
+   cache when the next reads it, and nobody waits. What only the chain itself reads lies in memory of the thread, the same
+   for every image. */
 #include "conv.h"
 #include "parallel.h"
 
@@ -57,18 +61,56 @@ static void run_band(const tw_step *steps, int number, int threads) {
 #endif
 }
 
+/* Of `step`, `image` alone, whose operands in slots are those of slot number `slot`. */
+static tw_step of_image(const tw_step *step, int64_t image, int64_t slot) {
+    tw_step one = *step;
+    const int64_t x_size = step->x_type == FLOAT32 ? 4 : 1, y_size = step->y_type == FLOAT32 ? 4 : 1;
+    const int64_t x_pixels = step->height * step->width, y_pixels = step->out_height * step->out_width;
+    const int64_t x = step->kind == CONVERT && step->x_type == FLOAT32 ? step->x_image : x_pixels * step->x_stride;
+    const int64_t residual = step->kind == MULTIPLY ? step->r_stride : y_pixels * step->r_stride;
+#define MOVE(member, bit, bytes)                                                                                       \
+    if (step->member) one.member = (void *)((char *)step->member + (step->in_slot & bit ? slot * step->slot_bytes : image * (bytes)))
+    MOVE(x, X_IN_SLOT, x * x_size);
+    MOVE(residual, RESIDUAL_IN_SLOT, residual * (step->r_type == FLOAT32 ? 4 : 1));
+    MOVE(y, Y_IN_SLOT, y_pixels * step->y_stride * y_size);
+    MOVE(marks, MARKS_IN_SLOT, (int64_t)sizeof *step->marks);
+#undef MOVE
+    one.batch = 1;
+    if (step->marks) one.marks_count = 1;
+    return one;
+}
+
+/* As many images for each thread as there are; all threads share those that are left over. */
+static void run_chain(tw_step *first, int number, int threads) {
+    const int64_t steps = first->chain, alone = first->batch / threads * threads;
+    for (int64_t image = tw_take(&first->units, 0, 1); image < alone; image = tw_take(&first->units, 0, 1))
+        for (int64_t i = 0; i < steps; i++) {
+            tw_step one = of_image(first + i, image, number);
+            run_step(&one, 0, 1);
+        }
+    for (int64_t image = alone; image < first->batch; image++)
+        for (int64_t i = 0; i < steps; i++) {
+            tw_barrier();
+            tw_step one = of_image(first + i, image, 0);
+            run_step(&one, number, threads);
+        }
+}
+
 static void run_part(void *data) {
     program *p = data;
     int number, threads;
     tw_team(&number, &threads);
     for (int64_t i = 0; i < p->count; i++) {
-        if (i && !p->steps[i].independent) tw_barrier();
-        const int64_t band = p->steps[i].band;
-        if (band > 1 && i + band <= p->count) {
-            run_band(p->steps + i, number, threads);
-            i += band - 1;
+        tw_step *step = p->steps + i;
+        if (i && !step->independent) tw_barrier();
+        if (step->band > 1 && i + step->band <= p->count) {
+            run_band(step, number, threads);
+            i += step->band - 1;
+        } else if (step->chain) {
+            run_chain(step, number, threads);
+            i += step->chain - 1;
         } else {
-            run_step(p->steps + i, number, threads);
+            run_step(step, number, threads);
         }
     }
 }

@@ -13,17 +13,23 @@ enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGR
        ATTENTION, NORM, INT4_QUANTIZE, INT4_PRODUCT, WEIGHT_ONLY_CONVERT, WEIGHT_ONLY_PRODUCT, RMS_NORM,
        ELEMENTWISE };
 
+/* Bits of in_slot. */
+enum { X_IN_SLOT = 1, RESIDUAL_IN_SLOT = 2, Y_IN_SLOT = 4, MARKS_IN_SLOT = 8 };
+
 /* kernels/cpu/steps.py holds the same structure. Steps of networks of images are described by what stands here (conv.h);
    those of transformers by a structure of their kernel, `job`. Strides count elements from one pixel to the next. */
 typedef struct {
     int32_t kind, x_type, y_type, r_type, activation, gather; /* gather: copy windows that are too ragged to read */
     int32_t independent; /* reads nothing that the step before writes, and writes nothing that it reads or writes */
     int32_t band; /* > 1: so many steps from this one on may be done together, as conv_band.c does */
+    int32_t chain;       /* so many steps from this one on are taken image by image, each by one thread; 0: this one alone */
+    int32_t in_slot;     /* in a chain, which operands (IN_SLOT) are of one image, and that of the next thread lies slot_bytes on */
     int64_t batch, height, width, channels, out_height, out_width, out_channels;
     int64_t kernel_height, kernel_width, stride_height, stride_width, top, left, dilation_height, dilation_width, groups;
     int64_t x_stride, y_stride, r_stride;
     int64_t x_image, x_row, x_channel; /* CONVERT alone: strides of the source */
-    int64_t marks_count;               /* CONVERT and MARK: each mark stands for as many rows, or pixels */
+    int64_t marks_count;               /* each mark stands for as many rows, or pixels */
+    int64_t slot_bytes;
     const void *x, *weight, *residual;
     void *y;
     const float *scale, *bias;   /* padded to whole vectors for each group */
@@ -31,7 +37,7 @@ typedef struct {
     const int32_t *signed_compensation; /* likewise, times -x_zero: of kernels that multiply signed by signed */
     const void *outside; /* of integers: a pixel of padding, channels bytes that stand for zeros */
     const float *plain; /* WINOGRAD alone: the weight itself, OHWI */
-    float *marks;       /* NaN, or 0: written by CONVERT where a value is not finite, read by MARK */
+    float *marks; /* NaN, or 0: written by CONVERT and MULTIPLY where a value is not finite, read by MARK */
     float slope, x_scale, r_scale, y_scale;
     float x_zero, r_zero, y_zero; /* whole numbers: integers stand for (value - zero) * scale */
     const void *job; /* INT8_QUANTIZE and all after it */
