@@ -36,7 +36,9 @@ class Chain(NamedTuple):
 
 
 def chains_of(parts: Sequence[Part], threads: int, cache: int | None = None) -> list[Chain]:
-    """The chains that pay; bands stay what they are. cache: bytes of the second-level cache of a core; of this machine where None."""
+    """The chains that pay; steps of a band stay together. cache: bytes of the second-level cache of a core; of this
+    machine where None.
+    """
     cache = cache or cache_bytes(2) or _LIKELY_CACHE
     found: list[Chain] = []
     for part in parts:
