@@ -1,17 +1,20 @@
 """Tilewright beside what others make of the same float model on this CPU, and what was aimed at.
 
-    python -m bench.peers [--only TEXT ...] [--rounds 8] [--threads 2] [--again] [--output bench/results/peers]
+    python -m bench.peers [--only TEXT ...] [--rounds 8] [--threads 2] [--isa ISA] [--again] [--output FILE]
 
-writes peers.csv, peers.md and peers.png. ONNX Runtime, OpenVINO with NNCF, llama.cpp in the wheel xllamacpp and
-torch.compile with torchao each run in a process of their own with ``--threads`` threads, as fast as they can be set up:
-shapes known when a model is compiled, OpenVINO's latency hint, ONNX Runtime's fusions, Inductor's max-autotune with
-frozen weights. float32 stays float32; where the processor has bfloat16, OpenVINO's int8 also runs with it. The wheel of
-llama.cpp is built for AVX2.
+writes peers.csv, peers.md and peers.png in bench/results. ONNX Runtime, OpenVINO with NNCF, llama.cpp in the wheel
+xllamacpp and torch.compile with torchao each run in a process of their own with ``--threads`` threads, as fast as they
+can be set up: shapes known when a model is compiled, OpenVINO's latency hint, ONNX Runtime's fusions, Inductor's
+max-autotune with frozen weights. float32 stays float32; where the processor has bfloat16, OpenVINO's int8 also runs
+with it. The wheel of llama.cpp is built for AVX2.
 
 An answer that is further from float32 than its format explains is reported and not timed. Those that are right take
 turns, while the threads of all others rest. Rows that are there already stay unless ``--again`` is given, and the files
 are whole after each piece of work, so a run can be stopped and continued. What is not installed is missing from the
 table with that reason: ``pip install -c constraints-dev.txt -e '.[peers]'`` installs all of them.
+
+``--isa`` holds Tilewright, PyTorch and OpenVINO to fewer instructions than the processor has, by the settings of their
+libraries, and writes peers_ISA.csv. ONNX Runtime has no such setting and multiplies int8 with what there is.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import os
 import platform
 import sys
 import tempfile
@@ -34,6 +38,8 @@ from bench.peers.floor import Counts, Peaks
 from bench.peers.work import WORK, Work
 from bench.result_files import RESULTS
 
+#: What oneDNN calls an instruction set of ours.
+ONEDNN_ISAS = {"avx512_bf16": "AVX512_CORE_BF16", "avx512_vnni": "AVX512_CORE_VNNI", "avx2": "AVX2"}
 PACKAGES = ("onnxruntime", "openvino", "nncf", "xllamacpp", "torchao", "transformers")
 
 
@@ -114,18 +120,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=8, help="turns of each contestant; default: 8")
     parser.add_argument("--seconds", type=float, default=0.25, help="that a turn lasts at least; default: 0.25")
     parser.add_argument("--threads", type=int, default=2, help="of each contestant; default: 2")
+    parser.add_argument("--isa", choices=ONEDNN_ISAS, help="the most that Tilewright and oneDNN may use")
     parser.add_argument("--again", action="store_true", help="also measure what the files have already")
-    parser.add_argument("--output", type=Path, default=RESULTS / "peers", help="without a suffix")
+    parser.add_argument("--output", type=Path, help="without a suffix; default: bench/results/peers, or peers_ISA")
     options = parser.parse_args(arguments)
+    if options.isa:  # read by the libraries when they are first used, here and in the processes that start
+        os.environ |= {"TILEWRIGHT_CPU_ISA": options.isa, "ONEDNN_MAX_CPU_ISA": ONEDNN_ISAS[options.isa]}
+    output = options.output or RESULTS / (f"peers_{options.isa}" if options.isa else "peers")
     chosen = [work for work in WORK.values() if any(text in work.name for text in options.only)]
     if not chosen:
         parser.error(f"no work has such a name; there is {'; '.join(WORK)}")
     if not options.again:
-        done = {row.work for row in table.read(options.output.with_suffix(".csv"))}
+        done = {row.work for row in table.read(output.with_suffix(".csv"))}
         chosen = [work for work in chosen if work.name not in done]
     chosen.sort(key=lambda work: list(dict.fromkeys(one.model for one in WORK.values())).index(work.model))
     if chosen:
-        run(chosen, options.output, options.rounds, options.seconds, options.threads)
+        run(chosen, output, options.rounds, options.seconds, options.threads)
     return 0
 
 

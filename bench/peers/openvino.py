@@ -10,7 +10,7 @@ import torch
 from openvino import properties
 
 from bench.missing import Missing
-from bench.peers import networks
+from bench.peers import networks, openvino_decoder
 from bench.peers.contestants import Prepared
 
 GROUP = 128
@@ -98,7 +98,7 @@ def int4(name: str, shape: tuple[int, ...], decode: bool, folder: Path, threads:
     import nncf
 
     if name == networks.DECODER:
-        raise Missing("not set up: its model needs a cache as state")
+        return openvino_decoder.int4(name, shape, decode, folder, threads)
     model = nncf.compress_weights(
         _model(name, shape), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=GROUP, ratio=1.0, all_layers=True
     )

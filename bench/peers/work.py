@@ -11,13 +11,13 @@ from bench.peers.contestants import CONTESTANTS, EAGER
 #: Largest relative error of a result against float32 eager that a format's rounding explains: of layers (int8 errs by
 #: 1 % here, four bits in groups of 128 by 7 %), of encoders (of MiniLM with 128 tokens ours is off by 0.07, OpenVINO's
 #: by 0.20), of convolutional networks with random weights, which enlarge what they are given (in MobileNetV2 ours is
-#: off by 0.33 and ONNX Runtime's by 0.51; zeros would be off by 1, and an answer to something else by 1.4), and of a
-#: decoder's log-probabilities.
+#: off by 0.33 and ONNX Runtime's by 0.51; zeros would be off by 1, and an answer to something else by 1.4), and of the
+#: log-probabilities of a decoder with random weights (OpenVINO's int4 is off by 0.57).
 BOUNDS = {
     "layer": {"fp32": 1e-5, "int8": 0.03, "int8 weights": 0.03, "int4": 0.2, "int4 x int8": 0.2},
     "encoder": {"fp32": 1e-4, "int8": 0.3},
     "network": {"fp32": 1e-3, "int8": 0.7},
-    "decoder": {"fp32": 1e-3, "int8": 0.1, "int4": 0.4, "int4 x int8": 0.4},
+    "decoder": {"fp32": 1e-3, "int8": 0.1, "int4": 0.7, "int4 x int8": 0.7},
 }
 
 
