@@ -23,18 +23,20 @@ INLINE void widen_segment(int bits, int vectors, const job_float *job, const uin
                                        : decode8_float(word + v * LANES, t));
 }
 
-/* `rows` and `vectors` are constants wherever this is called: the sums stay in registers. next: from these rows to those of the tile
+/* `rows` and `vectors` are constants wherever this is called: the sums stay in registers. Rows beyond TALL_ROWS are those of
+   the next tile. next: from these rows to those of the tile
    after them, whose lines the processor's prefetcher does not guess. */
 INLINE void add_segment_rows(int rows, int vectors, const float *x, int height, const segment *wide, int64_t words,
                              const float *scale, float sums[][PANEL], int64_t next) {
-    floats sum[TALL_ROWS][TILE_VECTORS];
+    floats sum[2 * TALL_ROWS][TILE_VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sum[r][v] = floats_zero();
     const float *w = wide->column[0];
     for (int64_t i = 0; i < words; i++, x += height * 8, w += 8 * PANEL) {
-        for (int r = 0; r < rows; r += 2) __builtin_prefetch(x + next + r * 8); /* two rows of a word fill a line */
+        for (int r = 0; r < rows; r += 2) /* two rows of a word fill a line */
+            __builtin_prefetch(x + (r / TALL_ROWS + divide_up(rows, TALL_ROWS)) * next + r % TALL_ROWS * 8);
 #pragma GCC unroll 8
         for (int t = 0; t < 8; t++) {
             floats b[TILE_VECTORS];
@@ -43,7 +45,8 @@ INLINE void add_segment_rows(int rows, int vectors, const float *x, int height, 
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++) sum[r][v] = add_product(sum[r][v], b[v], x + r * 8 + t);
+                for (int v = 0; v < vectors; v++)
+                    sum[r][v] = add_product(sum[r][v], b[v], x + r / TALL_ROWS * next + r % TALL_ROWS * 8 + t);
         }
     }
 #pragma GCC unroll 4
@@ -81,9 +84,14 @@ INLINE void multiply_widened(int bits, int vectors, const job_float *job, int he
         for (int64_t first = begin; first < end; first += SEGMENT_WORDS) {
             const int64_t words = end - first < SEGMENT_WORDS ? end - first : SEGMENT_WORDS;
             widen_segment(bits, vectors, job, w + first * PANEL * bits, words, at, &wide);
-            for (int64_t i = 0; i < rows; i += height) {
+            for (int64_t i = 0, tall = vectors == 1 ? 2 * TALL_ROWS : rows + 1; i < rows; i += height) {
                 const float *x = job->rows + (row + i) * job->words * 8 + first * height * 8;
                 const int count = rows - i < height ? (int)(rows - i) : height;
+                if (rows - i >= tall) { /* one vector of one tile has too few sums to keep the multipliers busy */
+                    add_segment_rows(2 * TALL_ROWS, 1, x, height, &wide, words, job->scale + at, sums + i, next);
+                    i += height;
+                    continue;
+                }
                 add_segment(count, vectors, x, height, &wide, words, job->scale + at, sums + i, next);
             }
         }
