@@ -14,7 +14,10 @@ def _converted(name: str, shape: tuple[int, ...], decode: bool, recipe: str) -> 
 
     # Convolutional networks are calibrated; linear layers quantise their input on the fly.
     data = [x for (x,) in networks.calibration(name)] if name in networks.CONVOLUTIONAL and recipe != "fuse" else None
-    model = tw.convert_model(networks.network(name), recipe, calibration_data=data, progress=False)
+    # llama.cpp stores the decoder's head in as few bits as all else.
+    model = tw.convert_model(
+        networks.network(name), recipe, calibration_data=data, heads=name == networks.DECODER, progress=False
+    )
     return prepared(name, model, shape, decode)
 
 
