@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
-import os
 import platform
 import sys
 import tempfile
@@ -32,14 +31,13 @@ from pathlib import Path
 
 import torch
 
+from bench import isas
 from bench.peers import floor, table, turns
 from bench.peers.contestants import CONTESTANTS, EAGER
 from bench.peers.floor import Counts, Peaks
 from bench.peers.work import WORK, Work
 from bench.result_files import RESULTS
 
-#: What oneDNN calls an instruction set of ours.
-ONEDNN_ISAS = {"avx512_bf16": "AVX512_CORE_BF16", "avx512_vnni": "AVX512_CORE_VNNI", "avx2": "AVX2"}
 PACKAGES = ("onnxruntime", "openvino", "nncf", "xllamacpp", "torchao", "transformers")
 
 
@@ -120,12 +118,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=8, help="turns of each contestant; default: 8")
     parser.add_argument("--seconds", type=float, default=0.25, help="that a turn lasts at least; default: 0.25")
     parser.add_argument("--threads", type=int, default=2, help="of each contestant; default: 2")
-    parser.add_argument("--isa", choices=ONEDNN_ISAS, help="the most that Tilewright and oneDNN may use")
+    parser.add_argument("--isa", choices=isas.LIBRARIES, help="the most that Tilewright, oneDNN and MKL may use")
     parser.add_argument("--again", action="store_true", help="also measure what the files have already")
     parser.add_argument("--output", type=Path, help="without a suffix; default: bench/results/peers, or peers_ISA")
     options = parser.parse_args(arguments)
     if options.isa:  # read by the libraries when they are first used, here and in the processes that start
-        os.environ |= {"TILEWRIGHT_CPU_ISA": options.isa, "ONEDNN_MAX_CPU_ISA": ONEDNN_ISAS[options.isa]}
+        isas.hold(options.isa)
     output = options.output or RESULTS / (f"peers_{options.isa}" if options.isa else "peers")
     chosen = [work for work in WORK.values() if any(text in work.name for text in options.only)]
     if not chosen:

@@ -1,10 +1,10 @@
 """Times the C kernels of linear layers against the other implementations of their operators, for the router's table.
 
-    python -m bench.tables.choices [--shape N K ...] [--batches M ...] [--write]
+    TILEWRIGHT_CPU_ISA=ISA python -m bench.tables.choices [--shape N K ...] [--batches M ...] [--write]
 
 Turns of half a millisecond, of whose calls the fastest quarter counts. ``--write`` puts what was timed into
 ``tilewright/kernels/cpu/choices.csv``, in place of the rows of the same operator, instruction set, dtype, shape and
-batch.
+batch. With an instruction set that is not the processor's best, PyTorch's libraries are held to it too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bench import isas
+
 os.environ.setdefault("OMP_PROC_BIND", "true")
+if forced := os.environ.get("TILEWRIGHT_CPU_ISA"):
+    isas.hold(forced)
 
 import torch
 from torch import nn
