@@ -192,12 +192,16 @@ def test_what_becomes_infinite_in_the_middle(bad: float) -> None:
 
 @each_bad
 @torch.no_grad()
-def test_layer_by_layer(bad: float) -> None:
-    """Without a program, as with a hook inside."""
+@pytest.mark.parametrize("calls", [0, 4], ids=["layer by layer", "in pieces"])
+def test_with_a_hook_inside(bad: float, calls: int) -> None:
+    """Without a program, and around the module that the hook watches."""
     model, (x,) = converted("plain")
-    model[0].register_forward_hook(lambda *_: None)
     for place in PLACES.values():
+        handle = model[0].register_forward_hook(lambda *_: None)
+        for _ in range(calls):
+            model(x)
         check(model(spoilt(x, 2, place, bad)), model(x), 2)
+        handle.remove()
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch
 
 from tilewright.kernels.activation import TABLE
 from tilewright.kernels.cpu import build
+from tilewright.kernels.dispatch import repeated
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: Those that the kernels of linear layers have, by their numbers in C.
@@ -136,6 +137,9 @@ def eager() -> tuple[Any, str | None]:
     if build.source_hash() != module.SOURCE_HASH:
         return None, "it was compiled from other sources: install the package again"
     return module, None
+
+
+repeated.load = eager
 
 
 @functools.cache

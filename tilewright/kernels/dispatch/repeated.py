@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tilewright.kernels.cpu import native
 from tilewright.kernels.dispatch import router
 from tilewright.kernels.dispatch.same import SameTensors
 
 Again = Callable[..., "torch.Tensor | None"]
+
+
+def load() -> tuple[Any, str | None]:
+    """The extension module, or None and the reason. ``kernels.cpu``, without which no call is prepared, replaces it."""
+    return None, "there are no C kernels"
 
 
 class Held(NamedTuple):
@@ -36,7 +40,7 @@ def why_not(slot: str) -> str | None:
     """Why no call can be remembered, or None. slot: the layer's attribute whose attribute ``repeated`` holds, by the
     shape of x, what ``remember`` returned.
     """
-    module, reason = native.eager()
+    module, reason = load()
     if module is None:
         return reason
     try:
@@ -55,7 +59,7 @@ def remember(held: Held, x: torch.Tensor, prepared: Callable[..., torch.Tensor])
     """(a function of a layer's attributes and x, what it needs for calls like this one on contiguous ``x``, which
     ``prepared`` serves); it returns None for others. There must be no reason against it.
     """
-    module, _ = native.eager()
+    module, _ = load()
     guards: Any = torch._C._dynamo.guards
     there = [name for name, tensor in zip(held.names, held.tensors, strict=False) if tensor is not None]
     absent = [name for name, tensor in zip(held.names, held.tensors, strict=False) if tensor is None]
