@@ -121,7 +121,12 @@ def _prepared(name: str, shape: tuple[int, ...], decode: bool, folder: Path, thr
         if decode:
             ask(prompt[:-1], 1, keep=False)
         words = networks.DECODER_SIZES["vocab_size"]
-        found = ask(prompt, 1, keep=decode, n_probs=words)["completion_probabilities"][0]["top_logprobs"]
+        answer = ask(prompt, 1, keep=decode, n_probs=words)
+        # Wheels of later builds answer as OpenAI's interface does.
+        known = (
+            answer["choices"][0]["logprobs"]["content"] if "choices" in answer else answer["completion_probabilities"]
+        )
+        found = known[0]["top_logprobs"]
         values = torch.full((words,), float("nan"))
         for one in found:
             values[one["id"]] = one["logprob"]

@@ -89,6 +89,8 @@ def convolutional(name: str) -> nn.Module:
         b0 = {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
         network = hf.EfficientNetForImageClassification(hf.EfficientNetConfig(**b0, dropout_rate=0.2))
         last = [layer.projection.project_bn for layer in _modules(network, "EfficientNetBlock")]
+        # transformers averages windows of 1280 x 1280, cut off at the edges; OpenVINO 2026.4 computes no such pooling.
+        network.efficientnet.pooler = nn.AdaptiveAvgPool2d(1)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_in")

@@ -105,7 +105,8 @@ class Judgement:
         if self.ratio.median >= self.target.wanted:
             return "yes"
         allowed = Timing(self.against.milliseconds).median / self.target.wanted
-        if self.ours.floor is not None and self.ours.floor > allowed:
+        # A floor that was gone below is none: the weights stayed in a cache.
+        if self.ours.floor is not None and self.ours.floor > allowed and (self.share or 0) <= 1:
             return f"the floor forbids it; {SHARE:.0%} of that " + (
                 "reached" if (self.share or 0) >= SHARE else "missed"
             )

@@ -133,6 +133,13 @@ def test_a_target_is_judged(theirs: float, busy: float, verdict: str):
     assert one.share == pytest.approx(0.25)  # 10^9 operations at 4 * 10^9 a second, in 1 s
 
 
+def test_a_floor_that_was_gone_below_forbids_nothing():
+    given, _ = sides()
+    given[OURS].seconds, given[THEIRS].seconds = 0.1, 0.11
+    (one,) = table.judge(rows(contest(LAYER, given, rounds=3)[0], 0.0))
+    assert one.share == pytest.approx(2.5) and one.verdict == "no"
+
+
 def test_rounds_that_differ_judge_nothing():
     found, _ = contest(LAYER, sides()[0], rounds=4)
     found[OURS].seconds = [1.0, 2.0, 1.0, 2.0]
