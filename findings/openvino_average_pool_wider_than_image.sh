@@ -4,9 +4,8 @@
 # Versions: openvino 2026.4.1 (CPU), torch 2.13.0, numpy 2.4.6, on x86-64.
 # Expected: with ceil_mode=True a window of 1280 x 1280 over an image of 7 x 7 gives one pixel, the mean of the image:
 #   PyTorch computes it so, and transformers' EfficientNet pools by it (AvgPool2d(hidden_dim, ceil_mode=True)).
-# Seen: openvino.convert_model takes the module. Where the input's shape is known it is refused at once, "kernel after
-#   dilation has size larger than the data shape after padding"; where it is dynamic the model compiles, and the first
-#   inference raises the like. AdaptiveAvgPool2d(1), the same function, works.
+# Seen: where the input's shape is known openvino.convert_model refuses the module, "kernel after dilation has size larger
+#   than the data shape after padding"; where it is dynamic the model compiles, and the first inference raises the like. AdaptiveAvgPool2d(1), the same function, works.
 # Why it matters: an EfficientNet of transformers cannot be exported to OpenVINO as it is, in float or in int8, and with
 #   dynamic shapes nobody hears of it before the first call. Replace the pooling first.
 set -euo pipefail
@@ -30,7 +29,7 @@ def answer(module, shape):
     try:
         model = openvino.convert_model(module, example_input=x, input=openvino.PartialShape(shape))
         compiled = openvino.compile_model(model, "CPU")
-    except RuntimeError as error:
+    except Exception as error:
         return f"refused before a call: {error}"
     try:
         return compiled(x.numpy())[0]
