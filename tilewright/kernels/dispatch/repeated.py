@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -48,8 +48,12 @@ def why_not(slot: str) -> str | None:
 
         watchers = (torch.is_grad_enabled, torch._C._len_torch_function_stack, torch._C._autograd._profiler_enabled)
         forward_ad = torch.autograd.forward_ad
-        _ = guards.TensorGuards, forward_ad._current_level
-    except (ImportError, AttributeError) as error:
+        _ = forward_ad._current_level
+        known, other, made = torch.zeros(1), torch.zeros(2), cast(Any, guards.TensorGuards)
+        guard = made(known, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        if not guard.check(known) or guard.check(other):
+            return "this PyTorch's guards answer otherwise"
+    except Exception as error:  # whatever another PyTorch has in their place
         return f"this PyTorch lacks what it asks: {error}"
     module.setup(slot, watchers, forward_ad, router.generation, torch.get_num_threads, torch.Tensor.data_ptr)
     return None
