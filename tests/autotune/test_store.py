@@ -82,7 +82,7 @@ def test_two_writers_killed_again_and_again_lose_nothing(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     path, fork, draw = tmp_path / "table.json", multiprocessing.get_context("fork"), random.Random(0)
     said: set[str] = set()
-    for round_number in range(100):
+    for round_number in range(200):
         pairs = []
         for name in ("a", "b"):
             reader, writer_end = fork.Pipe(duplex=False)
