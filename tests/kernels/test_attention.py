@@ -70,7 +70,7 @@ def double(mask: torch.Tensor | None) -> torch.Tensor | None:
     width=st.integers(1, 70),
     value_width=st.integers(1, 140),
     mask=st.sampled_from((*MASKS, "causal")),
-    scale=st.sampled_from((None, 0.3)),
+    scale=st.sampled_from((None, 0.3, 0.0, -0.3)),
     seed=st.integers(0, 1000),
 )
 def test_agrees_with_float64(
@@ -110,6 +110,16 @@ def test_causal_is_pytorchs():
     q, k, v = (t.double() for t in operands(1, 2, 2, 6, 9, 8, 8))
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2)
     assert torch.allclose(reference.attention(q, k, v, causal=True, scale=0.2), theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("keys", [8, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_causal_with_a_scale_of_zero_or_less(scale: float, dtype: torch.dtype, keys: int):
+    q, k, v = (t.to(dtype) for t in operands(1, 4, 2, 8, keys, 16, 16))
+    expected = reference.attention(q, k, v, causal=True, scale=scale)
+    atol = 1e-5 if dtype == torch.float32 else 0.05
+    assert torch.allclose(pytorch.attention(q, k, v, causal=True, scale=scale), expected, atol=atol)
 
 
 def test_a_query_that_sees_nothing_gives_zeros(vector_isa: str):

@@ -20,5 +20,8 @@ def attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
+    if causal and scale is not None and scale <= 0:
+        # Its CPU kernel multiplies the minus infinities of the triangle by the scale: NaN, or zeros.
+        query, scale = query * scale, 1.0
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
     return y.transpose(1, 2).contiguous().transpose(1, 2)
