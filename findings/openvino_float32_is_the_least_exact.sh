@@ -6,10 +6,11 @@
 # Expected: `INFERENCE_PRECISION_HINT` names the type of what is computed, so the error falls from bfloat16 (three digits)
 #   over float16 to float32, where int8 or int4 weights by float32 activations err by 1e-6 of what those weights give.
 # Seen: the order is the other way about. Without a hint, on a processor with bfloat16, a layer errs by 0.003, with "f16" by
-#   0.0004, and with "f32" by 0.005: only there the activations are rounded to 8 bits in groups of 32, which the
-#   name of the hint does not say. Where one channel in 32 is 100 times as large as the others, it is 0.013. The option DYNAMIC_QUANTIZATION_GROUP_SIZE reads 32 in each of the three. It has to be
-#   set to 0 beside "f32" for float32. `EXECUTION_MODE_HINT` "ACCURACY" alone is not that either: it stops the rounding
-#   and multiplies weights and scales in float16 (0.0002). ACCURACY and "f32" together are exact.
+#   0.0004, and with "f32" by 0.005: only there the activations are rounded to 8 bits in groups of 32, which the name of the
+#   hint does not say. Where one channel in 32 is 100 times as large as the others, it is 0.013. The option
+#   DYNAMIC_QUANTIZATION_GROUP_SIZE reads 32 in all three, and has to be set to 0 beside "f32" for float32.
+#   `EXECUTION_MODE_HINT` "ACCURACY" alone is not that either: it stops the rounding and puts the weights together in
+#   float16 (0.0002). ACCURACY and "f32" together are exact.
 # Why it matters: "f32" is what one asks for to have a reference, or to compare with another library without its bfloat16. What
 #   is then compared is 8-bit activations: errors of the weights alone cannot be read off it, a time set against float
 #   activations is of another format, and a model that goes wrong with "f32" may be right with less.

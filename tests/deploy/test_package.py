@@ -61,6 +61,17 @@ def test_without_our_operators_a_program_computes_the_same(recipe: str) -> None:
         torch.testing.assert_close(program.module()(x), model(x), rtol=0.02, atol=0.01)
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_a_package_of_one_token_computes_the_same(tmp_path: Path) -> None:
+    model, x = tw.convert_model(layers(), "int8"), torch.randn(1, 1, 96)
+    with torch.no_grad():
+        expected = model(x)
+        tw.export_package(model, tmp_path / "model.pt2", x, dynamic_batch=False)
+        found = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))(x)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01)
+
+
 @pytest.mark.parametrize("recipe", ["fuse", "int8"])
 def test_without_our_operators_convolutions_compute_the_same(recipe: str) -> None:
     x = torch.randn(2, 3, 32, 32)

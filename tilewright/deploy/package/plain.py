@@ -56,7 +56,12 @@ def _product(x: Tensor, weight: Tensor, narrow_x: Tensor, narrow_weight: Tensor)
     """x [..., K] by weight [K, N], of which ``narrow_x`` and ``narrow_weight`` have the same values in fewer bytes."""
     if narrow_x.dtype != torch.int8:
         return (narrow_x @ narrow_weight.to(narrow_x.dtype)).to(x.dtype)
-    total = torch._int_mm(narrow_x.reshape(-1, x.shape[-1]), narrow_weight)
+    rows = narrow_x.reshape(-1, x.shape[-1])
+    if isinstance(rows.shape[0], int) and rows.shape[0] == 1:  # a symbol keeps its strides
+        # Inductor gives a single row a stride of 0, with which the operator writes nothing: two rows have theirs.
+        total = torch._int_mm(F.pad(rows, (0, 0, 0, 1)), narrow_weight)[:1]
+    else:
+        total = torch._int_mm(rows, narrow_weight)
     return total.reshape(*x.shape[:-1], weight.shape[1])
 
 
