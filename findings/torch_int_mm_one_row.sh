@@ -9,8 +9,8 @@
 #   is long, and what it says is not looked at: nothing is written, nothing is raised. One row that was a column (`x.t()`), and
 #   weights of a layer with one input, do it in eager mode; `.contiguous()` does not help, as they are contiguous, and a
 #   copy into a new tensor does. torch.compile gives such a stride, 0, to one token of [1, 1, K]: with
-#   Int8DynamicActivationInt8WeightConfig its answer is another in each call, while [1, K], [2, 1, K] and [1, 3, K] are right.
-#   PyTorch's issue 195066 has the stride of 0; not the other two, and a release that is right was not there when this was.
+#   Int8DynamicActivationInt8WeightConfig its answer is off by millions, while [1, K], [2, 1, K] and [1, 3, K] are right.
+#   PyTorch's issue 195066, open in 2026-08, is about the stride of 0; the other two are the same omission.
 # Why it matters: decoding one token after another is this shape and no other. A check with a batch, a prompt or the eager
 #   model passes. Whoever exports programs that call the operator has to see to the strides of a single row.
 set -euo pipefail

@@ -67,6 +67,7 @@ _ALL = (
     Contestant("OpenVINO int8", "int8", "bench.peers.openvino:int8", ("openvino", "nncf")),
     Contestant("OpenVINO int8, bf16", "int8", "bench.peers.openvino:int8_bf16", ("openvino", "nncf")),
     Contestant("OpenVINO int4", "int4", "bench.peers.openvino:int4", ("openvino", "nncf")),
+    Contestant("OpenVINO int4, bf16", "int4", "bench.peers.openvino:int4_bf16", ("openvino", "nncf")),
     Contestant("llama.cpp Q4_0", "int4 x int8", "bench.peers.llama_cpp:q4_0", ("xllamacpp", "gguf")),
     Contestant("llama.cpp Q8_0", "int8", "bench.peers.llama_cpp:q8_0", ("xllamacpp", "gguf")),
 )

@@ -96,7 +96,8 @@ def _layers() -> list[Work]:
         found.append(Work(f"int8 layer {words}", "layer", model, (rows,), (int8,)))
     for rows, wanted in ((1, 1.2), (16, 1.5), (128, 1.5)):
         words = f"4096 x 4096, {rows} row{'s' * (rows > 1)}"
-        nbits = Target("Tilewright w4a8", ("ONNX Runtime MatMulNBits", "OpenVINO int4"), wanted)
+        against = ("ONNX Runtime MatMulNBits", "OpenVINO int4", "OpenVINO int4, bf16")
+        nbits = Target("Tilewright w4a8", against, wanted)
         over = Target("Tilewright w4a8", (EAGER,), 2.5 if rows >= 32 else 1.0)
         found.append(Work(f"int4 x int8 layer {words}", "layer", "4096 x 4096", (rows,), (nbits, over)))
         never_slower = (

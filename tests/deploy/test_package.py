@@ -61,6 +61,16 @@ def test_without_our_operators_a_program_computes_the_same(recipe: str) -> None:
         torch.testing.assert_close(program.module()(x), model(x), rtol=0.02, atol=0.01)
 
 
+def test_without_our_operators_no_int8_product_has_one_row() -> None:
+    """With the stride that Inductor gives a single row, PyTorch's operator leaves its result unwritten."""
+    model, x = tw.convert_model(layers(), "int8"), torch.randn(1, 1, 96)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,)).run_decompositions(plain.decompositions())
+        rows = [node.args[0].meta["val"].shape[0] for node in program.graph.nodes if "_int_mm" in str(node.target)]
+        assert rows and min(rows) > 1
+        torch.testing.assert_close(program.module()(x), model(x), rtol=0.02, atol=0.01)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_a_package_of_one_token_computes_the_same(tmp_path: Path) -> None:
