@@ -11,8 +11,8 @@
 #   DYNAMIC_QUANTIZATION_GROUP_SIZE reads 32 in all three, and has to be set to 0 beside "f32" for float32.
 #   `EXECUTION_MODE_HINT` "ACCURACY" alone is not that either: it stops the rounding and puts the weights together in
 #   float16 (0.0002). ACCURACY and "f32" together are exact.
-# Why it matters: "f32" is what one asks for to have a reference, or to compare with another library without its bfloat16. What
-#   is then compared is 8-bit activations: errors of the weights alone cannot be read off it, a time set against float
+# Why it matters: "f32" is what one asks for to have a reference, or to compare with another library without its bfloat16.
+#   What is then compared is 8-bit activations: errors of the weights alone cannot be read off it, a time set against float
 #   activations is of another format, and a model that goes wrong with "f32" may be right with less.
 set -euo pipefail
 folder=$(mktemp -d)

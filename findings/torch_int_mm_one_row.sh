@@ -6,8 +6,8 @@
 # Expected: the stride of a dimension of size 1 means nothing, and a tensor that calls itself contiguous is taken by every
 #   operator. int8 products are exact in int32, so a compiled model differs from the eager one by a rounding.
 # Seen: the operator hands strides as leading dimensions to oneDNN, which turns the call down where one is less than a row
-#   is long, and what it says is not looked at: nothing is written, nothing is raised. One row that was a column (`x.t()`), and
-#   weights of a layer with one input, do it in eager mode; `.contiguous()` does not help, as they are contiguous, and a
+#   is long, and what it says is not looked at: nothing is written, nothing is raised. One row that was a column (`x.t()`),
+#   and weights of a layer with one input, do it in eager mode; `.contiguous()` does not help, as they are contiguous, and a
 #   copy into a new tensor does. torch.compile gives such a stride, 0, to one token of [1, 1, K]: with
 #   Int8DynamicActivationInt8WeightConfig its answer is off by millions, while [1, K], [2, 1, K] and [1, 3, K] are right.
 #   PyTorch's issue 195066, open in 2026-08, is about the stride of 0; the other two are the same omission.
