@@ -271,7 +271,9 @@ class Int8Cache(cache_utils.Cache):  # type: ignore[misc]
             elif type(layer) is cache_utils.DynamicSlidingWindowLayer:
                 layers.append(Int8SlidingLayer(layer.sliding_window))
             else:
-                raise ValueError(f"Int8Cache has no layer in place of {type(layer).__name__}, layer {number} of the model")
+                raise ValueError(
+                    f"Int8Cache has no layer in place of {type(layer).__name__}, layer {number} of the model"
+                )
         super().__init__(layers=layers)
 
     @property
