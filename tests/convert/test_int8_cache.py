@@ -1,4 +1,4 @@
-"""A cache of int8 codes: what it loses is what it says, steps of a program read its codes, and it may be changed as others."""
+"""A cache of int8 codes: it says what it loses, steps of a program read its codes, and it may be changed as others."""
 
 from __future__ import annotations
 
@@ -59,6 +59,17 @@ def test_holds_each_number_to_half_a_step() -> None:
         assert stated == pytest.approx(10 * math.log10(exact.double().square().sum() / noise), abs=1e-3)
     assert min(cache.error) > 40 and f"{cache.error.keys:.1f} dB" in str(cache)
     assert cache.nbytes == 2 * 2 * 3 * 208 * (16 + 4) and cache.get_seq_length() == 208
+
+
+def test_the_report_shows_the_error_and_the_bytes() -> None:
+    torch.manual_seed(0)
+    cache, model = filled(tw.Int8Cache(), 7), torch.nn.Linear(4, 4)
+    told = tw.report(model, cache=cache)
+    assert told.cache == str(cache) == told.to_json()["cache"] and str(cache) in " ".join(str(told).split())
+    assert f"{cache.nbytes} bytes" in told.cache and f"of values {cache.error.values:.1f} dB" in told.cache
+    assert tw.report(model).cache == ""
+    with pytest.raises(TypeError, match="not DynamicCache"):
+        tw.report(model, cache=transformers.DynamicCache())
 
 
 def test_what_cannot_be_held() -> None:

@@ -73,7 +73,7 @@ def _takes(old: Any, new: torch.Tensor) -> bool:
 
 def _coded_room(ours: Any, cache: Any, layer: int, key: torch.Tensor, value: torch.Tensor) -> Any:
     """``room_for`` a cache of int8 codes: a ``CodedRoom``."""
-    part = cache.layers[layer] if 0 <= layer < len(cache.layers) else None
+    part: Any = cache.layers[layer] if 0 <= layer < len(cache.layers) else None
     if type(part) not in (ours.Int8Layer, ours.Int8SlidingLayer) or not part.length or part.device.type != "cpu":
         return None
     if part.dtype != torch.float32 or vars(cache).keys() & {"update"} or vars(part).keys() & {"update", "room"}:

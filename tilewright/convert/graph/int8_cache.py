@@ -119,9 +119,9 @@ class Int8Layer(cache_utils.CacheLayerMixin):  # type: ignore[misc]  # transform
         """Room for the errors of ``count`` positions behind those pending, which are added up if need be."""
         batch, heads = self._codes[0].shape[:2]
         errors = self._errors
-        if errors is not None and errors.shape[1] == batch * heads and self.pending + count <= errors.shape[2]:
-            if torch.is_inference_mode_enabled() or not errors.is_inference():
-                return errors
+        fits = errors is not None and errors.shape[1] == batch * heads and self.pending + count <= errors.shape[2]
+        if errors is not None and fits and (torch.is_inference_mode_enabled() or not errors.is_inference()):
+            return errors
         self._sums, self.pending = self._written(), 0
         self._errors = errors = torch.empty(4, batch * heads, max(_PENDING, count), device=self.device)
         return errors
@@ -163,16 +163,20 @@ class Int8Layer(cache_utils.CacheLayerMixin):  # type: ignore[misc]  # transform
         return _error(self._written())
 
     def get_seq_length(self) -> int:
+        """Positions that it has taken and not lost."""
         return self.length
 
     def get_max_length(self) -> int:
+        """No limit."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many positions a mask has with ``query_length`` new ones, and the number of the first."""
         return self.length + query_length, 0
 
     # ---- changes
     def reset(self) -> None:
+        """Forget everything, the error too."""
         self._clear()
         self.is_initialized = False
 
@@ -183,27 +187,32 @@ class Int8Layer(cache_utils.CacheLayerMixin):  # type: ignore[misc]  # transform
         self.length = max(self.length + tokens_to_remove, 0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """The sequences ``beam_idx`` [batch] in place of what there is."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence ``repeats`` times."""
         self._change(lambda whole: whole.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """The sequences ``indices`` alone."""
         self._change(lambda whole: whole[indices.to(whole.device)])
 
     def _change(self, of_batch: Any) -> None:
         self._codes = tuple(map(of_batch, self._codes))
 
     def offload(self) -> None:
+        """Raises NotImplementedError."""
         raise NotImplementedError("Int8Cache is not offloaded")
 
     def prefetch(self) -> None:
+        """Raises NotImplementedError."""
         raise NotImplementedError("Int8Cache is not offloaded")
 
     def __copy__(self) -> Int8Layer:
         """With memory of its own, since both are written to."""
         made = type(self).__new__(type(self))
-        vars(made).update(vars(self), _codes=tuple(whole.clone() for whole in self._codes))
+        made.__dict__.update(vars(self), _codes=tuple(whole.clone() for whole in self._codes))
         made._errors = None if self._errors is None else self._errors.clone()
         return made
 
@@ -223,6 +232,7 @@ class Int8SlidingLayer(Int8Layer):
         self.cumulative_length = 0
 
     def room(self, count: int) -> CodedRoom:
+        """As of other layers; what leaves the window is still in it."""
         self.cumulative_length += count
         return super().room(count)
 
@@ -231,12 +241,15 @@ class Int8SlidingLayer(Int8Layer):
         self.first, self.length = self.first + gone, self.length - gone
 
     def get_seq_length(self) -> int:
+        """Positions that it has taken, those included that have left the window."""
         return self.cumulative_length
 
     def get_max_length(self) -> int:
+        """The window."""
         return self.sliding_window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of other layers."""
         offset = max(self.cumulative_length - self.sliding_window + 1, 0)
         return min(self.cumulative_length, self.sliding_window - 1) + query_length, offset
 
@@ -252,9 +265,10 @@ class Int8Cache(cache_utils.Cache):  # type: ignore[misc]
     """A cache of int8 codes for the ``past_key_values`` of transformers' decoders, in ``generate`` or ``forward``.
 
     config: that of the model, where its layers have sliding windows; without one, all of them keep everything. Keys and
-    values have a float32 scale for each token and head: of heads 64 wide it takes 0.27 of the bytes of float32. Steps of up to
-    four tokens of a converted decoder on a CPU read the codes; whoever else asks gets numbers made of them. ``error``
-    has what the codes lose, measured as they are written, and so has ``print(cache)``.
+    values have a float32 scale for each token and head: of heads 64 wide it takes 0.27 of the bytes of float32. Steps
+    of up to four tokens of a converted decoder on a CPU read the codes; whoever else asks gets numbers made of them.
+    ``error`` has what the codes lose, measured as they are written; so have ``print(cache)`` and ``tilewright.report``
+    (``cache=``).
 
     Raises ValueError for a model whose layers keep something else than keys and values. What is not finite makes the
     whole token of its head NaN. There is no gradient.
