@@ -182,3 +182,9 @@ def test_generates_with_beams() -> None:
     found = model.generate(**given, past_key_values=tw.Int8Cache(model.config), **options)
     plain = decoders.by_layers(model)
     assert torch.equal(found, plain.generate(**given, past_key_values=tw.Int8Cache(model.config), **options))
+
+
+def test_memory_without_meaning_is_no_result_of_a_call() -> None:
+    """A program compares the tensors that a cache holds with those of the layers; room holds anything."""
+    cache = filled(tw.Int8Cache(), 3)
+    assert [tensor for tensor in vars(cache.layers[0]).values() if isinstance(tensor, torch.Tensor)] == []

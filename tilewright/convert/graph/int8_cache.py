@@ -64,9 +64,10 @@ class Int8Layer(cache_utils.CacheLayerMixin):  # type: ignore[misc]  # transform
 
     def _clear(self) -> None:
         self.first = self.length = self.pending = 0
+        # In tuples, where nobody takes them for results of a call: beyond what there is they hold anything.
         self._codes: tuple[torch.Tensor, ...] = ()
-        self._errors: torch.Tensor | None = None
-        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._errors: tuple[torch.Tensor, ...] = ()
+        self._sums = (torch.zeros(4, dtype=torch.float64),)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Room for what is like these."""
@@ -118,18 +119,18 @@ class Int8Layer(cache_utils.CacheLayerMixin):  # type: ignore[misc]  # transform
     def _count_errors(self, count: int) -> torch.Tensor:
         """Room for the errors of ``count`` positions behind those pending, which are added up if need be."""
         batch, heads = self._codes[0].shape[:2]
-        errors = self._errors
-        fits = errors is not None and errors.shape[1] == batch * heads and self.pending + count <= errors.shape[2]
-        if errors is not None and fits and (torch.is_inference_mode_enabled() or not errors.is_inference()):
-            return errors
-        self._sums, self.pending = self._written(), 0
-        self._errors = errors = torch.empty(4, batch * heads, max(_PENDING, count), device=self.device)
+        for errors in self._errors:
+            fits = errors.shape[1] == batch * heads and self.pending + count <= errors.shape[2]
+            if fits and (torch.is_inference_mode_enabled() or not errors.is_inference()):
+                return errors
+        self._sums, self.pending = (self._written(),), 0
+        errors = torch.empty(4, batch * heads, max(_PENDING, count), device=self.device)
+        self._errors = (errors,)
         return errors
 
     def _written(self) -> torch.Tensor:
-        if self._errors is None or not self.pending:
-            return self._sums
-        return self._sums + self._errors[:, :, : self.pending].double().sum((1, 2)).cpu()
+        pending = [errors[:, :, : self.pending].double().sum((1, 2)).cpu() for errors in self._errors]
+        return sum(pending, self._sums[0])
 
     def _keep(self) -> None:
         """Let go of what later positions do not see."""
@@ -213,7 +214,7 @@ class Int8Layer(cache_utils.CacheLayerMixin):  # type: ignore[misc]  # transform
         """With memory of its own, since both are written to."""
         made = type(self).__new__(type(self))
         made.__dict__.update(vars(self), _codes=tuple(whole.clone() for whole in self._codes))
-        made._errors = None if self._errors is None else self._errors.clone()
+        made._errors = tuple(errors.clone() for errors in self._errors)
         return made
 
 
