@@ -7,6 +7,7 @@ print(tw.report(model))
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from tilewright import autotune, kernels, nn
 from tilewright.backend import compile_report
@@ -35,6 +36,19 @@ from tilewright.convert import (
     search_pruning,
 )
 from tilewright.deploy import export_onnx, export_package
+
+if TYPE_CHECKING:
+    from tilewright.convert.graph.int8_cache import Int8Cache as Int8Cache
+
+
+def __getattr__(name: str) -> Any:
+    """``Int8Cache``, which needs transformers, when it is asked for."""
+    if name == "Int8Cache":
+        from tilewright.convert.graph.int8_cache import Int8Cache
+
+        return Int8Cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 try:
     __version__ = version("tilewright")

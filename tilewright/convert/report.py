@@ -81,7 +81,8 @@ class Report:
     untraced: modules whose code could not be read as a graph, so that convolutions were not fused across it, with the
     reason. attention: modules whose attention is computed by a kernel of ours where it takes the call. programs: how
     the blocks of a transformer run on a CPU, as one program or why not, by name. timing: what came of timing
-    implementations for the layers when the model was converted.
+    implementations for the layers when the model was converted. cache: what an ``Int8Cache`` that the report was given
+    holds and what its codes lose, in words.
     """
 
     model: str
@@ -94,6 +95,7 @@ class Report:
     training: bool = False
     programs: dict[str, str] = dataclasses.field(default_factory=dict)
     timing: str = ""
+    cache: str = ""
 
     @property
     def converted(self) -> list[ReportedLayer]:
@@ -134,6 +136,7 @@ class Report:
             "attention": list(self.attention),
             "programs": self.programs,
             "timing": self.timing,
+            "cache": self.cache,
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "others": [dataclasses.asdict(other) for other in self.others],
         }
@@ -185,6 +188,7 @@ class Report:
         if self.attention:
             lines.append(f"attention of {len(self.attention)} modules by tilewright::attention in inference on a CPU")
         lines += [f"{', '.join(names)}: {state}" for state, names in by_reason(self.programs).items()]
+        lines += [self.cache] if self.cache else []
         lines += [self.timing] if self.timing else []
         return lines + self._origins()
 

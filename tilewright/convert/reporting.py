@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -25,6 +26,9 @@ from tilewright.kernels.dispatch.router import describe, route
 from tilewright.nn import ConvLayer, FusedActivation, QuantizedLinear
 from tilewright.nn.taken_over import TakesActivation
 
+#: Imported by whoever makes a cache, since it needs transformers.
+_INT8_CACHE = "tilewright.convert.graph.int8_cache"
+
 
 def report(
     model: nn.Module,
@@ -33,6 +37,7 @@ def report(
     *,
     transform: calibrate.Transform | None = None,
     forward_fn: calibrate.ForwardFunction | None = None,
+    cache: Any = None,
 ) -> Report:
     """What became of each layer of a model that ``convert_model`` made or ``load_model`` read.
 
@@ -40,13 +45,16 @@ def report(
         is run on them, and each converted layer on what reaches the same layer there: that gives its output error.
         Convolutions keep the error measured at conversion.
     original: the model before its conversion. Not needed as long as the model that was given to ``convert_model``
-    exists. transform, forward_fn: of ``example_inputs``, as of ``convert_model``.
+    exists. transform, forward_fn: of ``example_inputs``, as of ``convert_model``. cache: an ``Int8Cache`` that the
+        model has written to, whose bytes and error are reported.
 
     Without inputs the errors measured at conversion are shown: that of the weight, and that of the output if there was
     calibration data. A model without converted layers is reported as such. Raises ValueError if there are inputs but no
-    original, or if that lacks a layer.
+    original, or if that lacks a layer; TypeError for a cache of another kind.
     """
     check_module(model)
+    if cache is not None and not isinstance(cache, getattr(sys.modules.get(_INT8_CACHE), "Int8Cache", ())):
+        raise TypeError(f"cache must be a tilewright.Int8Cache, not {type(cache).__name__}")
     record = record_of(model)
     errors = {}
     if example_inputs is not None:
@@ -59,7 +67,8 @@ def report(
     account = account_of(model, modules)
     found = [_layer(module, names[0], record, errors, account) for module, names in modules.items()]
     found = [_with_note(each, _why_astray(model, each.name)) for each in found]
-    return whole_report(type(model).__name__, found, account.others, record, trains(model), states_of(model))
+    whole = whole_report(type(model).__name__, found, account.others, record, trains(model), states_of(model))
+    return whole if cache is None else replace(whole, cache=str(cache))
 
 
 def whole_report(

@@ -43,6 +43,9 @@ def room_for(cache: Any, layer: int, key: torch.Tensor, value: torch.Tensor) -> 
     """What ``cache.update(key, value, layer)`` gives, [batch, heads, length, width], in which ``key`` and ``value`` are
     still to be written, having changed ``cache`` as that does; or None, having done nothing.
     """
+    ours = sys.modules.get("tilewright.convert.graph.int8_cache")
+    if ours is not None and type(cache) is ours.Int8Cache:
+        return _coded_room(ours, cache, layer, key, value)
     caches = sys.modules.get("transformers.cache_utils")
     if caches is None or type(cache) not in (caches.DynamicCache, caches.StaticCache) or "update" in vars(cache):
         return None
@@ -66,6 +69,19 @@ def _takes(old: Any, new: torch.Tensor) -> bool:
     if not holds_values(old):
         return False
     return len(shape) == 4 and shape[:2] == new.shape[:2] and shape[3] == new.shape[3] and old.numel() > 0
+
+
+def _coded_room(ours: Any, cache: Any, layer: int, key: torch.Tensor, value: torch.Tensor) -> Any:
+    """``room_for`` a cache of int8 codes: a ``CodedRoom``."""
+    part: Any = cache.layers[layer] if 0 <= layer < len(cache.layers) else None
+    if type(part) not in (ours.Int8Layer, ours.Int8SlidingLayer) or not part.length or part.device.type != "cpu":
+        return None
+    if part.dtype != torch.float32 or vars(cache).keys() & {"update"} or vars(part).keys() & {"update", "room"}:
+        return None
+    for codes, new in zip(part._codes[:2], (key, value), strict=True):
+        if codes.shape[:2] != new.shape[:2] or codes.shape[3] != new.shape[3]:
+            return None
+    return part.room(key.shape[2])
 
 
 # ---- layers

@@ -33,6 +33,8 @@ class Job(ctypes.Structure):
         *((name, ctypes.c_int64 * 3) for name in ("new_k_stride", "new_v_stride")),
         *((name, ctypes.c_int64) for name in ("new_first", "new_count")),
         ("done", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("k_scale", "v_scale", "errors")),
+        *((name, ctypes.c_int64 * 2) for name in ("k_scale_stride", "v_scale_stride", "errors_stride")),
     ]
 
 

@@ -24,7 +24,9 @@ _C_KERNEL = "C kernel"
 #: Floats of scratch memory are asked for in multiples of this, so that a growing number of keys asks for the same.
 _STEP = 1 << 14
 
-Room = tuple[torch.Tensor, torch.Tensor, int]
+#: Keys, values, the first position to be written; and of int8 codes the scales of keys and values, and the place of the
+#: errors of what is written (see ``errors`` in attention.h): such a one also has a method ``write``.
+Room = Any
 
 
 class CachedAttention:
@@ -90,7 +92,7 @@ class CachedAttention:
 
     def take(self, room: Room, count: int | None = None) -> bool:
         """Prepare the step; False where it does not fit what it is to read. count: how many positions to write."""
-        job, (keys, values, first), mask = self._job, room, self._mask()
+        job, (keys, values, first, *coded), mask = self._job, room, self._mask()
         if keys.stride(3) != 1 or values.stride(3) != 1:
             return False
         batch, heads, queries = self._size
@@ -107,6 +109,13 @@ class CachedAttention:
                 mask = mask.expand(full)
             job.mask, job.mask_stride = mask.data_ptr(), mask.stride()
             job.mask_is_bytes = mask.dtype == torch.bool
+        if coded:
+            key_scales, value_scales, errors = coded
+            job.k_scale, job.v_scale, job.errors = (tensor.data_ptr() for tensor in coded)
+            job.k_scale_stride, job.v_scale_stride = key_scales.stride()[:2], value_scales.stride()[:2]
+            job.errors_stride = errors.stride()[:2]
+        else:
+            job.k_scale = None
         job.k, job.v, job.keys = keys.data_ptr(), values.data_ptr(), length
         job.k_stride, job.v_stride = keys.stride()[:3], values.stride()[:3]
         job.new_first, job.new_count = first, queries if count is None else count
@@ -116,6 +125,8 @@ class CachedAttention:
 
     def written(self, room: Room) -> dict[int, torch.Tensor]:
         """What a holder gives, by what was recorded of it, having written what the step would where it does not fit."""
+        if len(room) > 3:
+            return dict(zip(self._recorded, room.write(*self._new), strict=True))
         for whole, new in zip(room[:2], self._new, strict=True):
             whole[:, :, room[2] : room[2] + new.shape[2]] = new
         return dict(zip(self._recorded, room[:2], strict=True))

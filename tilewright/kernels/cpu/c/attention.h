@@ -31,6 +31,11 @@ typedef struct {
     const float *new_k, *new_v;
     int64_t new_k_stride[3], new_v_stride[3], new_first, new_count;
     int32_t *done; /* batch * kv_heads counters, where there are several parts */
+    /* Of few queries alone: not NULL where k and v hold int8 codes, each worth code * scale of its position; positions are
+       contiguous, strides are of batch and head. What is new is quantised then, and `errors`, [4][batch * kv_heads][...] from
+       the first new position on, takes the sums of squares of keys, of their errors, of values and of theirs. */
+    float *k_scale, *v_scale, *errors;
+    int64_t k_scale_stride[2], v_scale_stride[2], errors_stride[2]; /* of errors: of a kind of sum, of a head */
 } attention;
 
 /* Up to so many queries, keys are read as they lie: to lay them out anew would cost more than it saves. */

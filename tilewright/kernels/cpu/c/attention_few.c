@@ -35,12 +35,27 @@ void ISA_NAME(tw_few_begin)(const attention *job) {
     if (job->done) memset(job->done, 0, (size_t)(job->batch * job->kv_heads) * sizeof *job->done);
 }
 
-static int64_t rows_ahead(int64_t width) { return AHEAD / (int64_t)sizeof(float) / width + 1; }
+INLINE int64_t rows_ahead(int coded, int64_t width) {
+    return AHEAD / (int64_t)(coded ? sizeof(int8_t) : sizeof(float)) / width + 1;
+}
+
+/* Element i of keys or values. */
+INLINE const void *element(int coded, const void *from, int64_t i) {
+    return coded ? (const void *)((const int8_t *)from + i) : (const void *)((const float *)from + i);
+}
+
+/* n numbers, a product for each code: what reads codes gives the bits that it would of numbers made of them before. */
+INLINE vec load(int coded, const void *from, int n, vec scale) {
+    if (coded) return v_mul(v_load_int8(from, n), scale);
+    return n == LANES ? v_load(from) : v_load_first(from, n);
+}
 
 /* scores[r][j] = q[r] . key j, of `rows` queries and `keys` keys, which are constants wherever this is called. */
-INLINE void score_block(int rows, int keys, int64_t width, const float *const *q, const float *const *k, int64_t ahead,
-                        float (*scores)[PART], int64_t at) {
-    vec sum[ROWS][8];
+INLINE void score_block(int rows, int coded, int keys, int64_t width, const float *const *q, const void *const *k,
+                        const float *key_scale, int64_t ahead, float (*scores)[PART], int64_t at) {
+    vec sum[ROWS][8], scale[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < keys; i++) scale[i] = coded ? v_set(key_scale[i]) : v_zero();
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -52,8 +67,8 @@ INLINE void score_block(int rows, int keys, int64_t width, const float *const *q
         for (int r = 0; r < rows; r++) a[r] = v_load(q[r] + c);
 #pragma GCC unroll 8
         for (int i = 0; i < keys; i++) {
-            const vec b = v_load(k[i] + c);
-            __builtin_prefetch(k[i] + c + ahead);
+            const vec b = load(coded, element(coded, k[i], c), LANES, scale[i]);
+            __builtin_prefetch(element(coded, k[i], c + ahead));
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], a[r], b);
         }
@@ -62,7 +77,7 @@ INLINE void score_block(int rows, int keys, int64_t width, const float *const *q
         const int n = (int)(width - c);
 #pragma GCC unroll 8
         for (int i = 0; i < keys; i++) {
-            const vec b = v_load_first(k[i] + c, n);
+            const vec b = load(coded, element(coded, k[i], c), n, scale[i]);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], v_load_first(q[r] + c, n), b);
         }
@@ -73,21 +88,26 @@ INLINE void score_block(int rows, int keys, int64_t width, const float *const *q
         for (int i = 0; i < keys; i++) scores[r][at + i] = v_total(sum[r][i]);
 }
 
-INLINE void score(int rows, const attention *job, const float *const *q, const float *k, int64_t count,
-                  float (*scores)[PART]) {
+INLINE void score(int rows, int coded, const attention *job, const float *const *q, const void *k, const float *scales,
+                  int64_t count, float (*scores)[PART]) {
     const int keys = rows == 1 ? 8 : 4;
-    const int64_t ahead = rows_ahead(job->width) * job->k_stride[2];
+    const int64_t ahead = rows_ahead(coded, job->width) * job->k_stride[2];
     for (int64_t j = 0; j < count; j += keys) {
-        const float *at[8];
-        for (int i = 0; i < keys; i++) /* beyond the last key: the last one again */
-            at[i] = k + (j + i < count ? j + i : count - 1) * job->k_stride[2];
-        score_block(rows, keys, job->width, q, at, ahead, scores, j);
+        const void *at[8];
+        float scale[8];
+        for (int i = 0; i < keys; i++) { /* beyond the last key: the last one again */
+            const int64_t key = j + i < count ? j + i : count - 1;
+            at[i] = element(coded, k, key * job->k_stride[2]);
+            scale[i] = coded ? scales[key] : 0.0f;
+        }
+        score_block(rows, coded, keys, job->width, q, at, scale, ahead, scores, j);
     }
 }
 
 /* to[r] = sum_j p[r][j] v[j], of `vectors` vectors of channels, or of the first n channels of one. */
-INLINE void add_values(int rows, int vectors, int n, const float (*p)[PART], const float *v, int64_t stride,
-                       int64_t ahead, int64_t count, float *const *to, int64_t channel) {
+INLINE void add_values(int rows, int coded, int vectors, int n, const float (*p)[PART], const void *v,
+                       const float *scales, int64_t stride, int64_t ahead, int64_t count, float *const *to,
+                       int64_t channel) {
     for (int64_t begin = 0; begin < count; begin += SEGMENT) {
         const int64_t end = count - begin < SEGMENT ? count : begin + SEGMENT;
         vec sum[ROWS][8];
@@ -96,14 +116,15 @@ INLINE void add_values(int rows, int vectors, int n, const float (*p)[PART], con
 #pragma GCC unroll 8
             for (int i = 0; i < vectors; i++) sum[r][i] = v_zero();
         for (int64_t j = begin; j < end; j++) {
-            const float *row = v + j * stride + channel;
+            const void *row = element(coded, v, j * stride + channel);
+            const vec scale = coded ? v_set(scales[j]) : v_zero();
             vec a[ROWS];
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) a[r] = v_set(p[r][j]);
 #pragma GCC unroll 8
             for (int i = 0; i < vectors; i++) {
-                const vec b = n == LANES ? v_load(row + i * LANES) : v_load_first(row, n);
-                __builtin_prefetch(row + i * LANES + ahead);
+                const vec b = load(coded, element(coded, row, i * LANES), n, scale);
+                __builtin_prefetch(element(coded, row, i * LANES + ahead));
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], a[r], b);
             }
@@ -121,24 +142,34 @@ INLINE void add_values(int rows, int vectors, int n, const float (*p)[PART], con
     }
 }
 
-INLINE void add_all_values(int rows, const attention *job, const float (*p)[PART], const float *v, int64_t count,
-                           float *const *to) {
+INLINE void add_all_values(int rows, int coded, const attention *job, const float (*p)[PART], const void *v,
+                           const float *scales, int64_t count, float *const *to) {
     const int vectors = rows <= WIDE_ROWS ? 8 : 4;
-    const int64_t width = job->value_width, stride = job->v_stride[2], ahead = rows_ahead(width) * stride;
+    const int64_t width = job->value_width, stride = job->v_stride[2], ahead = rows_ahead(coded, width) * stride;
     int64_t c = 0;
     for (; c + vectors * LANES <= width; c += vectors * LANES)
-        add_values(rows, vectors, LANES, p, v, stride, ahead, count, to, c);
-    for (; c + LANES <= width; c += LANES) add_values(rows, 1, LANES, p, v, stride, ahead, count, to, c);
-    if (c < width) add_values(rows, 1, (int)(width - c), p, v, stride, ahead, count, to, c);
+        add_values(rows, coded, vectors, LANES, p, v, scales, stride, ahead, count, to, c);
+    for (; c + LANES <= width; c += LANES)
+        add_values(rows, coded, 1, LANES, p, v, scales, stride, ahead, count, to, c);
+    if (c < width) add_values(rows, coded, 1, (int)(width - c), p, v, scales, stride, ahead, count, to, c);
+}
+
+static float *scales_of(float *scales, const int64_t *stride, int64_t batch, int64_t kv_head) {
+    return scales + batch * stride[0] + kv_head * stride[1];
 }
 
 /* One part of a head of keys for queries `first` and on, `rows` of them. A query is numbered by its head, among those that
    share the keys, and its position. */
-INLINE void attend_rows(int rows, const attention *job, int64_t batch, int64_t kv_head, int64_t part, int64_t first) {
+INLINE void attend_rows(int rows, int coded, const attention *job, int64_t batch, int64_t kv_head, int64_t part,
+                        int64_t first) {
     const int64_t group = job->heads / job->kv_heads, parts = parts_of(job), begin = part * PART;
     const int64_t count = job->keys - begin < PART ? job->keys - begin : PART;
-    const float *k = job->k + batch * job->k_stride[0] + kv_head * job->k_stride[1] + begin * job->k_stride[2];
-    const float *v = job->v + batch * job->v_stride[0] + kv_head * job->v_stride[1] + begin * job->v_stride[2];
+    const void *k = element(
+        coded, job->k, batch * job->k_stride[0] + kv_head * job->k_stride[1] + begin * job->k_stride[2]);
+    const void *v = element(
+        coded, job->v, batch * job->v_stride[0] + kv_head * job->v_stride[1] + begin * job->v_stride[2]);
+    const float *k_scale = coded ? scales_of(job->k_scale, job->k_scale_stride, batch, kv_head) + begin : NULL;
+    const float *v_scale = coded ? scales_of(job->v_scale, job->v_scale_stride, batch, kv_head) + begin : NULL;
     const float *q[ROWS];
     float scores[ROWS][PART], *to[ROWS];
     for (int r = 0; r < rows; r++) {
@@ -148,7 +179,7 @@ INLINE void attend_rows(int rows, const attention *job, int64_t batch, int64_t k
                                                part_floats(job)
                           : job->y + ((batch * job->queries + query) * job->heads + head) * job->value_width;
     }
-    score(rows, job, q, k, count, scores);
+    score(rows, coded, job, q, k, k_scale, count, scores);
     float largest[ROWS], total[ROWS];
     for (int r = 0; r < rows; r++) {
         const int64_t head = kv_head * group + (first + r) / job->queries, query = (first + r) % job->queries;
@@ -158,7 +189,7 @@ INLINE void attend_rows(int rows, const attention *job, int64_t batch, int64_t k
         if (mask.added) mask.added += begin * mask.step;
         total[r] = exponentiate(job, mask, scores[r], count, last, &largest[r]);
     }
-    add_all_values(rows, job, (const float(*)[PART])scores, v, count, to);
+    add_all_values(rows, coded, job, (const float(*)[PART])scores, v, v_scale, count, to);
     for (int r = 0; r < rows; r++) {
         if (parts > 1) {
             to[r][job->value_width] = largest[r];
@@ -217,11 +248,53 @@ static void skip_part(const attention *job, int64_t batch, int64_t kv_head, int6
     }
 }
 
+/* The codes of one position, its scale, and the sums of squares of what is given and of what the codes lose of it. What is
+   not finite makes the whole position NaN. As convert/int8_cache.py does, to the bit. */
+static void quantize_position(const float *from, int64_t width, int8_t *to, float *scale, float *square, float *lost) {
+    float largest = 0.0f;
+    int finite = 1;
+    for (int64_t c = 0; c < width; c++) {
+        const float size = fabsf(from[c]);
+        finite &= size < INFINITY;
+        largest = size > largest ? size : largest;
+    }
+    const float step = finite ? largest / 127.0f : NAN;
+    double squares = 0, losses = 0;
+    for (int64_t c = 0; c < width; c++) {
+        const float code = step > 0.0f ? rintf(from[c] / step) : 0.0f;
+        /* A step below the least normal number is off by much. */
+        to[c] = (int8_t)(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);
+        const double off = (double)from[c] - (double)((float)to[c] * step);
+        squares += (double)from[c] * from[c];
+        losses += off * off;
+    }
+    *scale = step, *square = (float)squares, *lost = (float)losses;
+}
+
+static void write_codes(const attention *job, int64_t batch, int64_t head, int64_t i) {
+    const int64_t at = job->new_first + i;
+    float *sums = job->errors + (batch * job->kv_heads + head) * job->errors_stride[1] + i;
+    quantize_position(job->new_k + batch * job->new_k_stride[0] + head * job->new_k_stride[1] + i * job->new_k_stride[2],
+                      job->width,
+                      (int8_t *)job->k + batch * job->k_stride[0] + head * job->k_stride[1] + at * job->k_stride[2],
+                      scales_of(job->k_scale, job->k_scale_stride, batch, head) + at, sums,
+                      sums + job->errors_stride[0]);
+    quantize_position(job->new_v + batch * job->new_v_stride[0] + head * job->new_v_stride[1] + i * job->new_v_stride[2],
+                      job->value_width,
+                      (int8_t *)job->v + batch * job->v_stride[0] + head * job->v_stride[1] + at * job->v_stride[2],
+                      scales_of(job->v_scale, job->v_scale_stride, batch, head) + at, sums + 2 * job->errors_stride[0],
+                      sums + 3 * job->errors_stride[0]);
+}
+
 /* The new keys and values of a head that fall into a part. */
 static void write_new(const attention *job, int64_t batch, int64_t head, int64_t begin, int64_t count) {
     for (int64_t i = 0; i < job->new_count; i++) {
         const int64_t at = job->new_first + i;
         if (at < begin || at >= begin + count) continue;
+        if (job->k_scale) {
+            write_codes(job, batch, head, i);
+            continue;
+        }
         const int64_t to_k = batch * job->k_stride[0] + head * job->k_stride[1] + at * job->k_stride[2];
         const int64_t to_v = batch * job->v_stride[0] + head * job->v_stride[1] + at * job->v_stride[2];
         memcpy((float *)job->k + to_k,
@@ -233,6 +306,19 @@ static void write_new(const attention *job, int64_t batch, int64_t head, int64_t
     }
 }
 
+INLINE void attend_all_rows(int coded, const attention *job, int64_t batch, int64_t kv_head, int64_t part, int64_t rows) {
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        switch (rows - first) {
+            case 1: attend_rows(1, coded, job, batch, kv_head, part, first); break;
+#if defined(__AVX512F__)
+            case 2: attend_rows(2, coded, job, batch, kv_head, part, first); break;
+            case 3: attend_rows(3, coded, job, batch, kv_head, part, first); break;
+#endif
+            default: attend_rows(ROWS, coded, job, batch, kv_head, part, first);
+        }
+    }
+}
+
 static void attend_part(const attention *job, int64_t batch, int64_t kv_head, int64_t part) {
     const int64_t rows = job->heads / job->kv_heads * job->queries, begin = part * PART;
     const int64_t count = job->keys - begin < PART ? job->keys - begin : PART;
@@ -241,16 +327,10 @@ static void attend_part(const attention *job, int64_t batch, int64_t kv_head, in
         skip_part(job, batch, kv_head, part);
         return;
     }
-    for (int64_t first = 0; first < rows; first += ROWS) {
-        switch (rows - first) {
-            case 1: attend_rows(1, job, batch, kv_head, part, first); break;
-#if defined(__AVX512F__)
-            case 2: attend_rows(2, job, batch, kv_head, part, first); break;
-            case 3: attend_rows(3, job, batch, kv_head, part, first); break;
-#endif
-            default: attend_rows(ROWS, job, batch, kv_head, part, first);
-        }
-    }
+    if (job->k_scale)
+        attend_all_rows(1, job, batch, kv_head, part, rows);
+    else
+        attend_all_rows(0, job, batch, kv_head, part, rows);
 }
 
 void ISA_NAME(tw_few_attend)(const attention *job, tw_queue *queue) {
