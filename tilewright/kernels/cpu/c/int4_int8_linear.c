@@ -121,7 +121,7 @@ static void multiply_tile(int rows, const int4_job *job, int64_t row, int64_t pa
 
 /* MANY_ROWS: from so many on of a group of rows, the nibbles are spread once for all of them. */
 #if defined(__AMX_INT8__)
-enum { ROW_GROUP = 128, MANY_ROWS = AMX_ROWS };
+enum { ROW_GROUP = 64, MANY_ROWS = AMX_ROWS };
 #include "int4_int8_amx.h"
 #elif WIDEN_INTEGERS
 enum { ROW_GROUP = 48, MANY_ROWS = TILE_ROWS + 1 };
