@@ -104,6 +104,15 @@ static void scale_waiting(unscaled *wait) {
     wait->rows = 0;
 }
 
+/* Asks for what is written when the product is done: lines of so many rows that the processor foresees none of them. */
+static void prefetch_results(const output *out, int64_t row, int rows, int64_t channel) {
+    const int64_t element = out->dtype == FLOAT32 ? 4 : 2;
+    for (int r = 0; r < rows; r++) {
+        const char *y = (const char *)out->y + ((row + r) * out->n + channel) * element;
+        for (int64_t i = 0; i < PANEL * element; i += 64) __builtin_prefetch(y + i, 1);
+    }
+}
+
 /* Sums of AMX_ROWS to ROW_GROUP rows and one panel. The last 16 rows are a tile, some of which the one before may have
    done already: no row is read that is not there. */
 static void multiply_many(const int4_job *job, int64_t row, int rows, int64_t panel, float sums[][PANEL]) {

@@ -162,6 +162,9 @@ static void multiply_taken(const int4_job *job, int64_t first, int64_t rows, int
             if (last - row >= MANY_ROWS) {
                 float sums[ROW_GROUP][PANEL];
                 const int count = (int)(last - row);
+#if defined(__AMX_INT8__)
+                prefetch_results(&job->out, first + row, count, panel * PANEL);
+#endif
                 multiply_many(job, row, count, panel, sums);
                 finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
                 continue;
