@@ -94,6 +94,17 @@ def test_integer_sums_are_exact(isa: str, k: int, group_size: int, symmetric: bo
     assert torch.equal(KERNELS["int4_int8_linear"](**arguments).double(), sums)
 
 
+@pytest.mark.parametrize("k, group_size", [(203, 40), (72, 8), (320, 32), (1100, 512), (700, 700)])
+@pytest.mark.parametrize("m", [16, 17, 33, 47, 64, 79, 145])
+def test_rows_in_tiles_are_those_multiplied_alone(isa: str, m: int, k: int, group_size: int):
+    """Groups that end within a tile or need several, and the last rows of all counts: none reads or adds another's."""
+    case = Case("int4_int8_linear", m=m, n=100, k=k, group_size=group_size, symmetric=False, residual=True)
+    arguments = make(case)
+    parts = zip(arguments["x"].split(5), arguments["residual"].split(5), strict=True)
+    few = [KERNELS["int4_int8_linear"](**{**arguments, "x": x, "residual": residual}) for x, residual in parts]
+    assert torch.equal(KERNELS["int4_int8_linear"](**arguments), torch.cat(few))
+
+
 def default_decision(op: str, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
     return make(Case(op, m=123, n=130, k=320, group_size=64, symmetric=False, dtype=dtype, **options))
 

@@ -10,6 +10,7 @@
    (nibbles.h), and the words of the channels stand side by side:
 
        packed[panel][k / 8][channel][k % 4] = u[k] | u[k + 4] << 4        scale, zero: [panel][group][channel] */
+#include "amx.h"
 #include "epilogue.h"
 #include "nibbles.h"
 #include "parallel.h"
@@ -20,7 +21,9 @@ static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / 
 
 /* Bytes of a quantised row in the scratch memory. */
 EXPORT int64_t ISA_NAME(tw_int4_int8_row_bytes)(int64_t k) {
-#if WIDEN_INTEGERS
+#if defined(__AMX_INT8__)
+    return (divide_up(divide_up(k, 8) * 8 + 56, 64) | 1) * 64; /* tiles read 64 bytes from any eighth column on */
+#elif WIDEN_INTEGERS
     return (divide_up(k, 64) | 1) * 64; /* odd: rows of a tile compete for no set of the cache */
 #else
     return divide_up(k, 8) * 8;
@@ -116,8 +119,12 @@ static void multiply_tile(int rows, const int4_job *job, int64_t row, int64_t pa
     }
 }
 
-#if WIDEN_INTEGERS
-enum { ROW_GROUP = 48 };
+/* MANY_ROWS: from so many on of a group of rows, the nibbles are spread once for all of them. */
+#if defined(__AMX_INT8__)
+enum { ROW_GROUP = 64, MANY_ROWS = AMX_ROWS };
+#include "int4_int8_amx.h"
+#elif WIDEN_INTEGERS
+enum { ROW_GROUP = 48, MANY_ROWS = TILE_ROWS + 1 };
 #include "int4_int8_wide.h"
 #else
 enum { ROW_GROUP = 8 * TILE_ROWS };
@@ -144,15 +151,21 @@ static void quantize_part(const int4_job *job, int64_t first, int64_t begin, int
 static void multiply_taken(const int4_job *job, int64_t first, int64_t rows, int64_t round, int threads) {
     const int64_t panels = divide_up(job->out.n, PANEL), row_groups = divide_up(rows, ROW_GROUP), units = panels * row_groups;
     const int64_t step = panels >= 8 * threads ? row_groups : 1;
+#if defined(__AMX_INT8__)
+    if (rows >= MANY_ROWS) amx_begin();
+#endif
     for (int64_t taken = tw_take(job->units, round, step); taken < units; taken = tw_take(job->units, round, step))
         for (int64_t unit = taken; unit < taken + step; unit++) {
             int64_t panel = unit / row_groups, row = unit % row_groups * ROW_GROUP;
             int64_t last = row + ROW_GROUP < rows ? row + ROW_GROUP : rows;
-#if WIDEN_INTEGERS
-            if (last - row > TILE_ROWS) {
+#if defined(__AMX_INT8__) || WIDEN_INTEGERS
+            if (last - row >= MANY_ROWS) {
                 float sums[ROW_GROUP][PANEL];
                 const int count = (int)(last - row);
-                multiply_widened(job, row, count, panel, sums);
+#if defined(__AMX_INT8__)
+                prefetch_results(&job->out, first + row, count, panel * PANEL);
+#endif
+                multiply_many(job, row, count, panel, sums);
                 finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
                 continue;
             }
@@ -164,6 +177,9 @@ static void multiply_taken(const int4_job *job, int64_t first, int64_t rows, int
                 finish_floats(&job->out, sums[0], PANEL, job->row_scale + row, first + row, count, panel * PANEL);
             }
         }
+#if defined(__AMX_INT8__)
+    if (rows >= MANY_ROWS) amx_end();
+#endif
 }
 
 static void int4_part(void *data) {

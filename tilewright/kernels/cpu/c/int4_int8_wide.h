@@ -74,7 +74,7 @@ static __attribute__((noinline)) void add_segment(int rows, const int8_t *x, int
 }
 
 /* Sums of `rows` rows, at most ROW_GROUP, and one panel. */
-static void multiply_widened(const int4_job *job, int64_t row, int rows, int64_t panel, float sums[][PANEL]) {
+static void multiply_many(const int4_job *job, int64_t row, int rows, int64_t panel, float sums[][PANEL]) {
     const int8_t *x = job->q + row * job->q_stride;
     const int32_t *q_sums = job->q_sums + row * job->groups;
     const uint8_t *w = job->packed + panel * job->words * PANEL * 4;

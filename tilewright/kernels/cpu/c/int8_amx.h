@@ -16,6 +16,17 @@ struct unfinished {
     void (*finish)(const linear_job *job, unfinished *wait, int64_t rows);
 };
 
+/* Asks for half a panel of a row of y, and of the residual, that is finished soon. Rows are far apart, so that the processor
+   foresees none of these lines, and stores would wait for them one after the other. */
+enum { ROWS_AHEAD = 8 };
+static inline __attribute__((always_inline)) void prefetch_row(const output *out, int64_t at, int wide) {
+    const int64_t element = wide ? 4 : 2;
+    for (int64_t i = 0; i < HALF * element; i += 64) {
+        __builtin_prefetch((const char *)out->y + at * element + i, 1);
+        if (out->residual) __builtin_prefetch((const char *)out->residual + at * element + i);
+    }
+}
+
 /* Finishes so many rows of what waits. `usual`, a constant, says that y is float32 and 32 channels are there. */
 static inline __attribute__((always_inline)) void finish_rows(const linear_job *job, int usual, int activation,
                                                               unfinished *wait, int64_t rows) {
@@ -36,6 +47,7 @@ static inline __attribute__((always_inline)) void finish_rows(const linear_job *
     }
     for (int64_t r = 0; r < rows; r++, sums += HALF) {
         const __m512 row_scale = _mm512_set1_ps(wait->scale[r]);
+        prefetch_row(&out, at + (r + ROWS_AHEAD) * out.n, out.dtype == FLOAT32);
 #pragma GCC unroll 2
         for (int v = 0; v < 2; v++) {
             const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + v * LANES), correction[v]);
