@@ -224,6 +224,15 @@ def test_calibration_reaches_the_layers_of_the_native_encoder() -> None:
     assert all(layer.output_error is not None for layer in report(converted).converted)
 
 
+@pytest.mark.parametrize("inner", [nn.Identity(), nn.MultiheadAttention(8, 2)], ids=["plain", "native"])
+def test_a_mode_watches_operators_only_where_pytorch_has_a_native_path(inner: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].inner = inner
+    with calibrate.evaluation(model):
+        assert bool(torch._C._len_torch_function_stack()) == isinstance(inner, nn.MultiheadAttention)
+    assert not torch._C._len_torch_function_stack()
+
+
 def test_data_that_no_scheme_uses_still_measures(caplog: pytest.LogCaptureFixture) -> None:
     converted = convert_model(nn.Sequential(nn.Linear(64, 32)), "int8-weight-only", calibration_data=[outlier_inputs()])
     assert "no scheme of this recipe makes use of calibration_data" in caplog.text
