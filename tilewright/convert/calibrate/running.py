@@ -91,9 +91,14 @@ def first_of(data: Iterator[Any] | None) -> tuple[Any, Iterator[Any] | None]:
     return first, itertools.chain([] if first is None else [first], data)
 
 
+#: Modules of PyTorch with a native path that calls none of the layers inside.
+_NATIVE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
 class _Watching(TorchFunctionMode):
     """Changes nothing. PyTorch takes no native path where a mode is on, which is so in this thread alone; the switch in
-    ``torch.backends.mha`` is one for all.
+    ``torch.backends.mha`` is one for all. A mode costs microseconds at every operator, so it is there only for models
+    that have such a path.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,8 +116,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     for module in training:
         module.training = False
     state = HeldState(model)
+    native = any(isinstance(module, _NATIVE) for module in model.modules())
     try:
-        with torch.no_grad(), same_random_numbers(), _Watching():
+        with torch.no_grad(), same_random_numbers(), _Watching() if native else contextlib.nullcontext():
             yield
     finally:
         state.restore()

@@ -10,10 +10,11 @@ SmoothQuant (Xiao et al. 2022, equation 4) takes 1 / c_j = max|x_j|^a / max|W_j|
 searched for each layer: the one with the least squared error of the quantised layer's output. No scale at all is among
 the candidates.
 
-Candidates are compared on some of the sampled rows and some of the outputs, all of them in one layer and one product:
-their scaled rows lie below each other, and so do their scaled weights, whose rows are quantised each by itself. The
-best is then made; where it is not clear whether it is worth a pass, it is measured on every sampled row and every
-output beside the layer without a scale.
+Candidates are compared on some of the sampled rows and some of the outputs, all of them in one layer: their scaled rows
+lie below each other, and so do their scaled weights, whose rows are quantised each by itself. What these integers stand
+for is multiplied in float32, each candidate's rows by its own weight: no weight is put in a kernel's order for one
+product. The best is then made; where it is not clear whether it is worth a pass, it is measured on every sampled row
+and every output beside the layer without a scale.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def _estimates(
 ) -> list[float]:
     """The error of the layer without a scale, then with each of ``scales`` float32 [E, K]; Inf for one that is no
     number.
+
+    build: makes layers that quantise their rows and have ``dequantize_weight()``.
     """
     x = rows[:_ROWS].float()
     outputs, stand_for = _sampled_outputs(linear.weight.detach())
@@ -105,9 +108,12 @@ def _estimates(
     factors = torch.cat([torch.ones_like(scales[:1]), scales]).unsqueeze(1)
     together = nn.Linear(w.shape[1], len(factors) * len(w), bias=False, device="meta")
     together.weight = nn.Parameter((w / factors).flatten(0, 1), requires_grad=False)
-    products = build(together)((x * factors).flatten(0, 1)).view(len(factors), len(x), len(factors), len(w))
-    own = products.diagonal(dim1=0, dim2=2)  # of a candidate's rows with its weight: [rows, outputs, candidates]
-    errors = (own - F.linear(x, exact).unsqueeze(-1)).square().sum(0)
+    weights: torch.Tensor = build(together).dequantize_weight()  # type: ignore[operator]
+    codes, steps = torch.ops.tilewright.quantize_per_row((x * factors).flatten(0, 1))
+    inputs = codes.float().mul_(steps.unsqueeze(-1)).view(len(factors), *x.shape)
+    minus_exact = F.linear(x, exact).neg_().expand(len(factors), -1, -1)
+    off = torch.baddbmm(minus_exact, inputs, weights.float().view(len(factors), *w.shape).mT)
+    errors = off.square_().sum(1).T
     return torch.nan_to_num(stand_for @ errors, nan=torch.inf).sqrt().tolist()
 
 
