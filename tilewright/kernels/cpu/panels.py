@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu.memory import scratch
+from tilewright.kernels.dispatch.packed import packed
 from tilewright.kernels.epilogue import finish_rows
 
 #: Bytes of a panel at most. In smaller ones a weight would stay in a second-level cache, but the library packs all rows
@@ -36,6 +37,14 @@ def takes(x_dtype: torch.dtype, compute_dtype: torch.dtype | None) -> bool:
     return compute != torch.bfloat16 or native.isa() not in _MULTIPLY_BFLOAT16
 
 
+def widened(
+    weight: torch.Tensor, weight_scale: torch.Tensor, weight_zero: torch.Tensor | None, group_size: int, k: int
+) -> torch.Tensor:
+    """The weight in float32 [N, K], in new memory."""
+    made = Panels(weight, weight_scale, weight_zero, None, "none", None, group_size, k)
+    return made.whole()
+
+
 def _channels(n: int, k: int) -> int:
     """Of a panel: all are of one size, or nearly."""
     count = -(-4 * n * k // PANEL_BYTES)
@@ -43,7 +52,7 @@ def _channels(n: int, k: int) -> int:
 
 
 class Panels:
-    """A linear layer as a function of x and the residual."""
+    """A linear layer as a function of x and the residual. keep: the whole weight stays widened."""
 
     def __init__(
         self,
@@ -55,6 +64,7 @@ class Panels:
         compute_dtype: torch.dtype | None,
         group_size: int,
         k: int,
+        keep: bool = False,
     ):
         self._n, self._k, self._compute, self._activation = len(weight), k, compute_dtype, activation
         self._bias = None if bias is None else bias.detach().float()
@@ -72,9 +82,17 @@ class Panels:
         self._sizes = k, groups, min(group_size, k), row_bytes
         self._step = _channels(self._n, k)
         self._kept: torch.Tensor | None = None
-        if self._n * k <= KEPT_ELEMENTS:
-            with torch.inference_mode(False):
-                self._kept = self._panel(0, self._n, torch.empty(self._n, k))
+        if keep:
+            self._step = self._n
+            layout = native.layout(f"dequantised, {k} columns in groups of {group_size}")
+            self._kept = packed(weight, layout, self.whole, weight_scale, weight_zero)
+        elif self._n * k <= KEPT_ELEMENTS:
+            self._kept = self.whole()
+
+    def whole(self) -> torch.Tensor:
+        """The weight in float32, in new memory."""
+        with torch.inference_mode(False):
+            return self._panel(0, self._n, torch.empty(self._n, self._k))
 
     def _panel(self, first: int, last: int, to: torch.Tensor) -> torch.Tensor:
         """Channels ``first`` to ``last`` of the weight, in ``to``."""

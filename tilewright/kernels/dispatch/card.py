@@ -59,7 +59,7 @@ class Way:
         prepare = None if self.prepare is None else absolute(self.prepare)
         handed_on = None if self.handed_on is None else _late(absolute(self.handed_on))
         target = absolute(self.target) if self.target else ""
-        return Implementation(self.name, card.name, self._declining(card), target, prepare, handed_on)
+        return Implementation(self.name, card.name, self._declining(card), target, prepare, handed_on, card.wishes)
 
     def _declining(self, card: Card) -> Callable[[Problem], str | None]:
         own = None if self.why_not is None else _late(_absolute(card, self.why_not))
@@ -124,7 +124,8 @@ class Card:
     rounding of activations, in operators of PyTorch: what its derivatives are those of (``derivatives``); None in the
     place of a result that has none. fold: how ``torch.vmap`` makes one call of many. remembered: a compiled graph's
     calls that repeat go straight to what the implementation prepared.
-    integer: it multiplies integers. weight_of: the format of a linear operator's weight in a problem.
+    integer: it multiplies integers. weight_of: the format of a linear operator's weight in a problem. wishes: arguments
+    that only ``problem`` reads: what the user wants to be chosen.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Card:
     remembered: bool = False
     integer: bool = False
     weight_of: Callable[[Problem], WeightFormat] | None = None
+    wishes: tuple[str, ...] = ()
 
     @property
     def kernel_modules(self) -> Iterator[tuple[str, Callable[[Problem], Problem]]]:
