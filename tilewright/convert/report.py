@@ -32,8 +32,8 @@ class ReportedLayer:
     here on <date>", "shipped table", "order of preference", "chosen by the user". bytes: of weight, scales and bias;
     what lies in the memory of a tensor before it, such as a tied weight, is counted there.
     weight_error, output_error: relative, ||y' - y|| / ||y||; None if not known. reason: why it was left alone.
-    microseconds_before, microseconds_after: on the example inputs of the conversion, if there were any. bytes_kept: what
-    a weight that is kept dequantised takes on top, in memory alone and once calls with many rows have come.
+    microseconds_before, microseconds_after: on the example inputs of the conversion, if there were any. bytes_kept: of
+    a weight that is kept dequantised, on top, in memory alone and once calls with many rows have come.
     """
 
     name: str

@@ -34,7 +34,7 @@ from tilewright.kernels.quantizers import rows_of
 #: The end of every schema's tensors, and of its options.
 END = "Tensor? bias=None, Tensor? residual=None"
 ACTIVATION = "str activation='none'"
-#: The end of weight-only operators' schemas: whether the weight may be held dequantised as well, which is for the router.
+#: The end of schemas of weight-only operators: whether to hold the weight dequantised as well. The router reads it.
 KEEP = "bool keep_dequantized=False"
 _WISHES = ("keep_dequantized",)
 #: What quantises rows before a product of integers.

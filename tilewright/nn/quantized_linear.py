@@ -67,7 +67,8 @@ class QuantizedLinear(TakesActivation, WeightHolder):
     inverse (SmoothQuant, Xiao et al. 2023), so that channels with outliers do not take the resolution of all others.
     The constructor only asks whether there is one.
 
-    compute_dtype: what activations and dequantised weights are rounded to for the product; None: the input's dtype.
+    compute_dtype: what activations and dequantised weights are rounded to for the product, or less where that takes no
+    longer; None: the input's dtype.
     ``from_float`` makes of "auto" bfloat16 for a float32 layer, else None.
 
     keep_dequantized: on a CPU, hold the weight dequantised as well and multiply many rows with that where the float

@@ -89,9 +89,10 @@ def prepare(
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not made:
-            narrow = held_dtype(x.dtype, compute_dtype) == torch.bfloat16
-            one = in_bfloat16() if narrow else panels.Panels(*parts, bias, activation, compute_dtype, group, k, keep=True)
-            made.append(one)
+            if held_dtype(x.dtype, compute_dtype) == torch.bfloat16:
+                made.append(in_bfloat16())
+            else:
+                made.append(panels.Panels(*parts, bias, activation, group, k, keep=True))
         return made[0](x, residual)
 
     return call
