@@ -92,7 +92,7 @@ def test_few_channels_and_many_rows_go_to_the_float_library(isa: str, op: str):
     assert decision.name == choices.WIDENED and decision.origin == "shipped rule"
     assert "few channels" in dict(decision.declined)["C kernel"]
     assert route(replace(narrow, n=40)).name == choices.WIDENED
-    assert route(replace(narrow, n=40, m=64)).name == choices.WIDENED
+    assert route(replace(narrow, n=40, m=128)).name == choices.WIDENED
     wide = replace(narrow, n=40, k=2048)  # which does not stay widened
     assert (route(wide).name == choices.WIDENED) == (isa not in ("avx2", "avx_vnni"))
     for other in (narrow.with_rows(32), wide.with_rows(256), replace(narrow, activation="relu")):

@@ -41,9 +41,9 @@ KIN = {
 }
 #: (channels and elements up to which, rows from which on) a float32 product of a widened weight was faster than the C
 #: kernels that multiply in float32: these lay out all rows of x for a few channels. One thread of a Xeon (Sapphire
-#: Rapids) with AVX-512 / AVX2, of the speed of nn.Linear, by the C kernel and by the widened weight: 10 x 512, 704 rows,
-#: 0.51 and 0.98 / 0.64 and 0.98, 16 x 768 at 64 rows 0.90 and 1.07 / 0.91 and 1.05.
-NARROW = ((63, panels.KEPT_ELEMENTS, 64), (16, math.inf, 128), (63, math.inf, 512))
+#: Rapids) with AVX-512 / AVX2, of the speed of nn.Linear, by the C kernel and by the widened weight: 10 x 512 at 704
+#: rows 0.51 and 0.98 / 0.64 and 0.98, 16 x 768 at 128 rows 0.75 and 1.07 / 0.81 and 1.03.
+NARROW = ((63, panels.KEPT_ELEMENTS, 128), (16, math.inf, 128), (63, math.inf, 512))
 #: The last one is not for these: 63 x 2048 at 704 rows 1.20 by the C kernel, 0.97 widened.
 FOUR_TIMES_EIGHT = ("avx2", "avx_vnni")
 WIDENED = "dequantised blocks"

@@ -56,6 +56,10 @@ class _BFloat16:
             y = finish_rows(y.float(), None, x.dtype, bias=None, residual=residual, activation=self._activation)
         return y.to(x.dtype).view(*x.shape[:-1], self._n)
 
+    def for_rows(self, shape: torch.Size, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+        """The same."""
+        return self
+
 
 def prepare(
     weight_scale: torch.Tensor,
@@ -81,18 +85,17 @@ def prepare(
         with torch.inference_mode(False), torch.no_grad():
             return pack_bfloat16(panels.widened(*parts, group, k).to(torch.bfloat16))
 
-    def in_bfloat16() -> Callable[..., torch.Tensor]:
+    def in_bfloat16() -> _BFloat16:
         layout = native.layout(f"dequantised bfloat16, {k} columns in groups of {group}")
         return _BFloat16(packed(stored, layout, pack, weight_scale, weight_zero), len(stored), k, bias, activation)
 
-    made: list[Callable[..., torch.Tensor]] = []
+    def make(dtype: torch.dtype) -> panels.Panels | _BFloat16:
+        if held_dtype(dtype, compute_dtype) == torch.bfloat16:
+            return in_bfloat16()
+        return panels.Panels(*parts, bias, activation, group, k, keep=True)
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if not made:
-            if held_dtype(x.dtype, compute_dtype) == torch.bfloat16:
-                made.append(in_bfloat16())
-            else:
-                made.append(panels.Panels(*parts, bias, activation, group, k, keep=True))
-        return made[0](x, residual)
+        return make(x.dtype)(x, residual)
 
+    call.for_rows = lambda shape, dtype: make(dtype).for_rows(shape, dtype)  # type: ignore[attr-defined]
     return call

@@ -131,6 +131,17 @@ class Panels:
             y = finish_rows(y, None, x.dtype, bias=None, residual=residual, activation=self._activation)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
+    def for_rows(self, shape: torch.Size, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+        """The same for x of this shape and dtype, quicker where there is nothing but the product."""
+        weight, bias, linear = self._kept, self._bias, F.linear
+        if weight is None or self._activation != "none" or dtype != torch.float32:
+            return self
+
+        def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            return linear(x, weight, bias) if residual is None else self(x, residual)
+
+        return call
+
 
 def prepare(
     weight: torch.Tensor,
@@ -146,13 +157,15 @@ def prepare(
     """A linear layer on int8 [N, K] or packed int4 weights as a function of x and the residual. other: the same for
     what ``takes`` refuses.
     """
-    made: list[Panels] = []
+
+    def make() -> Panels:
+        return Panels(weight, weight_scale, weight_zero, bias, activation, group_size, k)
 
     def call(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if not takes(x.dtype, compute_dtype):
-            return other(x, residual)
-        if not made:
-            made.append(Panels(weight, weight_scale, weight_zero, bias, activation, group_size, k))
-        return made[0](x, residual)
+        return make()(x, residual) if takes(x.dtype, compute_dtype) else other(x, residual)
 
+    def for_rows(shape: torch.Size, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+        return make().for_rows(shape, dtype) if takes(dtype, compute_dtype) else call
+
+    call.for_rows = for_rows  # type: ignore[attr-defined]
     return call
