@@ -138,7 +138,6 @@ def _sample(weight_of: Callable[[Problem], WeightFormat], schema: str, problem: 
         rows, end = {"x": draw.normal(m, k, dtype=problem.x_dtype)}, {}
     group_size = problem.group_size or max(k, 1)
     options = {"channel_scale": None, "group_size": group_size, "compute_dtype": problem.compute_dtype}
-    options["keep_dequantized"] = problem.keep_dequantized
     return {
         **rows,
         **weight_of(problem).sample(draw, n, k),

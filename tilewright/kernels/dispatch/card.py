@@ -191,8 +191,8 @@ def card_of(op: str) -> Card | None:
 
 
 def make_arguments(problem: Problem, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Any]:
-    """All arguments of ``problem.op`` by name, random ones drawn from ``seed`` on ``device``; "meta" gives tensors
-    without memory.
+    """All arguments of ``problem.op`` but wishes by name, random ones drawn from ``seed`` on ``device``; "meta" gives
+    tensors without memory.
 
     ``problem.aligned`` false: the rows of x begin where no 16-byte load can. Raises ValueError for an operator without
     a card.
@@ -202,7 +202,9 @@ def make_arguments(problem: Problem, device: str | torch.device = "cpu", seed: i
         raise ValueError(f"there are no sample arguments for the operator {problem.op!r}")
     declared = torch._C.parse_schema(card.name + card.schema).arguments
     found: dict[str, Any] = {
-        argument.name: argument.default_value for argument in declared if argument.has_default_value()
+        argument.name: argument.default_value
+        for argument in declared
+        if argument.has_default_value() and argument.name not in card.wishes
     }
     found |= card.sample(problem, Draw(device, seed))
     if not problem.aligned:
