@@ -19,6 +19,7 @@ from tilewright.kernels.cpu import choices, kept, native
 from tilewright.kernels.dispatch.packed import packed_bytes
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import implementations, route
+from tilewright.kernels.layer_trials import trials
 from tilewright.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear
 
 OPS = ("int8_weight_only_linear", "int4_linear")
@@ -177,6 +178,16 @@ def test_bytes_are_those_that_are_held(kind: type, monkeypatch: pytest.MonkeyPat
     del made
     gc.collect()
     assert packed_bytes() < few
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_tried_beside_the_others(kind: type):
+    made = [layer(kind, compute_dtype=torch.float32) for _ in range(2)]
+    tried = trials(made[0].problem(24), [each._arguments() for each in made])
+    for _ in range(3):
+        for name in ("C kernel", "dequantised blocks", kept.NAME):
+            assert tried.check(tried.run(name)) is None
 
 
 def test_nothing_is_kept_unasked():
