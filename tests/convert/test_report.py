@@ -46,6 +46,7 @@ def test_totals_and_layers() -> None:
         "layers_skipped": 1,
         "layer_bytes_before": before,
         "layer_bytes_after": after,
+        "layer_bytes_kept": 0,
         "layer_ratio": after / before,
         "model_bytes_before": before + rest,
         "model_bytes_after": after + rest,

@@ -81,22 +81,6 @@ def test_widened_weights_are_rounded_once(isa: str, bits: int, k: int, group: in
     assert to[-1].isnan().all(), "nothing is written behind it"
 
 
-@pytest.mark.parametrize("compute", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_are_rounded_as_pytorch_does(isa: str, dtype: torch.dtype, compute: torch.dtype):
-    x = (torch.randn(7, 75) * torch.logspace(-6, 4, 75)).to(dtype)
-    x[0, :5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
-    x[1, 0] = 1 + 2**-9 if dtype == torch.float32 else 1  # a tie
-    wide = torch.zeros(7, 80, dtype=dtype)
-    wide[:, 3:78] = x
-    to = torch.empty(7, 75)
-    arguments = wide[:, 3:].data_ptr(), native.DTYPES[dtype], 7, 75, 80, native.DTYPES[compute], to.data_ptr()
-    if native.function("round_rows")(*arguments, 2):
-        assert torch.float16 in (dtype, compute)
-        pytest.skip("this build has no float16")
-    torch.testing.assert_close(to, x.to(compute).float(), rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("kind", [Int8WeightOnlyLinear, Int4Linear])
 @pytest.mark.parametrize("n, k", [(10, 512), (96, 256)], ids=["kept", "widened in each call"])
 def test_layers_call_it_again_and_again(kind: type, n: int, k: int):

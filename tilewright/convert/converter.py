@@ -45,6 +45,7 @@ def convert_model(
     calibration_memory: int = calibrate.CALIBRATION_MEMORY,
     progress: bool | None = None,
     tune: bool | None = None,
+    keep_dequantized: bool = False,
 ) -> nn.Module:
     """Replace the layers of ``model`` by quantised ones and return the converted model.
 
@@ -87,6 +88,10 @@ def convert_model(
         layers see, for at most two seconds and not with ``TILEWRIGHT_AUTOTUNE=0``. True: also without them, for 1, 16,
         128 and 512 rows, for at most ten. Nothing is remembered where other processes use the machine; the report says
         what came of it.
+    keep_dequantized: spend memory for speed: on a CPU, layers with float activations hold their weight dequantised as
+        well, and calls with many rows use that where the float library is faster with it; calls with few rows read the
+        compact weight. It is made when a call first wants it, and never saved; ``report`` says how many bytes it takes.
+        Layers with int8 activations are as without. Raises ValueError for a recipe that makes no other layers.
 
     Layers that cannot be converted, tied weights and heads are left alone; ``report`` lists them with the reason. Where
     there are sample inputs, the converted model is called once on one of them, and a layer that raises is given back.
@@ -111,7 +116,9 @@ def convert_model(
         raise ValueError("keep_if_faster needs example_inputs: what is faster depends on what the model is called on")
     if transform is not None and calibration_data is None:
         raise ValueError("transform makes inputs of the items of calibration_data, which was not given")
+    arguments.check_switches(keep_dequantized=keep_dequantized)
     recipe = Recipe.of(recipe).excluding(arguments.excluded(model, exclude))
+    recipe = recipe.keeping_dequantized() if keep_dequantized else recipe
     filter_fn = arguments.checked_filter(filter_fn)
     data = examples = None
     if calibration_data is not None:

@@ -8,6 +8,7 @@ A pattern is one of
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 import re
@@ -177,6 +178,15 @@ class Rule:
     scheme: Scheme | None
 
 
+#: The option of schemes that ``Recipe.keeping_dequantized`` sets.
+_KEEP = "keep_dequantized"
+
+
+def _keeping(scheme: Scheme | None) -> Scheme | None:
+    changed: dict[str, Any] = {_KEEP: True}
+    return scheme if scheme is None or not hasattr(scheme, _KEEP) else dataclasses.replace(scheme, **changed)
+
+
 def _pair(rule: Any) -> tuple[Pattern, Scheme | str | None]:
     """Pattern and scheme of a rule."""
     if isinstance(rule, Rule):
@@ -241,6 +251,18 @@ class Recipe:
     def excluding(self, patterns: Pattern | Iterable[Pattern]) -> Recipe:
         """The same recipe with further patterns excluded."""
         return Recipe(self.rules, (*self.exclude, *patterns_of(patterns)))
+
+    def keeping_dequantized(self) -> Recipe:
+        """The same recipe with ``keep_dequantized=True`` in every scheme that has the option. Raises ValueError if none
+        does.
+        """
+        rules = [dataclasses.replace(rule, scheme=_keeping(rule.scheme)) for rule in self.rules]
+        if not any(getattr(rule.scheme, _KEEP, False) for rule in rules):
+            raise ValueError(
+                f"{_KEEP} is for weights that are multiplied with float activations, as by the presets int4 and "
+                "int8-weight-only; no rule of this recipe makes such layers"
+            )
+        return Recipe(rules, self.exclude)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON-able dict."""

@@ -32,7 +32,8 @@ class ReportedLayer:
     here on <date>", "shipped table", "order of preference", "chosen by the user". bytes: of weight, scales and bias;
     what lies in the memory of a tensor before it, such as a tied weight, is counted there.
     weight_error, output_error: relative, ||y' - y|| / ||y||; None if not known. reason: why it was left alone.
-    microseconds_before, microseconds_after: on the example inputs of the conversion, if there were any.
+    microseconds_before, microseconds_after: on the example inputs of the conversion, if there were any. bytes_kept: of
+    a weight that is kept dequantised, on top, in memory alone and once calls with many rows have come.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ReportedLayer:
     microseconds_before: float | None = None
     microseconds_after: float | None = None
     origins: dict[int, str] = dataclasses.field(default_factory=dict)
+    bytes_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Report:
             "layers_skipped": len(self.skipped),
             "layer_bytes_before": before,
             "layer_bytes_after": after,
+            "layer_bytes_kept": sum(layer.bytes_kept for layer in self.converted),
             "layer_ratio": after / before if before else None,
             "model_bytes_before": self.model_bytes_before,
             "model_bytes_after": self.model_bytes_after,
@@ -173,6 +176,11 @@ class Report:
             for part, label in (("layer", "converted layers"), ("model", "whole model")):
                 before, after, ratio = (totals[f"{part}_{key}"] for key in ("bytes_before", "bytes_after", "ratio"))
                 lines.append(f"{label}: {size(before)} -> {size(after)} ({ratio:.3f}x)")
+            if kept := totals["layer_bytes_kept"]:
+                lines.append(
+                    f"kept dequantised for speed: {size(kept)} more in memory once many rows have come, never saved; "
+                    f"with that converted layers take {size(totals['layer_bytes_after'] + kept)}"
+                )
             counts = Counter(layer.scheme for layer in self.converted)
             lines += [f"{scheme} ({_layers(count)})" for scheme, count in counts.items()]
             for which in ("output_error", "weight_error"):
@@ -241,6 +249,8 @@ class Report:
             columns.append(Column(f"M={', '.join(map(str, batches))}", list(cells), "words", rank=2 + 3 * number))
         for state, rank in (("before", 6), ("after", 1)):
             columns.append(Column(state, [size(group.total(f"bytes_{state}") or 0) for group in groups], rank=rank))
+        if self.totals["layer_bytes_kept"]:
+            columns.append(Column("kept", [size(group.total("bytes_kept") or 0) for group in groups], rank=1))
         has_output = known("output_error")
         columns.append(
             Column("weight err.", [group.errors("weight_error") for group in groups], rank=4 if has_output else 1)

@@ -115,6 +115,8 @@ def _layer(
         made = LayerRecord({}, module.scheme_name, float_bytes + bias, held + shared)
     served = {"device": device, "implementations": implementations, "declined": declined, "origins": origins}
     seen = {"bytes_before": made.bytes_before - shared, "bytes_after": held}
+    if isinstance(module, QuantizedLinear):
+        seen["bytes_kept"] = module.kept_bytes()
     return from_record(name, kind, made, **served, **seen, output_error=errors.get(name, made.output_error))
 
 

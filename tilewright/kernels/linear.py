@@ -34,6 +34,9 @@ from tilewright.kernels.quantizers import rows_of
 #: The end of every schema's tensors, and of its options.
 END = "Tensor? bias=None, Tensor? residual=None"
 ACTIVATION = "str activation='none'"
+#: The end of schemas of weight-only operators: whether to hold the weight dequantised as well. The router reads it.
+KEEP = "bool keep_dequantized=False"
+_WISHES = ("keep_dequantized",)
 #: What quantises rows before a product of integers.
 QUANTIZE = Kernel("..quantize.triton_quantize", rows_of("quantize_per_row"))
 
@@ -74,6 +77,7 @@ def linear_card(
         remembered=remembered,
         integer="compute_dtype" not in schema,
         weight_of=weight_of,
+        wishes=tuple(name for name in _WISHES if name in schema),
     )
 
 
@@ -109,6 +113,7 @@ def _problem(op: str, arguments: Arguments, n: int) -> Problem:
         bias=arguments["bias"] is not None,
         residual=arguments["residual"] is not None,
         compute_dtype=arguments.get("compute_dtype"),
+        keep_dequantized=arguments.get("keep_dequantized", False),
         **facts,
         **device_facts(x.device),
     )

@@ -58,6 +58,8 @@ def facts_of(problem: Problem) -> dict[str, object]:
     found["x"] = name(problem.x_dtype)
     if problem.compute_dtype is not None and problem.compute_dtype != problem.x_dtype:
         found["compute"] = name(problem.compute_dtype)
+    if problem.keep_dequantized:
+        found["keep"] = True
     if problem.group_size is not None:
         found |= {"group": min(problem.group_size, problem.k), "symmetric": problem.symmetric}
     if problem.allow_tf32:

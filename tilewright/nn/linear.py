@@ -16,6 +16,8 @@ from tilewright.nn.sparse24_places import Sparse24Places
 
 #: Options of layers with int4 weights.
 _INT4: dict[str, Any] = {"group_size": 128, "symmetric": False, "scale_dtype": None}
+#: Options of weight-only layers.
+_FLOAT_PRODUCTS: dict[str, Any] = {"compute_dtype": None, "keep_dequantized": False}
 #: What ``from_float`` of layers with 2:4 weights is told of a pruning that was made before.
 _PRUNED: dict[str, Any] = {"mask": None, "weight": None}
 
@@ -43,7 +45,7 @@ class Int8WeightOnlyLinear(QuantizedLinear):
     scheme_name = "w8a16"
     op_name = "int8_weight_only_linear"
     base_format = Int8()
-    options: ClassVar[dict[str, Any]] = {"compute_dtype": None}
+    options: ClassVar[dict[str, Any]] = _FLOAT_PRODUCTS
     from_float_options: ClassVar[dict[str, Any]] = {
         "range_search": "minmax",
         "importance": None,
@@ -62,7 +64,7 @@ class Int4Linear(QuantizedLinear):
     scheme_name = "w4a16"
     op_name = "int4_linear"
     base_format = Int4()
-    options: ClassVar[dict[str, Any]] = {**_INT4, "compute_dtype": None}
+    options: ClassVar[dict[str, Any]] = {**_INT4, **_FLOAT_PRODUCTS}
     from_float_options: ClassVar[dict[str, Any]] = {"range_search": "mse", "importance": None, "compute_dtype": "auto"}
     group_size: int
     symmetric: bool

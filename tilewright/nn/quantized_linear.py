@@ -13,9 +13,11 @@ from torch.compiler import is_compiling
 
 from tilewright.kernels.activation import check_activation
 from tilewright.kernels.checks import check_vector
+from tilewright.kernels.cpu import kept
 from tilewright.kernels.dispatch.layers import invalidate as invalidate_calls
 from tilewright.kernels.dispatch.layers import prepared_call, repeated_call
 from tilewright.kernels.dispatch.problem import Problem, device_facts
+from tilewright.kernels.dispatch.router import route
 from tilewright.kernels.formats.int8 import check_weight
 from tilewright.kernels.formats.weight import Spec, WeightFormat
 from tilewright.nn.nested import on_rows
@@ -23,6 +25,8 @@ from tilewright.nn.taken_over import TakesActivation
 from tilewright.nn.weight_holder import WeightHolder, stored_name
 
 Layer = TypeVar("Layer", bound="QuantizedLinear")
+#: ``kept_bytes`` asks about batches below two to this power.
+_MOST_ROWS = 14
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
@@ -63,8 +67,13 @@ class QuantizedLinear(TakesActivation, WeightHolder):
     inverse (SmoothQuant, Xiao et al. 2023), so that channels with outliers do not take the resolution of all others.
     The constructor only asks whether there is one.
 
-    compute_dtype: what activations and dequantised weights are rounded to for the product; None: the input's dtype.
+    compute_dtype: what activations and dequantised weights are rounded to for the product, or less where that takes no
+    longer; None: the input's dtype.
     ``from_float`` makes of "auto" bfloat16 for a float32 layer, else None.
+
+    keep_dequantized: on a CPU, hold the weight dequantised as well and multiply many rows with that where the float
+    library is faster. ``kept_bytes`` is what it takes, on top of the compact weight, which calls with few rows read. It
+    is made when a call first wants it, follows what is written into the weight, and is never saved or copied.
     """
 
     #: Options of ``from_float`` beyond ``activation`` that the constructor lacks, or has another default for.
@@ -79,6 +88,7 @@ class QuantizedLinear(TakesActivation, WeightHolder):
     weight_scale: torch.Tensor
     channel_scale: torch.Tensor | None
     compute_dtype: torch.dtype | None
+    keep_dequantized: bool = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -127,6 +137,10 @@ class QuantizedLinear(TakesActivation, WeightHolder):
         options = {name: parse_dtype(o) if name.endswith("dtype") else o for name, o in options.items()}
         if "compute_dtype" in options:
             self.compute_dtype = options["compute_dtype"]
+        if "keep_dequantized" in options:
+            if not isinstance(options["keep_dequantized"], bool):
+                raise TypeError(f"keep_dequantized is True or False, not {options['keep_dequantized']!r}")
+            self.keep_dequantized = options["keep_dequantized"]
         if self.base_format is not None:
             weight_format = self.base_format.for_layer(in_features, self.dtype, options)
             for name, fact in weight_format.facts(in_features).items():
@@ -190,7 +204,9 @@ class QuantizedLinear(TakesActivation, WeightHolder):
         """Constructor arguments except ``device``, fit for JSON. An activation that was a module of the model is not
         among them.
         """
-        own = {name: self._option(name) for name in self.options}
+        own = {name: self._option(name) for name in self.options if name != "keep_dequantized"}
+        if self.keep_dequantized:  # a config from before there was such a thing says the same as one without
+            own["keep_dequantized"] = True
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -229,9 +245,20 @@ class QuantizedLinear(TakesActivation, WeightHolder):
             activation=self.activation,
             bias=self.bias is not None,
             compute_dtype=getattr(self, "compute_dtype", None),
+            keep_dequantized=self.keep_dequantized,
             **self.weight_format.facts(self.in_features),
             **device_facts(self.device),
         )
+
+    def kept_bytes(self) -> int:
+        """Bytes that the dequantised weight takes beside the compact one once calls with many rows have come: 0 where
+        ``keep_dequantized`` was not asked for, or where no call would use it.
+        """
+        if not self.keep_dequantized or self.device.type != "cpu":
+            return 0
+        held = kept.held_dtype(self.dtype, getattr(self, "compute_dtype", None))
+        used = any(route(self.problem(1 << power)).name == kept.NAME for power in range(_MOST_ROWS))
+        return self.out_features * self.in_features * held.itemsize if held is not None and used else 0
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -243,6 +270,8 @@ class QuantizedLinear(TakesActivation, WeightHolder):
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         if self.activation != "none":
             text += f", activation={self.activation}"
+        if self.keep_dequantized:
+            text += ", keep_dequantized=True"
         displayed = [name for name in ("group_size", "symmetric", "values_dtype") if name in self.options]
         return ", ".join([text, *(f"{name.removesuffix('_dtype')}={self.config()[name]}" for name in displayed)])
 

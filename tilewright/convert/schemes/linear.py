@@ -119,10 +119,24 @@ class FloatProducts(LinearScheme):
         return {**super().options(weight), "compute_dtype": self.compute_dtype}
 
 
+@dataclass(frozen=True)
 class _WeightOnly(FloatProducts):
-    """What the weight-only schemes do with calibration data: weigh the errors of a weight by the mean square of the
-    input channel it multiplies.
+    """What the weight-only schemes have in common. With calibration data they weigh the errors of a weight by the mean
+    square of the input channel it multiplies.
+
+    keep_dequantized: see ``QuantizedLinear``; ``convert_model`` sets it for all layers.
     """
+
+    keep_dequantized: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.keep_dequantized, bool):
+            raise TypeError(f"keep_dequantized is True or False, not {self.keep_dequantized!r}")
+
+    def options(self, weight: torch.Tensor) -> dict[str, Any]:
+        """Keyword arguments of ``from_float``."""
+        return {**super().options(weight), "keep_dequantized": self.keep_dequantized}
 
     @property
     def calibrated(self) -> bool:

@@ -18,8 +18,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tilewright.autotune.folders import cpu_tables_off
-from tilewright.kernels.cpu import native
+from tilewright.kernels.cpu import kept, native, panels
 from tilewright.kernels.dispatch.card import card_of
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.dispatch.router import Preferred
@@ -37,11 +39,18 @@ KIN = {
     ("avx512_bf16", "float32"): "avx512_vnni",
     ("avx512_bf16", "int8"): "avx512_vnni",
 }
-#: (dtype, channels up to which, rows from which on) a float product of a widened weight was faster on one thread of a
-#: Xeon (Sapphire Rapids) than the C kernels of AVX2, AVX-512 and AMX: these lay out all rows of x for a few channels.
-#: 768 columns, 704 rows, 16 channels: 2.1 times as fast as with AVX-512, 1.7 times as with AVX2.
-NARROW = (("float32", 16, 128), ("float32", 63, 512))
+#: (channels and elements up to which, rows from which on) a float32 product of a widened weight was faster than the C
+#: kernels that multiply in float32: these lay out all rows of x for a few channels. One thread of a Xeon (Sapphire
+#: Rapids) with AVX-512 / AVX2, of the speed of nn.Linear, by the C kernel and by the widened weight: 10 x 512 at 704
+#: rows 0.51 and 0.98 / 0.64 and 0.98, 16 x 768 at 128 rows 0.75 and 1.07 / 0.81 and 1.03.
+NARROW = ((63, panels.KEPT_ELEMENTS, 128), (16, math.inf, 128), (63, math.inf, 512))
+#: The last one is not for these: 63 x 2048 at 704 rows 1.20 by the C kernel, 0.97 widened.
+FOUR_TIMES_EIGHT = ("avx2", "avx_vnni")
 WIDENED = "dequantised blocks"
+#: Of a weight that is kept dequantised, by its dtype: rows and elements from which on it is faster than the C kernel.
+#: One thread of a Xeon (Sapphire Rapids): with AVX-512 and AVX2, 1.02 to 1.08 times at 704 rows of 384 to 2048 columns;
+#: with AMX in bfloat16, 1.0 to 1.25 times from 128 rows of 2048 x 2048 and 3072 x 768 on, no faster at 768 x 768.
+KEPT = {torch.bfloat16: (128, 1 << 21), torch.float32: (384, 0)}
 
 
 @dataclass(frozen=True)
@@ -86,19 +95,45 @@ def _nearest(problem: Problem, isa: str, dtype: str) -> Timed | None:
     return None if found is None or found.distance(problem)[0] > FARTHEST else found
 
 
+def _kept(problem: Problem) -> Preferred | None:
+    """A weight that is kept dequantised, where that is faster than the C kernel."""
+    held = kept.held_dtype(problem.x_dtype, problem.compute_dtype)
+    if held is None:
+        return None
+    if held == torch.float32 and (native.isa() == "amx" or problem.activation != "none" or problem.residual):
+        return None  # AMX, and the C kernel's epilogue, save more than the library does
+    rows, elements = KEPT[held]
+    if problem.m < rows or problem.n * problem.k < elements:
+        return None
+    words = f"a weight that is kept dequantised is faster from {rows} rows on"
+    return Preferred(kept.NAME, words, "shipped rule")
+
+
+def _is_narrow(problem: Problem) -> bool:
+    card = card_of(problem.op)
+    if card is None or card.integer or problem.x_dtype != torch.float32:
+        return False
+    if not panels.takes(problem.x_dtype, problem.compute_dtype):
+        return False
+    rules = NARROW[:-1] if native.isa() in FOUR_TIMES_EIGHT else NARROW
+    m, n, size = problem.m, problem.n, problem.n * problem.k
+    return any(n <= channels and size <= elements and m >= rows for channels, elements, rows in rules)
+
+
 def faster(problem: Problem) -> Preferred | None:
     """The implementation that is faster than the C kernel, and the words for it; None where none is known to be."""
     if problem.device != "cpu" or 0 in (problem.m, problem.n, problem.k) or native.why_no_native():
         return None
     if cpu_tables_off():
         return None
+    if problem.keep_dequantized and (found := _kept(problem)) is not None:
+        return found
     if problem.activation != "none" or problem.residual:
         return None
     dtype = multiplied(problem)
-    for multiplies, most, least in NARROW:
-        if dtype == multiplies and problem.n <= most and problem.m >= least:
-            words = f"{WIDENED} are faster where a weight has up to {most} channels, from {least} rows on"
-            return Preferred(WIDENED, words, "shipped rule")
+    if _is_narrow(problem):
+        words = f"{WIDENED} are faster where a weight has few channels, from some rows on"
+        return Preferred(WIDENED, words, "shipped rule")
     nearest = _nearest(problem, native.isa(), dtype) or _nearest(problem, KIN.get((native.isa(), dtype), ""), dtype)
     if nearest is None:
         return None

@@ -58,7 +58,6 @@ _SIGNATURES = {
     "weight_only_pack": "n ppp ccc ppp",
     "weight_only_linear": "n ppp ccc pp n cc p n p n pp c nn",
     "dequantize": "n ppp cccccc p n",
-    "round_rows": "p n ccc n p n",
     "peak_products": "n c n -> c",
     "peak_read": "p cc n -> c",
     "peak_regions": "c n",

@@ -59,7 +59,7 @@ class Way:
         prepare = None if self.prepare is None else absolute(self.prepare)
         handed_on = None if self.handed_on is None else _late(absolute(self.handed_on))
         target = absolute(self.target) if self.target else ""
-        return Implementation(self.name, card.name, self._declining(card), target, prepare, handed_on)
+        return Implementation(self.name, card.name, self._declining(card), target, prepare, handed_on, card.wishes)
 
     def _declining(self, card: Card) -> Callable[[Problem], str | None]:
         own = None if self.why_not is None else _late(_absolute(card, self.why_not))
@@ -124,7 +124,8 @@ class Card:
     rounding of activations, in operators of PyTorch: what its derivatives are those of (``derivatives``); None in the
     place of a result that has none. fold: how ``torch.vmap`` makes one call of many. remembered: a compiled graph's
     calls that repeat go straight to what the implementation prepared.
-    integer: it multiplies integers. weight_of: the format of a linear operator's weight in a problem.
+    integer: it multiplies integers. weight_of: the format of a linear operator's weight in a problem. wishes: arguments
+    that only ``problem`` reads: what the user wants to be chosen.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Card:
     remembered: bool = False
     integer: bool = False
     weight_of: Callable[[Problem], WeightFormat] | None = None
+    wishes: tuple[str, ...] = ()
 
     @property
     def kernel_modules(self) -> Iterator[tuple[str, Callable[[Problem], Problem]]]:
@@ -189,8 +191,8 @@ def card_of(op: str) -> Card | None:
 
 
 def make_arguments(problem: Problem, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Any]:
-    """All arguments of ``problem.op`` by name, random ones drawn from ``seed`` on ``device``; "meta" gives tensors
-    without memory.
+    """All arguments of ``problem.op`` but wishes by name, random ones drawn from ``seed`` on ``device``; "meta" gives
+    tensors without memory.
 
     ``problem.aligned`` false: the rows of x begin where no 16-byte load can. Raises ValueError for an operator without
     a card.
@@ -200,7 +202,9 @@ def make_arguments(problem: Problem, device: str | torch.device = "cpu", seed: i
         raise ValueError(f"there are no sample arguments for the operator {problem.op!r}")
     declared = torch._C.parse_schema(card.name + card.schema).arguments
     found: dict[str, Any] = {
-        argument.name: argument.default_value for argument in declared if argument.has_default_value()
+        argument.name: argument.default_value
+        for argument in declared
+        if argument.has_default_value() and argument.name not in card.wishes
     }
     found |= card.sample(problem, Draw(device, seed))
     if not problem.aligned:

@@ -21,6 +21,8 @@ class Problem:
     conv: sizes of a convolution, whose m, n and k are those of the product it amounts to: pixels of the result, output
     channels, values in the window of one group. out_dtype: what it returns. residual_dtype: None without a residual.
 
+    keep_dequantized: the user wants a weight-only layer to hold its weight dequantised as well, for speed.
+
     device_name: what the driver calls a GPU: tables of tuned configurations are kept by it. aligned: rows of x begin
     where 16 bytes can be loaded at once.
     """
@@ -45,6 +47,7 @@ class Problem:
     out_dtype: torch.dtype | None = None
     residual_dtype: torch.dtype | None = None
     allow_tf32: bool = False
+    keep_dequantized: bool = False
     device_name: str = ""
     aligned: bool = True
 

@@ -44,7 +44,8 @@ class Implementation:
     first serves a call; "" where ``prepare`` says all. prepare: likewise, of a function of the operator's arguments but
     x and the residual, and of ``k``, the columns of x, which returns one of x and the residual. Layers call that in
     eager inference, for inputs of one shape and dtype. handed_on: the problem of another operator that it has solved
-    for a problem, or None where it multiplies itself.
+    for a problem, or None where it multiplies itself. wishes: arguments of the operator that say only which
+    implementation is to be chosen, so that none is given them.
     """
 
     name: str
@@ -53,21 +54,33 @@ class Implementation:
     target: str
     prepare: str | None = None
     handed_on: Callable[[Problem], Problem | None] | None = None
+    wishes: tuple[str, ...] = ()
 
     @functools.cached_property
     def prepared(self) -> Callable[..., Any] | None:
         """The function behind ``prepare``, or None."""
-        return None if self.prepare is None else imported(self.prepare)
+        return None if self.prepare is None else self._without_wishes(imported(self.prepare))
 
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
         """The function behind ``target``."""
         prepare = self.prepared
         if self.target or prepare is None:
-            return imported(self.target)
+            return self._without_wishes(imported(self.target))
 
         def call(x: torch.Tensor, residual: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
             return prepare(**arguments, k=x.shape[-1])(x, residual)
+
+        return call
+
+    def _without_wishes(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if not self.wishes:
+            return function
+        wishes = frozenset(self.wishes)
+
+        @functools.wraps(function)
+        def call(**arguments: Any) -> Any:
+            return function(**{name: value for name, value in arguments.items() if name not in wishes})
 
         return call
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import Unpack
 
-from tilewright.kernels.cpu import linear, panels
+from tilewright.kernels.cpu import kept, linear, panels
 from tilewright.kernels.cpu.memory import WEIGHT_BLOCK_ELEMENTS, scratch
 from tilewright.kernels.cpu.probes import why_no_int4pack
 from tilewright.kernels.dispatch.packed import packed
@@ -106,6 +106,11 @@ def why_not_blocks(problem: Problem) -> str | None:
     if group_size < problem.k and int4.group_count(problem.k, group_size) * group_size < -(-problem.k // 8) * 8:
         return f"the last word of a row reaches beyond the last group of {group_size}"
     return None
+
+
+def why_not_kept(problem: Problem) -> str | None:
+    """Why a weight that is kept dequantised does not take the problem, or None."""
+    return kept.why_not(problem) or why_not_blocks(problem)
 
 
 def _evens_first(x: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:

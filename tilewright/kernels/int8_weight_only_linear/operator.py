@@ -7,7 +7,7 @@ from dataclasses import replace
 from tilewright.kernels.dispatch.card import Kernel, everywhere, on_cpu, on_gpu, prepared_on_cpu
 from tilewright.kernels.dispatch.problem import Problem
 from tilewright.kernels.formats.int8 import Int8
-from tilewright.kernels.linear import ACTIVATION, END, linear_card
+from tilewright.kernels.linear import ACTIVATION, END, KEEP, linear_card
 
 
 def _multiplied(problem: Problem) -> Problem:
@@ -21,8 +21,8 @@ CARDS = (
     linear_card(
         "int8_weight_only_linear",
         __package__,
-        f"(Tensor x, Tensor weight, Tensor weight_scale, {END}, {ACTIVATION}, ScalarType? compute_dtype=None) "
-        "-> Tensor",
+        f"(Tensor x, Tensor weight, Tensor weight_scale, {END}, {ACTIVATION}, ScalarType? compute_dtype=None, "
+        f"*, {KEEP}) -> Tensor",
         Int8,
         lambda problem: Int8(),
         (
@@ -32,6 +32,7 @@ CARDS = (
             prepared_on_cpu("C kernel", "..cpu.linear:prepare_weight_only", "..cpu.linear:why_not_weight_only"),
             on_cpu("ATen int8pack", ".cpu"),
             prepared_on_cpu("dequantised blocks", ".cpu:prepare_blocks", "..matrices:why_empty"),
+            prepared_on_cpu("kept dequantised", "..cpu.kept:prepare"),
             everywhere("reference", ".reference"),
         ),
         (Kernel(".triton_swapped", _multiplied),),

@@ -1,4 +1,4 @@
-/* Integer weights, and the rows that they are multiplied with, as float32 for a library's product. */
+/* Integer weights as float32 for a library's product. */
 #include "numbers.h"
 #include "parallel.h"
 
@@ -78,55 +78,5 @@ EXPORT int ISA_NAME(tw_dequantize)(int bits, const void *weight, const float *sc
                                    int threads) {
     weight_job job = {bits, weight, scale, zero, first, count, k, groups, group, row_bytes, to};
     tw_parallel(dequantize, &job, threads);
-    return 0;
-}
-
-typedef struct {
-    const void *x;
-    int dtype, compute;
-    int64_t m, k, x_stride;
-    float *to;
-} rows_job;
-
-typedef uint32_t bits __attribute__((may_alias));
-
-/* As round_to_bfloat16, of floats in place: in this form it is vectorised. */
-static void round_upper(bits *to, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t value = to[i], rounded = (value + 0x7fffu + (value >> 16 & 1u)) & 0xffff0000u;
-        to[i] = (value & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded;
-    }
-}
-
-#define ROUND_ROW(load, type)                                                                                          \
-    for (int64_t i = 0; i < k; i++) to[i] = load((const type *)job->x + row * job->x_stride, i);
-
-static void round_rows(void *data) {
-    const rows_job *job = data;
-    const int64_t k = job->k;
-    int64_t begin, end;
-    tw_share(job->m, &begin, &end);
-    for (int64_t row = begin; row < end; row++) {
-        float *to = job->to + row * k;
-        if (job->dtype == FLOAT32) {
-            ROUND_ROW(load_float32, float)
-        } else if (job->dtype == BFLOAT16) {
-            ROUND_ROW(load_bfloat16, uint16_t)
-        } else {
-            ROUND_ROW(load_float16, float16)
-        }
-        if (job->compute == BFLOAT16 && job->dtype != BFLOAT16) round_upper((bits *)to, k);
-        if (job->compute == FLOAT16 && job->dtype != FLOAT16)
-            for (int64_t i = 0; i < k; i++) to[i] = (float)(float16)to[i];
-    }
-}
-
-/* Rows of x [m, k] in the format `dtype`, x_stride elements apart, rounded to `compute`, as float32 [m, k]. Returns 0, or 1
-   for a format that this build cannot read. */
-EXPORT int ISA_NAME(tw_round_rows)(const void *x, int dtype, int64_t m, int64_t k, int64_t x_stride, int compute,
-                                   float *to, int threads) {
-    if ((dtype == FLOAT16 || compute == FLOAT16) && !HAS_FLOAT16) return 1;
-    rows_job job = {x, dtype, compute, m, k, x_stride, to};
-    tw_parallel(round_rows, &job, threads);
     return 0;
 }
