@@ -5,6 +5,7 @@ import ctypes
 import io
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import weakref
@@ -358,6 +359,24 @@ def test_progress(progress: bool | None, displayed: bool, capfd: pytest.CaptureF
     written = capfd.readouterr()
     assert written.out == ""
     assert ("Converting" in written.err) == displayed  # stderr is no terminal here
+
+
+def test_every_phase_that_is_planned_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+            self.head = nn.Linear(16, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.features(x).mean((2, 3)))
+
+    images = [torch.randn(2, 8, 9, 9) for _ in range(3)]
+    convert_model(Network().eval(), "int8", calibration_data=images, heads=True, progress=True)
+    shown = capfd.readouterr().err
+    for phase in ("Fusing", "Calibrating", "Quantising", "Measuring", "Converting", "Trying"):
+        assert re.search(rf"{phase} .*100%", shown), phase
+    assert "about 0:00 left" in shown.splitlines()[-1] and "Trying" in shown.splitlines()[-1]
 
 
 def test_what_is_no_model() -> None:

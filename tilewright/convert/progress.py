@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -42,26 +43,24 @@ class Rest:
         return "" if seconds is None else f"about {int(seconds) // 60}:{int(seconds) % 60:02} left"
 
 
-def track(
-    items: Iterable[T],
+@contextlib.contextmanager
+def phase(
     description: str,
+    total: int | None,
     progress: bool | None = None,
     rest: Rest | None = None,
-    total: int | None = None,
-) -> Iterator[T]:
-    """Iterate over ``items`` with a progress bar on stderr.
+) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr while this is open; what it gives is called after each of ``total`` steps.
 
-    progress: True or False shows or hides it; None shows it if there are many, or nobody knows how many, and stderr is
-    a terminal. rest: is told how far the phase ``description`` is, and says how long the others may take. total: how
-    many items there are, if they do not say so.
+    total: None where nobody knows. progress: True or False shows or hides it; None shows it if there are many, or nobody
+    knows how many, and stderr is a terminal. rest: is told how far the phase ``description`` is, and says how long the
+    others may take.
     """
-    many = not isinstance(items, Sized) or len(items) > MANY_LAYERS
+    many = total is None or total > MANY_LAYERS
     required = progress if progress is not None else many and sys.stderr.isatty()
-    if isinstance(items, Sized):
-        total = len(items)
     rest = Rest({}) if rest is None else rest
     if not required:
-        yield from items
+        yield _nothing
         rest.reached(description, 1.0)
         return
     from rich.console import Console
@@ -71,11 +70,33 @@ def track(
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rest]}"))
     # A log, unlike a terminal, cannot take the finished bar away again, and would show nothing.
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
-        task = bar.add_task(description, total=total, rest=rest.words())
-        for number, item in enumerate(items, 1):
-            yield item
+        task, done = bar.add_task(description, total=total, rest=rest.words()), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
             if total:
-                rest.reached(description, min(number / total, 1.0))
+                rest.reached(description, min(done / total, 1.0))
             bar.update(task, advance=1, rest=rest.words())
+
+        yield advance
         rest.reached(description, 1.0)
         bar.update(task, rest=rest.words())
+
+
+def track(
+    items: Iterable[T],
+    description: str,
+    progress: bool | None = None,
+    rest: Rest | None = None,
+    total: int | None = None,
+) -> Iterator[T]:
+    """Iterate over ``items`` as the steps of a ``phase``. total: how many items there are, if they do not say so."""
+    with phase(description, len(items) if isinstance(items, Sized) else total, progress, rest) as advance:
+        for item in items:
+            yield item
+            advance()
+
+
+def _nothing() -> None:
+    """The step of a phase that is not shown."""

@@ -12,7 +12,7 @@ import linecache
 import re
 import traceback
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,7 @@ from tilewright.convert.network.blocks import Block
 from tilewright.convert.network.convolutions import install_programs
 from tilewright.convert.network.program import Program, remove_programs
 from tilewright.convert.network.proof import first_samples, rehearsal
+from tilewright.convert.progress import track
 from tilewright.kernels.dispatch.layers import invalidate as invalidate_calls
 from tilewright.kernels.dispatch.packed import invalidate as invalidate_packed
 from tilewright.nn import ConvLayer, FoldedBatchNorm, QuantizedLinear
@@ -36,14 +37,14 @@ RAISED = "the converted model could not be called with it"
 ROUNDED = "; inplace=True had freed its weight, so it has the rounded one"
 
 
-def give_back_what_raises(job: Job, original: nn.Module | None, inputs: Iterable[Any]) -> None:
+def give_back_what_raises(job: Job, original: nn.Module | None, inputs: Sequence[Any]) -> None:
     """Call the model on ``inputs``, in turn, until none raises.
 
     original: the model as it was, whose layers are given back; None: it is gone, and their weights are those that the
     converted layers stand for. Raises RuntimeError if no converted layer can be to blame.
     """
     read: list[Any] = []
-    for item in inputs:
+    for item in track(inputs, "Trying", job.progress, job.rest):
         while (error := _raised(job.model, item, read)) is not None:
             name = _suspect(job, error)
             if name is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -157,14 +157,24 @@ class Calibration:
                 found[f"{name}_zero_point"] = zero_point
         return found
 
-    def measure(self, candidates: dict[str, Int8ConvBnAct2d]) -> dict[str, float | None]:
+    def calls_to_measure(self, names: Container[str]) -> int:
+        """How many calls of the layers ``names`` the kept inputs make."""
+        found = 0
+        for region, sites in self.regions:
+            concerned = sum(join(region.name, site.name) in names for site in sites)
+            found += concerned * len(self._inputs.get(region.name, []))
+        return found
+
+    def measure(
+        self, candidates: dict[str, Int8ConvBnAct2d], advance: Callable[[], None] = lambda: None
+    ) -> dict[str, float | None]:
         """Take from each int8 layer in ``candidates`` what it errs by on average, channel by channel, and return its
         relative output error, both on what reaches it in the float model on the first sample inputs.
 
         Rounding a weight shifts the mean of a channel wherever the mean of its inputs is not zero, as after a ReLU
         (Nagel et al. 2019, section 4.2). The mean is that of the result before the activation. For the error, input and
         residual of a layer are quantised, its output is not. Of several calls the worst counts, each measured with what
-        was taken off by then.
+        was taken off by then. advance: is called after each of the ``calls_to_measure``.
         """
         shifts = {name: MeanShift(self.model.get_submodule(name), layer) for name, layer in candidates.items()}
         found: dict[str, float | None] = {}
@@ -181,6 +191,7 @@ class Calibration:
             error = calibrate.relative_error(layer.run(q, residual, activation, slope, padding), value)
             worst = found.get(name, 0.0)
             found[name] = None if error is None or worst is None else max(error, worst)
+            advance()
 
         with calibrate.evaluation(self.model), self._interpreted(_run_unwatched):
             for region, sites in self.regions:

@@ -21,7 +21,7 @@ from tilewright.convert.network.int8_writing import write_int8
 from tilewright.convert.network.match import Site, call_counts, find_folds, rewrite
 from tilewright.convert.network.program import Program, Watched, remove_programs
 from tilewright.convert.plan import Planned
-from tilewright.convert.progress import track
+from tilewright.convert.progress import phase, track
 from tilewright.convert.record import LayerRecord, join
 from tilewright.convert.schemes.convolution import Fuse, Int8Static
 from tilewright.convert.text import display_name, listed
@@ -163,7 +163,9 @@ class Convolutions(Conversion):
                 continue
             scales = calibration.scales(name, scheme.observer, scheme.percentile, scheme.symmetric)
             made[name] = scheme.build(self.job.model.get_submodule(name), **scales)  # type: ignore[assignment]
-        errors = calibration.measure(made)
+        count = calibration.calls_to_measure(made)
+        with phase("Measuring", count, self.job.progress, self.job.rest) as advance:
+            errors = calibration.measure(made, advance)
         for name, new in made.items():
             self._quantize_layer(name, new, errors.get(name))
 
