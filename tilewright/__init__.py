@@ -34,6 +34,7 @@ from tilewright.convert import (
     revert_model,
     save_model,
     search_pruning,
+    step_times,
 )
 from tilewright.deploy import export_onnx, export_package
 
@@ -84,4 +85,5 @@ __all__ = [
     "revert_model",
     "save_model",
     "search_pruning",
+    "step_times",
 ]

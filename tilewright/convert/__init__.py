@@ -6,6 +6,7 @@ from tilewright.convert.conversion import Conversion, register_conversion
 from tilewright.convert.converter import convert_model, revert_model
 from tilewright.convert.linears import Linears
 from tilewright.convert.network.convolutions import Convolutions
+from tilewright.convert.network.step_times import StepTime, StepTimes, step_times
 from tilewright.convert.recipes import PRESETS, Recipe, Rule
 from tilewright.convert.report import Report
 from tilewright.convert.reporting import report
@@ -51,6 +52,8 @@ __all__ = [
     "Sparse24Conv",
     "Sparse24Int4",
     "Sparse24Int8",
+    "StepTime",
+    "StepTimes",
     "convert_model",
     "hold_masks",
     "load_model",
@@ -65,4 +68,5 @@ __all__ = [
     "revert_model",
     "save_model",
     "search_pruning",
+    "step_times",
 ]

@@ -52,9 +52,9 @@ def phase(
 ) -> Iterator[Callable[[], None]]:
     """A progress bar on stderr while this is open; what it gives is called after each of ``total`` steps.
 
-    total: None where nobody knows. progress: True or False shows or hides it; None shows it if there are many, or nobody
-    knows how many, and stderr is a terminal. rest: is told how far the phase ``description`` is, and says how long the
-    others may take.
+    total: None where nobody knows. progress: True or False shows or hides it; None shows it if there are many, or
+    nobody knows how many, and stderr is a terminal. rest: is told how far the phase ``description`` is, and says how
+    long the others may take.
     """
     many = total is None or total > MANY_LAYERS
     required = progress if progress is not None else many and sys.stderr.isatty()

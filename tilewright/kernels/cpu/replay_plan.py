@@ -19,6 +19,7 @@ from tilewright.kernels.cpu.recording import HELD, HOLDER, Call, tensors_in, wri
 from tilewright.kernels.cpu.replay_cache import CachedAttention, Room
 from tilewright.kernels.cpu.replay_chains import Chain, set_chains
 from tilewright.kernels.cpu.replay_checks import is_near, is_same
+from tilewright.kernels.cpu.replay_counts import storages_read
 from tilewright.kernels.cpu.replay_memory import CannotReplay, Memory, arrange, storage_key
 from tilewright.kernels.cpu.replay_norms import lower_rms_norm, read_rms_norm
 from tilewright.kernels.cpu.replay_rows import ROWS, grouped
@@ -80,6 +81,8 @@ class Replay:
         self.held_storages: set[int] = set()
         self.free = {storage_key(inputs[number]): number for number in free}
         self.lock = threading.Lock()
+        #: Of each step, once the recording is forgotten: storages of what its calls were given.
+        self.sources: list[set[int]] = []
         made: set[int] = set()
         if self.free.keys() & {storage_key(x) for number, x in enumerate(inputs) if number not in free}:
             raise CannotReplay("two inputs share memory")
@@ -410,6 +413,7 @@ class Replay:
 
     def forget_recording(self) -> None:
         """Let go of the calls, and so of all that they have made."""
+        self.sources = storages_read(self.parts, self.cached is not None)
         for part in self.parts:
             part.made = []
 

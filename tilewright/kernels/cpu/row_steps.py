@@ -109,11 +109,12 @@ def one_thread_does(description: Description) -> bool:
 
 
 def pointers_of(description: Description) -> list[tuple[ctypes.Structure, str, int]]:
-    """Every address in a step: the structure and the member that it stands in, and the address."""
+    """Every address of a tensor in a step: the structure and the member that it stands in, and the address."""
     found = []
     for structure in (description, description.described):
         if structure is not None:
-            names = (name for name, kind in _members(structure) if kind is ctypes.c_void_p and name != "job")
+            members = _members(structure)
+            names = (name for name, kind in members if kind is ctypes.c_void_p and name not in ("job", "count"))
             found += [(structure, name, getattr(structure, name)) for name in names if getattr(structure, name)]
     return found
 

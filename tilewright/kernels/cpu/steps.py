@@ -128,6 +128,7 @@ class Description(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("x_zero", "r_zero", "y_zero")),
         ("job", ctypes.c_void_p),
         ("units", ctypes.c_int64 * 2),
+        ("count", ctypes.c_void_p),
     ]
 
 

@@ -4,6 +4,8 @@
    Steps of a chain are not shared: a thread takes an image through all of them, so that what one writes is still in its
    cache when the next reads it, and nobody waits. What only the chain itself reads lies in memory of the thread, the same
    for every image. */
+#include <time.h>
+
 #include "conv.h"
 #include "parallel.h"
 
@@ -96,13 +98,30 @@ static void run_chain(tw_step *first, int number, int threads) {
         }
 }
 
+/* Counts what was begun at `begun`, if anything was, and returns the time: it begins what is next. */
+static int64_t lap(tw_count *count, int64_t begun) {
+    struct timespec clock;
+    clock_gettime(CLOCK_MONOTONIC, &clock);
+    const int64_t now = (int64_t)clock.tv_sec * 1000000000 + clock.tv_nsec;
+    if (count) {
+        count->nanoseconds += now - begun;
+        count->calls++;
+    }
+    return now;
+}
+
 static void run_part(void *data) {
     program *p = data;
     int number, threads;
     tw_team(&number, &threads);
+    tw_count *counted = NULL;
+    int64_t begun = 0;
     for (int64_t i = 0; i < p->count; i++) {
         tw_step *step = p->steps + i;
         if (i && !step->independent) tw_barrier();
+        /* By the first thread, behind the barrier: what it waits for the others is of the step before. */
+        if (!number && (counted || step->count)) begun = lap(counted, begun);
+        counted = step->count;
         if (step->band > 1 && i + step->band <= p->count) {
             run_band(step, number, threads);
             i += step->band - 1;
@@ -112,6 +131,10 @@ static void run_part(void *data) {
         } else {
             run_step(step, number, threads);
         }
+    }
+    if (counted) {
+        tw_barrier();
+        if (!number) lap(counted, begun);
     }
 }
 

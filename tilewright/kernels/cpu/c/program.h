@@ -16,6 +16,12 @@ enum { CONV, DEPTHWISE, MAX_POOL, MEAN, ADD, MULTIPLY, CONVERT, ACTIVATE, WINOGR
 /* Bits of in_slot. */
 enum { X_IN_SLOT = 1, RESIDUAL_IN_SLOT = 2, Y_IN_SLOT = 4, MARKS_IN_SLOT = 8 };
 
+/* What a step took, for those who ask: from the moment that no thread was busy with what came before it to the moment
+   that none was busy with it. */
+typedef struct {
+    int64_t nanoseconds, calls;
+} tw_count;
+
 /* kernels/cpu/steps.py holds the same structure. Steps of networks of images are described by what stands here (conv.h);
    those of transformers by a structure of their kernel, `job`. Strides count elements from one pixel to the next. */
 typedef struct {
@@ -42,6 +48,7 @@ typedef struct {
     float x_zero, r_zero, y_zero; /* whole numbers: integers stand for (value - zero) * scale */
     const void *job; /* INT8_QUANTIZE and all after it */
     tw_queue units;  /* of those: emptied before the program runs */
+    tw_count *count; /* of the step and of those that run together with it; NULL: nobody asks */
 } tw_step;
 
 /* Room for each thread to work in. */
