@@ -84,7 +84,7 @@ def test_steps_that_run_together_count_once():
 
 
 def test_layers_of_a_transformer_have_their_names():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the layers of transformers have the names")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     model = tw.convert_model(transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).eval(), "int8")
