@@ -30,6 +30,7 @@ def attention(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.attention``. The result is [B, L, H, E] in memory: merging the heads costs no copy."""
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
@@ -41,8 +42,10 @@ def attention(
             mask = mask.float()
         if mask.dim() and mask.stride(-1) > 1:
             mask = mask.contiguous()
+    if sinks is not None:
+        sinks = sinks.float()
     threads = torch.get_num_threads() if batch * heads * queries * keys * (width + value_width) >= _GRAIN else 1
-    described = job(query, key, value, mask, causal, default_scale(query, scale), y, threads)
+    described = job(query, key, value, mask, causal, default_scale(query, scale), y, threads, sinks)
     address = ctypes.addressof(described)
     floats = native.function("attention_scratch")(address)
     described.scratch = scratch((-(-floats // _STEP) * _STEP,), torch.float32, "attention").data_ptr()

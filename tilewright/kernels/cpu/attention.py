@@ -35,6 +35,8 @@ class Job(ctypes.Structure):
         ("done", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("k_scale", "v_scale", "errors")),
         *((name, ctypes.c_int64 * 2) for name in ("k_scale_stride", "v_scale_stride", "errors_stride")),
+        ("sinks", ctypes.c_void_p),
+        ("sinks_stride", ctypes.c_int64 * 2),
     ]
 
 
@@ -65,16 +67,18 @@ def job(
     scale: float,
     y: torch.Tensor,
     threads: int,
+    sinks: torch.Tensor | None = None,
 ) -> Job:
     """What attention.c is told, but for the scratch memory and the counters ``done``. The last dimension of query, key
-    and value is contiguous, that of the mask, float32 or bool, contiguous or expanded; y: contiguous [B, L, H, E].
+    and value is contiguous, that of the mask, float32 or bool, contiguous or expanded; y: contiguous [B, L, H, E];
+    sinks: float32.
     """
     batch, heads, queries, width = query.shape
     kv_heads, keys, value_width = value.shape[1:]
     mask_stride: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask_stride = mask.expand(batch, heads, queries, keys).stride()
-    return Job(
+    described = Job(
         *(t.data_ptr() for t in (query, key, value)),
         None if mask is None else mask.data_ptr(),
         y.data_ptr(),
@@ -87,3 +91,6 @@ def job(
         scale,
         threads,
     )
+    if sinks is not None:
+        described.sinks, described.sinks_stride = sinks.data_ptr(), sinks.expand(batch, heads).stride()
+    return described

@@ -283,6 +283,7 @@ def _attention(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    sinks: torch.Tensor | None = None,
     *,
     result: torch.Tensor,
 ) -> list[Description]:
@@ -297,9 +298,12 @@ def _attention(
     seen = None if mask is None else plan.live(mask)
     if seen is not None and (seen.dtype not in (torch.bool, torch.float32) or (seen.dim() and seen.stride(-1) > 1)):
         raise NotNative
+    taken = None if sinks is None else plan.live(sinks)
+    if taken is not None and taken.dtype != torch.float32:
+        raise NotNative
     threads = torch.get_num_threads()
     scale = 1 / math.sqrt(max(width, 1)) if scale is None else scale
-    job = attention.job(q, k, v, seen, causal, scale, y.transpose(1, 2), threads)
+    job = attention.job(q, k, v, seen, causal, scale, y.transpose(1, 2), threads, taken)
     floats = native.function("attention_scratch")(ctypes.addressof(job))
     plan.reserve(4 * floats).use(plan.group, job, "scratch")
     plan.reserve(4 * batch * k.shape[1]).use(plan.group, job, "done")

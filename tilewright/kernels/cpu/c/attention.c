@@ -131,7 +131,8 @@ static void attend(const attention *job, int64_t batch, int64_t head, int64_t fi
             const int64_t query = row + r, last = job->causal && query < seen ? query : seen - 1;
             if (r < count) {
                 float largest, total;
-                total = exponentiate(job, mask_of(job, batch, head, query), scores + r * padded, seen, last, &largest);
+                total = exponentiate(job, mask_of(job, batch, head, query), scores + r * padded, seen, last,
+                                     sink_of(job, batch, head), &largest);
                 inverse[r] = total == 0.0f ? 0.0f : 1.0f / total;
             }
             from[r] = scores + r * padded;

@@ -2,7 +2,7 @@
 
        y[b, i, h, :] = sum_j p[i, j] v[b, h, j, :],   p[i, :] = softmax_j(scale * q[b, h, i, :] . k[b, h, j, :] + mask)
 
-   A row whose keys are all masked gives zeros. */
+   A row whose keys are all masked gives zeros. The sink of a head is one more score, which has no value. */
 #ifndef TILEWRIGHT_ATTENTION_H
 #define TILEWRIGHT_ATTENTION_H
 
@@ -36,6 +36,8 @@ typedef struct {
        the first new position on, takes the sums of squares of keys, of their errors, of values and of theirs. */
     float *k_scale, *v_scale, *errors;
     int64_t k_scale_stride[2], v_scale_stride[2], errors_stride[2]; /* of errors: of a kind of sum, of a head */
+    const float *sinks; /* or NULL */
+    int64_t sinks_stride[2]; /* of batch, head */
 } attention;
 
 /* Up to so many queries, keys are read as they lie: to lay them out anew would cost more than it saves. */
@@ -101,13 +103,25 @@ INLINE vec masked(const query_mask *mask, vec score, int64_t j, int count) {
     return score;
 }
 
-/* Scores of one query become e^(score - largest), in place, those of keys beyond `last` 0; returns their sum. The mask begins
-   at the first key. */
+/* A score that counts for nothing where there are none. */
+static inline float sink_of(const attention *job, int64_t batch, int64_t head) {
+    return job->sinks ? job->sinks[batch * job->sinks_stride[0] + head * job->sinks_stride[1]] : -INFINITY;
+}
+
+/* e^(x - largest). */
+static inline float exp_below(float x, float largest) {
+    float all[LANES];
+    v_store(all, exp_or_zero(v_set(x - largest)));
+    return all[0];
+}
+
+/* Scores of one query become e^(score - largest), in place, those of keys beyond `last` 0; returns their sum, that of
+   `sink` with it. The mask begins at the first key. */
 static inline float exponentiate(const attention *job, query_mask mask, float *scores, int64_t keys, int64_t last,
-                                 float *largest_score) {
+                                 float sink, float *largest_score) {
     static const float count_up[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vec scale = v_set(job->scale), unseen = v_set(-INFINITY), lane = v_load(count_up);
-    vec most = unseen, sum = v_zero();
+    vec most = v_set(sink), sum = v_zero();
     for (int64_t j = 0; j < keys; j += LANES) {
         int count = (int)(keys - j < LANES ? keys - j : LANES);
         vec score = masked(&mask, v_mul(v_load(scores + j), scale), j, count);
@@ -123,7 +137,7 @@ static inline float exponentiate(const attention *job, query_mask mask, float *s
         sum = v_add(sum, p);
     }
     *largest_score = v_largest(most);
-    return v_total(sum);
+    return v_total(sum) + exp_below(sink, largest);
 }
 
 #endif

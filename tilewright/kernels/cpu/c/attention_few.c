@@ -187,7 +187,8 @@ INLINE void attend_rows(int rows, int coded, const attention *job, int64_t batch
         query_mask mask = mask_of(job, batch, head, query);
         if (mask.seen) mask.seen += begin * mask.step;
         if (mask.added) mask.added += begin * mask.step;
-        total[r] = exponentiate(job, mask, scores[r], count, last, &largest[r]);
+        const float sink = parts > 1 ? -INFINITY : sink_of(job, batch, head); /* once */
+        total[r] = exponentiate(job, mask, scores[r], count, last, sink, &largest[r]);
     }
     add_all_values(rows, coded, job, (const float(*)[PART])scores, v, v_scale, count, to);
     for (int r = 0; r < rows; r++) {
@@ -206,21 +207,22 @@ static void join_parts(const attention *job, int64_t batch, int64_t head, int64_
     const int64_t parts = parts_of(job), floats = part_floats(job), width = job->value_width;
     const float *part = job->scratch + ((batch * job->heads + head) * job->queries + query) * parts * floats;
     float *y = job->y + ((batch * job->queries + query) * job->heads + head) * width;
-    float largest = -INFINITY, total = 0.0f;
+    const float sink = sink_of(job, batch, head);
+    float largest = sink, total = 0.0f;
     for (int64_t i = 0; i < parts; i++)
         if (part[i * floats + width] > largest) largest = part[i * floats + width];
     if (largest == -INFINITY) largest = 0.0f; /* nothing is seen, or NaN */
     for (int64_t i = 0; i < parts; i++) {
         const float *from = part + i * floats;
-        float factor[LANES];
-        v_store(factor, exp_or_zero(v_set(from[width] - largest)));
-        total += factor[0] * from[width + 1];
+        const float factor = exp_below(from[width], largest);
+        total += factor * from[width + 1];
         for (int64_t c = 0; c < width; c += LANES) {
             const int n = (int)(width - c < LANES ? width - c : LANES);
-            const vec value = v_mul(v_set(factor[0]), v_load_first(from + c, n));
+            const vec value = v_mul(v_set(factor), v_load_first(from + c, n));
             v_store_first(y + c, i ? v_add(v_load_first(y + c, n), value) : value, n);
         }
     }
+    total += exp_below(sink, largest);
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     for (int64_t c = 0; c < width; c++) y[c] *= inverse;
 }
