@@ -332,7 +332,7 @@ def test_few_queries_take_any_number_of_keys(vector_isa: str):
 @pytest.mark.parametrize(
     "isa, change, words",
     [
-        ("avx2", {"x_dtype": torch.bfloat16}, "float32"),
+        ("avx2", {"x_dtype": torch.float16}, "float32 and bfloat16"),
         ("avx2", {"n": 513}, "512 keys"),
         ("avx2", {"k": 257}, "width 256"),
         ("avx2", {"m": 0}, "nothing"),

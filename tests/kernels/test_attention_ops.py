@@ -65,6 +65,9 @@ def test_takes_only_what_it_can_replace():
         assert not call.supports(q, k, v, torch.randn(1, 1, 3, 5), True)
         assert not call.supports(q, k, v, torch.randn(1, 1, 4, 5), False)
         assert not call.supports(q.bfloat16(), k, v, None, False)
+        halves = [t.bfloat16() for t in (q, k, v)]
+        assert call.supports(*halves, None, True) and not call.supports(*[t.half() for t in halves], None, True)
+        assert not call.supports(halves[0].repeat(1, 1, 2, 1), *halves[1:], None, False), "few queries alone"
         assert not call.supports(q.to("meta"), k.to("meta"), v.to("meta"), None, False)
         with torch.autocast("cpu"):
             assert not call.supports(q, k, v, None, False)

@@ -137,9 +137,9 @@ def attention_forward(
     if _special(kwargs) or dropout or (causal and key.shape[2] != length):
         supports = False
     else:
-        supports = call.supports(query, key, value, attention_mask, causal)
+        supports = call.supports(query, key, value, attention_mask, causal, kwargs.get("s_aux"))
     if supports:
-        y = call.attention(query, key, value, attention_mask, causal, scaling)
+        y = call.attention(query, key, value, attention_mask, causal, scaling, kwargs.get("s_aux"))
         return y.transpose(1, 2).contiguous(), None
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     return ALL_ATTENTION_FUNCTIONS[REPLACED](module, query, key, value, attention_mask, **options)
@@ -156,13 +156,13 @@ def _as_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...] | None:
-    """Query, key, value, mask and scale of the attention that ``attention_forward`` asks for, however many keys there
-    are; None where it may ask for another.
+    """Query, key, value, mask, scale and sinks of the attention that ``attention_forward`` asks for, however many keys
+    there are; None where it may ask for another.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if dropout or _special(kwargs) or (causal and attention_mask is None and query.shape[2] > 1):
         return None
-    return query, key, value, attention_mask, scaling
+    return query, key, value, attention_mask, scaling, kwargs.get("s_aux")
 
 
 def _special(options: dict[str, Any]) -> bool:

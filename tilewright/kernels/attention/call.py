@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tilewright.kernels.attention.operator import why_not_shapes
-from tilewright.kernels.cpu.attention import routed_keys
+from tilewright.kernels.cpu.attention import FEW_QUERIES, routed_keys
 from tilewright.kernels.cpu.recording import recorded
 from tilewright.kernels.dispatch.layers import can_bypass_dispatcher, profiler_enabled
 from tilewright.kernels.dispatch.router import resolve
@@ -20,8 +20,9 @@ def supports(
     causal: bool,
     sinks: torch.Tensor | None = None,
 ) -> bool:
-    """Whether ``attention`` may stand in for ``scaled_dot_product_attention``: float32 inference on a CPU that nobody
-    differentiates, exports, casts or batches, of arguments that both take.
+    """Whether ``attention`` may stand in for ``scaled_dot_product_attention``: float32 inference, or
+    of few queries bfloat16, on a CPU that nobody differentiates, exports, casts or batches, of arguments that both
+    take.
     """
     given = [tensor for tensor in (query, key, value, mask, sinks) if tensor is not None]
     for tensor in given:
@@ -29,13 +30,15 @@ def supports(
             return False
         if not torch.compiler.is_compiling() and not holds_values(tensor):  # a graph asks the dispatcher
             return False
-    if any(t.dim() != 4 or t.dtype != torch.float32 for t in (query, key, value)) or torch.is_autocast_enabled("cpu"):
+    if any(t.dim() != 4 or t.dtype != query.dtype for t in (query, key, value)) or torch.is_autocast_enabled("cpu"):
+        return False
+    if query.dtype != torch.float32 and (query.dtype != torch.bfloat16 or query.shape[2] > FEW_QUERIES):
         return False
     if why_not_shapes(query, key, value):
         return False
     if mask is not None:
         full = (*query.shape[:3], key.shape[2])
-        if causal or mask.dim() > 4 or mask.dtype not in (torch.bool, torch.float32):
+        if causal or mask.dim() > 4 or mask.dtype not in (torch.bool, torch.float32, query.dtype):
             return False
         if any(size not in (1, required) for size, required in zip(mask.shape[::-1], full[::-1], strict=False)):
             return False

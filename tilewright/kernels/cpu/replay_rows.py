@@ -291,6 +291,8 @@ def _attention(
     batch, heads, queries, width = q.shape
     keys = attention.routed_keys(queries, k.shape[2])
     problem = Problem("attention", batch * heads * queries, keys, width, q.dtype)
+    if q.dtype != torch.float32 and queries > attention.FEW_QUERIES:
+        raise NotNative
     if attention.why_not(problem) or any(t.stride(3) != 1 for t in (q, k, v)):
         raise NotNative
     if not y.transpose(1, 2).is_contiguous():
