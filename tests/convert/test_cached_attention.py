@@ -86,7 +86,7 @@ def test_is_that_of_update_and_attention(dtype: torch.dtype, length: int, mask_k
             step = CachedAttention(
                 Call(HOLDER, update_cache.__wrapped__, (*new, 0), {}, held),
                 Call(HELD, attention_output.__wrapped__, (module, q, *held, mask), options, expected),
-                lambda tensor, live=live: live.get(id(tensor), tensor),  # type: ignore[misc]
+                lambda tensor, live=live: live.get(id(tensor), tensor),
                 lambda argument, first=mask: (lambda: given["mask"]) if argument is first else (lambda: argument),
             )
         given["mask"] = mask

@@ -10,6 +10,7 @@ import ctypes
 
 import torch
 
+from tilewright.kernels.attention import pytorch
 from tilewright.kernels.attention.reference import default_scale
 from tilewright.kernels.cpu import native
 from tilewright.kernels.cpu.attention import FEW_QUERIES, job, why_not
@@ -33,9 +34,8 @@ def attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.attention``. The result is [B, L, H, E] in memory: merging the heads costs no copy."""
-    dtype = query.dtype
-    if dtype == torch.bfloat16 and query.shape[2] > FEW_QUERIES:
-        query, key, value = query.float(), key.float(), value.float()
+    if query.dtype == torch.bfloat16 and query.shape[2] > FEW_QUERIES:
+        return pytorch.attention(query, key, value, mask, causal, scale, sinks)  # which multiplies bfloat16
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, queries, width = query.shape
     kv_heads, keys, value_width = value.shape[1:]
@@ -54,4 +54,4 @@ def attention(
     described.scratch = scratch((-(-floats // _STEP) * _STEP,), torch.float32, "attention").data_ptr()
     described.done = scratch((batch * kv_heads,), torch.int32, "attention, done").data_ptr()
     native.function("attention")(address)
-    return y.to(dtype).transpose(1, 2)
+    return y.transpose(1, 2)

@@ -13,7 +13,7 @@ from tilewright.kernels.dispatch.problem import Problem
 MOST_KEYS = 512
 #: Beyond this width of a head likewise.
 WIDEST = 256
-#: Of what is served: of bfloat16 few queries as they are, more of them widened.
+#: Of what is served, but that more than ``FEW_QUERIES`` of bfloat16 are handed on to PyTorch.
 DTYPES = (torch.float32, torch.bfloat16)
 #: Up to so many queries attention_few.c reads keys where they lie, any number of them (``FEW_QUERIES`` of attention.h).
 FEW_QUERIES = 4
