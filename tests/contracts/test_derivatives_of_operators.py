@@ -115,6 +115,34 @@ def test_attention(kind: str) -> None:
             equal_but_for_order(found, torch.stack([attend(query, key, value, each) for each in masks]))
 
 
+@pytest.mark.parametrize("kind", ["none", "causal"])
+def test_attention_with_sinks(kind: str) -> None:
+    query, key, value, sinks = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6), torch.randn(4)
+    attend = torch.ops.tilewright.attention
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return attend(q, k, v, None, kind == "causal", sinks=s)
+
+    def theirs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        if kind == "causal":
+            scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -1e9)
+        scores = torch.cat((scores, s.view(1, 4, 1, 1).expand(2, 4, 5, 1)), dim=-1)
+        return scores.softmax(-1)[..., :-1] @ v
+
+    check_first_order(ours, theirs, (query, key, value, sinks))
+    others = [(None, None, None, 0), (0, 0, 0, None), (0, 0, 0, 0)]
+    with torch.no_grad():
+        for dims in others:
+            batch = [
+                each if d is None else torch.stack([each, each + 1])
+                for each, d in zip((query, key, value, sinks), dims, strict=False)
+            ]
+            samples = [[each if d is None else each[i] for each, d in zip(batch, dims, strict=False)] for i in (0, 1)]
+            equal_but_for_order(vmap(ours, dims)(*batch), torch.stack([ours(*each) for each in samples]))
+
+
 def test_a_convolution_of_integers_with_zero_points() -> None:
     x, residual = (torch.randint(-127, 128, (2, channels, 6, 5), dtype=torch.int8) for channels in (4, 3))
     weight, scale, bias = torch.randint(-127, 128, (3, 3, 3, 4), dtype=torch.int8), torch.rand(3) * 0.01, torch.randn(3)

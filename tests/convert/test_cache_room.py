@@ -62,9 +62,9 @@ def appended(cache: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.
         return keys, values
 
 
-def started(make: Callable[[], Any], length: int = 5) -> tuple[Any, Any]:
+def started(make: Callable[[], Any], length: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Two caches that hold the same."""
-    given, caches = tokens(length), (make(), make())
+    given, caches = [each.to(dtype) for each in tokens(length)], (make(), make())
     for cache in caches:
         cache.update(*given, 0)
     return caches
@@ -78,15 +78,16 @@ def hold_the_same(mine: Any, theirs: Any) -> None:
         assert same, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", KINDS)
-def test_holds_what_its_update_makes(make: Callable[[], Any]) -> None:
-    mine, theirs = started(make)
+def test_holds_what_its_update_makes(make: Callable[[], Any], dtype: torch.dtype) -> None:
+    mine, theirs = started(make, dtype=dtype)
     for count in (1, 1, 2, 1, 4, 1, 1, 3):
-        given = tokens(count)
+        given = [each.to(dtype) for each in tokens(count)]
         expected = theirs.update(*given, 0)
         assert room_for(copy.deepcopy(mine), 0, *given) is not None
         for found, wanted in zip(appended(mine, *given), expected, strict=True):
-            assert torch.equal(found, wanted)
+            assert torch.equal(found, wanted) and found.dtype == wanted.dtype == dtype
         hold_the_same(mine, theirs)
 
 
@@ -242,6 +243,12 @@ def of_another_type(cache: Any) -> None:
     cache.layers[0].keys = cache.layers[0].keys.double()
 
 
+def of_bfloat16(cache: Any) -> None:
+    cache.layers[0].keys, cache.layers[0].values = (
+        x.bfloat16() for x in (cache.layers[0].keys, cache.layers[0].values)
+    )
+
+
 def as_a_parameter(cache: Any) -> None:
     cache.layers[0].keys = torch.nn.Parameter(cache.layers[0].keys)
 
@@ -258,7 +265,7 @@ def of_other_lengths(cache: Any) -> None:
     "change",
     [
         *(other_update, other_update_of_the_layer, more_in_the_layer, offloading, of_another_class),
-        *(of_another_type, as_a_parameter, with_a_sign_to_change, of_other_lengths),
+        *(of_another_type, of_bfloat16, as_a_parameter, with_a_sign_to_change, of_other_lengths),
     ],
     ids=lambda change: change.__name__,
 )

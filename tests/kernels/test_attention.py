@@ -174,6 +174,62 @@ def test_more_queries_than_one_block(vector_isa: str):
     assert_close_as_plain(cpu.attention(q, k, v, causal=True), reference.attention(q, k, v, causal=True), exact)
 
 
+# ---- sinks
+@pytest.mark.parametrize("mask", [*MASKS, "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_pytorchs_with_sinks_is_the_definition(mask: str, dtype: torch.dtype):
+    q, k, v = (t.to(dtype) for t in operands(2, 4, 2, 7, 9, 16, 24))
+    for sinks in (torch.randn(4), torch.randn(2, 4)):
+        given = (mask_of(mask, 2, 4, 7, 9), mask == "causal", -0.3, sinks)
+        expected = reference.attention(q, k, v, *given)
+        assert not torch.allclose(reference.attention(q, k, v, *given[:3]), expected, atol=1e-2)
+        atol = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float64: 1e-6}[dtype]
+        assert torch.allclose(pytorch.attention(q, k, v, *given), expected, atol=atol)
+
+
+def test_the_definition_with_sinks_is_a_softmax_of_one_score_more():
+    q, k, v = (t.double() for t in operands(2, 3, 3, 5, 6, 8, 8))
+    sinks = torch.randn(3, dtype=torch.float64)
+    scores = torch.cat((q @ k.mT / 8**0.5, sinks.view(1, 3, 1, 1).expand(2, 3, 5, 1)), dim=-1)
+    assert torch.allclose(reference.attention(q, k, v, sinks=sinks), scores.softmax(-1)[..., :-1] @ v, atol=1e-12)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 4, 5, 40])
+@pytest.mark.parametrize("keys", [1, 77, 129, 500])
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+def test_sinks_agree_with_float64(vector_isa: str, queries: int, keys: int, mask: str):
+    torch.manual_seed(queries * keys)
+    q, k, v = operands(2, 6, 2, queries, keys, 24, 40)
+    added = mask_of(mask, 2, 6, queries, keys)
+    for sinks in (torch.randn(6) * 4, torch.randn(2, 6), torch.full((6,), -math.inf), torch.full((6,), 200.0)):
+        given = (added, mask == "causal", None)
+        exact = reference.attention(q.double(), k.double(), v.double(), double(added), *given[1:], sinks.double())
+        y = cpu.attention(q, k, v, *given, sinks)
+        assert_close_as_plain(y, reference.attention(q, k, v, *given, sinks), exact)
+        if sinks[0].ravel()[0] == -math.inf:
+            assert torch.equal(y, cpu.attention(q, k, v, *given))
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1 if threads > 1 else 2)
+            assert torch.equal(cpu.attention(q, k, v, *given, sinks), y)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("queries, keys", [(2, 20), (3, 400), (9, 20)])
+def test_a_bad_sink_spoils_its_head(vector_isa: str, queries: int, keys: int):
+    q, k, v = operands(2, 4, 2, queries, keys, 16, 16)
+    sinks = torch.randn(4)
+    clean = cpu.attention(q, k, v, sinks=sinks)
+    sinks[2] = math.nan
+    y = cpu.attention(q, k, v, sinks=sinks)
+    assert torch.isnan(y[:, 2]).all()
+    y[:, 2] = clean[:, 2]
+    assert torch.equal(y, clean)
+    nothing = torch.zeros(1, 1, 1, keys, dtype=torch.bool)
+    assert not cpu.attention(q, k, v, nothing, sinks=torch.randn(4)).any(), "the sink takes all"
+
+
 # ---- few queries
 @quick
 @given(
@@ -276,7 +332,7 @@ def test_few_queries_take_any_number_of_keys(vector_isa: str):
 @pytest.mark.parametrize(
     "isa, change, words",
     [
-        ("avx2", {"x_dtype": torch.bfloat16}, "float32"),
+        ("avx2", {"x_dtype": torch.float16}, "float32 and bfloat16"),
         ("avx2", {"n": 513}, "512 keys"),
         ("avx2", {"k": 257}, "width 256"),
         ("avx2", {"m": 0}, "nothing"),

@@ -3,7 +3,8 @@
 Once its linear layers are int8, a sentence encoder on a CPU spends a third of its time in PyTorch's attention, whose
 arithmetic is a fiftieth of the whole. The models of transformers look their attention up by a name in their config. So
 the attention modules of a converted model see their config through an ``AttentionConfig``, which shows "sdpa" as the
-name of a function that calls ``kernels.attention.call``, which computes the same, within float32 rounding. Everything
+name of a function that calls ``kernels.attention.call``, which computes the same, within float32 rounding. Models with
+sinks have no "sdpa": what their config calls "eager" is shown so, where it is the same (``sinks``). Everything
 else keeps the attention it has: another choice of the user, also a later one, a model whose code asks whether the name
 is "sdpa", a GPU, training.
 
@@ -22,14 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilewright.convert.graph.sinks import EAGER, eager_attention, has_our_sinks
 from tilewright.kernels.attention import call
 from tilewright.kernels.cpu.recording import reads_held
 
 NAME = "tilewright"
 #: What it stands in for.
 REPLACED = "sdpa"
-#: What the config of an attention module says that we may compute, or do.
-_TAKEN = (REPLACED, NAME)
 #: What the function that it stands in for may be asked to do.
 _KNOWN = {
     *("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"),
@@ -44,14 +44,15 @@ class AttentionConfig:
     """
 
     config: Any
+    replaced: str
 
-    def __init__(self, config: Any):
-        vars(self)["config"] = config
+    def __init__(self, config: Any, replaced: str = REPLACED):
+        vars(self).update(config=config, replaced=replaced)
 
     @property
     def _attn_implementation(self) -> Any:
         name = self.config._attn_implementation
-        return NAME if name == REPLACED else name
+        return NAME if name == self.replaced else name
 
     @property  # type: ignore[misc]  # proxies do so, for isinstance
     def __class__(self) -> Any:
@@ -62,7 +63,7 @@ class AttentionConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A model that is made of this config writes back what it has read.
-        setattr(self.config, name, REPLACED if isinstance(value, str) and value == NAME else value)
+        setattr(self.config, name, self.replaced if isinstance(value, str) and value == NAME else value)
 
     def __delattr__(self, name: str) -> None:
         delattr(self.config, name)
@@ -75,8 +76,8 @@ class AttentionConfig:
     def __repr__(self) -> str:
         return repr(self.config)
 
-    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        return _seen, (self.config,)
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
+        return _seen, (self.config, self.replaced)
 
 
 def behind(value: Any) -> Any:
@@ -84,11 +85,11 @@ def behind(value: Any) -> Any:
     return vars(value)["config"] if type(value) is AttentionConfig else value
 
 
-def _seen(config: Any) -> Any:
+def _seen(config: Any, replaced: str = REPLACED) -> Any:
     """``config`` as attention modules see it, also in a process that has read it from a file and converted nothing;
     itself in a version of transformers that cannot be told of other attentions.
     """
-    return AttentionConfig(config) if _register() else config
+    return AttentionConfig(config, replaced) if _register() else config
 
 
 def _register() -> bool:
@@ -130,6 +131,14 @@ def attention_forward(
 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    if _is_eager(module):
+        sinks = kwargs.get("s_aux")
+        if not _wants_more(module, dropout, kwargs) and call.supports(query, key, value, attention_mask, False, sinks):
+            y = call.attention(query, key, value, attention_mask, False, scaling, sinks)
+            return y.transpose(1, 2).contiguous(), None
+        theirs: Any = eager_attention(module)
+        return theirs(module, query, key, value, attention_mask, **options)
     length, causal = query.shape[2], is_causal
     if causal is None:
         causal = getattr(module, "is_causal", True)
@@ -141,7 +150,6 @@ def attention_forward(
     if supports:
         y = call.attention(query, key, value, attention_mask, causal, scaling)
         return y.transpose(1, 2).contiguous(), None
-    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     return ALL_ATTENTION_FUNCTIONS[REPLACED](module, query, key, value, attention_mask, **options)
 
 
@@ -156,13 +164,26 @@ def _as_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...] | None:
-    """Query, key, value, mask and scale of the attention that ``attention_forward`` asks for, however many keys there
-    are; None where it may ask for another.
+    """Query, key, value, mask, scale and sinks of the attention that ``attention_forward`` asks for, however many keys
+    there are; None where it may ask for another.
     """
+    if _is_eager(module):
+        more = _wants_more(module, dropout, kwargs)
+        return None if more else (query, key, value, attention_mask, scaling, kwargs["s_aux"])
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if dropout or _special(kwargs) or (causal and attention_mask is None and query.shape[2] > 1):
         return None
-    return query, key, value, attention_mask, scaling
+    return query, key, value, attention_mask, scaling, None
+
+
+def _is_eager(module: nn.Module) -> bool:
+    config = vars(module).get("config")
+    return type(config) is AttentionConfig and config.replaced == EAGER
+
+
+def _wants_more(module: nn.Module, dropout: float, options: dict[str, Any]) -> bool:
+    """Whether ``eager_attention`` is asked for more than ours gives. A hook may read the weights that it returns."""
+    return bool(dropout) or _special(options) or bool(module._forward_hooks) or options.get("s_aux") is None
 
 
 def _special(options: dict[str, Any]) -> bool:
@@ -182,16 +203,19 @@ def use(model: nn.Module) -> list[str]:
     if not _register():
         return []
     asks = functools.cache(_asks_for_the_name)
-    seen: dict[int, AttentionConfig] = {}
+    seen: dict[tuple[int, str], AttentionConfig] = {}
     names = []
     for name, module in model.named_modules():
         config = vars(module).get("config")
-        if "Attention" not in type(module).__name__ or getattr(config, "_attn_implementation", None) not in _TAKEN:
+        if "Attention" not in type(module).__name__ or config is None:
             continue
-        if any(asks(kind.__module__) for kind in type(module).__mro__ if issubclass(kind, nn.Module)):
+        replaced = config.replaced if type(config) is AttentionConfig else EAGER if has_our_sinks(module) else REPLACED
+        if getattr(config, "_attn_implementation", None) not in (replaced, NAME):
+            continue
+        if any(asks(kind.__module__, replaced) for kind in type(module).__mro__ if issubclass(kind, nn.Module)):
             continue
         if type(config) is not AttentionConfig:
-            vars(module)["config"] = seen.setdefault(id(config), AttentionConfig(config))
+            vars(module)["config"] = seen.setdefault((id(config), replaced), AttentionConfig(config, replaced))
         names.append(name)
     return names
 
@@ -204,10 +228,10 @@ def restore(model: nn.Module) -> None:
             vars(module)["config"] = vars(config)["config"]
 
 
-def _asks_for_the_name(module: str) -> bool:
+def _asks_for_the_name(module: str, name: str) -> bool:
     """Whether the source of the Python module has the name in it: then the code may do something else for others."""
     try:
         source = inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
         return True
-    return f'"{REPLACED}"' in source or f"'{REPLACED}'" in source
+    return f'"{name}"' in source or f"'{name}'" in source

@@ -33,6 +33,8 @@ _STATIC = _COMMON | {
     *("max_cache_len", "cumulative_length", "max_batch_size", "batch_size", "num_heads", "head_dim"),
     *("k_head_dim", "v_head_dim"),
 }
+#: What the kernel of attention reads where it lies.
+_DTYPES = (torch.float32, torch.bfloat16)
 #: Positions that are made room for at least, and the part of those that there are.
 _LEAST, _PART = 64, 4
 #: The memory that was made here for the keys and the values of a layer.
@@ -63,7 +65,9 @@ def room_for(cache: Any, layer: int, key: torch.Tensor, value: torch.Tensor) -> 
 
 
 def _takes(old: Any, new: torch.Tensor) -> bool:
-    if type(old) is not torch.Tensor or old.dtype != torch.float32 or old.device.type != "cpu" or old.requires_grad:
+    if type(old) is not torch.Tensor or old.dtype not in _DTYPES or old.device.type != "cpu" or old.requires_grad:
+        return False
+    if old.dtype != new.dtype:
         return False
     shape = old.shape
     if not holds_values(old):
@@ -76,7 +80,11 @@ def _coded_room(ours: Any, cache: Any, layer: int, key: torch.Tensor, value: tor
     part: Any = cache.layers[layer] if 0 <= layer < len(cache.layers) else None
     if type(part) not in (ours.Int8Layer, ours.Int8SlidingLayer) or not part.length or part.device.type != "cpu":
         return None
-    if part.dtype != torch.float32 or vars(cache).keys() & {"update"} or vars(part).keys() & {"update", "room"}:
+    if (
+        not (part.dtype == key.dtype == torch.float32)
+        or vars(cache).keys() & {"update"}
+        or vars(part).keys() & {"update", "room"}
+    ):
         return None
     for codes, new in zip(part._codes[:2], (key, value), strict=True):
         if codes.shape[:2] != new.shape[:2] or codes.shape[3] != new.shape[3]:
@@ -144,7 +152,7 @@ def _extended(part: Any, name: str, new: torch.Tensor) -> torch.Tensor:
     if alone and name in made and made[name].has_room(old, size):
         return old.as_strided(size, old.stride())
     room = size[2] + max(_LEAST, size[2] // _PART)
-    whole = torch.empty(batch, heads, room, width)
+    whole = torch.empty(batch, heads, room, width, dtype=old.dtype)
     whole[:, :, :length] = old
     made[name] = _Memory(StorageWeakRef(whole.untyped_storage()), room)
     return whole.as_strided(size, whole.stride())

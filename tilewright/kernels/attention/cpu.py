@@ -10,9 +10,10 @@ import ctypes
 
 import torch
 
+from tilewright.kernels.attention import pytorch
 from tilewright.kernels.attention.reference import default_scale
 from tilewright.kernels.cpu import native
-from tilewright.kernels.cpu.attention import job, why_not
+from tilewright.kernels.cpu.attention import FEW_QUERIES, job, why_not
 from tilewright.kernels.cpu.memory import scratch
 
 __all__ = ["attention", "why_not"]
@@ -30,19 +31,24 @@ def attention(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.attention``. The result is [B, L, H, E] in memory: merging the heads costs no copy."""
+    if query.dtype == torch.bfloat16 and query.shape[2] > FEW_QUERIES:
+        return pytorch.attention(query, key, value, mask, causal, scale, sinks)  # which multiplies bfloat16
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, queries, width = query.shape
     kv_heads, keys, value_width = value.shape[1:]
-    y = torch.empty(batch, queries, heads, value_width)
+    y = torch.empty(batch, queries, heads, value_width, dtype=query.dtype)
     if mask is not None:
         if mask.dtype not in (torch.bool, torch.float32):
             mask = mask.float()
         if mask.dim() and mask.stride(-1) > 1:
             mask = mask.contiguous()
+    if sinks is not None:
+        sinks = sinks.float()
     threads = torch.get_num_threads() if batch * heads * queries * keys * (width + value_width) >= _GRAIN else 1
-    described = job(query, key, value, mask, causal, default_scale(query, scale), y, threads)
+    described = job(query, key, value, mask, causal, default_scale(query, scale), y, threads, sinks)
     address = ctypes.addressof(described)
     floats = native.function("attention_scratch")(address)
     described.scratch = scratch((-(-floats // _STEP) * _STEP,), torch.float32, "attention").data_ptr()

@@ -35,6 +35,11 @@ def _check(op: str, arguments: Arguments) -> None:
             fits = False
         if not fits:
             raise ValueError(f"{op}: mask of shape {list(mask.shape)} does not broadcast to {list(full)}")
+    if (sinks := arguments["sinks"]) is not None:
+        if not sinks.is_floating_point() or sinks.device != query.device:
+            raise TypeError(f"{op}: sinks must be float on {query.device}, not {sinks.dtype} on {sinks.device}")
+        if sinks.shape not in (query.shape[1:2], query.shape[:2]):
+            raise ValueError(f"{op}: sinks of shape {list(sinks.shape)} do not belong to query {list(query.shape)}")
 
 
 def why_not_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -68,7 +73,8 @@ def _sample(problem: Problem, draw: Draw) -> dict[str, Any]:
 
 def _fold(arguments: Arguments, dims: Mapping[str, int], size: int) -> Any:
     """The batch becomes part of the first dimension."""
-    mask, dims = arguments["mask"], dict(dims)
+    mask, sinks, dims = arguments["mask"], arguments["sinks"], dict(dims)
+    first = arguments["query"].select(dims["query"], 0).shape[0] if "query" in dims else arguments["query"].shape[0]
     if mask is not None:
         if "mask" in dims:
             mask = mask.movedim(dims["mask"], 0)
@@ -77,17 +83,24 @@ def _fold(arguments: Arguments, dims: Mapping[str, int], size: int) -> Any:
             mask = mask.reshape(size, *[1] * missing, *mask.shape[1:])
         else:
             mask = mask[(None,) * (4 - mask.dim())]
-        first = arguments["query"].select(dims["query"], 0).shape[0] if "query" in dims else arguments["query"].shape[0]
         leading = (size,) if "mask" in dims else ()
         mask = mask.expand(*leading, first, *mask.shape[-3:])
-    return fold_images("query", "key", "value", "mask")({**arguments, "mask": mask}, dims, size)
+    if sinks is not None:
+        if "sinks" in dims:
+            sinks = sinks.movedim(dims["sinks"], 0)
+            dims["sinks"] = 0
+        leading = (size,) if "sinks" in dims else ()
+        sinks = sinks.reshape(*leading, -1, sinks.shape[-1]).expand(*leading, first, sinks.shape[-1])
+    given = {**arguments, "mask": mask, "sinks": sinks}
+    return fold_images("query", "key", "value", "mask", "sinks")(given, dims, size)
 
 
 CARDS = (
     Card(
         "attention",
         __package__,
-        "(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool causal=False, float? scale=None) -> Tensor",
+        "(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool causal=False, float? scale=None, "
+        "Tensor? sinks=None) -> Tensor",
         _check,
         _problem,
         _fake,
@@ -99,7 +112,7 @@ CARDS = (
             everywhere("reference", ".reference"),
         ),
         autocast=("query", "key", "value"),
-        differentiable=("query", "key", "value", "mask"),
+        differentiable=("query", "key", "value", "mask", "sinks"),
         smooth=smooth_attention,
         fold=_fold,
     ),

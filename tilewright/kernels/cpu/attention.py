@@ -13,6 +13,8 @@ from tilewright.kernels.dispatch.problem import Problem
 MOST_KEYS = 512
 #: Beyond this width of a head likewise.
 WIDEST = 256
+#: Of what is served, but that more than ``FEW_QUERIES`` of bfloat16 are handed on to PyTorch.
+DTYPES = (torch.float32, torch.bfloat16)
 #: Up to so many queries attention_few.c reads keys where they lie, any number of them (``FEW_QUERIES`` of attention.h).
 FEW_QUERIES = 4
 
@@ -35,13 +37,16 @@ class Job(ctypes.Structure):
         ("done", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("k_scale", "v_scale", "errors")),
         *((name, ctypes.c_int64 * 2) for name in ("k_scale_stride", "v_scale_stride", "errors_stride")),
+        ("sinks", ctypes.c_void_p),
+        ("sinks_stride", ctypes.c_int64 * 2),
+        ("bfloat16", ctypes.c_int64),
     ]
 
 
 def why_not(problem: Problem) -> str | None:
     """Why the C kernel does not take the problem (m queries of all heads, n keys, heads k wide), or None."""
-    if problem.x_dtype != torch.float32:
-        return f"takes float32, not {problem.x_dtype}"
+    if problem.x_dtype not in DTYPES:
+        return f"takes float32 and bfloat16, not {problem.x_dtype}"
     if 0 in (problem.m, problem.n, problem.k):
         return "nothing to attend to"
     if problem.n > MOST_KEYS:
@@ -65,16 +70,18 @@ def job(
     scale: float,
     y: torch.Tensor,
     threads: int,
+    sinks: torch.Tensor | None = None,
 ) -> Job:
-    """What attention.c is told, but for the scratch memory and the counters ``done``. The last dimension of query, key
-    and value is contiguous, that of the mask, float32 or bool, contiguous or expanded; y: contiguous [B, L, H, E].
+    """What attention.c is told, but for the scratch memory and the counters ``done``. Query, key and value are float32,
+    or bfloat16 of up to ``FEW_QUERIES`` queries, their last dimension contiguous, that of the mask, float32 or bool,
+    contiguous or expanded; y: contiguous [B, L, H, E] of their dtype; sinks: float32.
     """
     batch, heads, queries, width = query.shape
     kv_heads, keys, value_width = value.shape[1:]
     mask_stride: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask_stride = mask.expand(batch, heads, queries, keys).stride()
-    return Job(
+    described = Job(
         *(t.data_ptr() for t in (query, key, value)),
         None if mask is None else mask.data_ptr(),
         y.data_ptr(),
@@ -87,3 +94,7 @@ def job(
         scale,
         threads,
     )
+    described.bfloat16 = query.dtype == torch.bfloat16
+    if sinks is not None:
+        described.sinks, described.sinks_stride = sinks.data_ptr(), sinks.expand(batch, heads).stride()
+    return described

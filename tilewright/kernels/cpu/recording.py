@@ -87,7 +87,7 @@ def of_holder(room: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
     somebody's object, another one in each replay, which may keep what it is given and decides what it gives, tensors of
     any size.
 
-    room: a function of the same arguments. Either it gives what a call would, tensors of float32 in which what the
+    room: a function of the same arguments. Either it gives what a call would, tensors in which what the
     caller has brought is for him to write from position ``first`` on, as (keys, values, first), and leaves the object
     as a call would; or it does nothing and gives None.
     """
@@ -113,8 +113,8 @@ def reads_held(attention: Callable[..., Any]) -> Callable[[Callable[..., Any]], 
     """Let a recording see a call of a function as one that is made from Python in each replay, if it is given what an
     ``of_holder`` function gave: then it may do other operators each time, but for the size of its results.
 
-    attention: gives of the same arguments those of the ``attention`` (without ``causal``) whose result, heads merged,
-    is that of the function, or None where it may be another.
+    attention: gives of the same arguments query, key, value, mask, scale and sinks of the ``attention`` whose result,
+    heads merged, is that of the function, or None where it may be another.
     """
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:

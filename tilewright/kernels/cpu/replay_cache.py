@@ -46,7 +46,7 @@ class CachedAttention:
         asked = ATTENTION_OF[attend.function](*attend.args, **attend.kwargs)
         if asked is None or type(update.result) is not tuple or len(update.result) != 2:
             raise NotNative
-        query, key, value, mask, scale = asked
+        query, key, value, mask, scale, sinks = asked
         if key is not update.result[0] or value is not update.result[1] or len(update.args) < 3:
             raise NotNative
         q, y, new_key, new_value = map(live, (query, attend.result, *update.args[:2]))
@@ -55,12 +55,12 @@ class CachedAttention:
         problem = Problem("attention", batch * heads * queries, keys, width, q.dtype)
         if queries > attention.FEW_QUERIES or attention.why_not(problem) or router.route(problem).name != _C_KERNEL:
             raise NotNative
-        if any(t.dtype != torch.float32 or t.stride(3) != 1 for t in (q, y, new_key, new_value)):
+        if any(t.dtype != q.dtype or t.stride(3) != 1 for t in (q, y, new_key, new_value)):
             raise NotNative
         if not y.is_contiguous() or new_key.shape[2] != queries or heads % max(new_key.shape[1], 1):
             raise NotNative
         self._room, self._rest, self._options = ROOM_OF[update.function], update.args[2:], update.kwargs
-        self._new, self._mask = (new_key, new_value), source(mask)
+        self._new, self._mask, self._sinks = (new_key, new_value), source(mask), source(sinks)
         self._recorded = list(map(id, update.result))
         self._size = batch, heads, queries
         self._done = torch.empty(batch * new_key.shape[1], dtype=torch.int32)
@@ -82,6 +82,7 @@ class CachedAttention:
             scale=1 / math.sqrt(max(width, 1)) if scale is None else scale,
             threads=torch.get_num_threads(),
             done=self._done.data_ptr(),
+            bfloat16=q.dtype == torch.bfloat16,
         )
         self.step: Description = describe(steps.ATTENTION, self._job)
 
@@ -95,12 +96,17 @@ class CachedAttention:
         job, (keys, values, first, *coded), mask = self._job, room, self._mask()
         if keys.stride(3) != 1 or values.stride(3) != 1:
             return False
+        held = self._keep[0].dtype
+        if any(tensor.dtype != held for tensor in room[:2]) if not coded else held != torch.float32:
+            return False
         batch, heads, queries = self._size
         length = keys.shape[2]
         if mask is None:
             job.mask = None
         else:
             full = batch, heads, queries, length
+            if mask.dtype == torch.bfloat16:
+                mask = self._widened_mask = mask.float()
             if mask.dtype not in (torch.bool, torch.float32) or mask.dim() != 4 or mask.stride(3) > 1:
                 return False
             if mask.shape != full:
@@ -109,6 +115,11 @@ class CachedAttention:
                 mask = mask.expand(full)
             job.mask, job.mask_stride = mask.data_ptr(), mask.stride()
             job.mask_is_bytes = mask.dtype == torch.bool
+        if (sinks := self._sinks()) is None:
+            job.sinks = None
+        else:
+            sinks = self._widened_sinks = sinks.float()
+            job.sinks, job.sinks_stride = sinks.data_ptr(), sinks.expand(batch, heads).stride()
         if coded:
             key_scales, value_scales, errors = coded
             job.k_scale, job.v_scale, job.errors = (tensor.data_ptr() for tensor in coded)

@@ -283,6 +283,7 @@ def _attention(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    sinks: torch.Tensor | None = None,
     *,
     result: torch.Tensor,
 ) -> list[Description]:
@@ -290,6 +291,8 @@ def _attention(
     batch, heads, queries, width = q.shape
     keys = attention.routed_keys(queries, k.shape[2])
     problem = Problem("attention", batch * heads * queries, keys, width, q.dtype)
+    if q.dtype != torch.float32 and queries > attention.FEW_QUERIES:
+        raise NotNative
     if attention.why_not(problem) or any(t.stride(3) != 1 for t in (q, k, v)):
         raise NotNative
     if not y.transpose(1, 2).is_contiguous():
@@ -297,9 +300,12 @@ def _attention(
     seen = None if mask is None else plan.live(mask)
     if seen is not None and (seen.dtype not in (torch.bool, torch.float32) or (seen.dim() and seen.stride(-1) > 1)):
         raise NotNative
+    taken = None if sinks is None else plan.live(sinks)
+    if taken is not None and taken.dtype != torch.float32:
+        raise NotNative
     threads = torch.get_num_threads()
     scale = 1 / math.sqrt(max(width, 1)) if scale is None else scale
-    job = attention.job(q, k, v, seen, causal, scale, y.transpose(1, 2), threads)
+    job = attention.job(q, k, v, seen, causal, scale, y.transpose(1, 2), threads, taken)
     floats = native.function("attention_scratch")(ctypes.addressof(job))
     plan.reserve(4 * floats).use(plan.group, job, "scratch")
     plan.reserve(4 * batch * k.shape[1]).use(plan.group, job, "done")

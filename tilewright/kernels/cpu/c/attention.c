@@ -111,8 +111,8 @@ static void attend(const attention *job, int64_t batch, int64_t head, int64_t fi
     const int64_t value_width = round_up(job->value_width, LANES);
     float *keys = scratch, *values = keys + panel_floats(job), *scores = values + value_floats(job);
     float *result = scores + ROWS * padded;
-    pack_keys(job, job->k + batch * job->k_stride[0] + kv_head * job->k_stride[1], keys);
-    pack_values(job, job->v + batch * job->v_stride[0] + kv_head * job->v_stride[1], values);
+    pack_keys(job, (const float *)job->k + batch * job->k_stride[0] + kv_head * job->k_stride[1], keys);
+    pack_values(job, (const float *)job->v + batch * job->v_stride[0] + kv_head * job->v_stride[1], values);
     for (int64_t row = first; row < last;) {
         const int rows = last - row == 1 ? 1 : ROWS;
         const int count = (int)(last - row < rows ? last - row : rows);
@@ -120,7 +120,7 @@ static void attend(const attention *job, int64_t batch, int64_t head, int64_t fi
         const float *from[ROWS];
         float *to[ROWS], inverse[ROWS];
         for (int r = 0; r < rows; r++) /* beyond the last query: the last one again */
-            from[r] = job->q + batch * job->q_stride[0] + head * job->q_stride[1] +
+            from[r] = (const float *)job->q + batch * job->q_stride[0] + head * job->q_stride[1] +
                       (row + (r < count ? r : count - 1)) * job->q_stride[2];
         for (int64_t key = 0; key < seen; key += PANEL) {
             int64_t lanes = padded - key < PANEL ? padded - key : PANEL;
@@ -131,7 +131,8 @@ static void attend(const attention *job, int64_t batch, int64_t head, int64_t fi
             const int64_t query = row + r, last = job->causal && query < seen ? query : seen - 1;
             if (r < count) {
                 float largest, total;
-                total = exponentiate(job, mask_of(job, batch, head, query), scores + r * padded, seen, last, &largest);
+                total = exponentiate(job, mask_of(job, batch, head, query), scores + r * padded, seen, last,
+                                     sink_of(job, batch, head), &largest);
                 inverse[r] = total == 0.0f ? 0.0f : 1.0f / total;
             }
             from[r] = scores + r * padded;
@@ -142,7 +143,7 @@ static void attend(const attention *job, int64_t batch, int64_t head, int64_t fi
             multiply_panel(rows, (int)(lanes / LANES), from, seen, values + channel, value_width, to);
         }
         for (int r = 0; r < count; r++) {
-            float *y = job->y + ((batch * job->queries + row + r) * job->heads + head) * job->value_width;
+            float *y = (float *)job->y + ((batch * job->queries + row + r) * job->heads + head) * job->value_width;
             for (int64_t c = 0; c < job->value_width; c++) y[c] = result[r * value_width + c] * inverse[r];
         }
         row += count;

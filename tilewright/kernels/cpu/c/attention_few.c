@@ -23,39 +23,50 @@ enum { PART = 128, SEGMENT = 32 };
 
 static int64_t parts_of(const attention *job) { return (job->keys + PART - 1) / PART; }
 
+/* What keys and values are. */
+enum { FLOATS, CODES, BFLOATS };
+
+static int kind_of(const attention *job) { return job->k_scale ? CODES : job->bfloat16 ? BFLOATS : FLOATS; }
+
+/* Whether what parts give lies in scratch memory, where it is added up, and not in y. */
+static int is_apart(const attention *job) { return parts_of(job) > 1 || job->bfloat16; }
+
 /* What a part gives of a query: the values, the largest score, and the sum of the exponentials. */
 static int64_t part_floats(const attention *job) { return job->value_width + 2; }
 
 int64_t ISA_NAME(tw_few_floats)(const attention *job) {
-    const int64_t parts = parts_of(job);
-    return parts > 1 ? job->batch * job->heads * job->queries * parts * part_floats(job) : 0;
+    return is_apart(job) ? job->batch * job->heads * job->queries * parts_of(job) * part_floats(job) : 0;
 }
 
 void ISA_NAME(tw_few_begin)(const attention *job) {
     if (job->done) memset(job->done, 0, (size_t)(job->batch * job->kv_heads) * sizeof *job->done);
 }
 
-INLINE int64_t rows_ahead(int coded, int64_t width) {
-    return AHEAD / (int64_t)(coded ? sizeof(int8_t) : sizeof(float)) / width + 1;
+INLINE int64_t bytes_of(int kind) {
+    return kind == CODES ? sizeof(int8_t) : kind == BFLOATS ? sizeof(uint16_t) : sizeof(float);
 }
+
+INLINE int64_t rows_ahead(int kind, int64_t width) { return AHEAD / bytes_of(kind) / width + 1; }
 
 /* Element i of keys or values. */
-INLINE const void *element(int coded, const void *from, int64_t i) {
-    return coded ? (const void *)((const int8_t *)from + i) : (const void *)((const float *)from + i);
-}
+INLINE const void *element(int kind, const void *from, int64_t i) { return (const char *)from + i * bytes_of(kind); }
+
+/* The kind of queries, results, and of what is new. */
+INLINE int kind_given(int kind) { return kind == BFLOATS ? BFLOATS : FLOATS; }
 
 /* n numbers, a product for each code: what reads codes gives the bits that it would of numbers made of them before. */
-INLINE vec load(int coded, const void *from, int n, vec scale) {
-    if (coded) return v_mul(v_load_int8(from, n), scale);
+INLINE vec load(int kind, const void *from, int n, vec scale) {
+    if (kind == CODES) return v_mul(v_load_int8(from, n), scale);
+    if (kind == BFLOATS) return v_load_bfloat16(from, n);
     return n == LANES ? v_load(from) : v_load_first(from, n);
 }
 
 /* scores[r][j] = q[r] . key j, of `rows` queries and `keys` keys, which are constants wherever this is called. */
-INLINE void score_block(int rows, int coded, int keys, int64_t width, const float *const *q, const void *const *k,
+INLINE void score_block(int rows, int kind, int keys, int64_t width, const void *const *q, const void *const *k,
                         const float *key_scale, int64_t ahead, float (*scores)[PART], int64_t at) {
     vec sum[ROWS][8], scale[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < keys; i++) scale[i] = coded ? v_set(key_scale[i]) : v_zero();
+    for (int i = 0; i < keys; i++) scale[i] = kind == CODES ? v_set(key_scale[i]) : v_zero();
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -64,11 +75,11 @@ INLINE void score_block(int rows, int coded, int keys, int64_t width, const floa
     for (; c + LANES <= width; c += LANES) {
         vec a[ROWS];
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) a[r] = v_load(q[r] + c);
+        for (int r = 0; r < rows; r++) a[r] = load(kind_given(kind), element(kind_given(kind), q[r], c), LANES, v_zero());
 #pragma GCC unroll 8
         for (int i = 0; i < keys; i++) {
-            const vec b = load(coded, element(coded, k[i], c), LANES, scale[i]);
-            __builtin_prefetch(element(coded, k[i], c + ahead));
+            const vec b = load(kind, element(kind, k[i], c), LANES, scale[i]);
+            __builtin_prefetch(element(kind, k[i], c + ahead));
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], a[r], b);
         }
@@ -77,9 +88,12 @@ INLINE void score_block(int rows, int coded, int keys, int64_t width, const floa
         const int n = (int)(width - c);
 #pragma GCC unroll 8
         for (int i = 0; i < keys; i++) {
-            const vec b = load(coded, element(coded, k[i], c), n, scale[i]);
+            const vec b = load(kind, element(kind, k[i], c), n, scale[i]);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], v_load_first(q[r] + c, n), b);
+            for (int r = 0; r < rows; r++) {
+                const vec a = load(kind_given(kind), element(kind_given(kind), q[r], c), n, v_zero());
+                sum[r][i] = v_add_product(sum[r][i], a, b);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -88,24 +102,24 @@ INLINE void score_block(int rows, int coded, int keys, int64_t width, const floa
         for (int i = 0; i < keys; i++) scores[r][at + i] = v_total(sum[r][i]);
 }
 
-INLINE void score(int rows, int coded, const attention *job, const float *const *q, const void *k, const float *scales,
+INLINE void score(int rows, int kind, const attention *job, const void *const *q, const void *k, const float *scales,
                   int64_t count, float (*scores)[PART]) {
     const int keys = rows == 1 ? 8 : 4;
-    const int64_t ahead = rows_ahead(coded, job->width) * job->k_stride[2];
+    const int64_t ahead = rows_ahead(kind, job->width) * job->k_stride[2];
     for (int64_t j = 0; j < count; j += keys) {
         const void *at[8];
         float scale[8];
         for (int i = 0; i < keys; i++) { /* beyond the last key: the last one again */
             const int64_t key = j + i < count ? j + i : count - 1;
-            at[i] = element(coded, k, key * job->k_stride[2]);
-            scale[i] = coded ? scales[key] : 0.0f;
+            at[i] = element(kind, k, key * job->k_stride[2]);
+            scale[i] = kind == CODES ? scales[key] : 0.0f;
         }
-        score_block(rows, coded, keys, job->width, q, at, scale, ahead, scores, j);
+        score_block(rows, kind, keys, job->width, q, at, scale, ahead, scores, j);
     }
 }
 
 /* to[r] = sum_j p[r][j] v[j], of `vectors` vectors of channels, or of the first n channels of one. */
-INLINE void add_values(int rows, int coded, int vectors, int n, const float (*p)[PART], const void *v,
+INLINE void add_values(int rows, int kind, int vectors, int n, const float (*p)[PART], const void *v,
                        const float *scales, int64_t stride, int64_t ahead, int64_t count, float *const *to,
                        int64_t channel) {
     for (int64_t begin = 0; begin < count; begin += SEGMENT) {
@@ -116,15 +130,15 @@ INLINE void add_values(int rows, int coded, int vectors, int n, const float (*p)
 #pragma GCC unroll 8
             for (int i = 0; i < vectors; i++) sum[r][i] = v_zero();
         for (int64_t j = begin; j < end; j++) {
-            const void *row = element(coded, v, j * stride + channel);
-            const vec scale = coded ? v_set(scales[j]) : v_zero();
+            const void *row = element(kind, v, j * stride + channel);
+            const vec scale = kind == CODES ? v_set(scales[j]) : v_zero();
             vec a[ROWS];
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) a[r] = v_set(p[r][j]);
 #pragma GCC unroll 8
             for (int i = 0; i < vectors; i++) {
-                const vec b = load(coded, element(coded, row, i * LANES), n, scale);
-                __builtin_prefetch(element(coded, row, i * LANES + ahead));
+                const vec b = load(kind, element(kind, row, i * LANES), n, scale);
+                __builtin_prefetch(element(kind, row, i * LANES + ahead));
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) sum[r][i] = v_add_product(sum[r][i], a[r], b);
             }
@@ -142,16 +156,16 @@ INLINE void add_values(int rows, int coded, int vectors, int n, const float (*p)
     }
 }
 
-INLINE void add_all_values(int rows, int coded, const attention *job, const float (*p)[PART], const void *v,
+INLINE void add_all_values(int rows, int kind, const attention *job, const float (*p)[PART], const void *v,
                            const float *scales, int64_t count, float *const *to) {
     const int vectors = rows <= WIDE_ROWS ? 8 : 4;
-    const int64_t width = job->value_width, stride = job->v_stride[2], ahead = rows_ahead(coded, width) * stride;
+    const int64_t width = job->value_width, stride = job->v_stride[2], ahead = rows_ahead(kind, width) * stride;
     int64_t c = 0;
     for (; c + vectors * LANES <= width; c += vectors * LANES)
-        add_values(rows, coded, vectors, LANES, p, v, scales, stride, ahead, count, to, c);
+        add_values(rows, kind, vectors, LANES, p, v, scales, stride, ahead, count, to, c);
     for (; c + LANES <= width; c += LANES)
-        add_values(rows, coded, 1, LANES, p, v, scales, stride, ahead, count, to, c);
-    if (c < width) add_values(rows, coded, 1, (int)(width - c), p, v, scales, stride, ahead, count, to, c);
+        add_values(rows, kind, 1, LANES, p, v, scales, stride, ahead, count, to, c);
+    if (c < width) add_values(rows, kind, 1, (int)(width - c), p, v, scales, stride, ahead, count, to, c);
 }
 
 static float *scales_of(float *scales, const int64_t *stride, int64_t batch, int64_t kv_head) {
@@ -160,26 +174,28 @@ static float *scales_of(float *scales, const int64_t *stride, int64_t batch, int
 
 /* One part of a head of keys for queries `first` and on, `rows` of them. A query is numbered by its head, among those that
    share the keys, and its position. */
-INLINE void attend_rows(int rows, int coded, const attention *job, int64_t batch, int64_t kv_head, int64_t part,
+INLINE void attend_rows(int rows, int kind, const attention *job, int64_t batch, int64_t kv_head, int64_t part,
                         int64_t first) {
     const int64_t group = job->heads / job->kv_heads, parts = parts_of(job), begin = part * PART;
     const int64_t count = job->keys - begin < PART ? job->keys - begin : PART;
     const void *k = element(
-        coded, job->k, batch * job->k_stride[0] + kv_head * job->k_stride[1] + begin * job->k_stride[2]);
+        kind, job->k, batch * job->k_stride[0] + kv_head * job->k_stride[1] + begin * job->k_stride[2]);
     const void *v = element(
-        coded, job->v, batch * job->v_stride[0] + kv_head * job->v_stride[1] + begin * job->v_stride[2]);
-    const float *k_scale = coded ? scales_of(job->k_scale, job->k_scale_stride, batch, kv_head) + begin : NULL;
-    const float *v_scale = coded ? scales_of(job->v_scale, job->v_scale_stride, batch, kv_head) + begin : NULL;
-    const float *q[ROWS];
+        kind, job->v, batch * job->v_stride[0] + kv_head * job->v_stride[1] + begin * job->v_stride[2]);
+    const float *k_scale = kind == CODES ? scales_of(job->k_scale, job->k_scale_stride, batch, kv_head) + begin : NULL;
+    const float *v_scale = kind == CODES ? scales_of(job->v_scale, job->v_scale_stride, batch, kv_head) + begin : NULL;
+    const int given = kind_given(kind), apart = is_apart(job);
+    const void *q[ROWS];
     float scores[ROWS][PART], *to[ROWS];
     for (int r = 0; r < rows; r++) {
         const int64_t head = kv_head * group + (first + r) / job->queries, query = (first + r) % job->queries;
-        q[r] = job->q + batch * job->q_stride[0] + head * job->q_stride[1] + query * job->q_stride[2];
-        to[r] = parts > 1 ? job->scratch + (((batch * job->heads + head) * job->queries + query) * parts + part) *
+        q[r] = element(given, job->q,
+                       batch * job->q_stride[0] + head * job->q_stride[1] + query * job->q_stride[2]);
+        to[r] = apart ? job->scratch + (((batch * job->heads + head) * job->queries + query) * parts + part) *
                                                part_floats(job)
-                          : job->y + ((batch * job->queries + query) * job->heads + head) * job->value_width;
+                          : (float *)job->y + ((batch * job->queries + query) * job->heads + head) * job->value_width;
     }
-    score(rows, coded, job, q, k, k_scale, count, scores);
+    score(rows, kind, job, q, k, k_scale, count, scores);
     float largest[ROWS], total[ROWS];
     for (int r = 0; r < rows; r++) {
         const int64_t head = kv_head * group + (first + r) / job->queries, query = (first + r) % job->queries;
@@ -187,11 +203,12 @@ INLINE void attend_rows(int rows, int coded, const attention *job, int64_t batch
         query_mask mask = mask_of(job, batch, head, query);
         if (mask.seen) mask.seen += begin * mask.step;
         if (mask.added) mask.added += begin * mask.step;
-        total[r] = exponentiate(job, mask, scores[r], count, last, &largest[r]);
+        const float sink = apart ? -INFINITY : sink_of(job, batch, head); /* once */
+        total[r] = exponentiate(job, mask, scores[r], count, last, sink, &largest[r]);
     }
-    add_all_values(rows, coded, job, (const float(*)[PART])scores, v, v_scale, count, to);
+    add_all_values(rows, kind, job, (const float(*)[PART])scores, v, v_scale, count, to);
     for (int r = 0; r < rows; r++) {
-        if (parts > 1) {
+        if (apart) {
             to[r][job->value_width] = largest[r];
             to[r][job->value_width + 1] = total[r];
         } else {
@@ -204,25 +221,30 @@ INLINE void attend_rows(int rows, int coded, const attention *job, int64_t batch
 /* What the parts of one query make together. */
 static void join_parts(const attention *job, int64_t batch, int64_t head, int64_t query) {
     const int64_t parts = parts_of(job), floats = part_floats(job), width = job->value_width;
-    const float *part = job->scratch + ((batch * job->heads + head) * job->queries + query) * parts * floats;
-    float *y = job->y + ((batch * job->queries + query) * job->heads + head) * width;
-    float largest = -INFINITY, total = 0.0f;
+    float *part = job->scratch + ((batch * job->heads + head) * job->queries + query) * parts * floats;
+    const int64_t at = ((batch * job->queries + query) * job->heads + head) * width;
+    float *y = job->bfloat16 ? part : (float *)job->y + at;
+    const float sink = sink_of(job, batch, head);
+    float largest = sink, total = 0.0f;
     for (int64_t i = 0; i < parts; i++)
         if (part[i * floats + width] > largest) largest = part[i * floats + width];
     if (largest == -INFINITY) largest = 0.0f; /* nothing is seen, or NaN */
     for (int64_t i = 0; i < parts; i++) {
         const float *from = part + i * floats;
-        float factor[LANES];
-        v_store(factor, exp_or_zero(v_set(from[width] - largest)));
-        total += factor[0] * from[width + 1];
+        const float factor = exp_below(from[width], largest);
+        total += factor * from[width + 1];
         for (int64_t c = 0; c < width; c += LANES) {
             const int n = (int)(width - c < LANES ? width - c : LANES);
-            const vec value = v_mul(v_set(factor[0]), v_load_first(from + c, n));
+            const vec value = v_mul(v_set(factor), v_load_first(from + c, n));
             v_store_first(y + c, i ? v_add(v_load_first(y + c, n), value) : value, n);
         }
     }
+    total += exp_below(sink, largest);
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    for (int64_t c = 0; c < width; c++) y[c] *= inverse;
+    if (!job->bfloat16)
+        for (int64_t c = 0; c < width; c++) y[c] *= inverse;
+    else
+        for (int64_t c = 0; c < width; c++) ((uint16_t *)job->y)[at + c] = round_to_bfloat16(y[c] * inverse);
 }
 
 /* Whether no query sees a key of the part, as in what a cache of fixed size has not been filled with. */
@@ -274,12 +296,12 @@ static void quantize_position(const float *from, int64_t width, int8_t *to, floa
 static void write_codes(const attention *job, int64_t batch, int64_t head, int64_t i) {
     const int64_t at = job->new_first + i;
     float *sums = job->errors + (batch * job->kv_heads + head) * job->errors_stride[1] + i;
-    quantize_position(job->new_k + batch * job->new_k_stride[0] + head * job->new_k_stride[1] + i * job->new_k_stride[2],
+    quantize_position((const float *)job->new_k + batch * job->new_k_stride[0] + head * job->new_k_stride[1] + i * job->new_k_stride[2],
                       job->width,
                       (int8_t *)job->k + batch * job->k_stride[0] + head * job->k_stride[1] + at * job->k_stride[2],
                       scales_of(job->k_scale, job->k_scale_stride, batch, head) + at, sums,
                       sums + job->errors_stride[0]);
-    quantize_position(job->new_v + batch * job->new_v_stride[0] + head * job->new_v_stride[1] + i * job->new_v_stride[2],
+    quantize_position((const float *)job->new_v + batch * job->new_v_stride[0] + head * job->new_v_stride[1] + i * job->new_v_stride[2],
                       job->value_width,
                       (int8_t *)job->v + batch * job->v_stride[0] + head * job->v_stride[1] + at * job->v_stride[2],
                       scales_of(job->v_scale, job->v_scale_stride, batch, head) + at, sums + 2 * job->errors_stride[0],
@@ -295,26 +317,29 @@ static void write_new(const attention *job, int64_t batch, int64_t head, int64_t
             write_codes(job, batch, head, i);
             continue;
         }
+        const int kind = kind_of(job);
         const int64_t to_k = batch * job->k_stride[0] + head * job->k_stride[1] + at * job->k_stride[2];
         const int64_t to_v = batch * job->v_stride[0] + head * job->v_stride[1] + at * job->v_stride[2];
-        memcpy((float *)job->k + to_k,
-               job->new_k + batch * job->new_k_stride[0] + head * job->new_k_stride[1] + i * job->new_k_stride[2],
-               (size_t)job->width * sizeof(float));
-        memcpy((float *)job->v + to_v,
-               job->new_v + batch * job->new_v_stride[0] + head * job->new_v_stride[1] + i * job->new_v_stride[2],
-               (size_t)job->value_width * sizeof(float));
+        const int64_t new_k =
+            batch * job->new_k_stride[0] + head * job->new_k_stride[1] + i * job->new_k_stride[2];
+        const int64_t new_v =
+            batch * job->new_v_stride[0] + head * job->new_v_stride[1] + i * job->new_v_stride[2];
+        memcpy((void *)element(kind, job->k, to_k), element(kind, job->new_k, new_k),
+               (size_t)(job->width * bytes_of(kind)));
+        memcpy((void *)element(kind, job->v, to_v), element(kind, job->new_v, new_v),
+               (size_t)(job->value_width * bytes_of(kind)));
     }
 }
 
-INLINE void attend_all_rows(int coded, const attention *job, int64_t batch, int64_t kv_head, int64_t part, int64_t rows) {
+INLINE void attend_all_rows(int kind, const attention *job, int64_t batch, int64_t kv_head, int64_t part, int64_t rows) {
     for (int64_t first = 0; first < rows; first += ROWS) {
         switch (rows - first) {
-            case 1: attend_rows(1, coded, job, batch, kv_head, part, first); break;
+            case 1: attend_rows(1, kind, job, batch, kv_head, part, first); break;
 #if defined(__AVX512F__)
-            case 2: attend_rows(2, coded, job, batch, kv_head, part, first); break;
-            case 3: attend_rows(3, coded, job, batch, kv_head, part, first); break;
+            case 2: attend_rows(2, kind, job, batch, kv_head, part, first); break;
+            case 3: attend_rows(3, kind, job, batch, kv_head, part, first); break;
 #endif
-            default: attend_rows(ROWS, coded, job, batch, kv_head, part, first);
+            default: attend_rows(ROWS, kind, job, batch, kv_head, part, first);
         }
     }
 }
@@ -327,10 +352,11 @@ static void attend_part(const attention *job, int64_t batch, int64_t kv_head, in
         skip_part(job, batch, kv_head, part);
         return;
     }
-    if (job->k_scale)
-        attend_all_rows(1, job, batch, kv_head, part, rows);
-    else
-        attend_all_rows(0, job, batch, kv_head, part, rows);
+    switch (kind_of(job)) {
+        case CODES: attend_all_rows(CODES, job, batch, kv_head, part, rows); return;
+        case BFLOATS: attend_all_rows(BFLOATS, job, batch, kv_head, part, rows); return;
+        default: attend_all_rows(FLOATS, job, batch, kv_head, part, rows);
+    }
 }
 
 void ISA_NAME(tw_few_attend)(const attention *job, tw_queue *queue) {
@@ -339,7 +365,8 @@ void ISA_NAME(tw_few_attend)(const attention *job, tw_queue *queue) {
     for (int64_t unit = tw_take(queue, 0, 1); unit < units; unit = tw_take(queue, 0, 1)) {
         const int64_t head = unit / parts, batch = head / job->kv_heads, kv_head = head % job->kv_heads;
         attend_part(job, batch, kv_head, unit % parts);
-        if (parts == 1 || __atomic_add_fetch(job->done + head, 1, __ATOMIC_ACQ_REL) < parts) continue;
+        if (!is_apart(job)) continue;
+        if (parts > 1 && __atomic_add_fetch(job->done + head, 1, __ATOMIC_ACQ_REL) < parts) continue;
         for (int64_t row = 0; row < rows; row++)
             join_parts(job, batch, kv_head * (job->heads / job->kv_heads) + row / job->queries, row % job->queries);
     }
