@@ -44,10 +44,14 @@ def python(code: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_without_our_operators_a_program_computes_the_same(recipe: str) -> None:
+@pytest.mark.parametrize(
+    "recipe, options",
+    [*((recipe, {}) for recipe in RECIPES), ("int4-g32", {"keep_dequantized": True})],
+    ids=[*RECIPES, "int4-g32, kept"],
+)
+def test_without_our_operators_a_program_computes_the_same(recipe: str, options: dict[str, bool]) -> None:
     data = [torch.randn(8, 96)] if recipe == "int8-static" else None
-    model = tw.convert_model(layers(), recipe, calibration_data=data)
+    model = tw.convert_model(layers(), recipe, calibration_data=data, **options)
     batch = torch.export.Dim("batch", min=1)
     x = torch.randn(5, 96)
     with torch.no_grad():

@@ -79,8 +79,8 @@ class Implementation:
         wishes = frozenset(self.wishes)
 
         @functools.wraps(function)
-        def call(**arguments: Any) -> Any:
-            return function(**{name: value for name, value in arguments.items() if name not in wishes})
+        def call(*operands: Any, **named: Any) -> Any:
+            return function(*operands, **{name: value for name, value in named.items() if name not in wishes})
 
         return call
 
