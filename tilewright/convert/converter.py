@@ -21,7 +21,6 @@ from tilewright.convert.plan import FilterFunction, Plan, layers_of, make_plan, 
 from tilewright.convert.progress import Rest, track
 from tilewright.convert.recipes import Pattern, Recipe, RecipeLike
 from tilewright.convert.record import NOT_FASTER, detach, record_of, remember_original
-from tilewright.convert.state import leaving_out_what_is_old
 from tilewright.convert.text import display_name, size
 from tilewright.nn import FoldedBatchNorm
 
@@ -131,8 +130,7 @@ def convert_model(
     if isinstance(calibration_data, Mapping):
         items = 1
     options = (keep_if_faster, fuse, inplace, progress, memory, items, tune)
-    with leaving_out_what_is_old():
-        made = _convert(model, recipe, filter_fn, heads, data, examples, *options)
+    made = _convert(model, recipe, filter_fn, heads, data, examples, *options)
     if trains:
         logger.warning("%s is in training mode: call model.eval() before inference", type(model).__name__)
     return made

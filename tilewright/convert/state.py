@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -200,20 +199,3 @@ def same_random_numbers() -> Iterator[None]:
             torch.set_rng_state(state)
         for device, before in zip(devices, states, strict=True):
             torch.cuda.set_rng_state(before, device)
-
-
-@contextlib.contextmanager
-def leaving_out_what_is_old() -> Iterator[None]:
-    """While this is open, the garbage collector does not look at what there was before: graphs are many objects, and
-    make it walk through all of the process.
-
-    Nothing is done where somebody has switched it off or has frozen objects, which would have to stay so.
-    """
-    ours = gc.isenabled() and not gc.get_freeze_count()
-    if ours:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if ours:
-            gc.unfreeze()
